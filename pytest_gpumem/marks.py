@@ -1,0 +1,89 @@
+"""The marks: each is a function whose signature is the mark's signature.
+
+Calling it with a mark's arguments validates them and returns what they mean, so that a bad mark
+is found at collection and not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pytest_gpumem.units import parse_bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a test asks of the cards: bytes (None: not said), how many cards, alone or not."""
+
+    vram: int | None
+    count: int
+    exclusive: bool
+
+
+def gpu(vram: str | int | None = None, count: int = 1, exclusive: bool = False) -> Need:
+    """Say that the test uses VRAM: its expected peak, how many cards, whether it must be alone."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"count={count!r} is not a number of cards; allowed is 1 or more")
+    if not isinstance(exclusive, bool):
+        raise ValueError(f"exclusive={exclusive!r} is neither True nor False")
+    return Need(None if vram is None else _size("vram", vram), count, exclusive)
+
+
+def vram_limit(limit: str | int) -> int:
+    """Fail the test when its peak of allocated VRAM exceeds this size."""
+    return _size("limit", limit)
+
+
+def vram_leak_limit(limit: str | int = 0) -> int:
+    """Fail the test when it leaks more VRAM than this size (nothing, when no size is given)."""
+    return _size("limit", limit)
+
+
+def gpumem_off() -> None:
+    """Leave the test alone: nothing is measured, limited or cleaned."""
+
+
+def _size(name: str, value: object) -> int:
+    if not isinstance(value, str | int):
+        raise ValueError(f"{name}={value!r} is not a size")
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}") from None
+
+
+MARKS: dict[str, Callable[..., Any]] = {
+    mark.__name__: mark for mark in (gpu, vram_limit, vram_leak_limit, gpumem_off)
+}
+
+
+def describe(name: str) -> str:
+    """Return the line that ``pytest --markers`` shows for the mark ``name``."""
+    mark = MARKS[name]
+    parameters = inspect.signature(mark).parameters.values()
+    shown = ", ".join(
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters
+    )
+    return f"{name}({shown}): {inspect.getdoc(mark)}" if shown else f"{name}: {inspect.getdoc(mark)}"
+
+
+def read(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what the mark ``name`` with these arguments means.
+
+    Raises:
+        ValueError: in one sentence, when the arguments are not the mark's.
+
+    """
+    mark = MARKS[name]
+    try:
+        inspect.signature(mark).bind(*args, **kwargs)
+    except TypeError as error:
+        allowed = describe(name).split(":")[0]
+        raise ValueError(f"mark {name}: {error}; allowed is {allowed}") from None
+    try:
+        return mark(*args, **kwargs)
+    except ValueError as error:
+        raise ValueError(f"mark {name}: {error}") from None

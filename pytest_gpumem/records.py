@@ -1,0 +1,185 @@
+"""What a run leaves behind: named tuples, the only thing reports read.
+
+Every size is in bytes, every duration in seconds. ``to_plain`` and ``from_plain`` turn records
+into the builtin types that xdist and JSON carry, and back. The JSON form is described in
+``docs/json.md``; ``SCHEMA`` changes with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+SCHEMA = 1
+"""Version of the JSON form of a ``RunRecord``."""
+
+
+class Card(NamedTuple):
+    """A physical GPU or MIG slice, known by its UUID."""
+
+    uuid: str
+    name: str
+    total: int
+    kind: str = "cuda"
+    """The torch device type that reaches it: ``cuda``, ``xpu``, ``mps``."""
+
+
+class Holder(NamedTuple):
+    """One tensor (storage) that outlived its test, and who refers to it."""
+
+    where: str
+    """In words a person can act on: ``tests/test_x.py: module global CACHE[3]``."""
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+    count: int = 1
+    """How many tensors of this shape and dtype are held at the same place."""
+    stack: tuple[str, ...] = ()
+    """Where it was allocated, innermost frame first, when allocation stacks are recorded."""
+
+
+class CardUsage(NamedTuple):
+    """What one test did to one card, as this process's allocator and the driver tell it."""
+
+    card: str
+    """UUID of the card."""
+    baseline: int
+    """Allocated when the test began, with its wider fixtures set up."""
+    peak: int
+    """Highest allocated while the test ran, baseline included."""
+    leftover: int
+    """Allocated after the test beyond its baseline and beyond what wider fixtures took."""
+    reserved: int
+    """Reserved by the allocator after the test."""
+    reserved_peak: int
+    retries: int
+    """Times the allocator had to give its cache back and try again."""
+    ooms: int
+    """Out-of-memory errors the allocator raised, caught ones too."""
+    process: int | None
+    """Driver-side bytes of this process, where the driver tells them."""
+    leaked: int = 0
+    """The part of ``leftover`` that was confirmed as a leak."""
+    holders: tuple[Holder, ...] = ()
+    note: str = ""
+    """Why leftover is not (all) a leak: ``library workspace``, ``held by fixture 'model'``."""
+
+
+class FixtureUsage(NamedTuple):
+    """What one fixture's set-up and teardown did to one card."""
+
+    name: str
+    scope: str
+    card: str
+    allocated: int
+    """Net bytes its set-up allocated; fixtures it asked for itself are not counted."""
+    peak: int
+    """Highest allocated during its set-up."""
+    released: int | None = None
+    """Net bytes that came back at its teardown; None while it has not been torn down."""
+    leaked: int = 0
+    """The part that did not come back and was confirmed as a leak."""
+    holders: tuple[Holder, ...] = ()
+
+
+class TestRecord(NamedTuple):
+    """One test (or one attempt of it), with its usage on every card it touched."""
+
+    __test__ = False  # not for pytest to collect
+
+    nodeid: str
+    outcome: str
+    """``passed``, ``failed``, ``error``, ``skipped``, ``xfailed``, ``xpassed``, ``crashed``."""
+    duration: float
+    worker: str
+    """``gw0`` and so on; empty without xdist."""
+    cards: tuple[CardUsage, ...] = ()
+    fixtures: tuple[FixtureUsage, ...] = ()
+    oom: str = ""
+    """First sentence of the out-of-memory error that failed it, else empty."""
+
+
+class RunRecord(NamedTuple):
+    """One pytest run."""
+
+    schema: int
+    mode: str
+    cards: tuple[Card, ...]
+    simulated: bool
+    workers: int
+    tests: tuple[TestRecord, ...]
+    notes: tuple[str, ...] = ()
+    """Sentences about the run as a whole, such as what the simulation leaves out."""
+
+
+R = TypeVar("R")
+
+
+def to_plain(record: Any) -> Any:
+    """Return ``record`` as dicts, lists, strings and numbers."""
+    if hasattr(record, "_fields"):
+        return {name: to_plain(getattr(record, name)) for name in record._fields}
+    return list(map(to_plain, record)) if isinstance(record, tuple) else record
+
+
+def from_plain(kind: type[R], plain: dict[str, Any]) -> R:
+    """Return the record of class ``kind`` that ``plain`` describes.
+
+    Unknown keys are ignored, so that a newer writer can be read.
+
+    Raises:
+        ValueError: when a key without a default is missing.
+
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {name: _value(hints[name], plain[name]) for name in hints if name in plain}
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(f"not a {kind.__name__}: {error}") from None
+
+
+def _value(hint: Any, plain: Any) -> Any:
+    """Return ``plain`` as the type ``hint`` of a record's field."""
+    if typing.get_origin(hint) is tuple:
+        return tuple(_value(typing.get_args(hint)[0], each) for each in plain)
+    return from_plain(hint, plain) if hasattr(hint, "_fields") else plain
+
+
+def save(run: RunRecord, path: Path) -> None:
+    """Write ``run`` as JSON to ``path``, whole or not at all.
+
+    Raises:
+        OSError: when the file cannot be written; what stood there before is untouched.
+
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(to_plain(run), file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> RunRecord:
+    """Return the run that ``save`` wrote to ``path``.
+
+    Raises:
+        OSError: when the file cannot be read.
+        ValueError: in one sentence, when it is not such a file.
+
+    """
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
+    if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
+        raise ValueError(f"{str(path)!r} is not a run of schema {SCHEMA} (--gpumem-json)")
+    return from_plain(RunRecord, plain)

@@ -1,0 +1,221 @@
+"""Every option once: command line over environment over ini file over default.
+
+An option called ``NAME`` here is ``--gpumem-NAME`` on the command line, ``GPUMEM_NAME`` in the
+environment and ``gpumem_NAME`` in the ini file; the mode itself is plain ``--gpumem``,
+``GPUMEM`` and ``gpumem``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_gpumem.units import format_bytes, parse_bytes
+
+MODES = ("off", "track", "on")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; sizes in bytes."""
+
+    mode: str = "track"
+    simulate: int | None = None
+    simulate_context: int = 384 * 2**20
+    simulate_anyway: bool = False
+    simulate_card: Path | None = None
+    json: Path | None = None
+    stacks: bool = False
+    top: int = 10
+    vram_limit: int | None = None
+    vram_leak_limit: int | None = None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the run uses a simulated card."""
+        return self.simulate is not None or self.simulate_card is not None
+
+
+def _mode(text: str) -> str:
+    if text not in MODES:
+        raise ValueError(f"{text!r} is not a mode; allowed are {', '.join(MODES)}")
+    return text
+
+
+def _flag(text: str | bool) -> bool:
+    if isinstance(text, bool):
+        return text
+    flags = {"1": True, "true": True, "yes": True, "on": True}
+    flags |= {"0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in flags:
+        raise ValueError(f"{text!r} is neither true nor false; allowed are {', '.join(flags)}")
+    return flags[text.lower()]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a number of lines; allowed is 0 or more")
+    return int(text)
+
+
+def _simulated_size(text: str) -> int:
+    size = parse_bytes(text)
+    if size == 0:
+        raise ValueError(f"{text!r} is an empty card; allowed is more than 0 bytes")
+    ram = _ram()
+    if ram is not None and size > ram:
+        raise ValueError(
+            f"{text!r} is more than this machine's memory of {format_bytes(ram)}, "
+            "in which the simulated card's tensors really live"
+        )
+    return size
+
+
+def _ram() -> int | None:
+    """Return the bytes of main memory, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _new_file(text: str) -> Path:
+    """Return the path ``text`` after making sure that a file can be written there.
+
+    Checked before the first test runs, so that an hour's results are not lost at its end.
+    """
+    path = Path(text).absolute()
+    if path.is_dir():
+        raise ValueError(f"{text!r} is a directory; allowed is the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {text!r}: there is no directory {str(path.parent)!r}")
+    # The report replaces the file by a rename, so the directory must be writable.
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {text!r}: {str(path.parent)!r} is not writable")
+    return path
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: how it is written and read."""
+
+    field: str
+    parse: Callable[[Any], Any]
+    help: str
+    metavar: str | None = None
+    """None for a flag."""
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.field == "mode" else f"_{self.field}"
+
+    @property
+    def dest(self) -> str:
+        """Name in the ini file and on pytest's option object."""
+        return f"gpumem{self.suffix}"
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.dest.replace('_', '-')}"
+
+    @property
+    def env(self) -> str:
+        return self.dest.upper()
+
+
+OPTIONS = (
+    Option(
+        "mode",
+        _mode,
+        "off: do nothing; track: measure and report; on: everything (what -p gpumem means). "
+        "Default: track.",
+        "MODE",
+    ),
+    Option(
+        "simulate",
+        _simulated_size,
+        "Give the suite a simulated CUDA card of this size, shared by all workers, "
+        "such as 3.81GiB.",
+        "SIZE",
+    ),
+    Option(
+        "simulate_context",
+        parse_bytes,
+        "What each process costs on the simulated card once it uses it. Default: 384MiB.",
+        "SIZE",
+    ),
+    Option("simulate_anyway", _flag, "Simulate a card even though a real one is visible."),
+    Option(
+        "simulate_card",
+        Path,
+        "Use the simulated card that another run made, named by its file.",
+        "FILE",
+    ),
+    Option("json", _new_file, "Write the run's records to this file.", "FILE"),
+    Option("stacks", _flag, "Record where leaked tensors were allocated (slower)."),
+    Option("top", _count, "Tests shown in the table of the largest peaks. Default: 10.", "N"),
+    Option(
+        "vram_limit",
+        parse_bytes,
+        "Fail each test whose peak exceeds this size, unless its vram_limit mark says otherwise.",
+        "SIZE",
+    ),
+    Option(
+        "vram_leak_limit",
+        parse_bytes,
+        "Fail each test that leaks more than this size, unless its vram_leak_limit mark says "
+        "otherwise.",
+        "SIZE",
+    ),
+)
+
+
+class BadSetting(Exception):
+    """One sentence that names the option, where it stands, and what is allowed."""
+
+
+def resolve(
+    options: Mapping[str, Any],
+    environ: Mapping[str, str],
+    ini: Callable[[str], str | None],
+    *,
+    asked: bool,
+) -> Settings:
+    """Return the settings that hold.
+
+    Args:
+        options: values from the command line by ``Option.dest``, None where not given.
+        environ: the environment.
+        ini: returns the ini file's text for a name, None or ``""`` where not given.
+        asked: whether the plugin was asked for by name (``-p gpumem``), which makes the
+            mode ``on`` unless it is given outright.
+
+    Raises:
+        BadSetting: when a value cannot be used.
+
+    """
+    found: dict[str, Any] = {"mode": "on"} if asked else {}
+    for option in OPTIONS:
+        for place, value in (
+            (option.flag, options.get(option.dest)),
+            (f"{option.env} in the environment", environ.get(option.env)),
+            (f"{option.dest} in the ini file", ini(option.dest)),
+        ):
+            if value is None or value == "":
+                continue
+            try:
+                found[option.field] = option.parse(value)
+            except ValueError as error:
+                raise BadSetting(f"{place}: {error}") from None
+            break
+    settings = Settings(**found)
+    if settings.simulate is not None and settings.simulate_context >= settings.simulate:
+        raise BadSetting(
+            f"--gpumem-simulate: a card of {format_bytes(settings.simulate)} has no room for a "
+            f"context of {format_bytes(settings.simulate_context)}; "
+            "make --gpumem-simulate-context smaller"
+        )
+    return settings

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+
+from pytest_gpumem.settings import OPTIONS, BadSetting, Settings, resolve
+
+# A text other than the default for every option, and what it means.
+EXAMPLES = {
+    "mode": ("off", "off"),
+    "simulate": ("1GiB", 2**30),
+    "simulate_context": ("1MiB", 2**20),
+    "simulate_anyway": ("true", True),
+    "simulate_card": ("card", None),
+    "json": ("run.json", None),
+    "stacks": ("yes", True),
+    "top": ("3", 3),
+    "vram_limit": ("2GiB", 2**31),
+    "vram_leak_limit": ("0B", 0),
+}
+
+
+def settings(cli=None, env=None, ini=None, asked=False):
+    return resolve(cli or {}, env or {}, (ini or {}).get, asked=asked)
+
+
+def test_every_option_has_an_example_here():
+    assert {option.field for option in OPTIONS} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.field)
+@pytest.mark.parametrize("place", ["cli", "env", "ini"])
+def test_each_option_is_read_from_each_place(option, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, meaning = EXAMPLES[option.field]
+    name = option.env if place == "env" else option.dest
+    value = getattr(settings(**{place: {name: text}}), option.field)
+
+    assert value != getattr(Settings(), option.field)
+    assert meaning is None or value == meaning
+
+
+def test_the_command_line_beats_the_environment_beats_the_ini_file():
+    cli, env, ini = {"gpumem_top": "1"}, {"GPUMEM_TOP": "2"}, {"gpumem_top": "3"}
+
+    assert settings(cli, env, ini).top == 1
+    assert settings({}, env, ini).top == 2
+    assert settings({}, {}, ini).top == 3
+
+
+def test_asking_for_the_plugin_turns_it_on_unless_the_mode_is_given():
+    assert settings().mode == "track"
+    assert settings(asked=True).mode == "on"
+    assert settings(ini={"gpumem": "track"}, asked=True).mode == "track"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("mode", "maybe", "'maybe' is not a mode; allowed are off, track, on"),
+        ("simulate", "2 potatoes", "'2 potatoes' is not a size"),
+        ("simulate", "0B", "'0B' is an empty card"),
+        ("simulate", "900TiB", "is more than this machine's memory"),
+        ("simulate_context", "-1MiB", "'-1MiB' is not a size"),
+        ("simulate_anyway", "perhaps", "'perhaps' is neither true nor false"),
+        ("top", "ten", "'ten' is not a number of lines"),
+        ("vram_limit", "much", "'much' is not a size"),
+        ("json", "no/such/place/run.json", "there is no directory"),
+    ],
+)
+@pytest.mark.parametrize("place", ["cli", "env", "ini"])
+def test_a_bad_value_is_one_sentence_that_names_its_place(field, value, sentence, place):
+    option = next(option for option in OPTIONS if option.field == field)
+    name = option.env if place == "env" else option.dest
+    where = {"cli": option.flag, "env": "in the environment", "ini": "in the ini file"}[place]
+    with pytest.raises(BadSetting) as caught:
+        settings(**{place: {name: value}})
+
+    assert sentence in str(caught.value)
+    assert where in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_json_path_that_is_a_directory_is_refused(tmp_path):
+    with pytest.raises(BadSetting, match="is a directory"):
+        settings({"gpumem_json": str(tmp_path)})
+
+
+def test_a_card_too_small_for_one_context_is_refused():
+    with pytest.raises(BadSetting, match=r"no room for a context of 384\.00 MiB"):
+        settings({"gpumem_simulate": "300MiB"})
