@@ -1,0 +1,46 @@
+"""torch as the suite left it: looked up, never imported, never initialised."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def cuda() -> Any:
+    """Return ``torch.cuda`` once this process has initialised it (CUDA or ROCm), else None.
+
+    A forked child of a process that had is not initialised.
+    """
+    module = getattr(sys.modules.get("torch"), "cuda", None)
+    # Missing while another thread is still importing torch.
+    initialised = getattr(module, "is_initialized", None)
+    return module if initialised is not None and initialised() else None
+
+
+def accelerator() -> Any:
+    """Return ``torch.accelerator`` once it is in use, on another device than CUDA, else None.
+
+    None too before torch 2.9, whose accelerators tell no memory statistics in common.
+    """
+    module: Any = getattr(sys.modules.get("torch"), "accelerator", None)
+    if not hasattr(module, "memory_stats") or kind(module) in ("", "cuda"):
+        return None
+    its = backend(kind(module))
+    if hasattr(its, "is_initialized"):
+        return module if its.is_initialized() else None
+    try:
+        # Empty until the allocator exists, which asking does not bring about (MPS).
+        return module if module.memory_stats(0) else None
+    except Exception:  # the backend has an allocator without statistics
+        return None
+
+
+def kind(module: Any) -> str:
+    """Return the device type of ``torch.accelerator``: ``xpu``, ``mps``; empty for none."""
+    device = module.current_accelerator()
+    return device.type if device is not None else ""
+
+
+def backend(kind: str) -> Any:
+    """Return torch's module for a device type: ``torch.xpu``, ``torch.mps``."""
+    return getattr(sys.modules.get("torch"), kind, None)
