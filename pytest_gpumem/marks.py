@@ -7,11 +7,13 @@ is found at collection and not in the middle of a run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.units import parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ def describe(name: str) -> str:
     shown = ", ".join(
         p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters
     )
-    return f"{name}({shown}): {inspect.getdoc(mark)}" if shown else f"{name}: {inspect.getdoc(mark)}"
+    return (
+        f"{name}({shown}): {inspect.getdoc(mark)}" if shown else f"{name}: {inspect.getdoc(mark)}"
+    )
 
 
-def read(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def read(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return what the mark ``name`` with these arguments means.
 
     Raises:

@@ -7,11 +7,14 @@ into the builtin types that xdist and JSON carry, and back. The JSON form is des
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import typing
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+if typing.TYPE_CHECKING:
+    from pathlib import Path
 
 SCHEMA = 1
 """Version of the JSON form of a ``RunRecord``."""
@@ -28,15 +31,17 @@ class Card(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """One tensor (storage) that outlived its test, and who refers to it."""
+    """Tensors (storages) that outlived their test, and who refers to them."""
 
     where: str
     """In words a person can act on: ``tests/test_x.py: module global CACHE[3]``."""
     shape: tuple[int, ...]
+    """Of the largest of them, as is ``dtype``."""
     dtype: str
     size: int
-    count: int = 1
-    """How many tensors of this shape and dtype are held at the same place."""
+    """Bytes of all of them."""
+    tensors: int = 1
+    """How many are held at the same place."""
     stack: tuple[str, ...] = ()
     """Where it was allocated, innermost frame first, when allocation stacks are recorded."""
 
@@ -85,10 +90,8 @@ class FixtureUsage(NamedTuple):
     holders: tuple[Holder, ...] = ()
 
 
-class TestRecord(NamedTuple):
+class RecordedTest(NamedTuple):
     """One test (or one attempt of it), with its usage on every card it touched."""
-
-    __test__ = False  # not for pytest to collect
 
     nodeid: str
     outcome: str
@@ -110,7 +113,7 @@ class RunRecord(NamedTuple):
     cards: tuple[Card, ...]
     simulated: bool
     workers: int
-    tests: tuple[TestRecord, ...]
+    tests: tuple[RecordedTest, ...]
     notes: tuple[str, ...] = ()
     """Sentences about the run as a whole, such as what the simulation leaves out."""
 
@@ -134,12 +137,18 @@ def from_plain(kind: type[R], plain: dict[str, Any]) -> R:
         ValueError: when a key without a default is missing.
 
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = {name: _value(hints[name], plain[name]) for name in hints if name in plain}
     try:
         return kind(**fields)
     except TypeError as error:
         raise ValueError(f"not a {kind.__name__}: {error}") from None
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Return the types of a record's fields; resolving them for each test would show."""
+    return typing.get_type_hints(kind)
 
 
 def _value(hint: Any, plain: Any) -> Any:

@@ -8,12 +8,14 @@ environment and ``gpumem_NAME`` in the ini file; the mode itself is plain ``--gp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 MODES = ("off", "track", "on")
 
@@ -110,6 +112,7 @@ class Option:
 
     @property
     def suffix(self) -> str:
+        """What distinguishes its names from those of the mode."""
         return "" if self.field == "mode" else f"_{self.field}"
 
     @property
@@ -119,10 +122,12 @@ class Option:
 
     @property
     def flag(self) -> str:
+        """Name on the command line."""
         return f"--{self.dest.replace('_', '-')}"
 
     @property
     def env(self) -> str:
+        """Name in the environment."""
         return self.dest.upper()
 
 
@@ -173,7 +178,7 @@ OPTIONS = (
 )
 
 
-class BadSetting(Exception):
+class BadSettingError(Exception):
     """One sentence that names the option, where it stands, and what is allowed."""
 
 
@@ -194,7 +199,7 @@ def resolve(
             mode ``on`` unless it is given outright.
 
     Raises:
-        BadSetting: when a value cannot be used.
+        BadSettingError: when a value cannot be used.
 
     """
     found: dict[str, Any] = {"mode": "on"} if asked else {}
@@ -209,11 +214,11 @@ def resolve(
             try:
                 found[option.field] = option.parse(value)
             except ValueError as error:
-                raise BadSetting(f"{place}: {error}") from None
+                raise BadSettingError(f"{place}: {error}") from None
             break
     settings = Settings(**found)
     if settings.simulate is not None and settings.simulate_context >= settings.simulate:
-        raise BadSetting(
+        raise BadSettingError(
             f"--gpumem-simulate: a card of {format_bytes(settings.simulate)} has no room for a "
             f"context of {format_bytes(settings.simulate_context)}; "
             "make --gpumem-simulate-context smaller"

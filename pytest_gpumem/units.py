@@ -42,13 +42,13 @@ def parse_bytes(text: str | int) -> int:
     whole, _, fraction = match[1].partition(".")
     # Integer arithmetic: a float would lose bytes above 2**53.
     scaled = int((whole + fraction) or "0") * factor
-    return scaled // 10 ** len(fraction)
+    return scaled // int("1" + "0" * len(fraction))
 
 
 def format_bytes(size: int) -> str:
-    """Return ``size`` bytes as PyTorch prints them: ``512 B``, ``2.00 MiB``, ``3.81 GiB``.
+    """Return ``size`` bytes as text: ``512 B``, ``2.00 MiB``, ``3.81 GiB``.
 
-    Two decimals above a KiB; the sign is kept.
+    Two decimals from a KiB on and no unit above GiB, as PyTorch prints sizes; the sign is kept.
     """
     sign, size = ("-", -size) if size < 0 else ("", size)
     if size < 2**10:

@@ -15,7 +15,7 @@ from pytest_gpumem.devices.allocator import (
 from pytest_gpumem.devices.cards import CardsFound, driver_reading, find_cards, process_bytes
 from pytest_gpumem.devices.notebook import notes
 from pytest_gpumem.devices.nvml import DriverReading
-from pytest_gpumem.devices.torch_private import allocation_stacks, watch_peaks, record_stacks
+from pytest_gpumem.devices.torch_private import allocation_stacks, record_stacks, watch_peaks
 
 __all__ = [
     "Allocator",
@@ -27,8 +27,8 @@ __all__ = [
     "driver_reading",
     "find_cards",
     "notes",
-    "watch_peaks",
     "process_bytes",
     "record_stacks",
     "register",
+    "watch_peaks",
 ]

@@ -22,7 +22,12 @@ def test_limits_are_sizes():
     [
         ("vram_limit", ("2 potatoes",), {}, "limit='2 potatoes': '2 potatoes' is not a size"),
         ("vram_limit", (-1,), {}, "limit=-1: -1 is negative"),
-        ("vram_limit", (), {}, "missing a required argument: 'limit'; allowed is vram_limit(limit)"),
+        (
+            "vram_limit",
+            (),
+            {},
+            "missing a required argument: 'limit'; allowed is vram_limit(limit)",
+        ),
         ("vram_limit", (1.5,), {}, "limit=1.5 is not a size"),
         ("gpu", (), {"vram": "2 potatoes"}, "vram='2 potatoes': '2 potatoes' is not a size"),
         ("gpu", (), {"memory": "2GiB"}, "got an unexpected keyword argument 'memory'"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pytest_gpumem import records
-from pytest_gpumem.records import Card, CardUsage, FixtureUsage, Holder, RunRecord, TestRecord
+from pytest_gpumem.records import Card, CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
 
 HOLDER = Holder("test_x.py: module global CACHE[3]", (2, 3), "float32", 24, 1, ("a.py:1 f",))
 USAGE = CardUsage("GPU-1", 1, 9, 4, 20, 20, 0, 1, None, leaked=4, holders=(HOLDER,))
@@ -16,8 +16,8 @@ RUN = RunRecord(
     simulated=True,
     workers=2,
     tests=(
-        TestRecord("test_x.py::test_a", "passed", 0.5, "gw0", (USAGE,)),
-        TestRecord(
+        RecordedTest("test_x.py::test_a", "passed", 0.5, "gw0", (USAGE,)),
+        RecordedTest(
             "test_x.py::test_b",
             "failed",
             0.1,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpumem.settings import OPTIONS, BadSetting, Settings, resolve
+from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, resolve
 
 # A text other than the default for every option, and what it means.
 EXAMPLES = {
@@ -72,7 +72,7 @@ def test_a_bad_value_is_one_sentence_that_names_its_place(field, value, sentence
     option = next(option for option in OPTIONS if option.field == field)
     name = option.env if place == "env" else option.dest
     where = {"cli": option.flag, "env": "in the environment", "ini": "in the ini file"}[place]
-    with pytest.raises(BadSetting) as caught:
+    with pytest.raises(BadSettingError) as caught:
         settings(**{place: {name: value}})
 
     assert sentence in str(caught.value)
@@ -81,10 +81,10 @@ def test_a_bad_value_is_one_sentence_that_names_its_place(field, value, sentence
 
 
 def test_a_json_path_that_is_a_directory_is_refused(tmp_path):
-    with pytest.raises(BadSetting, match="is a directory"):
+    with pytest.raises(BadSettingError, match="is a directory"):
         settings({"gpumem_json": str(tmp_path)})
 
 
 def test_a_card_too_small_for_one_context_is_refused():
-    with pytest.raises(BadSetting, match=r"no room for a context of 384\.00 MiB"):
+    with pytest.raises(BadSettingError, match=r"no room for a context of 384\.00 MiB"):
         settings({"gpumem_simulate": "300MiB"})

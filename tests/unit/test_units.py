@@ -47,7 +47,7 @@ def test_what_is_no_size_is_refused_in_one_sentence(text):
         (-(2**20), "-1.00 MiB"),
     ],
 )
-def test_sizes_are_shown_as_pytorch_shows_them(size, text):
+def test_sizes_are_shown_with_two_decimals_and_no_unit_above_gib(size, text):
     assert format_bytes(size) == text
 
 
