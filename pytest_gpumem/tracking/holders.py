@@ -1,0 +1,304 @@
+"""Finds who holds the tensors that outlived a test, in words a person can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.records import Holder
+from pytest_gpumem.tracking import wording
+from pytest_gpumem.tracking.torch_heap import Heap, Storage, scan
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterator, Mapping
+
+    from pytest_gpumem.tracking.torch_heap import OnCard
+
+_MAX_OBJECTS = 20_000
+_MAX_SECONDS = 2.0
+"""A search that found no root within these ends with what it has."""
+
+_MANY = 150
+"""From this many objects on, one look at every object's referents beats ``gc.get_referrers``."""
+
+_NOBODY = "no Python object (library or autograd graph)"
+
+
+@dataclass(frozen=True)
+class Held:
+    """Storages of one device that are held at one place."""
+
+    where: str
+    fixture: str | None
+    """Label of the fixture whose value holds them."""
+    storages: tuple[Storage, ...]
+    """Largest first."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all storages."""
+        return sum(storage.size for storage in self.storages)
+
+    def record(self) -> Holder:
+        """Return the record of this group: the size of all, the shape of the largest."""
+        largest = self.storages[0]
+        return Holder(
+            where=self.where,
+            shape=largest.shape,
+            dtype=largest.dtype,
+            size=self.size,
+            tensors=len(self.storages),
+        )
+
+
+def live_storages(on_card: OnCard) -> list[Storage]:
+    """Return the storages of all living tensors for which ``on_card(tensor)`` is true.
+
+    Storages that only an autograd graph holds are among them. Nothing is kept alive. One pass
+    over the garbage collector's heap (about 0.1 s with torch and a model library loaded).
+    """
+    with _still_heap():
+        return list(scan(on_card).storages.values())
+
+
+def find_holders(
+    on_card: OnCard,
+    *,
+    fixtures: Mapping[int, str] | None = None,
+    known: Container[int] = (),
+    root: Path | None = None,
+) -> list[Held]:
+    """Return who holds the living storages for which ``on_card(tensor)`` is true.
+
+    Args:
+        on_card: tells by its tensor whether a storage counts.
+        fixtures: ``id()`` of living fixture values and how to name them; storages that are
+            reached through one have that name as their ``fixture``.
+        known: addresses of storages to leave out.
+        root: directory below which files are named by their path; the working directory
+            unless given. Elsewhere the dotted module name is shown.
+
+    Returns:
+        Groups, the one with most bytes first. Storages reached through the same name (a model's
+        parameters, the entries of a cache) are one group.
+
+    The search goes backwards from the tensors to the nearest name in a module, a class, a
+    function, a cache or a frame, and leaves no reference behind.
+
+    """
+    with _still_heap():
+        heap = scan(on_card)
+        wanted = [tensor for tensor, address in heap.tensors.items() if address not in known]
+        search = _Search(heap, fixtures or {}, wanted)
+        search.run()
+        return search.groups(root or Path.cwd())
+
+
+@contextlib.contextmanager
+def _still_heap() -> Iterator[None]:
+    """Keep the collector from running, and show it objects that were frozen out of its sight.
+
+    They are not frozen again: that would freeze garbage of the meantime as well, for good.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Search:
+    """A breadth-first search from tensors back to roots; objects are named by their ids.
+
+    No container here holds an object but ``heap.objects``, so the search never finds itself.
+    """
+
+    def __init__(self, heap: Heap, fixtures: Mapping[int, str], wanted: list[int]) -> None:
+        self.heap = heap
+        self.fixtures = fixtures
+        self.wanted = wanted
+        self.holds: dict[int, dict[int, str | None]] = {}
+        """What each holder holds, and how it reaches it where that is known already."""
+        self.seen: set[int] = set()
+        self.roots: list[int] = []
+
+    def run(self) -> None:
+        """Search until every wanted storage has a root, or nothing is left to ask about."""
+        for _, frame in wording.running_frames():
+            for value in wording.local_variables(frame).values():
+                self.heap.link(frame, "", value)
+        self._climb([each for each in self.wanted if self._enter(each)])
+        deadline = time.monotonic() + _MAX_SECONDS
+        asked: set[int] = set()
+        while time.monotonic() < deadline and len(self.seen) < _MAX_OBJECTS:
+            waiting = self._undecided() - asked
+            if not waiting:
+                return
+            # Who else holds what a known link leads through matters only if that led to no root.
+            level = [each for each in waiting if each not in self.heap.links] or list(waiting)
+            asked.update(level)
+            self._climb(self._ask_collector(level))
+
+    def groups(self, root: Path) -> list[Held]:
+        """Return the wanted storages by the place that holds them."""
+        above, held_by = self._trace(), self._held_by()
+        members: dict[tuple[str, ...], list[tuple[wording.Place, Storage]]] = {}
+        for address, tensors in self._by_address().items():
+            storage = self.heap.storages[address]
+            chains = [self._chain(each, above) for each in tensors if each in above]
+            place, fixture = self._place(chains, root) or self._rootless(tensors, held_by)
+            graph = ".grad_fn" if ".grad_fn" in place.steps else ""
+            key = (storage.device, fixture, place.name, graph)
+            members.setdefault(key, []).append((place, storage))
+        groups = [_group(fixture, each) for (_, fixture, *_), each in members.items()]
+        return sorted(groups, key=lambda group: -group.size)
+
+    def _enter(self, each: int) -> bool:
+        """Note that ``each`` was seen; tell whether the search goes on from it."""
+        if each in self.seen:
+            return False
+        self.seen.add(each)
+        if each in self.fixtures or wording.is_root(self.heap.objects[each]):
+            self.roots.append(each)
+            return False
+        return True
+
+    def _climb(self, level: list[int]) -> None:
+        """Follow the known links upwards from ``level``."""
+        waiting = deque(level)
+        while waiting:
+            held = waiting.popleft()
+            for holder, step in self.heap.links.get(held, ()):
+                self.holds.setdefault(holder, {})[held] = step
+                if self._enter(holder):
+                    waiting.append(holder)
+
+    def _ask_collector(self, level: list[int]) -> list[int]:
+        """Return the holders of the objects in ``level`` that were not seen before."""
+        new = []
+        wanted = set(level)
+        for holder in self._referrers(level):
+            if holder is self.heap.objects or wording.is_ours(holder):
+                continue
+            held = wanted.intersection(map(id, gc.get_referents(holder)))
+            known = self.holds.setdefault(self.heap.add(holder), {})
+            known.update((each, None) for each in held if each not in known)
+            if self._enter(id(holder)):
+                new.append(id(holder))
+        return new
+
+    def _referrers(self, level: list[int]) -> list[object]:
+        if len(level) < _MANY:
+            asked = tuple(self.heap.objects[each] for each in level)
+            # From Python 3.13 on our own tuple of arguments is among the referrers.
+            return [each for each in gc.get_referrers(*asked) if each is not asked]
+        ids = set(level)
+        return [
+            each for each in gc.get_objects() if not ids.isdisjoint(map(id, gc.get_referents(each)))
+        ]
+
+    def _trace(self) -> dict[int, int]:
+        """Return for everything below a root what holds it on the shortest way, itself at a root.
+
+        Fixtures come first: what one of them holds is not somebody else's leak.
+        """
+        above: dict[int, int] = {}
+        for of_fixture in (True, False):
+            waiting = deque(each for each in self.roots if (each in self.fixtures) is of_fixture)
+            above.update((each, each) for each in waiting if each not in above)
+            while waiting:
+                holder = waiting.popleft()
+                for held in self.holds.get(holder, ()):
+                    if held not in above:
+                        above[held] = holder
+                        waiting.append(held)
+        return above
+
+    def _by_address(self) -> dict[int, list[int]]:
+        tensors: dict[int, list[int]] = {}
+        for each in self.wanted:
+            tensors.setdefault(self.heap.tensors[each], []).append(each)
+        return tensors
+
+    def _held_by(self) -> dict[int, list[int]]:
+        held_by: dict[int, list[int]] = {}
+        for holder, held in self.holds.items():
+            for each in held:
+                held_by.setdefault(each, []).append(holder)
+        return held_by
+
+    def _undecided(self) -> set[int]:
+        """Return the tensors of storages without a root, and all that is known to hold them."""
+        above = self._trace()
+        held_by = self._held_by()
+        waiting = [
+            each
+            for tensors in self._by_address().values()
+            if not any(tensor in above for tensor in tensors)
+            for each in tensors
+        ]
+        found = set(waiting)
+        while waiting:
+            new = [each for each in held_by.get(waiting.pop(), ()) if each not in found]
+            found.update(new)
+            waiting += new
+        return found
+
+    def _place(
+        self, chains: list[list[wording.Part]], root: Path
+    ) -> tuple[wording.Place, str] | None:
+        """Return the place at the root of the shortest of ``chains``, and its fixture."""
+        if not chains:
+            return None
+        chain = min(chains, key=len)
+        fixture = self.fixtures.get(id(chain[0].thing), "")
+        if fixture:
+            return wording.below(fixture, chain), fixture
+        return wording.place(chain, root), ""
+
+    def _chain(self, tensor: int, above: dict[int, int]) -> list[wording.Part]:
+        ids = [tensor]
+        while above[ids[-1]] != ids[-1]:
+            ids.append(above[ids[-1]])
+        return self._parts(ids[::-1])
+
+    def _parts(self, ids: list[int]) -> list[wording.Part]:
+        steps = [None, *(self.holds[holder][held] for holder, held in pairwise(ids))]
+        return [
+            wording.Part(self.heap.objects[each], step)
+            for each, step in zip(ids, steps, strict=True)
+        ]
+
+    def _rootless(
+        self, tensors: list[int], held_by: dict[int, list[int]]
+    ) -> tuple[wording.Place, str]:
+        """Return the place of a storage that no root reaches: a cycle, or a holder in C++."""
+        ways = []
+        for tensor in tensors:
+            way = [tensor]
+            while way[-1] in held_by and held_by[way[-1]][0] not in way:
+                way.append(held_by[way[-1]][0])
+            ways.append(way)
+        way = max(ways, key=len)
+        if len(way) == 1:
+            return wording.Place(_NOBODY), ""
+        if way[-1] in held_by:
+            start = way.index(held_by[way[-1]][0])
+            return wording.cycle(self._parts([way[start], *way[start:][::-1]])), ""
+        return wording.rootless(self._parts(way[::-1])), ""
+
+
+def _group(fixture: str, members: list[tuple[wording.Place, Storage]]) -> Held:
+    """Return one group of storages that have name and fixture in common."""
+    storages = sorted((storage for _, storage in members), key=lambda storage: -storage.size)
+    where = wording.common([place for place, _ in members])
+    return Held(where, fixture or None, tuple(storages))

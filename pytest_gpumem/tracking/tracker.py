@@ -1,0 +1,458 @@
+"""Attributes every change of a card's allocator to the test or fixture that was running.
+
+The tracker knows nothing of pytest: it is told when tests and fixtures begin and end. At each of
+these boundaries it reads the allocators once, charges what changed since the last boundary to the
+owner that was running, and resets the peak, so that each stretch of time has a peak of its own.
+
+The owner is a fixture while a fixture is set up or torn down, otherwise the test. A function
+fixture lives and dies with its test, so its changes are charged to the test as well; what a wider
+fixture holds is not.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pytest_gpumem import devices
+from pytest_gpumem.devices import Allocator, AllocatorReading
+from pytest_gpumem.records import Card, CardUsage, FixtureUsage
+from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.verdict import TensorLedger, Verdict, Verdicts
+
+ReleaseCache = Callable[[Card, AllocatorReading], bool]
+"""Says whether the allocator's unused cache should go back to the driver after a test."""
+
+
+_SHARED_CACHE = 64 * 2**20
+"""Unused cache worth the price of new segments when other processes want the card."""
+
+
+def release_when_shared(shared: bool) -> ReleaseCache:
+    """Return the rule for giving back unused cache.
+
+    On a shared card, cache above 64 MiB is memory that other processes cannot have; alone on
+    it, only a cache above a quarter of the card is worth the new segments the next test pays.
+    """
+
+    def worth_it(card: Card, reading: AllocatorReading) -> bool:
+        unused = reading.reserved - reading.allocated
+        return unused > (_SHARED_CACHE if shared else card.total // 4)
+
+    return worth_it
+
+
+@dataclass
+class Account:
+    """What one owner did to one card: net change, highest allocated, and the allocator's woes."""
+
+    delta: int = 0
+    peak: int = 0
+    reserved_peak: int = 0
+    retries: int = 0
+    ooms: int = 0
+
+
+@dataclass(eq=False)
+class Owner:
+    """A test or a fixture, and its accounts by card UUID."""
+
+    name: str
+    scope: str = "function"
+    accounts: dict[str, Account] = field(default_factory=dict)
+
+    def account(self, uuid: str) -> Account:
+        """Return this owner's account on the card ``uuid``."""
+        return self.accounts.setdefault(uuid, Account())
+
+    def kept(self) -> dict[tuple[str, str], int]:
+        """Return, by this owner's name and card, the bytes it took and did not give back."""
+        return {
+            (self.name, uuid): account.delta
+            for uuid, account in self.accounts.items()
+            if account.delta > 0
+        }
+
+
+@dataclass(eq=False)
+class Fixture(Owner):
+    """A fixture between its set-up and its teardown."""
+
+    set_up: dict[str, Account] = field(default_factory=dict)
+    """The accounts as they stood at the end of its set-up."""
+    value_id: int | None = None
+    torn_down: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether it may outlive a test."""
+        return self.scope != "function"
+
+    @property
+    def label(self) -> str:
+        """How holders name it."""
+        return f"fixture {self.name!r} ({self.scope})"
+
+
+@dataclass(eq=False)
+class Test(Owner):
+    """A running test: its baselines by card, and the fixtures set up or torn down in it."""
+
+    __test__ = False  # not for pytest to collect
+
+    baselines: dict[str, int] = field(default_factory=dict)
+    fixtures: list[Fixture] = field(default_factory=list)
+
+    def pay_back(self) -> None:
+        """Credit the fixtures torn down in the test with what came back after their teardown.
+
+        A reference cycle is collected only when the test is charged again.
+        """
+        for uuid, account in self.accounts.items():
+            for fixture in self.fixtures:
+                owed = fixture.account(uuid)
+                late = min(-account.delta, owed.delta)
+                if fixture.wide and fixture.torn_down and late > 0:
+                    account.delta += late
+                    owed.delta -= late
+
+    def stayed(self) -> dict[tuple[str, str], int]:
+        """Return what the test kept, and what the wider fixtures torn down in it kept."""
+        found = self.kept()
+        for fixture in self.fixtures:
+            if fixture.wide and fixture.torn_down:
+                found |= fixture.kept()
+        return found
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a test did: one entry for each card and each fixture that moved."""
+
+    cards: tuple[CardUsage, ...] = ()
+    fixtures: tuple[FixtureUsage, ...] = ()
+
+
+@dataclass
+class _Meter:
+    """One card as one allocator sees it."""
+
+    card: Card
+    last: AllocatorReading
+    process: int | None = None
+    """This process's bytes by the driver's count."""
+    process_read_at: int = -1
+    """What was reserved when ``process`` was read."""
+
+
+_NOTHING = AllocatorReading(
+    allocated=0, allocated_peak=0, reserved=0, reserved_peak=0, retries=0, ooms=0
+)
+
+
+class Tracker:
+    """Measures the tests of this process, one at a time.
+
+    Args:
+        release_cache: decides after each test whether the allocator's unused cache is given back.
+        stacks: whether to record where tensors are allocated.
+        root: directory from which holders' files are named; the working directory unless given.
+
+    """
+
+    def __init__(
+        self,
+        release_cache: ReleaseCache = lambda _card, _reading: False,
+        *,
+        stacks: bool = False,
+        root: Path | None = None,
+    ) -> None:
+        self._release_cache = release_cache
+        self._meters: dict[tuple[str, int], _Meter] = {}
+        self._outside = Owner("outside of tests", "session")
+        self._owners: list[Owner] = [self._outside]
+        self._test: Test | None = None
+        self._tensors = TensorLedger(root)
+        self._fixture_values: dict[int, str] = {}
+        self._reading = False
+        self._stacks_wanted = stacks
+        self._unwatch: Callable[[], None] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether any framework has initialised a card in this process."""
+        return bool(devices.allocators())
+
+    @property
+    def allocated(self) -> int:
+        """Bytes allocated now, over all cards."""
+        self.boundary()
+        return sum(meter.last.allocated for meter in self._meters.values())
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+
+    # Boundaries
+
+    def boundary(self) -> None:
+        """Charge what changed since the last boundary to the owner that was running."""
+        active = devices.allocators()
+        if not active or self._reading:
+            return
+        self._reading = True
+        try:
+            self._watch_peaks()
+            for allocator in active:
+                for index, reading in enumerate(allocator.read()):
+                    self._charge(allocator, index, reading)
+        finally:
+            self._reading = False
+
+    def _watch_peaks(self) -> None:
+        """Make a peak reset by a test end a stretch of time, as any other boundary does."""
+        if self._unwatch is None:
+            self._unwatch = devices.watch_peaks(self.boundary)
+
+    def _charge(self, allocator: Allocator, index: int, now: AllocatorReading) -> None:
+        meter = self._meters.get((allocator.name, index))
+        if meter is None:
+            if not now.reserved_peak and not now.ooms:
+                return  # never used: asking for the names of all cards of a big machine costs
+            meter = _Meter(allocator.card(index), _NOTHING)
+            self._meters[allocator.name, index] = meter
+        before, meter.last = meter.last, now
+        for owner in self._charged_owners():
+            account = owner.account(meter.card.uuid)
+            account.delta += now.allocated - before.allocated
+            account.peak = max(account.peak, now.allocated_peak)
+            account.reserved_peak = max(account.reserved_peak, now.reserved_peak)
+            # The suite may set these counters back.
+            account.retries += max(0, now.retries - before.retries)
+            account.ooms += max(0, now.ooms - before.ooms)
+        if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
+            allocator.reset_peak(index)
+
+    def _charged_owners(self) -> tuple[Owner, ...]:
+        owner = self._owners[-1]
+        if isinstance(owner, Fixture) and not owner.wide and self._test is not None:
+            return (owner, self._test)
+        return (owner,)
+
+    # Tests
+
+    def begin_test(self, nodeid: str) -> None:
+        """Start measuring the test ``nodeid``; its fixtures are not set up yet."""
+        if self._stacks_wanted and "torch" in sys.modules:
+            self._stacks_wanted = False
+            devices.record_stacks()
+        if "torch" in sys.modules:
+            # Before the card is in use: the first test that uses it may reset its peak as well.
+            self._watch_peaks()
+        self.boundary()
+        if any(account.delta > 0 for account in self._outside.accounts.values()):
+            # Taken at import or between tests: not to be laid at a later test's door.
+            self._tensors.remember("outside of tests")
+        self._outside.accounts.clear()
+        self._test = Test(nodeid)
+        self._owners = [self._test]
+        for meter in self._meters.values():
+            self._test.baselines[meter.card.uuid] = meter.last.allocated
+
+    def usage(self) -> tuple[CardUsage, ...]:
+        """Return what the running test did so far; nothing is judged or cleaned."""
+        self.boundary()
+        return self._card_usages(self._test, {}) if self._test is not None else ()
+
+    def end_test(
+        self,
+        errors: Sequence[BaseException] = (),
+        *,
+        judge: bool = True,
+        keepers: Mapping[int, str] | None = None,
+    ) -> Usage:
+        """Stop measuring, find out what stayed, and return the test's usage.
+
+        Args:
+            errors: exceptions that ended the test's phases. When memory stayed, the frames of
+                their tracebacks are cleared, because they pin what the test's variables held.
+            judge: False leaves frames and garbage alone and finds no leak (under a debugger).
+            keepers: identities of objects that keep the test's memory, and what to call them;
+                where something below them is a leak, that is more use than their own holders.
+
+        """
+        test = self._test
+        if test is None:
+            return Usage()
+        self._end_teardowns()
+        verdicts: Verdicts = {}
+        if judge and test.stayed():
+            self._give_back(test, errors)
+            if test.stayed():
+                verdicts = self._judge(test, keepers or {})
+        self._read_processes()
+        usage = Usage(self._card_usages(test, verdicts), _fixture_usages(test, verdicts))
+        self._release_caches()
+        self._test = None
+        self._owners = [self._outside]
+        return usage
+
+    def _give_back(self, test: Test, errors: Sequence[BaseException]) -> None:
+        """Drop what only tracebacks and reference cycles keep alive, by the cheapest means."""
+        for error in errors:
+            release.clear_frames(error)
+        release.forget_last_error()
+        release.collect(lambda: self._still_stayed(test))
+
+    def _still_stayed(self, test: Test) -> bool:
+        self.boundary()
+        test.pay_back()
+        return bool(test.stayed())
+
+    def _judge(self, test: Test, keepers: Mapping[int, str]) -> Verdicts:
+        """Take the second look at what stayed."""
+        for allocator in devices.allocators():
+            allocator.settle()
+        self.boundary()
+        test.pay_back()
+        cards = {
+            f"{meter.card.kind}:{index}": meter.card.uuid
+            for (_, index), meter in self._meters.items()
+        }
+        return self._tensors.judge(test.stayed(), cards, self._fixture_values, keepers, test.name)
+
+    def _card_usages(self, test: Test, verdicts: Verdicts) -> tuple[CardUsage, ...]:
+        usages = []
+        for meter in self._meters.values():
+            uuid = meter.card.uuid
+            account = test.accounts.get(uuid)
+            baseline = test.baselines.get(uuid, 0)
+            if account is None or not (
+                account.delta or account.ooms or account.peak > baseline or test.fixtures
+            ):
+                continue
+            verdict = verdicts.get((test.name, uuid), Verdict())
+            usages.append(
+                CardUsage(
+                    card=uuid,
+                    baseline=baseline,
+                    peak=max(account.peak, baseline),
+                    leftover=max(account.delta, 0),
+                    reserved=meter.last.reserved,
+                    reserved_peak=account.reserved_peak,
+                    retries=account.retries,
+                    ooms=account.ooms,
+                    process=meter.process,
+                    leaked=verdict.leaked,
+                    holders=verdict.holders,
+                    note=verdict.note,
+                )
+            )
+        return tuple(usages)
+
+    def _read_processes(self) -> None:
+        """Ask the driver for this process's bytes where the reserved memory has changed.
+
+        The driver's answer costs milliseconds on a real card, and moves only with segments.
+        """
+        for meter in self._meters.values():
+            if meter.process_read_at != meter.last.reserved:
+                meter.process_read_at = meter.last.reserved
+                told = devices.process_bytes(meter.card).get(os.getpid())
+                # In a container the driver's pids are the host's: this one may be a stranger's.
+                meter.process = told if told and told >= meter.last.reserved else None
+
+    def _release_caches(self) -> None:
+        for allocator in devices.allocators():
+            meters = [meter for (name, _), meter in self._meters.items() if name == allocator.name]
+            if any(self._release_cache(meter.card, meter.last) for meter in meters):
+                allocator.release_cached()
+                self.boundary()
+
+    # Fixtures
+
+    def begin_fixture(self, name: str, scope: str) -> Fixture:
+        """Start charging a fixture's set-up to it; fixtures may nest."""
+        self._end_teardowns()
+        fixture = Fixture(name, scope)
+        self._owners.append(fixture)
+        return fixture
+
+    def end_fixture(self, fixture: Fixture, value: object = None) -> None:
+        """End charging the set-up of ``fixture``, which made ``value``."""
+        self.boundary()
+        self._owners.remove(fixture)
+        fixture.set_up = {uuid: replace(account) for uuid, account in fixture.accounts.items()}
+        if fixture.wide and gc.is_tracked(value):
+            # The identity only: the tracker must not be one more holder of the value.
+            fixture.value_id = id(value)
+            self._fixture_values[id(value)] = fixture.label
+        test = self._test
+        if test is None:
+            return
+        if any(account.delta for account in fixture.set_up.values()):
+            test.fixtures.append(fixture)
+            if fixture.wide:
+                self._tensors.remember(fixture.name)
+        if fixture.wide:
+            # What is there and is not the test's own is what it starts from.
+            for meter in self._meters.values():
+                uuid = meter.card.uuid
+                test.baselines[uuid] = meter.last.allocated - test.account(uuid).delta
+
+    def begin_teardown(self, fixture: Fixture) -> None:
+        """Start charging the teardown of ``fixture`` to it.
+
+        It ends when the next one begins or the test ends, not when its finaliser returns:
+        pytest lets go of a fixture's value only after that.
+        """
+        self._end_teardowns()
+        fixture.torn_down = True
+        self._owners.append(fixture)
+        if fixture.value_id is not None:
+            self._fixture_values.pop(fixture.value_id, None)
+        if self._test is not None and fixture not in self._test.fixtures and fixture.set_up:
+            self._test.fixtures.append(fixture)
+
+    def _end_teardowns(self) -> None:
+        self.boundary()
+        self._owners = [
+            owner for owner in self._owners if not (isinstance(owner, Fixture) and owner.torn_down)
+        ]
+
+
+def _fixture_usages(test: Test, verdicts: Verdicts) -> tuple[FixtureUsage, ...]:
+    usages = []
+    for fixture in test.fixtures:
+        for uuid, account in fixture.set_up.items():
+            verdict = verdicts.get((fixture.name, uuid), Verdict())
+            usage = FixtureUsage(
+                name=fixture.name,
+                scope=fixture.scope,
+                card=uuid,
+                allocated=account.delta,
+                peak=account.peak,
+                released=_released(fixture, test, uuid),
+                leaked=verdict.leaked,
+                holders=verdict.holders,
+            )
+            usages.append(usage)
+    return tuple(usage for usage in usages if usage.allocated or usage.released)
+
+
+def _released(fixture: Fixture, test: Test, uuid: str) -> int | None:
+    """Return what came back of a fixture's memory, None while it is set up.
+
+    A function fixture's value lives until its test is over, so it is judged with the test:
+    what the test as a whole did not leave behind came back.
+    """
+    allocated = fixture.set_up[uuid].delta
+    if fixture.wide:
+        return allocated - fixture.accounts[uuid].delta if fixture.torn_down else None
+    return max(allocated - max(test.account(uuid).delta, 0), 0)

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import asyncio
+import builtins
+import gc
+import sys
+import traceback
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpumem.tracking import release
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+
+class Tensor:
+    """Stands for a tensor: something that is freed with its last reference."""
+
+
+Witness = weakref.ref[Tensor]
+
+
+@pytest.fixture(autouse=True)
+def no_collector() -> Iterator[None]:
+    """What is freed here is freed by its last reference, not by luck."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def failure(witnesses: list[Witness], error: BaseException | None = None) -> BaseException:
+    """Return an error whose traceback pins one tensor in a finished frame."""
+
+    def fail() -> None:
+        tensor = Tensor()
+        witnesses.append(weakref.ref(tensor))
+        raise error or ValueError("boom")
+
+    try:
+        fail()
+    except BaseException as caught:
+        return caught
+    raise AssertionError
+
+
+def freed(witnesses: list[Witness]) -> bool:
+    assert witnesses
+    return all(witness() is None for witness in witnesses)
+
+
+def test_locals_of_failed_frames_are_freed() -> None:
+    witnesses: list[Witness] = []
+    error = failure(witnesses)
+    assert not freed(witnesses)
+    release.clear_frames(error)
+    assert freed(witnesses)
+
+
+def test_the_traceback_stays_for_reports_made_later() -> None:
+    error = failure([])
+    release.clear_frames(error)
+    frames = traceback.walk_tb(error.__traceback__)
+    assert [frame.f_code.co_name for frame, _ in frames] == ["failure", "fail"]
+
+
+def test_a_snapshot_of_the_locals_taken_by_a_report_is_freed_too() -> None:
+    witnesses: list[Witness] = []
+    error = failure(witnesses)
+    assert [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    release.clear_frames(error)
+    assert freed(witnesses)
+
+
+def test_locals_of_finished_callers_are_freed() -> None:
+    def caller() -> BaseException:
+        tensor = Tensor()
+        witnesses.append(weakref.ref(tensor))
+        return failure(witnesses)
+
+    witnesses: list[Witness] = []
+    error = caller()
+    assert witnesses[0]() is not None
+    release.clear_frames(error)
+    assert freed(witnesses)
+
+
+@pytest.mark.parametrize("link", ["__cause__", "__context__"])
+def test_chained_errors_are_followed(link: str) -> None:
+    witnesses: list[Witness] = []
+    error = failure(witnesses)
+    setattr(error, link, failure(witnesses))
+    setattr(getattr(error, link), link, failure(witnesses))
+    release.clear_frames(error)
+    assert len(witnesses) == 3
+    assert freed(witnesses)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with Python 3.11")
+def test_members_of_nested_groups_are_followed() -> None:
+    witnesses: list[Witness] = []
+    group: Any = getattr(builtins, "ExceptionGroup", None)
+    inner = group("inner", [failure(witnesses), failure(witnesses)])
+    error = failure(witnesses, group("outer", [inner, failure(witnesses)]))
+    release.clear_frames(error)
+    assert len(witnesses) == 4
+    assert freed(witnesses)
+
+
+def test_a_circle_of_contexts_comes_to_an_end() -> None:
+    witnesses: list[Witness] = []
+    first, second = failure(witnesses), failure(witnesses)
+    first.__cause__, second.__cause__ = second, first
+    release.clear_frames(first)
+    assert freed(witnesses)
+
+
+def test_an_attribute_called_exceptions_that_is_no_group_is_ignored() -> None:
+    witnesses: list[Witness] = []
+    error = failure(witnesses)
+    error.exceptions = ["no exception"]  # type: ignore[attr-defined]
+    release.clear_frames(error)
+    assert freed(witnesses)
+
+
+def test_running_frames_keep_their_locals() -> None:
+    tensor = Tensor()
+    try:
+        int("no number")
+    except ValueError as error:
+        release.clear_frames(error)
+    assert isinstance(tensor, Tensor)
+
+
+def test_a_suspended_generator_goes_on_where_it_was() -> None:
+    def fixture() -> Iterator[object]:
+        tensor = Tensor()
+        try:
+            int("no number")
+        except ValueError as error:
+            caught.append(error)
+        try:
+            yield tensor
+            yield tensor
+        finally:
+            ended.append(True)
+
+    caught: list[ValueError] = []
+    ended: list[bool] = []
+    generator = fixture()
+    first = next(generator)
+    release.clear_frames(caught[0])
+    assert not ended
+    assert next(generator) is first
+
+
+def test_a_suspended_generator_in_a_frozen_heap_goes_on() -> None:
+    def fixture() -> Iterator[object]:
+        try:
+            int("no number")
+        except ValueError as error:
+            caught.append(error)
+        yield 1
+        yield 2
+
+    caught: list[ValueError] = []
+    generator = fixture()
+    next(generator)
+    gc.freeze()
+    try:
+        release.clear_frames(caught[0])
+    finally:
+        gc.unfreeze()
+    assert next(generator) == 2
+
+
+def test_a_suspended_coroutine_goes_on_where_it_was() -> None:
+    async def job() -> int:
+        try:
+            int("no number")
+        except ValueError as error:
+            caught.append(error)
+        await asyncio.sleep(0)
+        return 7
+
+    async def main() -> int:
+        task = asyncio.ensure_future(job())
+        await asyncio.sleep(0)
+        release.clear_frames(caught[0])
+        return await task
+
+    caught: list[ValueError] = []
+    assert asyncio.run(main()) == 7
+
+
+def finished_generator(witnesses: list[Witness]) -> BaseException:
+    def fail() -> Iterator[int]:
+        tensor = Tensor()
+        witnesses.append(weakref.ref(tensor))
+        yield 1
+        raise ValueError("boom")
+
+    try:
+        list(fail())
+    except ValueError as error:
+        return error
+    raise AssertionError
+
+
+def finished_coroutine(witnesses: list[Witness]) -> BaseException:
+    async def stream() -> AsyncIterator[int]:
+        tensor = Tensor()
+        witnesses.append(weakref.ref(tensor))
+        yield 1
+        raise ValueError("boom")
+
+    async def fail() -> None:
+        tensor = Tensor()
+        witnesses.append(weakref.ref(tensor))
+        async for _ in stream():
+            await asyncio.sleep(0)
+
+    try:
+        asyncio.run(fail())
+    except ValueError as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize("make", [finished_generator, finished_coroutine])
+def test_locals_of_failed_generators_and_coroutines_are_freed(
+    make: Callable[[list[Witness]], BaseException],
+) -> None:
+    witnesses: list[Witness] = []
+    error = make(witnesses)
+    assert not freed(witnesses)
+    release.clear_frames(error)
+    assert freed(witnesses)
+
+
+@pytest.mark.parametrize("name", ["last_exc", "last_value"])
+def test_the_last_error_is_kept_without_its_locals(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    witnesses: list[Witness] = []
+    error = failure(witnesses)
+    monkeypatch.setattr(sys, name, error, raising=False)
+    release.forget_last_error()
+    assert getattr(sys, name) is error
+    assert freed(witnesses)
+
+
+def test_the_last_traceback_alone_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    witnesses: list[Witness] = []
+    monkeypatch.setattr(sys, "last_traceback", failure(witnesses).__traceback__, raising=False)
+    release.forget_last_error()
+    assert freed(witnesses)
+
+
+def test_without_a_last_error_there_is_nothing_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("last_exc", "last_value", "last_traceback"):
+        monkeypatch.delattr(sys, name, raising=False)
+    release.forget_last_error()
+    assert not hasattr(sys, "last_value")
+
+
+def cycle(witnesses: list[Witness]) -> None:
+    tensor = Tensor()
+    tensor.self = tensor  # type: ignore[attr-defined]
+    witnesses.append(weakref.ref(tensor))
+
+
+def test_collect_frees_cycles_until_nothing_is_above() -> None:
+    witnesses: list[Witness] = []
+    cycle(witnesses)
+    release.collect(lambda: not freed(witnesses))
+    assert freed(witnesses)
+
+
+def test_collect_does_nothing_when_nothing_is_above() -> None:
+    witnesses: list[Witness] = []
+    cycle(witnesses)
+    release.collect(lambda: False)
+    assert not freed(witnesses)
+
+
+def test_collect_reaches_the_oldest_generation() -> None:
+    witnesses: list[Witness] = []
+    cycle(witnesses)
+    held = witnesses[0]()
+    gc.collect(0)
+    gc.collect(1)
+    del held
+    release.collect(lambda: not freed(witnesses))
+    assert freed(witnesses)
+
+
+def test_collect_stops_at_the_generation_that_was_enough() -> None:
+    old: list[Witness] = []
+    cycle(old)
+    held = old[0]()
+    gc.collect(0)
+    gc.collect(1)
+    young: list[Witness] = []
+    cycle(young)
+    del held
+    release.collect(lambda: not freed(young))
+    assert freed(young)
+    assert not freed(old)
