@@ -1,0 +1,204 @@
+"""The hooks that measure tests, in each process that runs some."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from pytest_gpumem import devices, records
+from pytest_gpumem.reports import terminal
+from pytest_gpumem.state import CARDS, ITEM_MARKS, NO_MARKS, PROPERTIES, State
+from pytest_gpumem.tracking.tracker import Fixture, Tracker, Usage, release_when_shared
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+
+class Memory:
+    """What the running test did to the cards so far; all zero where there is no card."""
+
+    def __init__(self, tracker: Tracker | None) -> None:
+        self._tracker = tracker
+
+    def usage(self) -> tuple[records.CardUsage, ...]:
+        """Return the usage by card; leaks are judged only when the test has ended."""
+        return self._tracker.usage() if self._tracker is not None else ()
+
+    @property
+    def allocated(self) -> int:
+        """Bytes allocated now on all cards."""
+        return self._tracker.allocated if self._tracker is not None else 0
+
+    @property
+    def peak(self) -> int:
+        """Highest bytes allocated since the test began, summed over cards."""
+        return sum(card.peak for card in self.usage())
+
+
+class Measuring:
+    """Measures the tests that this process runs."""
+
+    NAME = "gpumem-measuring"
+
+    def __init__(self, config: pytest.Config, state: State) -> None:
+        self._settings = state.settings
+        self._pdb = bool(config.getoption("usepdb"))
+        shared = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1"
+        rules = (release_when_shared(shared),) if state.settings.mode == "on" else ()
+        self.tracker = Tracker(*rules, stacks=state.settings.stacks, root=config.rootpath)
+        self._item: pytest.Item | None = None
+        self._errors: list[BaseException] = []
+        self._keepers: dict[int, str] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Begin before any fixture of the test is set up."""
+        if not item.stash.get(ITEM_MARKS, NO_MARKS).off:
+            self._errors.clear()
+            self._item = item
+            self.tracker.begin_test(item.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """Fail a test that passed but peaked above its limit; not called for one that failed."""
+        limit = _limit(item.stash.get(ITEM_MARKS, NO_MARKS).vram_limit, self._settings.vram_limit)
+        if limit is not None:
+            took = [(card, card.peak - card.baseline) for card in self.tracker.usage()]
+            _enforce(item, "call", "allowed {}, took {} at its peak", limit, took)
+
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+        """Keep what ended a phase until the test is over, and hand its numbers to the report."""
+        if call.when == "teardown":
+            return
+        if call.excinfo is not None:
+            self._errors.append(call.excinfo.value)
+        if call.when == "call":
+            self._keepers = _keepers(item)
+            _attach(item, Usage(self.tracker.usage()), self._errors)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Judge the test when all of its teardown is over."""
+        try:
+            result = yield
+        except BaseException as error:
+            self._errors.append(error)
+            self._end(item)
+            raise
+        cards = self._end(item)
+        marked = item.stash.get(ITEM_MARKS, NO_MARKS).vram_leak_limit
+        limit = _limit(marked, self._settings.vram_leak_limit)
+        if limit is not None:
+            leaked = [(card, card.leaked) for card in cards]
+            _enforce(item, "teardown", "allowed to leak {}, leaked {}", limit, leaked)
+        return result
+
+    def _end(self, item: pytest.Item) -> tuple[records.CardUsage, ...]:
+        self._drop_arguments(item)
+        usage = self.tracker.end_test(
+            self._errors, judge=not (self._pdb and self._errors), keepers=self._keepers
+        )
+        _attach(item, usage, self._errors)
+        self._errors.clear()
+        self._keepers = {}
+        self._item = None
+        return usage.cards
+
+    def _drop_arguments(self, item: pytest.Item) -> None:
+        """Let go of the test's fixture values, which pytest would drop right after the teardown.
+
+        Judged a moment earlier than that, each value would look like a leftover.
+        """
+        if self.tracker.active and isinstance(getattr(item, "funcargs", None), dict):
+            item.funcargs.clear()  # type: ignore[attr-defined]
+
+    # Fixtures
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any]
+    ) -> Generator[None, object, object]:
+        """Charge a fixture's set-up to the fixture."""
+        fixture = self.tracker.begin_fixture(fixturedef.argname, fixturedef.scope)
+        value: object = None
+        try:
+            value = yield
+        finally:
+            self.tracker.end_fixture(fixture, value)
+            if fixture.wide and self.tracker.active:
+                # Finalisers run last in, first out: this one marks the start of the teardown.
+                fixturedef.addfinalizer(lambda: self._begin_teardown(fixture))
+        return value
+
+    def _begin_teardown(self, fixture: Fixture) -> None:
+        if self._item is not None:
+            # All of the test's own teardown is over when a wider fixture's begins.
+            self._drop_arguments(self._item)
+        self.tracker.begin_teardown(fixture)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Tell the controller which cards this worker saw; it may be on another machine."""
+        self.tracker.close()
+        output = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output[CARDS] = [records.to_plain(card) for card in devices.find_cards().cards]
+
+
+def _keepers(item: pytest.Item) -> dict[int, str]:
+    """Return what pytest itself keeps of a test that ran: the instance of its class."""
+    instance = getattr(item, "instance", None)
+    if instance is None:
+        return {}
+    return {id(instance): f"the {type(instance).__name__} instance, which pytest keeps"}
+
+
+def _limit(marked: int | None, suite: int | None) -> int | None:
+    return suite if marked is None else marked
+
+
+def _enforce(
+    item: pytest.Item,
+    when: str,
+    sentence: str,
+    limit: int,
+    sizes: Sequence[tuple[records.CardUsage, int]],
+) -> None:
+    """Fail the test with ``sentence`` where a size is above ``limit``."""
+    for card, size in sizes:
+        if size > limit:
+            item.add_report_section(when, "GPU memory", "\n".join(terminal.usage_lines(card)))
+            # Without the traceback, which would show this plugin's lines and not the test's.
+            pytest.fail(sentence.format(format_bytes(limit), format_bytes(size)), pytrace=False)
+
+
+def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) -> None:
+    """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
+    oom = next(filter(None, map(_oom_sentence, errors)), "")
+    item.user_properties[:] = [each for each in item.user_properties if each[0] not in PROPERTIES]
+    if not (usage.cards or usage.fixtures or oom):
+        return
+    record = {
+        "cards": [records.to_plain(card) for card in usage.cards],
+        "fixtures": [records.to_plain(fixture) for fixture in usage.fixtures],
+        "oom": oom,
+    }
+    values = (
+        sum(card.peak for card in usage.cards),
+        sum(card.leftover for card in usage.cards),
+        sum(card.leaked for card in usage.cards),
+        json.dumps(record),
+    )
+    item.user_properties.extend(zip(PROPERTIES, values, strict=True))
+
+
+def _oom_sentence(error: BaseException) -> str:
+    """Return the first sentences of an out-of-memory error of the card, "" for others."""
+    text = str(error)
+    start = text.find("out of memory")
+    if start < 0 or ("OutOfMemoryError" not in type(error).__name__ and "CUDA" not in text):
+        return ""
+    return ". ".join(text.split(". ")[:2])

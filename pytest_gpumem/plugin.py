@@ -1,0 +1,185 @@
+"""pytest's hooks and fixtures: wires the rooms together, computes nothing itself."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpumem import marks
+from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, resolve
+from pytest_gpumem.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State, is_worker
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices import CardsFound
+    from pytest_gpumem.measuring import Memory
+
+CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
+"""Carries the simulated card's file to xdist's workers, which start from the environment."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register every option with its ini twin."""
+    group = parser.getgroup("gpumem", "GPU memory (pytest-gpumem)")
+    for option in OPTIONS:
+        # Defaults are None, so that the environment and the ini file can be told from "not given".
+        if option.metavar is None:
+            group.addoption(
+                option.flag, dest=option.dest, action="store_true", default=None, help=option.help
+            )
+        else:
+            group.addoption(
+                option.flag,
+                dest=option.dest,
+                default=None,
+                metavar=option.metavar,
+                help=option.help,
+            )
+        parser.addini(option.dest, f"Twin of {option.flag} and {option.env}.", default="")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Simulate the card before the first conftest can import torch."""
+    _begin(early_config, vars(early_config.known_args_namespace))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks, and what measures and reports where there is something to measure."""
+    for name in marks.MARKS:
+        config.addinivalue_line("markers", marks.describe(name))
+    if STATE not in config.stash:  # loaded by a conftest, after the initial hook
+        _begin(config, vars(config.option))
+    state = config.stash[STATE]
+    if state.settings.mode == "off":
+        return
+    if state.found.cards and not _is_controller(config):
+        from pytest_gpumem.measuring import Measuring
+
+        config.pluginmanager.register(Measuring(config, state), Measuring.NAME)
+    if not is_worker(config) and (
+        state.found.cards or state.settings.json or _is_controller(config)
+    ):
+        from pytest_gpumem.reporting import Reporting
+
+        config.pluginmanager.register(Reporting(state), "gpumem-reporting")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Take the simulated card away, if this process made it."""
+    state = config.stash.get(STATE, None)
+    if state is not None and state.simulation is not None:
+        if state.exported:
+            os.environ.pop(CARD_VARIABLE, None)
+        state.simulation.close()
+
+
+def _begin(config: pytest.Config, options: dict[str, Any]) -> None:
+    """Read the settings, start the simulated card if one is asked for, find the cards."""
+    from pytest_gpumem import devices
+
+    asked = bool({"gpumem", "pytest_gpumem.plugin"} & set(options.get("plugins") or ()))
+    try:
+        settings = resolve(options, os.environ, config.getini, asked=asked)
+        if settings.mode == "off":
+            state = State(settings, devices.CardsFound((), "switched off"))
+        else:
+            found = devices.find_cards()
+            state = _simulate(settings, found) if settings.simulated else State(settings, found)
+    except BadSettingError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[STATE] = state
+
+
+def _simulate(settings: Settings, real: CardsFound) -> State:
+    """Give this process a simulated card.
+
+    Raises:
+        BadSettingError: when a real card is visible and the user did not ask twice, or the card
+            file that was named cannot be used.
+
+    """
+    from pytest_gpumem import devices
+    from pytest_gpumem.simulator import Simulation
+
+    if real.cards and not settings.simulate_anyway:
+        raise BadSettingError(
+            f"--gpumem-simulate: a real card is visible ({real.cards[0].name}); "
+            "add --gpumem-simulate-anyway to simulate one all the same"
+        )
+    if settings.simulate_card is not None:
+        try:
+            simulation = Simulation.attach(str(settings.simulate_card))
+        except (OSError, ValueError) as error:
+            raise BadSettingError(f"--gpumem-simulate-card: {error}") from None
+    else:
+        simulation = Simulation.start(settings.simulate or 0, settings.simulate_context)
+    simulation.install()
+    import pynvml  # noqa: F401  # its answers come from the simulated card from here on
+
+    exported = CARD_VARIABLE not in os.environ
+    os.environ.setdefault(CARD_VARIABLE, simulation.path)
+    return State(settings, devices.find_cards(), simulation, exported)
+
+
+def _is_controller(config: pytest.Config) -> bool:
+    """Return whether this process hands its tests to xdist's workers."""
+    distributes = config.getoption("dist", "no") != "no" and config.getoption("tx", None)
+    return bool(distributes) and not is_worker(config)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say in one line which card there is, and in a second one what a simulated card lacks."""
+    state = config.stash[STATE]
+    if state.settings.mode == "off":
+        return ["gpumem: off"]
+    shown = [f"{card.name} of {format_bytes(card.total)}" for card in state.found.cards]
+    cards = ", ".join(shown) or f"no card: {state.found.why_none}"
+    lines = [f"gpumem: {state.settings.mode}, {cards}"]
+    if state.simulation is not None:
+        lines.append(f"gpumem: {state.simulation.NOT_SIMULATED}")
+    return lines
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Read the marks of every test now: a bad one must not surface in the middle of the run."""
+    if config.stash[STATE].settings.mode == "off":
+        return
+    try:
+        for item in items:
+            # From the module inwards, so that the closest mark is the one that holds.
+            for mark in reversed(list(item.iter_markers())):
+                if mark.name in marks.MARKS:
+                    _read_mark(item, mark)
+    except BadSettingError as error:
+        if not is_worker(config):
+            raise pytest.UsageError(str(error)) from None
+        # xdist answers a worker's UsageError with an INTERNALERROR: the controller raises it.
+        config.workeroutput[USAGE_ERROR] = str(error)  # type: ignore[attr-defined]
+        items.clear()
+
+
+def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
+    try:
+        meaning = marks.read(mark.name, mark.args, mark.kwargs)
+    except ValueError as error:
+        path, line, _ = item.location
+        raise BadSettingError(f"{path}:{(line or 0) + 1}: {item.nodeid}: {error}") from None
+    found = item.stash.setdefault(ITEM_MARKS, ItemMarks())
+    if mark.name == "gpu":
+        found.need = meaning
+    elif mark.name == "gpumem_off":
+        found.off = True
+    else:
+        setattr(found, mark.name, meaning)
+
+
+@pytest.fixture
+def gpumem(request: pytest.FixtureRequest) -> Memory:
+    """Return this test's VRAM in bytes: ``allocated`` now, its ``peak``, ``usage()`` by card."""
+    from pytest_gpumem.measuring import Measuring, Memory
+
+    measuring = request.config.pluginmanager.get_plugin(Measuring.NAME)
+    return Memory(measuring.tracker if measuring is not None else None)

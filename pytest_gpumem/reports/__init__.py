@@ -1,0 +1,1 @@
+"""How it is shown: one record in, lines out."""

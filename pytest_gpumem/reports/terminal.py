@@ -1,0 +1,156 @@
+"""The run in lines for a terminal: sizes are bare MiB, the unit stands in the column head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.units import format_bytes, format_mib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
+
+_HOLDERS_SHOWN = 3
+
+
+def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
+    """Return the section's lines, none when no test touched a card.
+
+    Args:
+        run: what happened.
+        top: how many tests the table shows; all of them when ``verbosity`` is above 1.
+        verbosity: pytest's; below 0 one line says it all, above 0 holders are not shortened.
+
+    """
+    touched = [test for test in run.tests if test.cards or test.fixtures or test.oom]
+    if not touched:
+        return
+    yield _summary(run, touched)
+    if verbosity < 0:
+        return
+    shown = len(touched) if verbosity > 1 else top
+    yield from _table(touched, shown)
+    limit = None if verbosity > 0 else _HOLDERS_SHOWN
+    yield from _fixtures(touched)
+    yield from _section("leaked", _leaks(touched, limit))
+    yield from _section("out of memory", _ooms(touched))
+    if verbosity > 0:
+        yield from _section("not counted as leaked", _notes(touched))
+
+
+def usage_lines(usage: CardUsage) -> Iterator[str]:
+    """Return one test's usage of one card, for the detail section of a failure."""
+    yield f"card      {usage.card}"
+    for name in ("baseline", "peak", "leftover", "leaked", "reserved"):
+        yield f"{name:<9} {format_bytes(getattr(usage, name))}"
+    yield from _holder_lines(usage.holders, None)
+
+
+def _summary(run: RunRecord, touched: Sequence[RecordedTest]) -> str:
+    peak = max((card.peak for test in touched for card in test.cards), default=0)
+    leaks = sum(1 for test in touched if _leaked(test))
+    ooms = sum(1 for test in touched if test.oom)
+    return (
+        f"{_count(len(touched), 'test')} of {len(run.tests)} used VRAM, "
+        f"highest peak {format_bytes(peak)}, "
+        f"{_count(leaks, 'leak')}, {_count(ooms, 'failure')} out of memory"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _leaked(test: RecordedTest) -> int:
+    return sum(card.leaked for card in test.cards) + sum(each.leaked for each in test.fixtures)
+
+
+def _table(tests: Sequence[RecordedTest], top: int) -> Iterator[str]:
+    rows = sorted(
+        ((card, test) for test in tests for card in test.cards if card.peak),
+        key=lambda row: row[0].peak,
+        reverse=True,
+    )
+    if not rows[:top]:
+        return
+    yield ""
+    yield f"{'peak MiB':>10} {'own MiB':>10} {'leftover':>10}  test"
+    for card, test in rows[:top]:
+        own = card.peak - card.baseline
+        sizes = " ".join(f"{format_mib(size):>10}" for size in (card.peak, own, card.leftover))
+        yield f"{sizes}  {test.nodeid}{_on(test)}"
+    if len(rows) > top:
+        yield f"... {len(rows) - top} more; -vv shows all"
+
+
+def _on(test: RecordedTest) -> str:
+    return f" [{test.worker}]" if test.worker else ""
+
+
+def _fixtures(tests: Sequence[RecordedTest]) -> Iterator[str]:
+    """Show the wider fixtures; one that was torn down counts with its teardown's figures."""
+    rows: dict[tuple[str, str, str, str], FixtureUsage] = {}
+    for test in tests:
+        for each in test.fixtures:
+            if each.scope != "function":
+                rows[test.worker, each.name, each.scope, each.card] = each
+    if not rows:
+        return
+    yield ""
+    yield f"{'took MiB':>10} {'peak MiB':>10} {'released':>10}  fixture"
+    for (worker, *_), each in rows.items():
+        released = "" if each.released is None else format_mib(each.released)
+        where = f" [{worker}]" if worker else ""
+        yield (
+            f"{format_mib(each.allocated):>10} {format_mib(each.peak):>10} {released:>10}  "
+            f"{each.name} ({each.scope}){where}"
+        )
+
+
+def _section(title: str, found: Iterable[str]) -> Iterator[str]:
+    body = list(found)
+    if body:
+        yield ""
+        yield title
+        yield from body
+
+
+def _leaks(tests: Sequence[RecordedTest], limit: int | None) -> Iterator[str]:
+    for test in tests:
+        for card in test.cards:
+            if card.leaked:
+                yield f"  {format_mib(card.leaked):>8} MiB by {test.nodeid}{_on(test)}"
+                yield from _holder_lines(card.holders, limit)
+        for fixture in test.fixtures:
+            if fixture.leaked:
+                yield (
+                    f"  {format_mib(fixture.leaked):>8} MiB by fixture {fixture.name} "
+                    f"({fixture.scope}), torn down after {test.nodeid}{_on(test)}"
+                )
+                yield from _holder_lines(fixture.holders, limit)
+
+
+def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]:
+    for holder in holders[:limit]:
+        shape = "x".join(map(str, holder.shape)) or "scalar"
+        tensors = f"{holder.tensors} tensors, largest" if holder.tensors > 1 else "tensor"
+        yield f"      held by {holder.where}"
+        yield f"          {tensors} {holder.dtype} {shape}, {format_bytes(holder.size)} in all"
+        yield from (f"          allocated at {frame}" for frame in holder.stack[:_HOLDERS_SHOWN])
+    if limit is not None and len(holders) > limit:
+        yield f"      ... {len(holders) - limit} more holders; -v shows all"
+
+
+def _ooms(tests: Sequence[RecordedTest]) -> Iterator[str]:
+    for test in tests:
+        if test.oom:
+            yield f"  {test.nodeid}{_on(test)}"
+            yield f"      {test.oom}"
+
+
+def _notes(tests: Sequence[RecordedTest]) -> Iterator[str]:
+    for test in tests:
+        for card in test.cards:
+            if card.note:
+                yield f"  {test.nodeid}{_on(test)}: {card.note}"

@@ -1,0 +1,51 @@
+"""What the plugin keeps with pytest's configuration and items, and the names it sends home by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_gpumem import marks
+    from pytest_gpumem.devices import CardsFound
+    from pytest_gpumem.settings import Settings
+    from pytest_gpumem.simulator import Simulation
+
+STATE = pytest.StashKey["State"]()
+ITEM_MARKS = pytest.StashKey["ItemMarks"]()
+
+
+@dataclass
+class State:
+    """What the plugin keeps with pytest's configuration."""
+
+    settings: Settings
+    found: CardsFound
+    simulation: Simulation | None = None
+    exported: bool = False
+    """Whether this process put ``CARD_VARIABLE`` into the environment."""
+
+
+@dataclass
+class ItemMarks:
+    """What the marks of one test mean; None where it has no such mark."""
+
+    need: marks.Need | None = None
+    vram_limit: int | None = None
+    vram_leak_limit: int | None = None
+    off: bool = False
+
+
+NO_MARKS = ItemMarks()
+PROPERTIES = ("gpumem_peak", "gpumem_leftover", "gpumem_leaked", "gpumem_record")
+"""A test's user properties: bytes over all cards, and the whole record as JSON text."""
+USAGE_ERROR = "gpumem_usage_error"
+CARDS = "gpumem_cards"
+"""Keys under which a worker leaves things for the controller when it ends."""
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Return whether this process is one of xdist's workers."""
+    return hasattr(config, "workerinput")

@@ -1,0 +1,88 @@
+"""Runs pytest as a user does, in a process of its own, and reads what it left."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_gpumem import records
+
+SUITES = Path(__file__).parent / "suites"
+SIMULATE = ("-p", "gpumem", "--gpumem-simulate", "3.81GiB")
+MODES = {
+    "plain": (),
+    "n0": ("-n", "0"),
+    "n2": ("-n", "2"),
+    "no-xdist": ("-p", "no:xdist"),
+}
+"""The four ways in which every feature must work."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished pytest run."""
+
+    status: int
+    output: str
+    directory: Path
+
+    @property
+    def record(self) -> records.RunRecord:
+        return records.load(self.directory / "run.json")
+
+    def test(self, name: str) -> records.RecordedTest:
+        """Return the record of the test whose nodeid ends in ``name``."""
+        (found,) = [each for each in self.record.tests if each.nodeid.endswith(f"::{name}")]
+        return found
+
+    def card(self, name: str) -> records.CardUsage:
+        """Return what the test ``name`` did to its only card."""
+        (found,) = self.test(name).cards
+        return found
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """Return the counts of pytest's last line."""
+        last = re.findall(r"^=* ?((?:\d+ \w+(?:, )?)+) in [\d.]+s", self.output, re.MULTILINE)[-1]
+        return {word.rstrip("s"): int(n) for n, word in re.findall(r"(\d+) (\w+)", last)}
+
+    @property
+    def section(self) -> str:
+        """Return the GPU memory section of the terminal."""
+        found = re.findall(r"^=+ GPU memory =+$\n(.*?)^=", self.output, re.MULTILINE | re.DOTALL)
+        return found[0] if found else ""
+
+
+def run_pytest(directory: Path, *arguments: str, env: dict[str, str] | None = None) -> Run:
+    """Run pytest in ``directory``; its own plugins only, so that ours is what differs."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("GPUMEM", "PYTEST_", "CUDA_", "HF_"))
+    }
+    command = [sys.executable, "-m", "pytest", "--color=no", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=clean | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout + done.stderr, directory)
+
+
+def write_suite(directory: Path, **files: str) -> Path:
+    """Write the files (``test_x="..."`` becomes ``test_x.py``) and an ini file that keeps quiet."""
+    (directory / "pytest.ini").write_text(
+        "[pytest]\nasyncio_default_fixture_loop_scope = function\n"
+        "markers = asyncio\n    anyio\nfilterwarnings = error\n"
+    )
+    for name, text in files.items():
+        (directory / f"{name}.py").write_text(text)
+    return directory
