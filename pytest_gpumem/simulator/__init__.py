@@ -1,0 +1,92 @@
+"""A CUDA card for machines without one, as far as memory goes.
+
+One file is the card; every process that opens it shares its capacity. Suites written for
+``device="cuda"`` then run on host memory that is charged to the card, with PyTorch's allocator
+policy, its statistics and its out-of-memory errors, and with NVML's answers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from os import environ
+from pathlib import Path
+
+from pytest_gpumem.simulator.card import SharedCard
+from pytest_gpumem.simulator.on_import import when_imported
+
+
+class Simulation:
+    """One simulated card as this process sees it; ``start`` makes the card, ``attach`` joins it."""
+
+    NOT_SIMULATED = (
+        "not simulated: speed, streams, CUDA graphs, TF32, library workspaces, scratch memory"
+        " inside one operation, sparse tensors, DLPack, IPC, TorchScript devices, CUDA extensions"
+    )
+
+    def __init__(self, card: SharedCard, directory: Path | None = None) -> None:
+        self.card = card
+        self._directory = directory
+
+    @classmethod
+    def start(cls, total: int, context: int) -> Simulation:
+        """Create a card of ``total`` bytes where each process costs ``context`` bytes.
+
+        Its file lies in a new directory that only this user may enter.
+
+        Raises:
+            ValueError: when the sizes make no sense.
+
+        """
+        directory = Path(tempfile.mkdtemp(prefix="gpumem-", dir=_private_directory()))
+        try:
+            card = SharedCard.create(directory / "card", total=total, context=context)
+        except ValueError:
+            shutil.rmtree(directory)
+            raise
+        return cls(card, directory)
+
+    @classmethod
+    def attach(cls, path: str) -> Simulation:
+        """Open the card that another process started.
+
+        Raises:
+            ValueError: when there is no simulated card at ``path``.
+
+        """
+        return cls(SharedCard.open(Path(path)))
+
+    @property
+    def path(self) -> str:
+        """The file of the card, for ``attach``."""
+        return str(self.card.path)
+
+    def install(self) -> None:
+        """Let torch and pynvml answer for the card, now or as soon as each is imported.
+
+        It cannot be undone in this process.
+        """
+        when_imported("pynvml", self._install_nvml)
+        when_imported("torch", self._install_torch)
+
+    def close(self) -> None:
+        """Give back what this process holds; the process that started the card removes it."""
+        self.card.leave()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _install_nvml(self) -> None:
+        from pytest_gpumem.simulator import nvml_face
+
+        nvml_face.install(self.card)
+
+    def _install_torch(self) -> None:
+        from pytest_gpumem.simulator import torch_face
+
+        torch_face.install(self.card)
+
+
+def _private_directory() -> str | None:
+    """Return the user's runtime directory (in memory on Linux), or None for the system's own."""
+    directory = environ.get("XDG_RUNTIME_DIR", "")
+    return directory if directory and Path(directory).is_dir() else None

@@ -1,0 +1,75 @@
+"""Run something right after a module has been imported, without importing it."""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+
+def when_imported(name: str, callback: Callable[[], None]) -> None:
+    """Call ``callback`` once: now if the module ``name`` is imported, else when it has been.
+
+    An import that fails leaves the callback waiting for the next one. What ``callback`` raises
+    reaches whoever imports the module.
+    """
+    module = sys.modules.get(name)
+    importing = getattr(getattr(module, "__spec__", None), "_initializing", False)
+    if module is not None and not importing:
+        callback()
+    else:
+        sys.meta_path.insert(0, _Watcher(name, callback))
+
+
+class _Watcher(MetaPathFinder):
+    """Finds one module the way the other finders do, and wraps its loader."""
+
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self.name = name
+        self.callback = callback
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Announcing(spec.loader, self)
+                return spec
+        return None
+
+    def imported(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self.callback()
+
+
+class _Announcing(Loader):
+    """A module's own loader, which tells the watcher once the module is there."""
+
+    def __init__(self, loader: Any, watcher: _Watcher) -> None:
+        self._loader = loader
+        self._watcher = watcher
+
+    def __getattr__(self, name: str) -> Any:
+        # Whoever only looks the module up asks its loader for files, sources, resources.
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._watcher.imported()

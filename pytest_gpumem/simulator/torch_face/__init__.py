@@ -1,0 +1,44 @@
+"""torch's face of the simulated card.
+
+Tensors stay on the host; two torch modes (``modes``; ``calls`` for single functions) let them look
+and cost as if they lived on ``cuda:0``. ``memory`` keeps the account, ``cuda_functions`` answers
+for the driver below torch's own Python, ``stubs`` are CUDA's objects, ``torch_python`` changes the
+few places of torch's Python that would see through the face. Everything private of torch that the
+simulator uses is in this package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_gpumem.simulator.card import SharedCard
+
+
+def install(card: SharedCard) -> None:
+    """Give this process's torch ``card``, from now on and in threads started from now on.
+
+    CUDA is initialised, and the context taken, by the first call that needs it. There is no way
+    back in this process.
+
+    Raises:
+        RuntimeError: in one sentence, when this version of torch lacks something private that the
+            face needs.
+
+    """
+    from pytest_gpumem.simulator.torch_face import modes, torch_python
+    from pytest_gpumem.simulator.torch_face.cuda_functions import functions
+    from pytest_gpumem.simulator.torch_face.memory import CardMemory
+    from pytest_gpumem.simulator.torch_face.stubs import CardGenerator
+
+    memory = CardMemory(card)
+    generator = CardGenerator()
+    try:
+        torch_python.prepare(memory, functions(memory, generator))
+    except AttributeError as error:
+        import torch
+
+        raise RuntimeError(
+            f"the simulated card does not fit torch {torch.__version__}: {error}"
+        ) from None
+    torch_python.enter_everywhere(lambda: modes.on_the_card(memory, generator))

@@ -1,0 +1,415 @@
+"""What the face does with single functions of torch.
+
+Each handler takes the face, the function and its arguments, and runs with the face off: what it
+calls of torch shows the host.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._device import DeviceContext, _device_constructors
+
+from pytest_gpumem.simulator.torch_face.modes import face_again
+from pytest_gpumem.simulator.torch_face.stubs import CARD, device_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pytest_gpumem.simulator.blocks import Block
+    from pytest_gpumem.simulator.torch_face.modes import Face, Function
+
+    Handler = Callable[[Face, Function, Any, Any], Any]
+
+_C: Any = torch._C
+Tensor: Any = torch.Tensor
+HOST = torch.device("cpu")
+# Elements from which a factory's result is asked for its size before it is made.
+_WORTH_ASKING = 2**18
+_UNASKED = frozenset(("device", "generator", "pin_memory"))
+_NO_CONTEXT = nullcontext()
+_RANDOM = frozenset(
+    getattr(torch, name)
+    for name in (
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "normal",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+    )
+)
+
+# Where a tensor is.
+
+
+def _device(face: Face, func: Function, args: Any, kwargs: Any) -> torch.device:
+    device: torch.device = CARD if face.memory.holds(args[0]) else func(*args, **kwargs)
+    return device
+
+
+def _device_of(face: Face, tensor: Any) -> torch.device:
+    return _device(face, Tensor.device.__get__, (tensor,), {})
+
+
+def _is_cuda(face: Face, func: Function, args: Any, kwargs: Any) -> bool:
+    return face.memory.holds(args[0]) or bool(func(*args, **kwargs))
+
+
+def _is_cpu(face: Face, func: Function, args: Any, kwargs: Any) -> bool:
+    return not face.memory.holds(args[0]) and bool(func(*args, **kwargs))
+
+
+def _get_device(face: Face, func: Function, args: Any, kwargs: Any) -> int:
+    return 0 if face.memory.holds(args[0]) else func(*args, **kwargs)
+
+
+# New tensors.
+
+
+def create(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Run a function that takes ``device=`` and makes a tensor there."""
+    return _create_at(face, as_device(kwargs["device"]), func, args, kwargs)
+
+
+def _create_at_default(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Run a factory, which takes the default device where none is named."""
+    device = _first(kwargs.get("device"), _default_device(), HOST)
+    return _create_at(face, as_device(device), func, args, kwargs)
+
+
+def _create_along(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Run a factory that takes the device of its tensor where none is named."""
+    device = _first(kwargs.get("device"), _device_of(face, args[0]))
+    return _create_at(face, as_device(device), func, args, kwargs)
+
+
+def _create_at(face: Face, device: torch.device, func: Function, args: Any, kwargs: Any) -> Any:
+    if kwargs.get("out") is not None:
+        return func(*args, **kwargs)
+    if device == CARD:
+        return _create_on_card(face, func, args, {**kwargs, "device": HOST})
+    if kwargs.get("pin_memory"):
+        return _pin(face.charges.run_aside(func, *args, **{**kwargs, "pin_memory": False}))
+    return face.charges.run_aside(func, *args, **kwargs)
+
+
+def _create_on_card(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    block = _take_ahead(face, func, args, kwargs)
+    try:
+        with _drawing(face, func, kwargs):
+            result = face.charges.run_aside(func, *args, **kwargs)
+    except BaseException:
+        face.memory.give_back(block)
+        raise
+    if block is None:
+        face.charges.charge_all(result)
+    else:
+        face.memory.put(result.untyped_storage(), block)
+    return result
+
+
+def _take_ahead(face: Face, func: Function, args: Any, kwargs: Any) -> Block | None:
+    """Take the block of a large result before the host has to hold it, where that is told.
+
+    None where the result is small, or where only the result will tell.
+    """
+    if _product((*args, kwargs.get("size", 1))) < _WORTH_ASKING:
+        return None
+    told = {key: value for key, value in kwargs.items() if key not in _UNASKED}
+    try:
+        meta = face.charges.run_aside(func, *args, **told, device="meta")
+        size = meta.untyped_storage().nbytes()
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    return face.memory.take(size)
+
+
+def _drawing(face: Face, func: Function, kwargs: Any) -> AbstractContextManager[None]:
+    """Return the context in which random numbers come from the card's generator."""
+    if func in _RANDOM:
+        return face.charges.generator.instead_of_the_hosts(kwargs.get("generator"))
+    return _NO_CONTEXT
+
+
+def _convert(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Run ``torch.tensor``, ``as_tensor`` or ``asarray``."""
+    data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+    is_tensor = isinstance(data, Tensor)
+    own = _device_of(face, data) if is_tensor else HOST
+    device = as_device(_first(kwargs.get("device"), _default_device(), own))
+    if is_tensor and func is not torch.tensor and face.memory.holds(data) != (device == CARD):
+        # Sharing memory, as these functions like to, is not possible across devices.
+        return _send(face, data, device, kwargs.get("dtype"))
+    if device != CARD:
+        return face.charges.run_aside(func, *args, **{**kwargs, "device": device})
+    result = face.charges.run_aside(func, *args, **{**kwargs, "device": HOST})
+    if not is_tensor and func is not torch.tensor:
+        result = result.clone()  # of an array, which stays on the host
+    face.memory.charge(result)
+    return result
+
+
+def _along(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Run a method whose result lives where its tensor does, which dispatch does not see."""
+    if kwargs.get("device") is not None:
+        return create(face, func, args, kwargs)
+    result = face.charges.run_aside(func, *args, **kwargs)
+    if face.memory.holds(args[0]):
+        face.memory.charge(result)
+    return result
+
+
+def _pad_packed(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Put the padded sequences where the packed ones are; their lengths stay on the host."""
+    padded, lengths = face.charges.run_aside(func, *args, **kwargs)
+    if face.memory.holds(args[0]):
+        face.memory.charge(padded)
+    return padded, lengths
+
+
+def _set_item(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Send a mask to its tensor's device, where torch may fill by it without asking."""
+    tensor, index, value = args
+    if isinstance(index, Tensor) and face.memory.holds(tensor) and not face.memory.holds(index):
+        index = _send(face, index, CARD)
+    return func(tensor, index, value, **kwargs)
+
+
+def _ctc_loss(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Give it the lengths as numbers: as host tensors it would send them to the host's device."""
+    if face.memory.holds(args[0]):
+        args = [
+            arg.tolist() if position in (2, 3) and isinstance(arg, Tensor) else arg
+            for position, arg in enumerate(args)
+        ]
+    return func(*args, **kwargs)
+
+
+def _dropout(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Run dropout as CUDA does, with a mask of bytes."""
+    tensor, probability, train = _bind(("input", "p", "train"), args, kwargs)
+    if train and 0 < probability < 1 and face.memory.holds(tensor):
+        return torch.native_dropout(tensor, probability, True)[0]
+    return func(*args, **kwargs)
+
+
+# Copies between host and card.
+
+
+def _to(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    tensor, place, dtype, rest = _parse_to(args, kwargs)
+    if place is None:
+        return func(*args, **kwargs)
+    if isinstance(place, Tensor):
+        dtype = place.dtype
+        place = _device_of(face, place)
+    device = as_device(place)
+    if _device_of(face, tensor) == device:
+        return tensor.to(tensor.dtype if dtype is None else dtype, **rest)
+    return _send(face, tensor, device, dtype, rest.get("memory_format"))
+
+
+def _cuda(face: Face, _func: Function, args: Any, kwargs: Any) -> Any:
+    tensor, device, _, memory_format = _bind(
+        ("self", "device", "non_blocking", "memory_format"), args, kwargs
+    )
+    as_device("cuda" if device is None else device)
+    if face.memory.holds(tensor):
+        return tensor
+    return _send(face, tensor, CARD, None, memory_format)
+
+
+def _cpu(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    if face.memory.holds(args[0]):
+        return _send(face, args[0], HOST, None, kwargs.get("memory_format"))
+    return func(*args, **kwargs)
+
+
+def _send(
+    face: Face, tensor: Any, device: torch.device, dtype: Any = None, memory_format: Any = None
+) -> Any:
+    """Copy ``tensor`` to the other side; its gradient comes back the same way."""
+    memory_format = memory_format or torch.preserve_format
+    if tensor.requires_grad and torch.is_grad_enabled() and not tensor.is_meta:
+        return ToCopy.apply(tensor, face, device, dtype, memory_format)  # type: ignore[no-untyped-call]  # torch's
+    return _send_data(face, tensor, device, dtype, memory_format)
+
+
+def _send_data(
+    face: Face, tensor: Any, device: torch.device, dtype: Any, memory_format: Any
+) -> Any:
+    """Copy ``tensor`` to the other side, without a gradient."""
+    target = HOST if device == CARD else device
+    dtype = tensor.dtype if dtype is None else dtype
+    copy = face.charges.run_aside(tensor.to, target, dtype, copy=True, memory_format=memory_format)
+    if device == CARD:
+        face.memory.charge(copy)
+    return copy
+
+
+def _type(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    tensor, dtype, *_ = _bind(("self", "dtype", "non_blocking"), args, kwargs)
+    held = face.memory.holds(tensor)
+    if dtype is None:
+        name: str = func(tensor)
+        return name.replace("torch.", "torch.cuda.", 1) if held else name
+    if not isinstance(dtype, str):
+        return func(tensor, dtype)
+    moved = _send(face, tensor, HOST) if held else tensor
+    if dtype.startswith("torch.cuda."):
+        converted = func(moved, dtype.replace("torch.cuda.", "torch.", 1))
+        return _send(face, converted, CARD)
+    return func(moved, dtype)
+
+
+# The host's own.
+
+
+def _numpy(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    if not face.memory.holds(args[0]):
+        return func(*args, **kwargs)
+    if kwargs.get("force"):
+        return func(_send_data(face, args[0], HOST, None, torch.preserve_format), force=True)
+    raise TypeError(
+        "can't convert cuda:0 device type tensor to numpy."
+        " Use Tensor.cpu() to copy the tensor to host memory first."
+    )
+
+
+def _pin_memory(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    tensor = args[0]
+    if face.memory.holds(tensor):
+        raise RuntimeError(
+            f"cannot pin '{_type(face, Tensor.type, args, {})}'"
+            " only dense CPU tensors can be pinned"
+        )
+    return tensor if _is_pinned(face, func, args, kwargs) else _pin(tensor.clone())
+
+
+def _is_pinned(_face: Face, _func: Function, args: Any, _kwargs: Any) -> bool:
+    return getattr(args[0].untyped_storage(), "gpumem_pinned", False)
+
+
+class ToCopy(torch.autograd.Function):
+    """A copy between host and card, named as autograd names the real one."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  # autograd passes them by position
+        ctx: Any, tensor: Any, face: Face, device: torch.device, dtype: Any, memory_format: Any
+    ) -> Any:
+        """Copy ``tensor``."""
+        ctx.device = CARD if face.memory.holds(tensor) else HOST
+        ctx.dtype = tensor.dtype
+        return _send_data(face, tensor, device, dtype, memory_format)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        """Copy ``gradient`` back."""
+        with face_again():
+            return gradient.to(ctx.device, ctx.dtype), None, None, None, None
+
+
+def as_device(value: Any) -> torch.device:
+    """Return the device that an argument names; the card is always ``cuda:0``.
+
+    Raises:
+        RuntimeError: as CUDA, for a card that is not there.
+
+    """
+    if isinstance(value, int):
+        value = torch.device("cuda", value)
+    elif not isinstance(value, torch.device):
+        value = torch.device(value)
+    if value.type != "cuda":
+        device: torch.device = value
+        return device
+    if value.index:
+        raise device_error("invalid device ordinal", 101)
+    return CARD
+
+
+def _default_device() -> torch.device | None:
+    """Return what ``torch.set_default_device`` or ``with torch.device(...)`` set in this thread."""
+    # It waits at the bottom of this thread's stack of modes.
+    if _C._len_torch_function_stack():
+        mode = _C._get_function_stack_at(0)
+        if isinstance(mode, DeviceContext):
+            return mode.device
+    return None
+
+
+def _first(*values: Any) -> Any:
+    """Return the first value that is not None (a device may be number 0)."""
+    return next(value for value in values if value is not None)
+
+
+def _parse_to(args: Any, kwargs: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Return tensor, device (or a tensor that is there), dtype and the rest of ``Tensor.to``."""
+    tensor, *rest = args
+    named = dict(kwargs)
+    names = ["device", "dtype", "non_blocking", "copy"]
+    if rest and isinstance(rest[0], torch.dtype):
+        names.remove("device")
+    elif rest and isinstance(rest[0], Tensor):
+        names[:2] = ["other"]
+    named.update(zip(names, rest, strict=False))
+    device = named.pop("device", None)
+    other = named.pop("other", None)
+    return tensor, other if device is None else device, named.pop("dtype", None), named
+
+
+def _product(values: Iterable[Any]) -> int:
+    """Return the product of all whole numbers in ``values`` but 0."""
+    product = 1
+    for value in values:
+        if isinstance(value, int):
+            product *= abs(value) or 1
+        elif isinstance(value, (list, tuple)):
+            product *= _product(value)
+    return product
+
+
+def _bind(names: tuple[str, ...], args: Any, kwargs: Any) -> list[Any]:
+    named = dict(zip(names, args, strict=False)) | kwargs
+    return [named.get(name) for name in names]
+
+
+def _pin(tensor: Any) -> Any:
+    tensor.untyped_storage().gpumem_pinned = True
+    return tensor
+
+
+def _handlers() -> dict[Any, Handler]:
+    converting = (torch.tensor, torch.as_tensor, torch.asarray)
+    table: dict[Any, Handler] = dict.fromkeys(_device_constructors(), _create_at_default)
+    table |= dict.fromkeys(converting, _convert)
+    for name in ("empty", "zeros", "ones", "full", "empty_strided"):
+        table[getattr(Tensor, f"new_{name}")] = _create_along
+    return table | {
+        Tensor.device.__get__: _device,
+        Tensor.is_cuda.__get__: _is_cuda,
+        Tensor.is_cpu.__get__: _is_cpu,
+        Tensor.get_device: _get_device,
+        torch.get_device: _get_device,
+        Tensor.new_tensor: _along,
+        Tensor.new: _along,
+        Tensor.__setitem__: _set_item,
+        torch.ctc_loss: _ctc_loss,
+        torch.dropout: _dropout,
+        torch._VF._pad_packed_sequence: _pad_packed,
+        Tensor.to: _to,
+        Tensor.cuda: _cuda,
+        Tensor.cpu: _cpu,
+        Tensor.type: _type,
+        Tensor.numpy: _numpy,
+        Tensor.pin_memory: _pin_memory,
+        Tensor.is_pinned: _is_pinned,
+    }
+
+
+HANDLERS = _handlers()

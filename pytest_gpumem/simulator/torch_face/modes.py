@@ -1,0 +1,325 @@
+"""The two torch modes that make host tensors look and cost as if they lived on the card.
+
+``Face`` sees every call of torch's public interface: it answers which device a tensor is on, and
+turns what names the card into what the host can do (``calls`` says how, function by function).
+``Charges`` sees every operation below autograd: what comes out of operands on the card is charged
+to the card.
+
+Modes belong to a thread; ``on_the_card`` enters both.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytest_gpumem.simulator.torch_face.memory import CardMemory, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from pytest_gpumem.simulator.torch_face.stubs import CardGenerator
+
+_C: Any = torch._C
+_OpOverload: Any = torch._ops.OpOverload
+Tensor: Any = torch.Tensor
+Function = Any
+
+# Operations that take tensors from both sides; the first tensor says where the result is.
+_INDEXING = frozenset(
+    f"aten::{name}"
+    for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+)
+_MIXING = _INDEXING | {
+    f"aten::{name}"
+    for name in (
+        "copy_",
+        "_foreach_copy_",
+        "_copy_from",
+        "set_",
+        "is_same_size",
+        "tensor_split",
+        "ctc_loss",
+        "_ctc_loss",
+        "_ctc_loss_backward",
+        "_pack_padded_sequence",
+        "_pack_padded_sequence_backward",
+    )
+}
+# torch's tensors of symbolic zeros crash the interpreter when they pass a dispatch mode.
+_INSTEAD = {torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default}
+_HOST_FULL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+
+
+class _Traits(NamedTuple):
+    """What ``Charges`` must know of one operation."""
+
+    name: str
+    run: Any
+    """What is run for it."""
+    mixes: bool
+    """Takes tensors from both sides."""
+    random: bool
+    resizes: bool
+    """May change the size of a storage it is given."""
+    composite: bool
+    """Is made of other operations."""
+
+
+def _traits_of(func: Any) -> _Traits:
+    if not isinstance(func, _OpOverload):  # a higher-order operator
+        return _Traits("", func, mixes=True, random=False, resizes=False, composite=False)
+    name = func._schema.name
+    return _Traits(
+        name,
+        _INSTEAD.get(func, func),
+        mixes=name in _MIXING,
+        random=torch.Tag.nondeterministic_seeded in func.tags,
+        resizes=name.startswith("aten::resize")
+        or any(argument.is_out for argument in func._schema.arguments),
+        composite=_C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ),
+    )
+
+
+class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
+    """Charges the card for every new storage that comes out of operands on the card."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, memory: CardMemory, generator: CardGenerator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.memory = memory
+        self.generator = generator
+        self.aside = False
+        """Whether someone else decides where the results of this thread's operations live."""
+        self.call: tuple[Any, ...] = ()
+        """The arguments of the call under way that led to these operations."""
+        self._traits: dict[Any, _Traits] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else every call would pass a wrapper of the compiler
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Do not keep the compiler from working, where somebody turns it on."""
+        return True
+
+    def run_aside(self, func: Function, *args: Any, **kwargs: Any) -> Any:
+        """Run ``func`` and charge nothing for it."""
+        before, self.aside = self.aside, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.aside = before
+
+    @contextmanager
+    def during(self, *call: Any) -> Iterator[None]:
+        """Say which tensors the operations meanwhile are about."""
+        outer, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = outer
+
+    def __torch_dispatch__(
+        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        __tracebackhide__ = True  # pytest then shows the test's line last, not this one
+        kwargs = kwargs or {}
+        if self.aside:
+            return func(*args, **kwargs)
+        if types and any(map(_dispatches_itself, types)):
+            return NotImplemented  # they go first; then this mode sees what they are made of
+        traits = self._traits.get(func)
+        if traits is None:
+            traits = self._traits[func] = _traits_of(func)
+        func = traits.run
+        card, host = self._sides(args)
+        if kwargs:
+            card_too, host_too = self._sides(kwargs.values())
+            card, host = card or card_too, host or host_too
+        if not card and not host:
+            # Inside a call that knows the card, a factory stands for one on the same device.
+            card = self._sides(self.call)[0]
+        if not card:
+            return func(*args, **kwargs)
+        try:
+            if traits.composite and torch.is_inference_mode_enabled():
+                # Without autograd nobody takes them apart, and the parts are what costs.
+                with self:
+                    return func.decompose(*args, **kwargs)
+            if host and not self._result_on_card(traits, func, args, kwargs):
+                return func(*args, **kwargs)
+            return self._run_on_card(traits, func, args, kwargs)
+        except OutOfMemoryError as error:
+            args = kwargs = None
+            raise _bare(error)  # noqa: B904  # it is the same error
+
+    def _sides(self, values: Iterable[Any]) -> tuple[bool, bool]:
+        """Tell whether tensors on the card, and others, are among ``values``."""
+        card = host = False
+        for value in values:
+            if isinstance(value, Tensor):
+                if self.memory.holds(value):
+                    card = True
+                else:
+                    host = True
+            elif isinstance(value, (list, tuple)):
+                card_too, host_too = self._sides(value)
+                card, host = card or card_too, host or host_too
+        return card, host
+
+    def _result_on_card(self, traits: _Traits, func: Any, args: Any, kwargs: Any) -> bool:
+        """Return whether the result of tensors from both sides lives on the card.
+
+        Raises:
+            RuntimeError: what CUDA's indexing raises for indices on the card alone, and what
+                ``TensorIterator`` raises where only scalars may be on the host.
+
+        """
+        tensors = list(_tensors_in((*args, *kwargs.values())))
+        first_on_card = self.memory.holds(tensors[0])
+        if traits.name in _INDEXING and not first_on_card:
+            raise RuntimeError(
+                "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
+            )
+        if traits.mixes:
+            return first_on_card
+        written = [
+            value
+            for value, argument in zip(args, func._schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        strangers = [tensor for tensor in tensors if tensor.dim() and not self.memory.holds(tensor)]
+        if strangers or self._sides(written)[1]:
+            first, second = ("cuda:0", "cpu") if first_on_card else ("cpu", "cuda:0")
+            raise RuntimeError(
+                "Expected all tensors to be on the same device,"
+                f" but found at least two devices, {first} and {second}!"
+            )
+        return True
+
+    def _run_on_card(self, traits: _Traits, func: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            if traits.random:
+                with self.generator.instead_of_the_hosts(kwargs.get("generator")):
+                    result = func(*args, **kwargs)
+            else:
+                result = func(*args, **kwargs)
+        except RuntimeError as error:
+            host_full = _HOST_FULL.search(str(error))
+            if host_full:  # before the card was asked; it has less room, as a rule
+                self.memory.give_back(self.memory.take(int(host_full[1])))
+            raise
+        if traits.resizes:
+            for tensor in _tensors_in((*args, *kwargs.values())):
+                if self.memory.holds(tensor):
+                    self.memory.recharge(tensor)
+        # The lengths of packed sequences stay on the host.
+        self.charge_all(result[0] if traits.name == "aten::_pack_padded_sequence" else result)
+        return result
+
+    def charge_all(self, result: Any) -> None:
+        """Charge every tensor of a result."""
+        if isinstance(result, Tensor):
+            self.memory.charge(result)
+        elif isinstance(result, (list, tuple)):
+            for part in result:
+                self.charge_all(part)
+
+
+def _bare(error: Any) -> Any:
+    """Return ``error`` without the frames that it came through.
+
+    A caught error must not keep operands alive: CUDA's has no frame that knows them.
+    """
+    error.__context__ = None
+    return error.with_traceback(None)
+
+
+@functools.cache
+def _dispatches_itself(kind: Any) -> bool:
+    return kind.__torch_dispatch__ is not _C._disabled_torch_dispatch_impl
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+
+
+_this_thread = threading.local()
+
+
+class Face(TorchFunctionMode):
+    """Lets host tensors that ``CardMemory`` holds appear on ``cuda:0``."""
+
+    def __init__(self, memory: CardMemory, charges: Charges) -> None:
+        super().__init__()
+        from pytest_gpumem.simulator.torch_face import calls
+
+        self.memory = memory
+        self.charges = charges
+        self._handlers = calls.HANDLERS
+        self._create = calls.create
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        __tracebackhide__ = True  # pytest then shows the test's line last, not this one
+        handler = self._handlers.get(func)
+        charges = self.charges
+        outer, charges.call = charges.call, (*args, *kwargs.values()) if kwargs else args
+        kwargs = kwargs or {}
+        try:
+            if handler is not None:
+                return handler(self, func, args, kwargs)
+            if kwargs.get("device") is not None:
+                return self._create(self, func, args, kwargs)
+            return func(*args, **kwargs)
+        except OutOfMemoryError as error:
+            args = kwargs = None
+            raise _bare(error)  # noqa: B904  # it is the same error
+        finally:
+            charges.call = outer
+
+
+@contextmanager
+def on_the_card(memory: CardMemory, generator: CardGenerator) -> Iterator[None]:
+    """Enter both modes in this thread."""
+    charges = Charges(memory, generator)
+    face = Face(memory, charges)
+    _this_thread.face = face
+    with face, charges:
+        yield
+
+
+def face_again() -> AbstractContextManager[Any]:
+    """Return the context of this thread's face, for Python that torch calls from inside."""
+    return getattr(_this_thread, "face", None) or nullcontext()
+
+
+def backward_on_the_card(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap autograd's engine: zeros that it makes up belong to the tensors it starts from."""
+
+    @functools.wraps(run)
+    def run_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        face = getattr(_this_thread, "face", None)
+        if face is None:
+            return run(tensors, *args, **kwargs)
+        with face.charges.during(*tensors):
+            return run(tensors, *args, **kwargs)
+
+    return run_backward

@@ -1,0 +1,256 @@
+"""CUDA objects without a driver: the device, its generator, streams, events, properties."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_gpumem.simulator.card import SharedCard
+
+CARD = torch.device("cuda", 0)
+CUDA_DEVICE_TYPE = 1
+"""``c10::DeviceType::CUDA``."""
+
+
+def device_error(what: str, code: int) -> RuntimeError:
+    """Return the error torch raises for a failed call of the CUDA runtime.
+
+    The class is ``torch.AcceleratorError`` (since torch 2.8), before that ``RuntimeError``.
+    """
+    kind: Any = getattr(torch, "AcceleratorError", RuntimeError)
+    error: RuntimeError = kind(
+        f"CUDA error: {what}\n"
+        "CUDA kernel errors might be asynchronously reported at some other API call, so the"
+        " stacktrace below might be incorrect.\n"
+        "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+        "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+    )
+    error.error_code = code  # type: ignore[attr-defined]  # torch's C++ sets it
+    return error
+
+
+_HostGenerator: Any = torch._C.Generator
+_Kind: Any = type(_HostGenerator)
+
+
+class _AnyGenerator(_Kind):  # type: ignore[misc]  # ``type`` itself before torch 2.10
+    """Lets every generator of torch be an instance of ``Generator``."""
+
+    def __instancecheck__(cls, instance: object) -> bool:  # noqa: N805  # a class of classes
+        return isinstance(instance, _HostGenerator)
+
+
+class Generator(_HostGenerator, metaclass=_AnyGenerator):  # type: ignore[misc]  # a C class
+    """``torch.Generator`` that can also be asked for one on the card."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        """Return a generator on ``device``."""
+        if torch.device(device).type == "cuda":
+            return CardGenerator()
+        return _HostGenerator(device)
+
+
+class CardGenerator(_HostGenerator):  # type: ignore[misc]  # a C class
+    """A generator of the host's kind that says it is on the card."""
+
+    # Below torch's interface the same generator arrives in another Python object.
+    _living: ClassVar = weakref.WeakValueDictionary[int, "CardGenerator"]()
+
+    def __new__(cls) -> Any:
+        """Return a new one, seeded as torch seeds."""
+        generator = super().__new__(cls, "cpu")
+        cls._living[generator._cdata] = generator
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        """The card."""
+        return CARD
+
+    @contextmanager
+    def instead_of_the_hosts(self, chosen: Any = None) -> Iterator[None]:
+        """Let the host's operations draw from this generator, unless one on the card is chosen.
+
+        Raises:
+            RuntimeError: what torch raises when a generator of the host is chosen.
+
+        """
+        if chosen is not None:
+            if chosen._cdata not in self._living:
+                raise RuntimeError(
+                    f"Expected a 'cuda' device type for generator but found '{chosen.device.type}'"
+                )
+            yield
+            return
+        host = torch.default_generator
+        state = host.get_state()
+        host.set_state(self.get_state())
+        try:
+            yield
+        finally:
+            self.set_state(host.get_state())
+            host.set_state(state)
+
+
+class Stream:
+    """``torch.cuda.Stream`` in a world with one order of execution."""
+
+    _numbers = itertools.count(1)
+    device = CARD
+    device_index = 0
+    device_type = CUDA_DEVICE_TYPE
+
+    def __init__(
+        self,
+        device: Any = None,  # noqa: ARG002  # there is one
+        priority: int = 0,
+        stream_id: int | None = None,
+        **_others: Any,
+    ) -> None:
+        self.stream_id = next(self._numbers) if stream_id is None else stream_id
+        self.priority = priority
+
+    @property
+    def cuda_stream(self) -> int:
+        """The handle; 0 is the default stream, as with CUDA."""
+        return self.stream_id
+
+    def wait_event(self, event: Event) -> None:
+        """Do nothing."""
+
+    def wait_stream(self, stream: Stream) -> None:
+        """Do nothing."""
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+    def query(self) -> bool:
+        """Return True: everything is done."""
+        return True
+
+    def is_capturing(self) -> bool:
+        """Return False: there are no CUDA graphs."""
+        return False
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """Record ``event`` or a new one, and return it."""
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def __enter__(self) -> Stream:
+        self._contexts = [*getattr(self, "_contexts", []), torch.cuda.stream(self)]  # type: ignore[arg-type]  # it is torch.cuda's now
+        self._contexts[-1].__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._contexts.pop().__exit__(*error)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and self.stream_id == other.stream_id
+
+    def __hash__(self) -> int:
+        return hash((Stream, self.stream_id))
+
+    def __repr__(self) -> str:
+        return f"<torch.cuda.Stream device={self.device} cuda_stream={self.cuda_stream:#x}>"
+
+
+class Event:
+    """``torch.cuda.Event``; times are the host's."""
+
+    device = CARD
+    cuda_event = 0
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        self._recorded: float | None = None
+
+    def record(self, stream: Stream | None = None) -> None:  # noqa: ARG002  # one order of execution
+        """Keep the time."""
+        self._recorded = time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """Do nothing."""
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+    def query(self) -> bool:
+        """Return True: everything is done."""
+        return True
+
+    def elapsed_time(self, end_event: Event) -> float:
+        """Return the milliseconds between the two records.
+
+        Raises:
+            RuntimeError: when one of the two was not recorded.
+
+        """
+        if self._recorded is None or end_event._recorded is None:
+            raise RuntimeError("Both events must be recorded before calculating elapsed time.")
+        return (end_event._recorded - self._recorded) * 1e3
+
+
+class Runtime:
+    """What ``torch.cuda.cudart()`` returns."""
+
+    class cudaError:  # noqa: N801  # CUDA's name
+        """CUDA's codes; calling it names one."""
+
+        success = 0
+
+    def __init__(self, card: SharedCard) -> None:
+        self._card = card
+
+    def cudaMemGetInfo(self, device: int) -> tuple[int, int]:  # noqa: N802, ARG002  # CUDA's name
+        """Return free and total bytes of the card."""
+        return self._card.free(), self._card.total
+
+    def __getattr__(self, name: str) -> Any:
+        # Profiler marks, page locking, synchronisation: they succeed and do nothing.
+        if name.startswith("cuda"):
+            return lambda *_args: 0
+        raise AttributeError(name)
+
+
+def properties(card: SharedCard) -> SimpleNamespace:
+    """Return what ``torch.cuda.get_device_properties`` tells; compute capability 8.0."""
+    return SimpleNamespace(
+        name=card.name,
+        major=8,
+        minor=0,
+        total_memory=card.total,
+        multi_processor_count=108,
+        uuid=card.uuid.removeprefix("GPU-"),
+        is_integrated=0,
+        is_multi_gpu_board=0,
+        warp_size=32,
+        max_threads_per_multi_processor=2048,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block=48 * 1024,
+        shared_memory_per_block_optin=163 * 1024,
+        shared_memory_per_multiprocessor=164 * 1024,
+        L2_cache_size=40 * 2**20,
+        pci_bus_id=0,
+        pci_device_id=0,
+        pci_domain_id=0,
+        gcnArchName="",
+    )
+
+
+class Marks:
+    """Profiler ranges that nobody records."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *_args, **_kwargs: 0

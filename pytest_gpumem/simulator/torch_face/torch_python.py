@@ -1,0 +1,232 @@
+"""Places in torch's own Python, and in ``threading``, that must not see through the face."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._device import DeviceContext
+
+from pytest_gpumem.simulator.on_import import when_imported
+from pytest_gpumem.simulator.torch_face import stubs
+from pytest_gpumem.simulator.torch_face.calls import as_device
+from pytest_gpumem.simulator.torch_face.memory import TORCH_VERSION
+from pytest_gpumem.simulator.torch_face.modes import Face, backward_on_the_card, face_again
+
+if TYPE_CHECKING:
+    from pytest_gpumem.simulator.torch_face.cuda_functions import Functions
+    from pytest_gpumem.simulator.torch_face.memory import CardMemory
+
+_C: Any = torch._C
+_torch: Any = torch
+_cuda: Any = torch.cuda
+_Enter = Callable[[], contextlib.AbstractContextManager[None]]
+_until_exit = contextlib.ExitStack()
+
+
+def prepare(memory: CardMemory, functions: Functions) -> None:
+    """Let the Python of torch find a CUDA build with one card."""
+    for name, function in functions.items():
+        setattr(_C, name, function)
+    _C._has_cuda = True
+    _give_cuda_its_objects(memory)
+    _look_through_face()
+    _place_storages(memory)
+    _let_autocast_reach_the_host()
+    _group_by_seen_device(memory)
+    run = backward_on_the_card(_torch.autograd.graph._engine_run_backward)
+    _torch.autograd._engine_run_backward = _torch.autograd.graph._engine_run_backward = run
+    when_imported("torch._dynamo.config", _run_compiled_functions_eagerly)
+
+
+def _give_cuda_its_objects(memory: CardMemory) -> None:
+    _cuda._cudart = stubs.Runtime(memory.card)
+    # Bound when torch.cuda was imported:
+    _cuda._is_in_bad_fork = _C._cuda_isInBadFork
+    _cuda._exchange_device = _C._cuda_exchangeDevice
+    _cuda._maybe_exchange_device = _C._cuda_maybeExchangeDevice
+    _cuda.graphs._cuda_isCurrentStreamCapturing = _C._cuda_isCurrentStreamCapturing
+    # torch asks the library of NVML behind pynvml's back, for CUDA_VISIBLE_DEVICES.
+    _cuda._raw_device_count_nvml = lambda: 1
+    _cuda._raw_device_uuid_nvml = lambda: [memory.card.uuid]
+    _cuda._cached_device_count = None
+    for module in (_cuda, _cuda.streams, _torch):
+        module.Stream, module.Event = stubs.Stream, stubs.Event
+    _cuda.ExternalStream = _cuda.streams.ExternalStream = stubs.Stream
+    if TORCH_VERSION < (2, 5):  # where the compiler asks for these bases
+        _torch._streambase._StreamBase.register(stubs.Stream)
+        _torch._streambase._EventBase.register(stubs.Event)
+    _torch.Generator = stubs.Generator
+    _cuda.nvtx._nvtx = stubs.Marks()
+    _torch.Tensor.record_stream = lambda _tensor, _stream: None
+    # On the host there is no cuDNN, and asking for it would warn.
+    _torch.backends.cudnn.is_acceptable = lambda _tensor: False
+
+
+def _look_through_face() -> None:
+    """Let torch's Python functions run with the face on, instead of handing themselves to it.
+
+    They ask ``has_torch_function``, which says yes under any mode; the face would then have to
+    run them without itself, and they would see the host.
+    """
+    replacements = {
+        _C._has_torch_function: _overridden,
+        _C._has_torch_function_unary: lambda value: _overridden((value,)),
+        _C._has_torch_function_variadic: lambda *values: _overridden(values),
+    }
+    for original, replacement in replacements.items():
+        _torch.jit._builtins._register_builtin(replacement, "aten::has_torch_function")
+        _replace_in_torch(original, replacement)
+
+
+def _replace_in_torch(original: Any, replacement: Any) -> None:
+    """Replace what torch's modules have imported by name."""
+    modules = [sys.modules[name] for name in list(sys.modules) if name.partition(".")[0] == "torch"]
+    for module in modules:
+        names = [name for name, value in vars(module).items() if value is original]
+        for name in names if module is not _C else ():
+            setattr(module, name, replacement)
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+_OURS = (Face, DeviceContext)
+
+
+def _overridden(values: Any) -> bool:
+    for value in values:
+        kind: Any = type(value)
+        if kind not in _PLAIN and _has_torch_function(kind):
+            return bool(_C._is_torch_function_enabled())
+    return any(
+        not isinstance(_C._get_function_stack_at(position), _OURS)
+        for position in range(_C._len_torch_function_stack())
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_torch_function(kind: type) -> bool:
+    disabled = _C._disabled_torch_function_impl
+    return getattr(kind, "__torch_function__", disabled) is not disabled
+
+
+def _place_storages(memory: CardMemory) -> None:
+    """Let storages say where they live: copying, pickling, saving and loading go by that."""
+    storage_class: Any = torch.UntypedStorage
+    base: Any = _C.StorageBase
+
+    def device(storage: Any) -> torch.device:
+        if memory.holds_storage(storage):
+            return stubs.CARD
+        real: torch.device = base.device.__get__(storage)
+        return real
+
+    def new(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is None or as_device(device) != stubs.CARD:
+            if device is not None:
+                kwargs["device"] = device
+            return base.__new__(cls, *args, **kwargs)
+        size = args[0] if args and isinstance(args[0], int) else 0
+        block = memory.take(size)
+        storage = base.__new__(cls, *args, **kwargs)
+        memory.put(storage, block)
+        return storage
+
+    def resize(storage: Any, size: int) -> Any:
+        memory.resize(storage, size)
+        return base.resize_(storage, size)
+
+    def is_shared(storage: Any) -> bool:
+        return memory.holds_storage(storage) or base.is_shared(storage)
+
+    storage_class.device = property(device)
+    storage_class.is_shared = is_shared
+    storage_class.__new__ = new
+    storage_class.resize_ = resize
+
+
+def _let_autocast_reach_the_host() -> None:
+    """Let ``autocast("cuda")`` cast host tensors, which is what tensors on the card are."""
+    autocast: Any = torch.autocast
+    enter, leave = autocast.__enter__, autocast.__exit__
+
+    @functools.wraps(enter)
+    def entered(self: Any) -> Any:
+        result = enter(self)
+        if self.device == "cuda":
+            before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+            self.__dict__.setdefault("_host_before", []).append(before)
+            torch.set_autocast_enabled("cpu", self._enabled)
+            torch.set_autocast_dtype("cpu", self.fast_dtype)
+        return result
+
+    @functools.wraps(leave)
+    def left(self: Any, *error: Any) -> Any:
+        if self.device == "cuda":
+            enabled, dtype = self._host_before.pop()
+            torch.set_autocast_enabled("cpu", enabled)
+            torch.set_autocast_dtype("cpu", dtype)
+        return leave(self, *error)
+
+    autocast.__enter__, autocast.__exit__ = entered, left
+
+
+def _group_by_seen_device(memory: CardMemory) -> None:
+    """Let optimizers and gradient clipping group tensors by the device that the face shows."""
+    original = _C._group_tensors_by_device_and_dtype
+
+    def group(lists: Any, with_indices: bool = False) -> Any:
+        if not any(memory.holds(tensor) for tensor in lists[0]):
+            return original(lists, with_indices)
+        groups: dict[Any, tuple[list[list[Any]], list[int]]] = {}
+        for index, first in enumerate(lists[0]):
+            key = (first.device, first.dtype)
+            tensors, indices = groups.setdefault(key, ([[] for _ in lists], []))
+            for collected, values in zip(tensors, lists, strict=True):
+                if values:
+                    collected.append(values[index])
+            if with_indices:
+                indices.append(index)
+        return groups
+
+    _C._group_tensors_by_device_and_dtype = group
+
+
+def _run_compiled_functions_eagerly() -> None:
+    sys.modules["torch._dynamo.config"].disable = True  # type: ignore[attr-defined]  # a config module
+
+
+def enter_everywhere(enter: _Enter) -> None:
+    """Enter the modes in this thread for good, and where a thread or torch starts without them."""
+    start = threading.Thread.start
+    push_hooks = _C._autograd._push_saved_tensors_default_hooks
+
+    @functools.wraps(start)
+    def start_with_modes(thread: threading.Thread) -> None:
+        run = thread.run
+
+        def run_with_modes() -> None:
+            del thread.run  # the instance's, which shadows its class's
+            with enter():
+                run()
+
+        thread.run = run_with_modes  # type: ignore[method-assign]  # a start hook does not exist
+        start(thread)
+
+    def push_hooks_with_face(pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
+        # Packing happens inside an operation, where the face is off.
+        def pack_with_face(tensor: Any) -> Any:
+            with face_again():
+                return pack(tensor)
+
+        push_hooks(pack_with_face, unpack)
+
+    threading.Thread.start = start_with_modes  # type: ignore[method-assign,assignment]  # as above
+    _C._autograd._push_saved_tensors_default_hooks = push_hooks_with_face
+    _until_exit.enter_context(enter())
+    atexit.register(_until_exit.close)  # else modules that leaving needs may be gone
