@@ -137,7 +137,7 @@ def from_plain(kind: type[R], plain: dict[str, Any]) -> R:
         ValueError: when a key without a default is missing.
 
     """
-    hints = _hints(kind)
+    hints = _hints(typing.cast("Any", kind))
     fields = {name: _value(hints[name], plain[name]) for name in hints if name in plain}
     try:
         return kind(**fields)

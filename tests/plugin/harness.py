@@ -53,7 +53,11 @@ class Run:
     @property
     def section(self) -> str:
         """Return the GPU memory section of the terminal."""
-        found = re.findall(r"^=+ GPU memory =+$\n(.*?)^=", self.output, re.MULTILINE | re.DOTALL)
+        found = re.findall(
+            r"^=+ GPU memory =+$\n(.*?)^(?:=|\d+ (?:passed|failed|error))",
+            self.output,
+            re.MULTILINE | re.DOTALL,
+        )
         return found[0] if found else ""
 
 
@@ -64,7 +68,8 @@ def run_pytest(directory: Path, *arguments: str, env: dict[str, str] | None = No
         for name, value in os.environ.items()
         if not name.startswith(("GPUMEM", "PYTEST_", "CUDA_", "HF_"))
     }
-    command = [sys.executable, "-m", "pytest", "--color=no", "-p", "no:cacheprovider", *arguments]
+    cache = directory.with_name(f"{directory.name}-cache")
+    command = [sys.executable, "-m", "pytest", "--color=no", "-o", f"cache_dir={cache}", *arguments]
     done = subprocess.run(
         command,
         cwd=directory,

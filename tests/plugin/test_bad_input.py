@@ -1,0 +1,101 @@
+"""Bad input is one sentence and costs nothing else; no traceback, no INTERNALERROR."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from harness import MODES, SIMULATE, run_pytest, write_suite
+
+SUITE = "import pytest\n\ndef test_a(): pass\n"
+
+
+def error_of(finished):
+    assert "Traceback" not in finished.output
+    assert "INTERNALERROR" not in finished.output
+    assert finished.status == pytest.ExitCode.USAGE_ERROR, finished.output
+    lines = [line for line in finished.output.splitlines() if line.startswith("ERROR: ")]
+    assert len(lines) == 1, finished.output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpumem=perhaps"], "--gpumem: 'perhaps' is not a mode; allowed are off, track, on"),
+        (["--gpumem-simulate=0B"], "--gpumem-simulate: '0B' is an empty card"),
+        (["--gpumem-simulate=-1GiB"], "--gpumem-simulate: '-1GiB' is not a size"),
+        (["--gpumem-simulate=900TiB"], "is more than this machine's memory of"),
+        (["--gpumem-simulate=100MiB"], "has no room for a context of 384.00 MiB"),
+        (["--gpumem-simulate-card=nowhere"], "--gpumem-simulate-card: "),
+        (["--gpumem-json=no/such/run.json"], "cannot write 'no/such/run.json'"),
+        (["--gpumem-json=."], "'.' is a directory"),
+        (["--gpumem-top=many"], "--gpumem-top: 'many' is not a number"),
+        (["--gpumem-vram-limit=2 potatoes"], "--gpumem-vram-limit: '2 potatoes' is not a size"),
+    ],
+)
+def test_a_bad_option_is_one_sentence(tmp_path, arguments, sentence):
+    write_suite(tmp_path, test_it=SUITE)
+    assert sentence in error_of(run_pytest(tmp_path, *arguments))
+
+
+def test_a_bad_ini_value_names_the_ini_file(tmp_path):
+    write_suite(tmp_path, test_it=SUITE)
+    ini = tmp_path / "pytest.ini"
+    ini.write_text(ini.read_text() + "gpumem_vram_limit = much\n")
+
+    assert "gpumem_vram_limit in the ini file: 'much'" in error_of(run_pytest(tmp_path))
+
+
+def test_a_bad_variable_names_the_environment(tmp_path):
+    write_suite(tmp_path, test_it=SUITE)
+    finished = run_pytest(tmp_path, env={"GPUMEM_SIMULATE": "big"})
+
+    assert "GPUMEM_SIMULATE in the environment: 'big'" in error_of(finished)
+
+
+@pytest.mark.parametrize(
+    ("mark", "sentence"),
+    [
+        ('vram_limit("2 potatoes")', "'2 potatoes' is not a size"),
+        ("vram_limit(-1)", "-1 is negative"),
+        ("vram_limit()", "missing a required argument"),
+        ('gpu(memory="2GiB")', "unexpected keyword argument 'memory'"),
+        ('gpu(vram="2 potatoes")', "'2 potatoes' is not a size"),
+        ("gpu(count=0)", "count=0 is not a number of cards"),
+    ],
+)
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_bad_mark_is_one_sentence_with_file_and_line(tmp_path, mark, sentence, mode):
+    write_suite(tmp_path, test_it=f"{SUITE}\n@pytest.mark.{mark}\ndef test_bad(): pass\n")
+    error = error_of(run_pytest(tmp_path, *MODES[mode]))
+
+    assert error.startswith("ERROR: test_it.py:5: test_it.py::test_bad: mark ")
+    assert sentence in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_json_file_in_a_directory_without_permission_is_refused_at_the_start(tmp_path):
+    write_suite(tmp_path, test_it=SUITE)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+
+    assert "is not writable" in error_of(run_pytest(tmp_path, f"--gpumem-json={locked}/run.json"))
+
+
+def test_a_json_file_that_cannot_be_written_at_the_end_loses_nothing_else(tmp_path):
+    suite = "import shutil\n\ndef test_a(): shutil.rmtree('out')\n"
+    write_suite(tmp_path, test_it=suite)
+    (tmp_path / "out").mkdir()
+    finished = run_pytest(tmp_path, "--gpumem-json=out/run.json")
+
+    assert "1 passed" in finished.output
+    assert "--gpumem-json: cannot write" in finished.output
+    assert finished.status != 0
+    assert "INTERNALERROR" not in finished.output
+
+
+def test_a_typo_in_a_mark_does_not_cost_the_simulated_card(tmp_path):
+    write_suite(tmp_path, test_it=SUITE)
+
+    assert run_pytest(tmp_path, *SIMULATE, "--gpumem-simulate-context=1MiB").status == 0

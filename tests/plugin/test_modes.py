@@ -1,0 +1,203 @@
+"""What is on when: installed only, asked for, switched off; and what never happens."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from harness import SIMULATE, run_pytest, write_suite
+
+SUITE = """
+import sys
+
+def test_a():
+    assert "torch" not in sys.modules
+    assert "pynvml" not in sys.modules
+    assert "cryptography" not in sys.modules
+"""
+
+
+def header(finished):
+    return [line for line in finished.output.splitlines() if line.startswith("gpumem: ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode"),
+    [
+        ((), "track"),
+        (("-p", "gpumem"), "on"),
+        (("--gpumem=on",), "on"),
+        (("-p", "gpumem", "--gpumem=track"), "track"),
+        (("-p", "gpumem", "-n", "2"), "on"),
+    ],
+)
+def test_without_a_card_there_is_one_header_line_and_nothing_else(tmp_path, arguments, mode):
+    finished = run_pytest(write_suite(tmp_path, test_it=SUITE), *arguments)
+
+    assert finished.status == 0, finished.output
+    assert header(finished) == [
+        f"gpumem: {mode}, no card: there is no NVIDIA driver library (libnvidia-ml.so.1) "
+        "on this machine"
+    ]
+    assert "GPU memory" not in finished.output
+
+
+def test_switched_off_it_only_says_so(tmp_path):
+    write_suite(
+        tmp_path,
+        test_it=SUITE + "\nimport pytest\n@pytest.mark.vram_limit('what')\ndef test_b(): pass",
+    )
+    finished = run_pytest(tmp_path, "--gpumem=off")
+
+    assert finished.status == 0
+    assert header(finished) == ["gpumem: off"]
+
+
+def test_the_ini_file_can_ask_for_everything(tmp_path):
+    write_suite(tmp_path, test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')")
+    ini = tmp_path / "pytest.ini"
+    ini.write_text(
+        ini.read_text() + "gpumem = on\ngpumem_simulate = 1GiB\ngpumem_json = run.json\n"
+    )
+    finished = run_pytest(tmp_path)
+
+    assert finished.status == 0, finished.output
+    assert finished.record.mode == "on"
+    assert finished.card("test_a").peak == 512
+    assert "gpumem: on, Simulated CUDA card of 1.00 GiB" in header(finished)
+    assert header(finished)[1].startswith("gpumem: not simulated: ")
+
+
+def test_a_suite_that_loads_the_plugin_in_its_conftest_is_measured(tmp_path):
+    write_suite(
+        tmp_path,
+        test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')",
+        conftest="pytest_plugins = ['pytest_gpumem.plugin']",
+    )
+    finished = run_pytest(
+        tmp_path,
+        "-p",
+        "no:gpumem",
+        env={"GPUMEM_SIMULATE": "1GiB", "GPUMEM_JSON": "run.json"},
+    )
+
+    assert finished.card("test_a").peak == 512
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_it_leaves_nothing_behind_in_the_working_directory_or_the_environment(tmp_path, workers):
+    write_suite(
+        tmp_path,
+        test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')",
+        conftest="""
+import os
+BEFORE = dict(os.environ)
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        new = {name for name in os.environ if name not in BEFORE and name.startswith("GPUMEM")}
+        assert not new, new
+""",
+    )
+    before = {path.name for path in tmp_path.iterdir()}
+    finished = run_pytest(tmp_path, *SIMULATE, *workers)
+
+    assert finished.status == 0, finished.output
+    assert {path.name for path in tmp_path.iterdir()} - before <= {"__pycache__"}
+
+
+def test_tracking_only_never_empties_the_cache_and_changes_no_device(tmp_path):
+    suite = """
+import torch
+
+def test_a():
+    torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+
+def test_b():
+    assert torch.cuda.memory_reserved() == 2**30
+    assert torch.get_default_device().type == "cpu"
+"""
+    write_suite(tmp_path, test_it=suite)
+
+    assert run_pytest(tmp_path, "--gpumem-simulate=1.5GiB").outcomes == {"passed": 2}
+
+
+def test_asked_for_it_gives_a_large_unused_cache_back(tmp_path):
+    suite = """
+import torch
+
+def test_a():
+    torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+
+def test_b():
+    assert torch.cuda.memory_reserved() == 0
+"""
+    write_suite(tmp_path, test_it=suite)
+
+    assert run_pytest(tmp_path, "-p", "gpumem", "--gpumem-simulate=1.5GiB").outcomes == {
+        "passed": 2
+    }
+
+
+def test_a_run_can_use_the_card_that_another_run_made(tmp_path):
+    outer = """
+import, os, subprocess, sys, torch
+
+def test_outer():
+    mine = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+    card = os.environ["GPUMEM_SIMULATE_CARD"]
+    inner = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "inner", "--gpumem-simulate-card", card],
+        capture_output=True, text=True,
+    )
+    assert "1 failed" in inner.stdout, inner.stdout
+    assert f"Process {os.getpid()} has" in inner.stdout, inner.stdout
+"""
+    write_suite(tmp_path, test_outer=outer)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "test_inner.py").write_text(
+        "import torch\ndef test_a(): torch.zeros(2**30, dtype=torch.uint8, device='cuda')"
+    )
+    finished = run_pytest(tmp_path, "test_outer.py", "-p", "gpumem", "--gpumem-simulate=2GiB")
+
+    assert finished.outcomes == {"passed": 1}, finished.output
+
+
+def test_marks_and_options_explain_themselves(tmp_path):
+    marks = run_pytest(tmp_path, "--markers").output
+    options = run_pytest(tmp_path, "--help").output
+
+    assert "@pytest.mark.gpu(vram=None, count=1, exclusive=False): Say that the test" in marks
+    assert "--gpumem-simulate=SIZE" in options
+    assert "GPU memory (pytest-gpumem)" in options
+
+
+def test_the_fixture_reads_zero_where_there_is_no_card(tmp_path):
+    suite = (
+        "def test_a(gpumem): assert (gpumem.allocated, gpumem.peak, gpumem.usage()) == (0, 0, ())"
+    )
+    assert run_pytest(write_suite(tmp_path, test_it=suite)).status == 0
+
+
+def test_a_cpu_only_suite_with_torch_is_left_alone(tmp_path):
+    suite = "import torch\ndef test_a(): assert not torch.cuda.is_available()"
+    finished = run_pytest(write_suite(tmp_path, test_it=suite), "-p", "gpumem")
+
+    assert finished.status == 0
+    assert "GPU memory" not in finished.output
+
+
+def test_the_report_command_shows_the_same_section(tmp_path):
+    write_suite(tmp_path, test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')")
+    finished = run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json")
+    import subprocess
+
+    shown = subprocess.run(
+        [sys.executable, "-m", "pytest_gpumem.cli", "report", str(tmp_path / "run.json")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+    assert shown.strip() == finished.section.strip()
+    assert json.loads((tmp_path / "run.json").read_text())["schema"] == 1

@@ -1,0 +1,245 @@
+"""Runs that end early, crash, or run beside other plugins, on the simulated card."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from harness import MODES, SIMULATE, run_pytest, write_suite
+
+TAKE = """
+import os, signal
+import pytest, torch
+
+KEPT = []
+
+def take(kib=64):
+    return torch.zeros(kib * 1024, dtype=torch.uint8, device="cuda")
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    def _run(source, *arguments, **files):
+        write_suite(tmp_path, test_it=TAKE + source, **files)
+        return run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json", *arguments)
+
+    return _run
+
+
+def outcomes(finished):
+    return {each.nodeid.split("::")[-1]: each.outcome for each in finished.record.tests}
+
+
+@pytest.mark.parametrize("mode", ["plain", "n2"])
+def test_stopping_at_the_first_failure_keeps_what_was_measured(run, mode):
+    source = """
+def test_a(): take()
+def test_b():
+    x = take()
+    assert 0
+def test_c(): take()
+"""
+    finished = run(source, "-x", *MODES[mode])
+
+    assert finished.status in (1, 2)
+    assert outcomes(finished)["test_b"] == "failed"
+    assert finished.card("test_b").leftover == 0
+    assert "GPU memory" in finished.output
+
+
+def test_maxfail_and_last_failed_work_as_without_the_plugin(run):
+    source = """
+def test_a(): take(); assert 0
+def test_b(): take(); assert 0
+def test_c(): take()
+"""
+    first = run(source, "--maxfail=1")
+    second = run(source, "--lf")
+
+    assert outcomes(first) == {"test_a": "failed"}
+    assert outcomes(second) == {"test_a": "failed"}
+
+
+def test_a_crashed_worker_loses_only_the_test_it_was_running(run):
+    source = """
+@pytest.mark.parametrize("i", range(6))
+def test_good(i): take()
+
+def test_crash():
+    x = take()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    finished = run(source, "-n", "2")
+
+    assert finished.outcomes == {"passed": 6, "failed": 1}
+    assert outcomes(finished)["test_crash"] == "crashed"
+    assert sum(bool(each.cards) for each in finished.record.tests) == 6
+    assert finished.section.count("GPU memory") == 0
+    assert finished.output.count("= GPU memory =") == 1
+
+
+def test_workers_share_one_card_and_each_others_memory_is_named(run):
+    source = """
+import time
+
+@pytest.mark.parametrize("i", range(2))
+def test_both_at_once(i, tmp_path_factory):
+    mine = torch.zeros(2 * 2**30, dtype=torch.uint8, device="cuda")
+    (tmp_path_factory.getbasetemp().parent / f"there{i}").touch()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if (tmp_path_factory.getbasetemp().parent / f"there{1 - i}").exists():
+            break
+        time.sleep(0.01)
+"""
+    finished = run(source, "-n", "2")
+
+    assert sorted(outcomes(finished).values()) == ["failed", "passed"], finished.output
+    assert re.search(r"Process \d+ has 2\.38 GiB memory in use", finished.output)
+    (oom,) = [each for each in finished.record.tests if each.oom]
+    assert oom.oom == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert oom.cards[0].ooms == 1
+
+
+def test_the_card_of_a_killed_worker_is_free_for_the_next_test(run):
+    source = """
+def test_1_crash():
+    x = torch.zeros(3 * 2**30, dtype=torch.uint8, device="cuda")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def test_2_takes_it_all():
+    torch.zeros(3 * 2**30, dtype=torch.uint8, device="cuda")
+"""
+    finished = run(source, "-n", "1")
+
+    assert outcomes(finished) == {"test_1_crash": "crashed", "test_2_takes_it_all": "passed"}
+
+
+def test_reruns_are_recorded_one_by_one(run):
+    source = """
+TRIES = []
+
+@pytest.mark.flaky(reruns=2)
+def test_a():
+    TRIES.append(1)
+    x = take(64 * len(TRIES))
+    assert len(TRIES) == 3
+"""
+    finished = run(source)
+    peaks = [each.cards[0].peak for each in finished.record.tests]
+
+    assert [each.outcome for each in finished.record.tests] == ["rerun", "rerun", "passed"]
+    assert peaks == [65536, 2 * 65536, 3 * 65536]
+    assert all(each.cards[0].leftover == 0 for each in finished.record.tests)
+
+
+def test_under_pdb_the_variables_of_a_failed_test_are_kept(run):
+    files = {
+        "conftest": """
+import pytest
+
+class Debugger:
+    quitting = False
+    def reset(self): pass
+    def interaction(self, frame, traceback):
+        while traceback.tb_next: traceback = traceback.tb_next
+        print("LOCALS", sorted(traceback.tb_frame.f_locals))
+    def __init__(self, *args, **kwargs): pass
+"""
+    }
+    source = """
+def test_a():
+    x = take()
+    assert 0
+"""
+    finished = run(source, "--pdb", "--pdbcls=conftest:Debugger", "-s", **files)
+
+    assert re.search(r"LOCALS \[.*'x'", finished.output)
+    assert finished.card("test_a").leaked == 0
+
+
+def test_pytest_html_gets_a_column(run):
+    finished = run("def test_a(): take(2048)", "--html=report.html", "--self-contained-html")
+    html = (finished.directory / "report.html").read_text()
+
+    assert "VRAM peak (MiB)" in html
+    assert "2.0" in html
+
+
+def test_allocation_stacks_name_the_line(run):
+    finished = run("def test_a():\n    KEPT.append(take())\n", "--gpumem-stacks")
+    (holder,) = finished.card("test_a").holders
+
+    assert any("test_it.py:" in frame and "take" in frame for frame in holder.stack), holder
+    assert "allocated at" in finished.section
+
+
+def test_a_fixture_that_keeps_memory_is_named(run):
+    source = """
+@pytest.fixture(scope="module")
+def model():
+    KEPT.append(take(2048))
+    yield take(1024)
+
+def test_a(model): pass
+"""
+    finished = run(source)
+    (fixture,) = [each for each in finished.test("test_a").fixtures if each.released is not None]
+
+    assert (fixture.allocated, fixture.released, fixture.leaked) == (3 * 2**20, 2**20, 2**21)
+    assert fixture.holders[0].where == "test_it.py: module global KEPT[0]"
+    assert "by fixture model (module), torn down after test_it.py::test_a" in finished.section
+
+
+def test_a_session_fixture_with_a_cycle_is_no_leak(run):
+    source = """
+class Model:
+    def __init__(self):
+        self.weights, self.self = take(2048), self
+
+@pytest.fixture(scope="session")
+def model(): return Model()
+
+def test_a(model): pass
+"""
+    finished = run(source)
+    (fixture,) = [each for each in finished.test("test_a").fixtures if each.released is not None]
+
+    assert (fixture.released, fixture.leaked) == (2**21, 0)
+
+
+def test_the_first_test_may_reset_the_peak_itself(run):
+    source = """
+def test_a():
+    take(512)
+    torch.cuda.reset_peak_memory_stats()
+    take(64)
+"""
+    assert run(source).card("test_a").peak == 512 * 1024
+
+
+def test_memory_taken_at_import_is_nobodys_leak(run):
+    finished = run("KEPT.append(take())\ndef test_a(): take()\ndef test_b(): KEPT.append(take())")
+
+    assert finished.card("test_a").leaked == 0
+    assert finished.card("test_b").leaked == 64 * 1024
+    assert len(finished.card("test_b").holders) == 1
+
+
+def test_quiet_is_one_line_and_loud_is_every_test(run):
+    source = """
+@pytest.mark.parametrize("i", range(12))
+def test_a(i): take()
+"""
+    assert len(run(source, "-q").section.strip().splitlines()) == 1
+    assert run(source).section.count("test_it.py::test_a") == 10
+    assert run(source, "-vv").section.count("test_it.py::test_a") == 12
+    assert run(source, "--gpumem-top=3").section.count("test_it.py::test_a") == 3
+
+
+def test_a_run_that_touched_no_card_shows_no_section(run):
+    finished = run("def test_a(): pass")
+
+    assert "GPU memory =" not in finished.output
+    assert outcomes(finished) == {"test_a": "passed"}
