@@ -1,0 +1,79 @@
+# Needs Python 3.11, make and PyPI; everything else is installed into $(VENV).
+# `make test ARGS="-k leak"` passes ARGS to pytest.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq
+PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name py.typed) pyproject.toml README.md LICENSE
+
+# The tests are about the built wheel: nothing may import the source tree beside it.
+export PYTHONSAFEPATH = 1
+
+.PHONY: help demo test test-pytest9 test-pytest8 lint bench soak gpu-check wheel clean
+
+help:
+	@echo "make demo       the demo suite, on the GPU or on a simulated one"
+	@echo "make test       all tests on pytest 9, the plugin's also on pytest 8"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      overhead against bare pytest, pytest-memray and pytest-monitor"
+	@echo "make soak       property tests with many more examples; all of torch's operators"
+	@echo "make gpu-check  the real-GPU suite; prints its figures as Markdown"
+	@echo "make wheel      the wheel, into dist/"
+	@echo "make clean      remove everything that make built"
+
+demo: $(VENV)/.wheel
+	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
+
+test: test-pytest8 test-pytest9
+
+test-pytest9: $(VENV)/.wheel
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
+
+test-pytest8: $(VENV)/.wheel $(VENV)/.pytest8
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(abspath $(VENV)/pytest8) $(BIN)/python -m pytest -n 2 tests/plugin $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.peers
+	$(BIN)/python scripts/bench/overhead.py --peers $(VENV)/peers --pytest8 $(VENV)/pytest8 $(ARGS)
+
+soak: $(VENV)/.wheel
+	$(PIP) --group soak
+	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
+	$(BIN)/python tests/soak/opinfo_campaign.py
+
+gpu-check: $(VENV)/.wheel
+	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/gpu_check.py $(ARGS)
+
+wheel: $(VENV)/.wheel
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch goes first and alone: what comes later finds it there and pulls no other build of it.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $$(grep -o 'torch==[0-9.]*' pyproject.toml)
+	$(PIP) hatchling --group test --group lint
+	touch $@
+
+# The package's own dependencies come with the first install of the wheel.
+$(VENV)/.wheel: $(PACKAGE) | $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PIP) --force-reinstall --no-deps dist/*.whl
+	$(PIP) dist/*.whl
+	touch $@
+
+# An older pytest alone, put before the newer one by PYTHONPATH; its dependencies are the venv's.
+$(VENV)/.pytest8: | $(VENV)/.ready
+	$(PIP) --no-deps --target $(VENV)/pytest8 'pytest<9'
+	touch $@
+
+$(VENV)/.peers: | $(VENV)/.ready
+	$(PIP) --target $(VENV)/peers --group bench
+	touch $@

@@ -1,0 +1,273 @@
+"""What the plugin costs a suite that allocates nothing, beside bare pytest and its peers.
+
+Every variant runs the same generated suites (1,000 trivial tests in 10 files, and 1 test) in fresh
+processes, interleaved over several rounds. Times are wall and CPU seconds of the whole process; a
+ratio is the median over rounds of "this variant / its bare baseline in the same round".
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+FILES, TESTS_PER_FILE = 10, 100
+IMPORT_TARGET_MS = 15.0
+SIMULATE = ("-p", "gpumem", "--gpumem-simulate", "3.81GiB")
+
+# With automatic collection off, every collection that happens was asked for by somebody.
+CONFTEST = """
+import gc, json, os, sys
+
+if os.environ.get("BENCH_TORCH"):
+    import torch
+    torch.ones(1, device=os.environ["BENCH_TORCH"])
+
+if os.environ.get("BENCH_PROBE"):
+    collections = []
+
+    def pytest_collection_finish():
+        gc.disable()
+        gc.callbacks.append(lambda phase, info: phase == "start" and collections.append(info))
+
+    def pytest_sessionfinish():
+        found = {"collections": len(collections), "torch": "torch" in sys.modules}
+        with open(os.environ["BENCH_PROBE"], "w") as file:
+            json.dump(found, file)
+"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the suite; ``torch`` is the device the suite touches first, if any."""
+
+    name: str
+    args: tuple[str, ...] = ()
+    baseline: str = "bare"
+    path: tuple[Path, ...] = ()
+    torch: str = ""
+    target: float | None = None
+    peer: bool = False
+
+    def command(self, suite: Path) -> list[str]:
+        """Return the command line that runs ``suite``."""
+        quiet = ("-q", "-p", "no:cacheprovider")
+        return [sys.executable, "-m", "pytest", *quiet, *self.args, str(suite)]
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        """Return the environment: only the plugins that ``args`` name are loaded."""
+        path = os.pathsep.join(map(str, self.path))
+        settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
+        return os.environ | settings | {"BENCH_TORCH": self.torch} | extra
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one process."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result."""
+
+    name: str
+    seconds: float
+    per_test_us: float
+    ratio: float
+    cpu_ratio: float
+    baseline: str
+    target: float | None
+
+
+def variants(peers: Path | None, pytest8: Path | None) -> list[Variant]:
+    """Return what is compared; peers only where they are installed."""
+    found = [
+        Variant("bare"),
+        Variant("gpumem, no GPU", ("-p", "gpumem"), target=1.05),
+        Variant("gpumem, simulated card", SIMULATE, target=1.25),
+        Variant("bare, torch loaded", torch="cpu"),
+        Variant(
+            "gpumem, torch active on the simulated card",
+            SIMULATE,
+            baseline="bare, torch loaded",
+            torch="cuda",
+            target=1.25,
+        ),
+    ]
+    if peers:
+        found.append(
+            Variant("pytest-memray", ("-p", "memray", "--memray"), path=(peers,), peer=True)
+        )
+    if peers and pytest8:
+        # pytest-monitor 1.6 reports one error per module on pytest 9.
+        old = (pytest8, peers)
+        found.append(Variant("bare, pytest 8", path=(pytest8,)))
+        found.append(Variant("pytest-monitor", ("-p", "monitor"), "bare, pytest 8", old, peer=True))
+    return found
+
+
+def write_suite(folder: Path, files: int, tests: int) -> Path:
+    """Write a suite of ``files`` x ``tests`` trivial tests and return its folder."""
+    folder.mkdir()
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "conftest.py").write_text(CONFTEST)
+    body = "\n\n".join(f"def test_{number}():\n    assert True" for number in range(tests))
+    for number in range(files):
+        (folder / f"test_file_{number}.py").write_text(body)
+    return folder
+
+
+def run(variant: Variant, suite: Path) -> Timing:
+    """Run ``suite`` once and return its times.
+
+    Raises:
+        SystemExit: with pytest's output, when a test did not pass.
+
+    """
+    # The suite is the working directory: pytest-monitor writes its database there.
+    before, cpu_before = time.perf_counter(), os.times()
+    done = subprocess.run(
+        variant.command(suite),
+        check=False,
+        env=variant.environment(),
+        cwd=suite,
+        capture_output=True,
+        text=True,
+    )
+    wall, cpu_after = time.perf_counter() - before, os.times()
+    if done.returncode:
+        raise SystemExit(f"{variant.name} failed:\n{done.stdout}{done.stderr}")
+    cpu = sum(cpu_after[2:4]) - sum(cpu_before[2:4])
+    return Timing(wall, cpu)
+
+
+def measure(
+    compared: list[Variant], many: Path, one: Path, rounds: int, peer_rounds: int
+) -> list[Row]:
+    """Run everything in turn, ``rounds`` times, and return one row per variant."""
+    big: dict[str, list[Timing]] = {variant.name: [] for variant in compared}
+    small: dict[str, list[Timing]] = {variant.name: [] for variant in compared}
+    for number in range(rounds):
+        for variant in compared:
+            if number < (peer_rounds if variant.peer else rounds):
+                big[variant.name].append(run(variant, many))
+                small[variant.name].append(run(variant, one))
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    return [row(variant, big, small[variant.name]) for variant in compared]
+
+
+def row(variant: Variant, big: dict[str, list[Timing]], small: list[Timing]) -> Row:
+    """Return the medians of one variant."""
+    mine = big[variant.name]
+    # Round by round: what slows the machine for a while slows both sides of a pair. A baseline
+    # may have run in more rounds than its peer.
+    pairs = list(zip(mine, big[variant.baseline], strict=False))
+    seconds = statistics.median(timing.wall for timing in mine)
+    alone = statistics.median(timing.wall for timing in small)
+    return Row(
+        name=variant.name,
+        seconds=seconds,
+        per_test_us=(seconds - alone) / (FILES * TESTS_PER_FILE - 1) * 1e6,
+        ratio=statistics.median(one.wall / base.wall for one, base in pairs),
+        cpu_ratio=statistics.median(one.cpu / base.cpu for one, base in pairs),
+        baseline=variant.baseline,
+        target=variant.target,
+    )
+
+
+def probe(variant: Variant, suite: Path, scratch: Path) -> dict[str, int]:
+    """Return how many collections were asked for while tests ran, and if torch was imported."""
+    report = scratch / "probe.json"
+    environment = variant.environment(BENCH_PROBE=str(report))
+    subprocess.run(
+        variant.command(suite), env=environment, cwd=suite, capture_output=True, check=True
+    )
+    found: dict[str, int] = json.loads(report.read_text())
+    return found
+
+
+def import_ms(repeat: int = 9) -> float:
+    """Return the median milliseconds of importing the plugin where pytest is imported already."""
+    code = (
+        "import time, pytest; start = time.perf_counter(); import pytest_gpumem.plugin;"
+        "print((time.perf_counter() - start) * 1e3)"
+    )
+    command = [sys.executable, "-c", code]
+    return statistics.median(
+        float(subprocess.run(command, capture_output=True, check=True).stdout)
+        for _ in range(repeat)
+    )
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print the rows as a Markdown table."""
+    print("| variant | 1,000 tests (s) | per test (us) | ratio | CPU ratio | against | target |")
+    print("|---|---:|---:|---:|---:|---|---|")
+    for each in rows:
+        target = f"<= {each.target:.2f}" if each.target else ""
+        print(
+            f"| {each.name} | {each.seconds:.2f} | {each.per_test_us:.0f} | {each.ratio:.2f} "
+            f"| {each.cpu_ratio:.2f} | {each.baseline} | {target} |"
+        )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--peer-rounds", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--peers", type=Path, help="folder with pytest-memray and pytest-monitor")
+    parser.add_argument("--pytest8", type=Path, help="folder with pytest 8, for pytest-monitor")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and return 0."""
+    options = parse(argv)
+    peers = options.peers and options.peers.resolve()
+    pytest8 = options.pytest8 and options.pytest8.resolve()
+    compared = variants(peers, pytest8)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        many = write_suite(scratch / "many", FILES, TESTS_PER_FILE)
+        one = write_suite(scratch / "one", 1, 1)
+        probes = {
+            variant.name: probe(variant, many, scratch)
+            for variant in compared
+            if "gpumem" in variant.args
+        }
+        rows = measure(compared, many, one, options.rounds, options.peer_rounds)
+    machine = (
+        f"{dt.datetime.now(dt.timezone.utc):%Y-%m-%d}, {os.cpu_count()} CPUs, "
+        f"Python {platform.python_version()}, pytest {version('pytest')}, {options.rounds} rounds"
+    )
+    plugin_ms = import_ms()
+    print(machine, end="\n\n")
+    print_table(rows)
+    print(f"\nImport of the plugin: {plugin_ms:.1f} ms (target: <= {IMPORT_TARGET_MS:.0f} ms).")
+    for name, found in probes.items():
+        torch = "imported" if found["torch"] else "not imported"
+        print(f"{name}: gc ran {found['collections']} times on request; torch {torch}.")
+    if options.json:
+        figures = {"machine": machine, "import_ms": plugin_ms, "probes": probes}
+        figures["rows"] = [asdict(each) for each in rows]
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

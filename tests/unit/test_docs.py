@@ -1,0 +1,98 @@
+"""The documents' examples do what they show.
+
+A block ```` ```python NAME.py ```` is a file; the ```` ```console ```` block after it that begins
+with ``$ pytest`` is run beside the files of its section, and must print the lines it shows, in that
+order. ``...`` stands for lines left out, and times may differ.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?P<info>[^\n]+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
+
+
+def sections():
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for section in re.split(r"^(?=#+ )", text, flags=re.MULTILINE):
+            blocks = [(match["info"], match["body"]) for match in BLOCK.finditer(section)]
+            if any(is_run(*block) for block in blocks):
+                title = section.splitlines()[0].lstrip("# ")
+                yield pytest.param(blocks, id=f"{document.name}: {title}")
+
+
+def is_run(info, body):
+    # The demo's output is compared by scripts/demo.py.
+    return info == "console" and body.startswith("$ pytest") and "docs/demo" not in body
+
+
+def comparable(lines):
+    return [re.sub(r" in \d+\.\d+s| +", " ", line).strip(" =") for line in lines]
+
+
+@pytest.mark.parametrize("blocks", list(sections()))
+def test_examples_print_what_the_documents_show(blocks, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if "PYTEST_" not in name}
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    for info, body in blocks:
+        language, _, name = info.partition(" ")
+        if name and language in {"python", "ini"}:
+            (tmp_path / name).write_text(body)
+        if is_run(info, body):
+            command, *shown = body.splitlines()
+            done = subprocess.run(
+                [sys.executable, "-m", *shlex.split(command.removeprefix("$ "))],
+                cwd=tmp_path,
+                env=environment | {"COLUMNS": "100"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+            printed = iter(comparable(done.stdout.splitlines()))
+            for line in comparable(line for line in shown if line != "..."):
+                assert line in printed, f"not (or not here) in the output: {line}\n{done.stdout}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document):
+    for target in LINK.findall(document.read_text()):
+        assert not target or (document.parent / target).exists(), target
+
+
+def test_every_option_is_in_the_reference():
+    from pytest_gpumem.settings import OPTIONS
+
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    assert [option.flag for option in OPTIONS if f"`{option.flag}" not in reference] == []
+
+
+def test_every_field_of_the_records_is_in_the_json_document():
+    import dataclasses
+
+    from pytest_gpumem import records
+
+    document = (ROOT / "docs" / "json.md").read_text()
+    kinds = [kind for kind in vars(records).values() if dataclasses.is_dataclass(kind)]
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert sorted(name for name in fields if f"`{name}`" not in document) == []
+
+
+@pytest.mark.model
+def test_the_readme_shows_what_the_demo_prints():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "demo.py", "--readme"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

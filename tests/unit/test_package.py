@@ -1,0 +1,34 @@
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import pytest_gpumem
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif("PYTHONSAFEPATH" not in os.environ, reason="only make tests the built wheel")
+def test_what_is_tested_is_the_installed_wheel():
+    assert Path(pytest_gpumem.__file__).parent != ROOT / "pytest_gpumem"
+    code = "import pytest_gpumem; print(pytest_gpumem.__file__)"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert child.stdout.decode().strip() == pytest_gpumem.__file__
+
+
+def test_version_is_that_of_the_distribution():
+    assert pytest_gpumem.__version__ == metadata.version("pytest-gpumem")
+
+
+def test_package_says_that_it_is_typed():
+    assert (Path(pytest_gpumem.__file__).parent / "py.typed").exists()
+
+
+def test_importing_the_plugin_imports_nothing_heavy():
+    code = "import pytest, sys, pytest_gpumem.plugin; print(*sys.modules)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    loaded = set(child.stdout.decode().split())
+    assert not loaded & {"torch", "pynvml", "numpy", "cryptography", "zstandard", "rich"}
