@@ -36,10 +36,8 @@ def test_without_a_card_there_is_one_header_line_and_nothing_else(tmp_path, argu
     finished = run_pytest(write_suite(tmp_path, test_it=SUITE), *arguments)
 
     assert finished.status == 0, finished.output
-    assert header(finished) == [
-        f"gpumem: {mode}, no card: there is no NVIDIA driver library (libnvidia-ml.so.1) "
-        "on this machine"
-    ]
+    (line,) = header(finished)
+    assert line.startswith(f"gpumem: {mode}, no card: there is no NVIDIA driver library")
     assert "GPU memory" not in finished.output
 
 
@@ -134,9 +132,8 @@ def test_b():
 """
     write_suite(tmp_path, test_it=suite)
 
-    assert run_pytest(tmp_path, "-p", "gpumem", "--gpumem-simulate=1.5GiB").outcomes == {
-        "passed": 2
-    }
+    finished = run_pytest(tmp_path, "-p", "gpumem", "--gpumem-simulate=1.5GiB")
+    assert finished.outcomes == {"passed": 2}
 
 
 def test_a_run_can_use_the_card_that_another_run_made(tmp_path):

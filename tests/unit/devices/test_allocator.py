@@ -11,8 +11,8 @@ from pytest_gpumem.devices import (
     AllocatorReading,
     allocators,
     notes,
-    watch_peaks,
     register,
+    watch_peaks,
 )
 
 if TYPE_CHECKING:

@@ -6,16 +6,15 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from device_fakes import stats
 
 from pytest_gpumem.devices import (
     allocation_stacks,
     notes,
-    watch_peaks,
     record_stacks,
     torch_private,
+    watch_peaks,
 )
-
-from device_fakes import stats
 
 if TYPE_CHECKING:
     from device_fakes import FakeCuda
