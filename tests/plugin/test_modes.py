@@ -144,7 +144,7 @@ def test_outer():
     mine = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
     card = os.environ["GPUMEM_SIMULATE_CARD"]
     inner = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "inner", "--gpumem-simulate-card", card],
+        [sys.executable, "-m", "pytest", "inner", "--gpumem-simulate-card", card],
         capture_output=True, text=True,
     )
     assert "1 failed" in inner.stdout, inner.stdout
