@@ -35,7 +35,7 @@ def gpu(vram: str | int | None = None, count: int = 1, exclusive: bool = False) 
 
 
 def vram_limit(limit: str | int) -> int:
-    """Fail the test when its peak of allocated VRAM exceeds this size."""
+    """Fail the test when it takes more VRAM than this size above what was there before."""
     return _size("limit", limit)
 
 

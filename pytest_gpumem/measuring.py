@@ -46,9 +46,9 @@ class Measuring:
 
     def __init__(self, config: pytest.Config, state: State) -> None:
         self._settings = state.settings
+        self._cards = state.found.cards
         self._pdb = bool(config.getoption("usepdb"))
-        shared = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1"
-        rules = (release_when_shared(shared),) if state.settings.mode == "on" else ()
+        rules = (release_when_shared(_shared(self._cards)),) if state.settings.mode == "on" else ()
         self.tracker = Tracker(*rules, stacks=state.settings.stacks, root=config.rootpath)
         self._item: pytest.Item | None = None
         self._errors: list[BaseException] = []
@@ -145,7 +145,13 @@ class Measuring:
         self.tracker.close()
         output = getattr(session.config, "workeroutput", None)
         if output is not None:
-            output[CARDS] = [records.to_plain(card) for card in devices.find_cards().cards]
+            output[CARDS] = [records.to_plain(card) for card in self._cards]
+
+
+def _shared(cards: Sequence[records.Card]) -> bool:
+    """Return whether other processes use the cards: other workers, or strangers."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return workers > 1 or any(set(devices.process_bytes(card)) - {os.getpid()} for card in cards)
 
 
 def _keepers(item: pytest.Item) -> dict[int, str]:

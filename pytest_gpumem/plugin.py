@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -98,10 +99,14 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
 
     Raises:
         BadSettingError: when a real card is visible and the user did not ask twice, or the card
-            file that was named cannot be used.
+            file that was named cannot be used, or the system has no means to share a card.
 
     """
     from pytest_gpumem import devices
+    from pytest_gpumem.records import Card
+
+    if sys.platform == "win32":
+        raise BadSettingError("--gpumem-simulate: not on Windows, which has no POSIX file locks")
     from pytest_gpumem.simulator import Simulation
 
     if real.cards and not settings.simulate_anyway:
@@ -117,11 +122,11 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
     else:
         simulation = Simulation.start(settings.simulate or 0, settings.simulate_context)
     simulation.install()
-    import pynvml  # noqa: F401  # its answers come from the simulated card from here on
-
     exported = CARD_VARIABLE not in os.environ
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
-    return State(settings, devices.find_cards(), simulation, exported)
+    card = simulation.card
+    found = devices.CardsFound((Card(card.uuid, card.name, card.total),))
+    return State(settings, found, simulation, exported)
 
 
 def _is_controller(config: pytest.Config) -> bool:

@@ -165,7 +165,8 @@ OPTIONS = (
     Option(
         "vram_limit",
         parse_bytes,
-        "Fail each test whose peak exceeds this size, unless its vram_limit mark says otherwise.",
+        "Fail each test that takes more than this size above its baseline, unless its vram_limit "
+        "mark says otherwise.",
         "SIZE",
     ),
     Option(

@@ -64,7 +64,8 @@ class Simulation:
     def install(self) -> None:
         """Let torch and pynvml answer for the card, now or as soon as each is imported.
 
-        It cannot be undone in this process.
+        With torch comes pynvml: only an imported pynvml tells the driver's side of the card where
+        there is no driver. It cannot be undone in this process.
         """
         when_imported("pynvml", self._install_nvml)
         when_imported("torch", self._install_torch)
@@ -84,6 +85,7 @@ class Simulation:
         from pytest_gpumem.simulator import torch_face
 
         torch_face.install(self.card)
+        import pynvml  # noqa: F401  # see install
 
 
 def _private_directory() -> str | None:

@@ -138,7 +138,7 @@ def test_b():
 
 def test_a_run_can_use_the_card_that_another_run_made(tmp_path):
     outer = """
-import, os, subprocess, sys, torch
+import os, subprocess, sys, torch
 
 def test_outer():
     mine = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
