@@ -7,8 +7,7 @@ is found at collection and not in the middle of a run.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.units import parse_bytes
 
@@ -16,12 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """What a test asks of the cards: bytes (None: not said), how many cards, alone or not."""
 
     vram: int | None
-    count: int
+    cards: int
     exclusive: bool
 
 

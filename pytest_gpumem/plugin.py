@@ -152,18 +152,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Read the marks of every test now: a bad one must not surface in the middle of the run."""
     if config.stash[STATE].settings.mode == "off":
         return
+    found: dict[pytest.Collector, list[pytest.Mark]] = {}
     try:
         for item in items:
-            # From the module inwards, so that the closest mark is the one that holds.
-            for mark in reversed(list(item.iter_markers())):
-                if mark.name in marks.MARKS:
-                    _read_mark(item, mark)
+            for mark in _marks_of(item, found):
+                _read_mark(item, mark)
     except BadSettingError as error:
         if not is_worker(config):
             raise pytest.UsageError(str(error)) from None
         # xdist answers a worker's UsageError with an INTERNALERROR: the controller raises it.
         config.workeroutput[USAGE_ERROR] = str(error)  # type: ignore[attr-defined]
         items.clear()
+
+
+def _marks_of(
+    node: pytest.Item | pytest.Collector, found: dict[pytest.Collector, list[pytest.Mark]]
+) -> list[pytest.Mark]:
+    """Return our marks on ``node``, from the session inwards: the last one is the closest.
+
+    ``found`` remembers those of collectors, which ``Node.iter_markers`` would walk again for
+    each of thousands of tests.
+    """
+    own = [mark for mark in reversed(node.own_markers) if mark.name in marks.MARKS]
+    parent = node.parent
+    if parent is None:
+        return own
+    if parent not in found:
+        found[parent] = _marks_of(parent, found)
+    return found[parent] + own
 
 
 def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:

@@ -8,9 +8,8 @@ environment and ``gpumem_NAME`` in the ini file; the mode itself is plain ``--gp
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.units import format_bytes, parse_bytes
 
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 MODES = ("off", "track", "on")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What the user asked for; sizes in bytes."""
 
     mode: str = "track"
@@ -100,8 +98,7 @@ def _new_file(text: str) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One option: how it is written and read."""
 
     field: str

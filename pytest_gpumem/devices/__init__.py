@@ -6,16 +6,24 @@ up where the suite has loaded it, NVML answers for the rest.
 
 from __future__ import annotations
 
-from pytest_gpumem.devices.allocator import (
-    Allocator,
-    AllocatorReading,
-    allocators,
-    register,
-)
-from pytest_gpumem.devices.cards import CardsFound, driver_reading, find_cards, process_bytes
-from pytest_gpumem.devices.notebook import notes
-from pytest_gpumem.devices.nvml import DriverReading
-from pytest_gpumem.devices.torch_private import allocation_stacks, record_stacks, watch_peaks
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.allocator import (
+        Allocator,
+        AllocatorReading,
+        allocators,
+        register,
+    )
+    from pytest_gpumem.devices.cards import CardsFound, driver_reading, find_cards, process_bytes
+    from pytest_gpumem.devices.notebook import notes
+    from pytest_gpumem.devices.nvml import DriverReading
+    from pytest_gpumem.devices.torch_private import (
+        allocation_stacks,
+        record_stacks,
+        watch_peaks,
+    )
 
 __all__ = [
     "Allocator",
@@ -32,3 +40,21 @@ __all__ = [
     "register",
     "watch_peaks",
 ]
+
+_HOMES = {
+    "cards": ("CardsFound", "driver_reading", "find_cards", "process_bytes"),
+    "allocator": ("Allocator", "AllocatorReading", "allocators", "register"),
+    "nvml": ("DriverReading",),
+    "torch_private": ("allocation_stacks", "record_stacks", "watch_peaks"),
+    "notebook": ("notes",),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the module that is asked for by a name of it: without a card few of them are."""
+    for home, names in _HOMES.items():
+        if name in names:
+            found: object = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -68,7 +68,10 @@ class Variant:
         """Return the environment: only the plugins that ``args`` name are loaded."""
         path = os.pathsep.join(map(str, self.path))
         settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
-        return os.environ | settings | {"BENCH_TORCH": self.torch} | extra
+        found = os.environ | settings | {"BENCH_TORCH": self.torch} | extra
+        # Without it every run would compile every module again, which no user's run does.
+        found.pop("PYTHONDONTWRITEBYTECODE", None)
+        return found
 
 
 @dataclass(frozen=True)
