@@ -98,6 +98,8 @@ class Measuring:
         return result
 
     def _end(self, item: pytest.Item) -> tuple[records.CardUsage, ...]:
+        if self._item is None:  # gpumem_off, or its set-up never came to us
+            return ()
         self._drop_arguments(item)
         usage = self.tracker.end_test(
             self._errors, judge=not (self._pdb and self._errors), keepers=self._keepers
@@ -111,9 +113,10 @@ class Measuring:
     def _drop_arguments(self, item: pytest.Item) -> None:
         """Let go of the test's fixture values, which pytest would drop right after the teardown.
 
-        Judged a moment earlier than that, each value would look like a leftover.
+        Judged a moment earlier than that, each value would look like a leftover. Where memory
+        has come back already, other plugins may go on reading them.
         """
-        if self.tracker.active and isinstance(getattr(item, "funcargs", None), dict):
+        if self.tracker.anything_stayed() and isinstance(getattr(item, "funcargs", None), dict):
             item.funcargs.clear()  # type: ignore[attr-defined]
 
     # Fixtures
@@ -145,7 +148,8 @@ class Measuring:
         self.tracker.close()
         output = getattr(session.config, "workeroutput", None)
         if output is not None:
-            output[CARDS] = [records.to_plain(card) for card in self._cards]
+            cards = self._cards or devices.find_cards().cards
+            output[CARDS] = [records.to_plain(card) for card in cards]
 
 
 def _shared(cards: Sequence[records.Card]) -> bool:

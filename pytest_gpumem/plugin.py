@@ -57,15 +57,38 @@ def pytest_configure(config: pytest.Config) -> None:
     if state.settings.mode == "off":
         return
     if state.found.cards and not _is_controller(config):
-        from pytest_gpumem.measuring import Measuring
-
-        config.pluginmanager.register(Measuring(config, state), Measuring.NAME)
+        _measure(config)
     if not is_worker(config) and (
         state.found.cards or state.settings.json or _is_controller(config)
     ):
-        from pytest_gpumem.reporting import Reporting
+        _report(config)
 
-        config.pluginmanager.register(Reporting(state), "gpumem-reporting")
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Measure other makers' cards too: that there is one shows when the suite has loaded torch."""
+    config = session.config
+    state = config.stash[STATE]
+    if state.settings.mode == "off" or state.found.cards or _is_controller(config):
+        return
+    from pytest_gpumem import devices
+
+    if devices.other_maker():
+        _measure(config)
+        if not is_worker(config):
+            _report(config)
+
+
+def _measure(config: pytest.Config) -> None:
+    from pytest_gpumem.measuring import Measuring
+
+    config.pluginmanager.register(Measuring(config, config.stash[STATE]), Measuring.NAME)
+
+
+def _report(config: pytest.Config) -> None:
+    from pytest_gpumem.reporting import Reporting
+
+    if not config.pluginmanager.hasplugin(Reporting.NAME):
+        config.pluginmanager.register(Reporting(config.stash[STATE]), Reporting.NAME)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -25,6 +25,8 @@ class _Phases:
 class Reporting:
     """Collects every test's record in the process that reports, and shows them at the end."""
 
+    NAME = "gpumem-reporting"
+
     def __init__(self, state: State) -> None:
         self._state = state
         self._cards = {card.uuid: card for card in state.found.cards}
@@ -62,7 +64,7 @@ class Reporting:
         return records.RunRecord(
             schema=records.SCHEMA,
             mode=settings.mode,
-            cards=tuple(self._cards.values()),
+            cards=tuple(self._cards.values()) or devices.find_cards().cards,
             simulated=settings.simulated,
             workers=len(self._workers - {""}),
             tests=tuple(self._tests),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         record_stacks,
         watch_peaks,
     )
+    from pytest_gpumem.devices.torch_state import other_maker
 
 __all__ = [
     "Allocator",
@@ -35,6 +36,7 @@ __all__ = [
     "driver_reading",
     "find_cards",
     "notes",
+    "other_maker",
     "process_bytes",
     "record_stacks",
     "register",
@@ -47,6 +49,7 @@ _HOMES = {
     "nvml": ("DriverReading",),
     "torch_private": ("allocation_stacks", "record_stacks", "watch_peaks"),
     "notebook": ("notes",),
+    "torch_state": ("other_maker",),
 }
 
 

@@ -35,6 +35,20 @@ def accelerator() -> Any:
         return None
 
 
+def other_maker() -> str:
+    """Return what the loaded torch was built for where NVML does not answer for it.
+
+    ``rocm``, ``xpu``, ``mps`` and so on; empty without torch, without an accelerator and with
+    CUDA. Asks what the build is, initialises nothing.
+    """
+    torch = sys.modules.get("torch")
+    if getattr(getattr(torch, "version", None), "hip", None):
+        return "rocm"
+    module = getattr(torch, "accelerator", None)
+    built_for = kind(module) if hasattr(module, "current_accelerator") else ""
+    return "" if built_for == "cuda" else built_for
+
+
 def kind(module: Any) -> str:
     """Return the device type of ``torch.accelerator``: ``xpu``, ``mps``; empty for none."""
     device = module.current_accelerator()

@@ -270,6 +270,14 @@ class Tracker:
         self.boundary()
         return self._card_usages(self._test, {}) if self._test is not None else ()
 
+    def anything_stayed(self) -> bool:
+        """Whether the running test, or a fixture torn down in it, keeps memory at this moment."""
+        self.boundary()
+        if self._test is None:
+            return False
+        self._test.pay_back()
+        return bool(self._test.stayed())
+
     def end_test(
         self,
         errors: Sequence[BaseException] = (),
@@ -292,9 +300,9 @@ class Tracker:
             return Usage()
         self._end_teardowns()
         verdicts: Verdicts = {}
-        if judge and test.stayed():
-            self._give_back(test, errors)
-            if test.stayed():
+        if judge and self.anything_stayed():
+            self._give_back(errors)
+            if self.anything_stayed():
                 verdicts = self._judge(test, keepers or {})
         self._read_processes()
         usage = Usage(self._card_usages(test, verdicts), _fixture_usages(test, verdicts))
@@ -303,17 +311,12 @@ class Tracker:
         self._owners = [self._outside]
         return usage
 
-    def _give_back(self, test: Test, errors: Sequence[BaseException]) -> None:
+    def _give_back(self, errors: Sequence[BaseException]) -> None:
         """Drop what only tracebacks and reference cycles keep alive, by the cheapest means."""
         for error in errors:
             release.clear_frames(error)
         release.forget_last_error()
-        release.collect(lambda: self._still_stayed(test))
-
-    def _still_stayed(self, test: Test) -> bool:
-        self.boundary()
-        test.pay_back()
-        return bool(test.stayed())
+        release.collect(self.anything_stayed)
 
     def _judge(self, test: Test, keepers: Mapping[int, str]) -> Verdicts:
         """Take the second look at what stayed."""

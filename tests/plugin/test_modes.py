@@ -198,3 +198,39 @@ def test_the_report_command_shows_the_same_section(tmp_path):
 
     assert shown.strip() == finished.section.strip()
     assert json.loads((tmp_path / "run.json").read_text())["schema"] == 1
+
+
+def test_another_makers_card_is_measured_once_the_suite_has_loaded_torch(tmp_path):
+    torch = """
+from types import SimpleNamespace
+
+figures = {"current": 0, "peak": 0}
+
+def take(size):
+    figures["current"] += size
+    figures["peak"] = max(figures["peak"], figures["current"])
+
+def reset(_index): figures["peak"] = figures["current"]
+
+def stats(_index):
+    kinds = ("allocated_bytes", "reserved_bytes")
+    return {f"{kind}.all.{name}": size for kind in kinds for name, size in figures.items()}
+
+xpu = SimpleNamespace(
+    is_initialized=lambda: True,
+    get_device_properties=lambda _: SimpleNamespace(name="Arc", total_memory=2**33, uuid=b"\\1"),
+)
+accelerator = SimpleNamespace(
+    current_accelerator=lambda: SimpleNamespace(type="xpu"),
+    device_count=lambda: 1,
+    memory_stats=stats,
+    reset_peak_memory_stats=reset,
+    empty_cache=lambda: None,
+)
+"""
+    suite = "import torch\ndef test_a():\n    torch.take(2**20)\n    torch.take(-2**20)\n"
+    write_suite(tmp_path, torch=torch, test_it=suite)
+    finished = run_pytest(tmp_path, "-p", "gpumem", "--gpumem-json=run.json")
+
+    assert finished.card("test_a").peak == 2**20, finished.output
+    assert [(card.name, card.kind) for card in finished.record.cards] == [("Arc", "xpu")]

@@ -9,7 +9,7 @@ import pynvml
 import pytest
 from device_fakes import GIB, NOT_SUPPORTED, FakeBoard, FakeCuda, FakeDriver, FakeSlice, stats, uuid
 
-from pytest_gpumem.devices import driver_reading, find_cards, nvml, process_bytes
+from pytest_gpumem.devices import driver_reading, find_cards, nvml, process_bytes, torch_state
 from pytest_gpumem.devices.nvml import DriverReading
 from pytest_gpumem.records import Card
 
@@ -250,3 +250,27 @@ def test_a_torch_without_cuda_has_no_allocator_and_is_not_initialised() -> None:
         "find_cards(); print(allocators(), allocation_stacks(), torch.cuda.is_initialized())"
     )
     assert python(code) == "() {} False"
+
+
+def fake(kind: str) -> SimpleNamespace:
+    device = SimpleNamespace(type=kind) if kind else None
+    return SimpleNamespace(current_accelerator=lambda: device)
+
+
+@pytest.mark.parametrize(
+    ("torch", "maker"),
+    [
+        (None, ""),
+        (SimpleNamespace(), ""),
+        (SimpleNamespace(version=SimpleNamespace(hip="6.4"), accelerator=fake("cuda")), "rocm"),
+        (SimpleNamespace(version=SimpleNamespace(hip=None), accelerator=fake("cuda")), ""),
+        (SimpleNamespace(accelerator=fake("xpu")), "xpu"),
+        (SimpleNamespace(accelerator=fake("mps")), "mps"),
+        (SimpleNamespace(accelerator=fake("")), ""),
+    ],
+)
+def test_other_makers_are_told_by_the_build_of_torch(
+    monkeypatch: pytest.MonkeyPatch, torch: Any, maker: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert torch_state.other_maker() == maker
