@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,11 +12,16 @@ import pytest
 from pytest_gpumem import devices, records
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.state import CARDS, ITEM_MARKS, NO_MARKS, PROPERTIES, State
+from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.tracker import Fixture, Tracker, Usage, release_when_shared
+from pytest_gpumem.tracking.verdict import holds_memory
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
+
+_OOM = re.compile(r"(CUDA|HIP|XPU|MPS)( error:| driver error:| backend)? ?out of memory")
+"""How torch words it where the class is a plain ``RuntimeError``."""
 
 
 class Memory:
@@ -47,10 +53,11 @@ class Measuring:
     def __init__(self, config: pytest.Config, state: State) -> None:
         self._settings = state.settings
         self._cards = state.found.cards
-        self._pdb = bool(config.getoption("usepdb"))
+        self._pdb = bool(config.getoption("usepdb", False))
         rules = (release_when_shared(_shared(self._cards)),) if state.settings.mode == "on" else ()
         self.tracker = Tracker(*rules, stacks=state.settings.stacks, root=config.rootpath)
         self._item: pytest.Item | None = None
+        self._tearing_down = False
         self._errors: list[BaseException] = []
         self._keepers: dict[int, str] = {}
 
@@ -83,6 +90,7 @@ class Measuring:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
         """Judge the test when all of its teardown is over."""
+        self._tearing_down = True
         try:
             result = yield
         except BaseException as error:
@@ -98,6 +106,7 @@ class Measuring:
         return result
 
     def _end(self, item: pytest.Item) -> tuple[records.CardUsage, ...]:
+        self._tearing_down = False
         if self._item is None:  # gpumem_off, or its set-up never came to us
             return ()
         self._drop_arguments(item)
@@ -113,11 +122,14 @@ class Measuring:
     def _drop_arguments(self, item: pytest.Item) -> None:
         """Let go of the test's fixture values, which pytest would drop right after the teardown.
 
-        Judged a moment earlier than that, each value would look like a leftover. Where memory
-        has come back already, other plugins may go on reading them.
+        Judged a moment earlier than that, they would look like a leftover. Only those that hold
+        memory of a card are let go, and their names stay: other plugins read values, a
+        browser's page say, when they make the teardown's report.
         """
-        if self.tracker.anything_stayed() and isinstance(getattr(item, "funcargs", None), dict):
-            item.funcargs.clear()  # type: ignore[attr-defined]
+        arguments = getattr(item, "funcargs", None)
+        if self.tracker.anything_stayed() and isinstance(arguments, dict):
+            for name in [name for name, value in arguments.items() if holds_memory(value)]:
+                arguments[name] = None
 
     # Fixtures
 
@@ -127,19 +139,21 @@ class Measuring:
     ) -> Generator[None, object, object]:
         """Charge a fixture's set-up to the fixture."""
         fixture = self.tracker.begin_fixture(fixturedef.argname, fixturedef.scope)
-        value: object = None
         try:
             value = yield
-        finally:
-            self.tracker.end_fixture(fixture, value)
-            if fixture.wide and self.tracker.active:
-                # Finalisers run last in, first out: this one marks the start of the teardown.
-                fixturedef.addfinalizer(lambda: self._begin_teardown(fixture))
+        except BaseException:
+            self.tracker.fail_fixture(fixture)
+            raise
+        self.tracker.end_fixture(fixture, value, fixturedef.func)
+        if fixture.wide and self.tracker.active:
+            # Finalisers run last in, first out: this one marks the start of the teardown.
+            fixturedef.addfinalizer(lambda: self._begin_teardown(fixture))
         return value
 
     def _begin_teardown(self, fixture: Fixture) -> None:
-        if self._item is not None:
-            # All of the test's own teardown is over when a wider fixture's begins.
+        if self._item is not None and self._tearing_down:
+            # All of the test's own teardown is over when a wider fixture's begins. Not so during
+            # set-up, where the old instance of a parametrised fixture makes way for the new.
             self._drop_arguments(self._item)
         self.tracker.begin_teardown(fixture)
 
@@ -163,7 +177,7 @@ def _keepers(item: pytest.Item) -> dict[int, str]:
     instance = getattr(item, "instance", None)
     if instance is None:
         return {}
-    return {id(instance): f"the {type(instance).__name__} instance, which pytest keeps"}
+    return {id(instance): f"pytest's {type(instance).__name__} instance: self"}
 
 
 def _limit(marked: int | None, suite: int | None) -> int | None:
@@ -206,9 +220,10 @@ def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) ->
 
 
 def _oom_sentence(error: BaseException) -> str:
-    """Return the first sentences of an out-of-memory error of the card, "" for others."""
-    text = str(error)
-    start = text.find("out of memory")
-    if start < 0 or ("OutOfMemoryError" not in type(error).__name__ and "CUDA" not in text):
-        return ""
-    return ". ".join(text.split(". ")[:2])
+    """Return the first sentences of a card's out-of-memory error in the chain, "" without one."""
+    for each in release.chain(error):
+        text = str(each)
+        named = type(each).__name__ == "OutOfMemoryError"
+        if named or (isinstance(each, RuntimeError) and _OOM.match(text)):
+            return ". ".join(text.split(". ")[:2])
+    return ""

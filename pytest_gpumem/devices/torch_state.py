@@ -6,15 +6,44 @@ import sys
 from typing import Any
 
 
+class _Face:
+    """A module of torch with its functions as they were when it was first looked at.
+
+    Suites replace ``torch.cuda.device_count`` and its like to test their own code; what we
+    measure must not depend on it.
+    """
+
+    EARLY = ("device_count", "is_initialized", "memory_stats_as_nested_dict")
+    """Asked for before the first test; the others when they are needed."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        for name in self.EARLY:
+            setattr(self, name, getattr(module, name, None))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        setattr(self, name, value)
+        return value
+
+
+_cuda = _Face(None)
+
+
 def cuda() -> Any:
     """Return ``torch.cuda`` once this process has initialised it (CUDA or ROCm), else None.
 
     A forked child of a process that had is not initialised.
     """
+    global _cuda  # noqa: PLW0603  # one face of one module
     module = getattr(sys.modules.get("torch"), "cuda", None)
     # Missing while another thread is still importing torch.
-    initialised = getattr(module, "is_initialized", None)
-    return module if initialised is not None and initialised() else None
+    if not hasattr(module, "is_initialized"):
+        return None
+    if module is not _cuda.module:
+        _cuda = _Face(module)
+    # A mock's answer is true, but is not True.
+    return _cuda if _cuda.is_initialized() is True else None
 
 
 def accelerator() -> Any:

@@ -120,12 +120,12 @@ def _leaks(tests: Sequence[RecordedTest], limit: int | None) -> Iterator[str]:
     for test in tests:
         for card in test.cards:
             if card.leaked:
-                yield f"  {format_mib(card.leaked):>8} MiB by {test.nodeid}{_on(test)}"
+                yield f"  {format_bytes(card.leaked):>10} by {test.nodeid}{_on(test)}"
                 yield from _holder_lines(card.holders, limit)
         for fixture in test.fixtures:
             if fixture.leaked:
                 yield (
-                    f"  {format_mib(fixture.leaked):>8} MiB by fixture {fixture.name} "
+                    f"  {format_bytes(fixture.leaked):>10} by fixture {fixture.name} "
                     f"({fixture.scope}), torn down after {test.nodeid}{_on(test)}"
                 )
                 yield from _holder_lines(fixture.holders, limit)

@@ -22,8 +22,18 @@ def clear_frames(error: BaseException) -> None:
     members. Tracebacks themselves stay, so reports made later still show their lines. Frames that
     still run and frames of suspended generators and coroutines are left as they are.
     """
-    frames = {id(frame): frame for each in _graph(error) for frame in _frames(each.__traceback__)}
+    frames = {id(frame): frame for each in chain(error) for frame in _frames(each.__traceback__)}
     _clear(list(frames.values()))
+
+
+def clear_living_errors() -> None:
+    """Drop the locals of the frames that any living exception keeps; one pass over the heap.
+
+    For a failed test whose exceptions are not all known: hypothesis keeps one for each example
+    that failed.
+    """
+    for each in [each for each in gc.get_objects() if BaseException in type(each).__mro__]:
+        clear_frames(each)
 
 
 def forget_last_error() -> None:
@@ -52,8 +62,8 @@ def collect(above: Callable[[], bool]) -> None:
         gc.collect(generation)
 
 
-def _graph(error: BaseException) -> Iterator[BaseException]:
-    """Yield ``error`` and every exception it refers to, each once."""
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield ``error`` and every exception it refers to (cause, context, group), each once."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

@@ -11,7 +11,6 @@ fixture holds is not.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +55,14 @@ class Account:
     retries: int = 0
     ooms: int = 0
 
+    def add(self, other: Account) -> None:
+        """Take over what ``other`` did."""
+        self.delta += other.delta
+        self.peak = max(self.peak, other.peak)
+        self.reserved_peak = max(self.reserved_peak, other.reserved_peak)
+        self.retries += other.retries
+        self.ooms += other.ooms
+
 
 @dataclass(eq=False)
 class Owner:
@@ -84,7 +91,8 @@ class Fixture(Owner):
 
     set_up: dict[str, Account] = field(default_factory=dict)
     """The accounts as they stood at the end of its set-up."""
-    value_id: int | None = None
+    roots: tuple[int, ...] = ()
+    """Identities of what it holds its memory by."""
     torn_down: bool = False
 
     @property
@@ -177,7 +185,6 @@ class Tracker:
         self._owners: list[Owner] = [self._outside]
         self._test: Test | None = None
         self._tensors = TensorLedger(root)
-        self._fixture_values: dict[int, str] = {}
         self._reading = False
         self._stacks_wanted = stacks
         self._unwatch: Callable[[], None] | None = None
@@ -317,6 +324,9 @@ class Tracker:
             release.clear_frames(error)
         release.forget_last_error()
         release.collect(self.anything_stayed)
+        if errors and self.anything_stayed():
+            release.clear_living_errors()
+            release.collect(self.anything_stayed)
 
     def _judge(self, test: Test, keepers: Mapping[int, str]) -> Verdicts:
         """Take the second look at what stayed."""
@@ -328,7 +338,7 @@ class Tracker:
             f"{meter.card.kind}:{index}": meter.card.uuid
             for (_, index), meter in self._meters.items()
         }
-        return self._tensors.judge(test.stayed(), cards, self._fixture_values, keepers, test.name)
+        return self._tensors.judge(test.stayed(), cards, keepers, test.name)
 
     def _card_usages(self, test: Test, verdicts: Verdicts) -> tuple[CardUsage, ...]:
         usages = []
@@ -387,15 +397,25 @@ class Tracker:
         self._owners.append(fixture)
         return fixture
 
-    def end_fixture(self, fixture: Fixture, value: object = None) -> None:
-        """End charging the set-up of ``fixture``, which made ``value``."""
+    def fail_fixture(self, fixture: Fixture) -> None:
+        """End charging a set-up that failed: what it took is the test's, to be given back.
+
+        Its frames are kept, by the exception that pytest raises again for each test that asks
+        for the fixture.
+        """
+        self.boundary()
+        self._owners.remove(fixture)
+        if self._test is not None and fixture.wide:
+            for uuid, account in fixture.accounts.items():
+                self._test.account(uuid).add(account)
+
+    def end_fixture(self, fixture: Fixture, value: object = None, function: object = None) -> None:
+        """End charging the set-up of ``fixture``, where ``function`` made ``value``."""
         self.boundary()
         self._owners.remove(fixture)
         fixture.set_up = {uuid: replace(account) for uuid, account in fixture.accounts.items()}
-        if fixture.wide and gc.is_tracked(value):
-            # The identity only: the tracker must not be one more holder of the value.
-            fixture.value_id = id(value)
-            self._fixture_values[id(value)] = fixture.label
+        if fixture.wide:
+            fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
         test = self._test
         if test is None:
             return
@@ -418,8 +438,7 @@ class Tracker:
         self._end_teardowns()
         fixture.torn_down = True
         self._owners.append(fixture)
-        if fixture.value_id is not None:
-            self._fixture_values.pop(fixture.value_id, None)
+        self._tensors.drop_fixture(fixture.roots)
         if self._test is not None and fixture not in self._test.fixtures and fixture.set_up:
             self._test.fixtures.append(fixture)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from collections import deque
+from types import FrameType, FunctionType, GeneratorType, ModuleType
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pytest_gpumem import devices
 from pytest_gpumem.tracking.holders import Held, find_holders, live_storages
+from pytest_gpumem.tracking.torch_heap import is_a
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -30,6 +35,9 @@ WORKSPACES = 32 * 2**20
 cuBLAS takes 8,519,680 bytes at its first use, 32 MiB on Hopper (``CUBLAS_WORKSPACE_CONFIG`` in
 PyTorch's notes on CUDA); above that it is called a leak all the same.
 """
+
+
+_LOOKED_AT = 5_000
 
 
 class Verdict(NamedTuple):
@@ -56,8 +64,29 @@ class TensorLedger:
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root
+        self._fixtures: dict[int, str] = {}
+        """Labels of living wider fixtures, by the identity of their values and code."""
         self._owners: dict[int, tuple[weakref.ref[object], str]] = {}
         """By address: the storage, because an address is used again, and who made it."""
+
+    def add_fixture(self, label: str, value: object, function: object) -> tuple[int, ...]:
+        """Note what a wider fixture holds its memory by; return the identities for its end.
+
+        Identities only: the ledger must not be one more holder. Besides the value that is the
+        code of a generator function, whose local variables live until the teardown.
+        """
+        code = getattr(function, "__code__", None)
+        roots: tuple[int, ...] = (
+            (id(value),) if gc.is_tracked(value) or isinstance(value, dict | list) else ()
+        )
+        roots += (id(code),) if code is not None else ()
+        self._fixtures.update(dict.fromkeys(roots, label))
+        return roots
+
+    def drop_fixture(self, roots: tuple[int, ...]) -> None:
+        """Forget a wider fixture whose teardown begins."""
+        for root in roots:
+            self._fixtures.pop(root, None)
 
     def remember(self, owner: str) -> None:
         """Lay all tensors that are not known yet at the door of ``owner``."""
@@ -77,7 +106,6 @@ class TensorLedger:
         self,
         stayed: Mapping[Owned, int],
         cards: Mapping[str, str],
-        fixture_values: Mapping[int, str],
         keepers: Mapping[int, str],
         test: str,
     ) -> Verdicts:
@@ -86,28 +114,35 @@ class TensorLedger:
         Args:
             stayed: bytes that came to stay.
             cards: UUIDs by torch's device (``cuda:0``).
-            fixture_values: labels of wider fixtures by the identity of their values; what one of
-                them holds is no leak.
-            keepers: labels of other objects, by identity; what one of them holds is a leak.
+            keepers: labels of objects, by identity; what one of them holds is a leak, as
+                opposed to what a living wider fixture holds.
             test: the owner of all tensors that nobody is known to have made.
 
         """
         verdicts = {}
         stacks = devices.allocation_stacks()
+        rightful = self._fixtures | self._suspended_fixtures() | _last_errors()
         for owner in {name for name, _ in stayed}:
             made = find_holders(
                 self._made_by(owner, test),
-                fixtures={**keepers, **fixture_values},
+                fixtures={**keepers, **rightful},
                 root=self._root,
             )
             for (name, uuid), size in stayed.items():
                 if name == owner:
                     here = [each for each in made if cards.get(each.storages[0].device) == uuid]
-                    verdicts[name, uuid] = _verdict(
-                        size, here, stacks, set(fixture_values.values())
-                    )
+                    verdicts[name, uuid] = _verdict(size, here, stacks, set(rightful.values()))
         self.remember(test)
         return verdicts
+
+    def _suspended_fixtures(self) -> dict[int, str]:
+        """Return the living generators of wider fixtures, and their frames."""
+        found: dict[int, str] = {}
+        for each in gc.get_objects():
+            if type(each) is GeneratorType and id(each.gi_code) in self._fixtures:
+                label = self._fixtures[id(each.gi_code)]
+                found |= {id(each): label, id(each.gi_frame): label}
+        return found
 
     def _made_by(self, owner: str, test: str) -> Callable[[Tensor], bool]:
         def made(tensor: Tensor) -> bool:
@@ -119,6 +154,39 @@ class TensorLedger:
         """Return who made the storage of ``tensor``, empty where that is not known."""
         ref, owner = self._owners.get(tensor.untyped_storage().data_ptr(), (None, ""))
         return owner if ref is not None and ref() is not None else ""
+
+
+def _last_errors() -> dict[int, str]:
+    """Return what pytest keeps of the last failure until the next test is called."""
+    errors = (getattr(sys, name, None) for name in ("last_exc", "last_value"))
+    return {id(each): "sys.last_value, until the next test" for each in errors if each is not None}
+
+
+def holds_memory(value: object) -> bool:
+    """Tell whether ``value`` leads to a tensor on a card within a few thousand objects.
+
+    The way goes through what functions close over, but not into modules and classes, behind
+    which lies all of the program; a class may be where it starts.
+    """
+    if "torch" not in sys.modules:
+        return False
+    import torch
+
+    seen: set[int] = set()
+    waiting = deque([value, *(vars(value).values() if isinstance(value, type) else ())])
+    while waiting and len(seen) < _LOOKED_AT:
+        each = waiting.popleft()
+        # By type: isinstance would wake lazy proxies.
+        if id(each) in seen or issubclass(type(each), ModuleType | FrameType | type):
+            continue
+        seen.add(id(each))
+        if is_a(each, torch.Tensor) and _on_card(cast("Tensor", each)):
+            return True
+        if type(each) is FunctionType:
+            waiting.extend((each.__closure__, each.__defaults__))
+        else:
+            waiting.extend(gc.get_referents(each))
+    return False
 
 
 def _on_card(tensor: Tensor) -> bool:

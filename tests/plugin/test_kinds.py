@@ -111,9 +111,7 @@ def test_a_leak_is_confirmed_and_its_holder_named(run, name, units):
 def test_what_the_test_instance_keeps_is_a_leak_because_pytest_keeps_the_instance(run):
     card = run.card("test_method")
     assert card.leaked == 7 * UNIT
-    assert card.holders[0].where == (
-        "the TestClass instance, which pytest keeps.kept_by_the_instance"
-    )
+    assert card.holders[0].where == ("pytest's TestClass instance: self.kept_by_the_instance")
 
 
 def test_what_a_wider_fixture_holds_is_not_the_tests_leak(run):
