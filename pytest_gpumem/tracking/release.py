@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import sys
@@ -27,13 +28,15 @@ def clear_frames(error: BaseException) -> None:
 
 
 def clear_living_errors() -> None:
-    """Drop the locals of the frames that any living exception keeps; one pass over the heap.
+    """Drop the locals and closures of the frames that any living exception keeps.
 
     For a failed test whose exceptions are not all known: hypothesis keeps one for each example
-    that failed.
+    that failed. Takes a few passes over the heap.
     """
-    for each in [each for each in gc.get_objects() if BaseException in type(each).__mro__]:
-        clear_frames(each)
+    errors = [each for each in gc.get_objects() if BaseException in type(each).__mro__]
+    frames = {id(frame): frame for each in errors for frame in _frames(each.__traceback__)}
+    _clear(list(frames.values()))
+    _clear_closures(frames)
 
 
 def forget_last_error() -> None:
@@ -106,6 +109,30 @@ def _clear(frames: list[types.FrameType]) -> None:
         # Up to Python 3.12 whoever read f_locals, as pytest does for every frame it reports,
         # left a snapshot in the frame that clear() forgets; reading again brings it up to date.
         frame.f_locals  # noqa: B018  # read for its effect
+
+
+def _clear_closures(frames: dict[int, types.FrameType]) -> None:
+    """Empty the closures of functions that nothing but ``frames`` keeps.
+
+    From Python 3.11 on a finished frame keeps its function, and so by its closure the variables
+    of the test around it. A variable that another function shares is left alone.
+    """
+    found = (each for frame in frames.values() for each in gc.get_referents(frame))
+    functions = {id(each): each for each in found if type(each) is types.FunctionType}
+    if not functions:
+        return
+    for keeper in gc.get_referrers(*functions.values()):
+        if keeper is not functions and id(keeper) not in frames:
+            for each in gc.get_referents(keeper):
+                functions.pop(id(each), None)
+    closures = {id(each.__closure__) for each in functions.values()}
+    for cell in {
+        id(cell): cell for each in functions.values() for cell in each.__closure__ or ()
+    }.values():
+        users = [each for each in gc.get_referrers(cell) if type(each) is tuple]
+        if closures.issuperset(map(id, users)):
+            with contextlib.suppress(ValueError):  # it is empty already
+                del cell.cell_contents
 
 
 def _suspended(frames: list[types.FrameType]) -> set[int]:

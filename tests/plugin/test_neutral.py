@@ -178,6 +178,21 @@ def test_a(number):
     assert leaks(finished) == {}
 
 
+def test_a_failed_closure_over_a_tensor_pins_nothing(run):
+    source = """
+def test_a():
+    weights = take()
+    def loss(): raise ValueError(weights.numel())
+    loss()
+
+def test_b(): assert torch.cuda.memory_allocated() == 0
+"""
+    finished = run(source)
+
+    assert finished.outcomes == {"passed": 1, "failed": 1}, finished.output
+    assert leaks(finished) == {}
+
+
 def test_exceptions_that_the_suite_stores_are_told_as_holders(run):
     source = """
 STORED = []
