@@ -32,10 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = _doctor() if chosen.command == "doctor" else _report(chosen)
         for line in lines:
             sys.stdout.write(f"{line}\n")
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"gpumem {chosen.command}: error: {error}\n")
-        return 2
+    except OSError as error:
+        return _fail(chosen.command, f"cannot read {error.filename!r}: {error.strerror}")
+    except ValueError as error:
+        return _fail(chosen.command, str(error))
     return 0
+
+
+def _fail(command: str, sentence: str) -> int:
+    sys.stderr.write(f"gpumem {command}: error: {sentence}\n")
+    return 2
 
 
 def _report(chosen: argparse.Namespace) -> Iterator[str]:
