@@ -68,7 +68,7 @@ def test_a_bad_variable_names_the_environment(tmp_path):
 @pytest.mark.parametrize("mode", list(MODES))
 def test_a_bad_mark_is_one_sentence_with_file_and_line(tmp_path, mark, sentence, mode):
     write_suite(tmp_path, test_it=f"{SUITE}\n@pytest.mark.{mark}\ndef test_bad(): pass\n")
-    error = error_of(run_pytest(tmp_path, *MODES[mode]))
+    error = error_of(run_pytest(tmp_path, "-p", "gpumem", *MODES[mode]))
 
     assert error.startswith("ERROR: test_it.py:5: test_it.py::test_bad: mark ")
     assert sentence in error

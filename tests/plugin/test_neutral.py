@@ -272,3 +272,16 @@ def test_still_disabled():
 
     assert finished.outcomes == {"passed": 4}, finished.output
     assert leaks(finished) == {}
+
+
+def test_a_gpu_mark_of_the_suites_own_does_not_stop_a_run_that_did_not_ask_for_us(tmp_path):
+    source = """
+import pytest
+
+@pytest.mark.gpu(num_gpus=2, reason="slow")
+def test_a(): pass
+"""
+    write_suite(tmp_path, test_it=source)
+
+    assert run_pytest(tmp_path).outcomes == {"passed": 1}
+    assert "num_gpus" in run_pytest(tmp_path, *SIMULATE).output
