@@ -71,7 +71,8 @@ def other_maker() -> str:
     CUDA. Asks what the build is, initialises nothing.
     """
     torch = sys.modules.get("torch")
-    if getattr(getattr(torch, "version", None), "hip", None):
+    # A mock of torch has everything, but no text.
+    if isinstance(getattr(getattr(torch, "version", None), "hip", None), str):
         return "rocm"
     module = getattr(torch, "accelerator", None)
     built_for = kind(module) if hasattr(module, "current_accelerator") else ""
@@ -80,8 +81,8 @@ def other_maker() -> str:
 
 def kind(module: Any) -> str:
     """Return the device type of ``torch.accelerator``: ``xpu``, ``mps``; empty for none."""
-    device = module.current_accelerator()
-    return device.type if device is not None else ""
+    found = getattr(module.current_accelerator(), "type", "")
+    return found if isinstance(found, str) else ""
 
 
 def backend(kind: str) -> Any:

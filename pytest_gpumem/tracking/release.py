@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import inspect
 import sys
@@ -10,7 +9,7 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
@@ -27,16 +26,29 @@ def clear_frames(error: BaseException) -> None:
     _clear(list(frames.values()))
 
 
+def drop_tracebacks(errors: Sequence[BaseException]) -> None:
+    """Take the tracebacks off ``errors`` and all they refer to, and off ``sys.last_traceback``.
+
+    For what clearing the frames does not reach: from Python 3.11 on a frame keeps its function,
+    and by its closure the variables of the test around it. Emptying the closure instead would
+    take the variables from whoever may still call the function.
+    """
+    for error in errors:
+        for each in chain(error):
+            each.__traceback__ = None
+    if hasattr(sys, "last_traceback"):
+        sys.last_traceback = None
+
+
 def clear_living_errors() -> None:
-    """Drop the locals and closures of the frames that any living exception keeps.
+    """Drop the locals of the finished frames that any living exception keeps; one pass.
 
     For a failed test whose exceptions are not all known: hypothesis keeps one for each example
-    that failed. Takes a few passes over the heap.
+    that failed.
     """
     errors = [each for each in gc.get_objects() if BaseException in type(each).__mro__]
     frames = {id(frame): frame for each in errors for frame in _frames(each.__traceback__)}
     _clear(list(frames.values()))
-    _clear_closures(frames)
 
 
 def forget_last_error() -> None:
@@ -109,30 +121,6 @@ def _clear(frames: list[types.FrameType]) -> None:
         # Up to Python 3.12 whoever read f_locals, as pytest does for every frame it reports,
         # left a snapshot in the frame that clear() forgets; reading again brings it up to date.
         frame.f_locals  # noqa: B018  # read for its effect
-
-
-def _clear_closures(frames: dict[int, types.FrameType]) -> None:
-    """Empty the closures of functions that nothing but ``frames`` keeps.
-
-    From Python 3.11 on a finished frame keeps its function, and so by its closure the variables
-    of the test around it. A variable that another function shares is left alone.
-    """
-    found = (each for frame in frames.values() for each in gc.get_referents(frame))
-    functions = {id(each): each for each in found if type(each) is types.FunctionType}
-    if not functions:
-        return
-    for keeper in gc.get_referrers(*functions.values()):
-        if keeper is not functions and id(keeper) not in frames:
-            for each in gc.get_referents(keeper):
-                functions.pop(id(each), None)
-    closures = {id(each.__closure__) for each in functions.values()}
-    for cell in {
-        id(cell): cell for each in functions.values() for cell in each.__closure__ or ()
-    }.values():
-        users = [each for each in gc.get_referrers(cell) if type(each) is tuple]
-        if closures.issuperset(map(id, users)):
-            with contextlib.suppress(ValueError):  # it is empty already
-                del cell.cell_contents
 
 
 def _suspended(frames: list[types.FrameType]) -> set[int]:

@@ -326,6 +326,7 @@ class Tracker:
         release.collect(self.anything_stayed)
         if errors and self.anything_stayed():
             release.clear_living_errors()
+            release.drop_tracebacks(errors)
             release.collect(self.anything_stayed)
 
     def _judge(self, test: Test, keepers: Mapping[int, str]) -> Verdicts:

@@ -187,7 +187,7 @@ def test_a():
 
 def test_b(): assert torch.cuda.memory_allocated() == 0
 """
-    finished = run(source)
+    finished = run(source, "-p", "no:rerunfailures")  # which keeps tracebacks of its own
 
     assert finished.outcomes == {"passed": 1, "failed": 1}, finished.output
     assert leaks(finished) == {}
@@ -285,3 +285,19 @@ def test_a(): pass
 
     assert run_pytest(tmp_path).outcomes == {"passed": 1}
     assert "num_gpus" in run_pytest(tmp_path, *SIMULATE).output
+
+
+def test_a_suite_that_has_only_a_mock_of_torch_runs(tmp_path):
+    write_suite(
+        tmp_path,
+        conftest="""
+import sys
+from unittest import mock
+
+sys.modules["torch"] = mock.MagicMock()
+""",
+        test_mocked="def test_nothing(): pass",
+    )
+    run = run_pytest(tmp_path, "-p", "gpumem")
+
+    assert run.status == 0, run.output

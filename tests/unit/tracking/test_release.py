@@ -309,3 +309,37 @@ def test_collect_stops_at_the_generation_that_was_enough() -> None:
     release.collect(lambda: not freed(young))
     assert freed(young)
     assert not freed(old)
+
+
+def test_a_function_that_a_running_one_can_still_call_keeps_its_variables() -> None:
+    def outer(number: int) -> Callable[[int], int]:
+        return lambda divisor: number // divisor
+
+    divide = outer(5)
+    try:
+        divide(0)
+    except ZeroDivisionError as error:
+        release.clear_living_errors()
+        release.drop_tracebacks([error])
+    assert divide(1) == 5
+
+
+def test_what_a_failed_closure_pins_goes_with_the_traceback() -> None:
+    witnesses: list[Witness] = []
+
+    def test() -> None:
+        tensor = Tensor()
+        witnesses.append(weakref.ref(tensor))
+
+        def loss() -> None:
+            raise ValueError(tensor.__class__)
+
+        loss()
+
+    try:
+        test()
+    except ValueError as error:
+        caught = error
+    release.clear_frames(caught)
+    release.drop_tracebacks([caught])
+    assert freed(witnesses)
