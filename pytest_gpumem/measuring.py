@@ -110,8 +110,12 @@ class Measuring:
         if self._item is None:  # gpumem_off, or its set-up never came to us
             return ()
         self._drop_arguments(item)
+        arguments = getattr(item, "funcargs", None) or {}
         usage = self.tracker.end_test(
-            self._errors, judge=not (self._pdb and self._errors), keepers=self._keepers
+            self._errors,
+            judge=not (self._pdb and self._errors),
+            keepers=self._keepers,
+            passing={id(value): "the test's arguments" for value in arguments.values()},
         )
         _attach(item, usage, self._errors)
         self._errors.clear()

@@ -291,6 +291,7 @@ class Tracker:
         *,
         judge: bool = True,
         keepers: Mapping[int, str] | None = None,
+        passing: Mapping[int, str] | None = None,
     ) -> Usage:
         """Stop measuring, find out what stayed, and return the test's usage.
 
@@ -300,6 +301,8 @@ class Tracker:
             judge: False leaves frames and garbage alone and finds no leak (under a debugger).
             keepers: identities of objects that keep the test's memory, and what to call them;
                 where something below them is a leak, that is more use than their own holders.
+            passing: identities of objects that will be dropped in a moment, and what to call
+                them; what they hold is no leak.
 
         """
         test = self._test
@@ -310,7 +313,7 @@ class Tracker:
         if judge and self.anything_stayed():
             self._give_back(errors)
             if self.anything_stayed():
-                verdicts = self._judge(test, keepers or {})
+                verdicts = self._judge(test, keepers or {}, passing or {})
         self._read_processes()
         usage = Usage(self._card_usages(test, verdicts), _fixture_usages(test, verdicts))
         self._release_caches()
@@ -329,7 +332,9 @@ class Tracker:
             release.drop_tracebacks(errors)
             release.collect(self.anything_stayed)
 
-    def _judge(self, test: Test, keepers: Mapping[int, str]) -> Verdicts:
+    def _judge(
+        self, test: Test, keepers: Mapping[int, str], passing: Mapping[int, str]
+    ) -> Verdicts:
         """Take the second look at what stayed."""
         for allocator in devices.allocators():
             allocator.settle()
@@ -339,7 +344,7 @@ class Tracker:
             f"{meter.card.kind}:{index}": meter.card.uuid
             for (_, index), meter in self._meters.items()
         }
-        return self._tensors.judge(test.stayed(), cards, keepers, test.name)
+        return self._tensors.judge(test.stayed(), cards, keepers, passing, test.name)
 
     def _card_usages(self, test: Test, verdicts: Verdicts) -> tuple[CardUsage, ...]:
         usages = []
