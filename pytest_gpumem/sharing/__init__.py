@@ -1,0 +1,1 @@
+"""Who may use a card now: leases, admission, learned peaks, and the scheduler for xdist."""

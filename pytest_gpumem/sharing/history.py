@@ -1,0 +1,284 @@
+"""What earlier runs taught: the peak and duration of each test, and estimates for unseen ones.
+
+The file is JSON with one line per test, those seen longest ago first::
+
+    {
+     "schema": 1,
+     "tests": {
+      "tests/test_a.py::test_x[1]": {"peaks": [1048576], "duration": 0.25, "runs": 1, "gpu": true}
+     }
+    }
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+SCHEMA = 1
+CAPACITY = 20_000
+"""Tests remembered; those seen longest ago are forgotten first."""
+PEAKS = 8
+"""Peaks remembered per test, the latest ones."""
+PERCENTILE = 0.8
+"""Share of a test's peaks that its expected peak covers; with fewer than five that is all."""
+MARGIN = 1.1
+"""What is added to a test's own peaks, which vary from run to run."""
+FAMILY_MARGIN = 1.3
+"""What is added to the peaks of a test's family when the test itself was never seen."""
+LONGEST = 10**9
+"""Seconds that no test lasts; a file that says more is not one of ours."""
+DURATION = 1.0
+"""Seconds expected of a test when nothing at all is known."""
+
+
+class Learned(NamedTuple):
+    """What is known of one test."""
+
+    peak: int
+    """Bytes to expect beyond what its process keeps: a high percentile, with a margin."""
+    duration: float
+    runs: int
+    gpu: bool
+
+
+class Expectation(NamedTuple):
+    """What a test may be expected to take."""
+
+    peak: int | None
+    """Bytes beyond what its process keeps; None when nothing is known."""
+    duration: float
+    source: str
+    """Where the peak comes from: ``mark``, ``learned``, ``family`` or ``guess``."""
+    gpu: bool
+
+
+class _Entry(NamedTuple):
+    """One test in the file."""
+
+    peaks: tuple[int, ...]
+    duration: float
+    runs: int
+    gpu: bool
+
+    def learned(self) -> Learned:
+        return Learned(expected_peak(self.peaks), self.duration, self.runs, self.gpu)
+
+
+def module(nodeid: str) -> str:
+    """Return the file part of ``nodeid``."""
+    return nodeid.partition("::")[0]
+
+
+def family(nodeid: str) -> str:
+    """Return ``nodeid`` without its parameters: what all parametrisations of a test share."""
+    name = nodeid.partition("::")[2]
+    return nodeid[: len(nodeid) - len(name)] + name.partition("[")[0]
+
+
+def expected_peak(peaks: Iterable[int]) -> int:
+    """Return a high percentile (nearest rank) of ``peaks`` in bytes, with a margin."""
+    ordered = sorted(peaks)
+    return with_margin(ordered[math.ceil(PERCENTILE * len(ordered)) - 1] if ordered else 0, MARGIN)
+
+
+def with_margin(size: int, margin: float) -> int:
+    """Return ``size`` times ``margin`` in whole bytes, exactly for any size."""
+    return size * round(margin * 100) // 100
+
+
+class History:
+    """Peaks and durations by node id.
+
+    Args:
+        capacity: tests remembered.
+
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._entries: dict[str, _Entry] = {}
+        """Ordered: the test seen longest ago comes first."""
+        self._kin: dict[str, Expectation] | None = None
+        """What to expect by family and by module; None when it must be worked out again."""
+        self.problem = ""
+        """One sentence when the file could not be used."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[tuple[str, Learned]]:
+        """Yield each node id with what is known of it, seen longest ago first."""
+        return ((nodeid, entry.learned()) for nodeid, entry in self._entries.items())
+
+    def __getitem__(self, nodeid: str) -> Learned:
+        return self._entries[nodeid].learned()
+
+    @classmethod
+    def load(cls, path: Path, capacity: int = CAPACITY) -> History:
+        """Return the history that ``save`` wrote; an empty one if there is none.
+
+        A file that cannot be used is an empty history too, with ``problem`` saying why.
+        """
+        history = cls(capacity)
+        try:
+            history._entries = _parse(path.read_text(encoding="utf-8"))
+            history._forget()
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            history.problem = f"the learned peaks in {str(path)!r} are ignored: {error}"
+        return history
+
+    def save(self, path: Path) -> None:
+        """Write the history to ``path``, whole or not at all.
+
+        Raises:
+            OSError: when the file cannot be written; what stood there before is untouched.
+
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(self._text())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _text(self) -> str:
+        lines = ",\n".join(
+            f"  {json.dumps(nodeid)}: {json.dumps(entry._asdict())}"
+            for nodeid, entry in self._entries.items()
+        )
+        return f'{{\n "schema": {SCHEMA},\n "tests": {{\n{lines}\n }}\n}}\n'
+
+    def note(self, nodeid: str, peak_own: int, duration: float, gpu: bool) -> None:
+        """Remember one run of a test.
+
+        Args:
+            nodeid: the test.
+            peak_own: highest bytes while it ran, less what its process kept before it.
+            duration: seconds.
+            gpu: whether it used a card.
+
+        """
+        self._put(nodeid, _Entry((peak_own,) if gpu else (), duration, 1, gpu))
+
+    def merge(self, other: History) -> None:
+        """Take over what ``other`` knows, as if its runs had come after this history's."""
+        for nodeid, entry in other._entries.items():
+            self._put(nodeid, entry)
+
+    def _put(self, nodeid: str, entry: _Entry) -> None:
+        known = self._entries.pop(nodeid, None)
+        self._entries[nodeid] = _joined(known, entry) if known else entry
+        self._kin = None
+        self._forget()
+
+    def _forget(self) -> None:
+        while len(self._entries) > self._capacity:
+            del self._entries[next(iter(self._entries))]
+
+    def expect(self, nodeid: str, mark: int | None = None) -> Expectation:
+        """Return what to expect of a test.
+
+        Its peak is what its mark says, else what was learned of it, else of its family (the same
+        function with other parameters, else the same module), else unknown.
+
+        Args:
+            nodeid: the test.
+            mark: bytes that the test's mark asks for, None without such a mark.
+
+        """
+        own = self._entries.get(nodeid)
+        if own is not None:
+            learned = own.learned()
+            peak = learned.peak if own.gpu else None
+            found = Expectation(peak, own.duration, "learned", own.gpu)
+        else:
+            found = self._of_kin(nodeid)
+        if mark is None:
+            return found
+        return Expectation(mark, found.duration, "mark", gpu=True)
+
+    def _of_kin(self, nodeid: str) -> Expectation:
+        if self._kin is None:
+            kin: dict[str, list[_Entry]] = {}
+            for known, entry in self._entries.items():
+                for kind in {family(known), module(known)}:
+                    kin.setdefault(kind, []).append(entry)
+            self._kin = {kind: _summary(entries) for kind, entries in kin.items()}
+        guess = Expectation(None, DURATION, "guess", gpu=False)
+        return self._kin.get(family(nodeid)) or self._kin.get(module(nodeid), guess)
+
+
+def _summary(entries: list[_Entry]) -> Expectation:
+    """Return what to expect of a test whose relatives are ``entries``."""
+    peaks = [peak for entry in entries for peak in entry.peaks]
+    return Expectation(
+        with_margin(max(peaks), FAMILY_MARGIN) if peaks else None,
+        statistics.fmean(entry.duration for entry in entries),
+        "family",
+        gpu=any(entry.gpu for entry in entries),
+    )
+
+
+def _joined(old: _Entry, new: _Entry) -> _Entry:
+    """Return what two histories know of one test; the newer half of a duration counts double."""
+    return _Entry(
+        (old.peaks + new.peaks)[-PEAKS:],
+        (old.duration + new.duration) / 2,
+        old.runs + new.runs,
+        old.gpu or new.gpu,
+    )
+
+
+def _parse(text: str) -> dict[str, _Entry]:
+    """Return the entries that ``text`` holds.
+
+    Raises:
+        ValueError: in one sentence, when it is not a history.
+
+    """
+    try:
+        plain = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
+        raise ValueError(f"it is not a history of schema {SCHEMA}")
+    tests = plain.get("tests")
+    if not isinstance(tests, dict):
+        raise ValueError("it names no tests")
+    return {nodeid: _entry(nodeid, each) for nodeid, each in tests.items()}
+
+
+def _entry(nodeid: str, plain: Any) -> _Entry:
+    values: list[Any] = (
+        [plain.get(name) for name in _Entry._fields] if isinstance(plain, dict) else []
+    )
+    match values:
+        case [list(peaks), duration, runs, bool(gpu)] if all(
+            map(_is_count, [*peaks, runs])
+        ) and _is_seconds(duration):
+            return _Entry(tuple(peaks[-PEAKS:]), float(duration), runs, gpu)
+    raise ValueError(f"its entry for {nodeid!r} is none")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_seconds(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value <= LONGEST

@@ -1,0 +1,801 @@
+"""Which test runs where and when: the scheduler's decisions, as a state machine.
+
+It is told what happened (``finished``, ``resident``, ``flushed``, ``remove_worker``) and answers
+with ``commands``. It reads no clock and starts nothing; the same reports give the same commands.
+
+- GPU tests come first. As many workers hold a CUDA context as make the run shortest; the others
+  run CPU tests, which also fill the waits of the former.
+- Long tests come first, longest first; the others go module by module, so that module fixtures
+  are set up rarely. A worker whose module is done takes the next one, and at the end half of what
+  another worker still has.
+- The first test that does not fit is kept for the card and may be passed by a limited number
+  of smaller ones, so that none starves.
+- A GPU test of which nothing is known runs alone. One of each family goes first; its peak is
+  then expected of the others, and one of those that runs out of memory runs again alone.
+- When no GPU test runs on a card and none fits, idle workers give back module fixtures, then
+  session fixtures; after that the test runs alone whatever the numbers say.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.sharing import admission
+from pytest_gpumem.sharing.admission import Claim
+from pytest_gpumem.sharing.history import FAMILY_MARGIN, family, with_margin
+from pytest_gpumem.sharing.piles import Pile, Portion
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+LONG = 0.01
+"""Tests longer than this part of the shortest possible run are long..."""
+OUTLIER = 2
+"""... if they last this many times the average; else all tests of a small suite would be."""
+LOOK = 8
+"""Tests of a queue that are looked at for one that fits."""
+PATIENCE = 16
+"""Tests that may pass one that waits for room on a card."""
+DRAIN = 4
+"""Tests that must run alone, per card, for which the card stops taking others."""
+AHEAD = 0.025
+"""Seconds of CPU tests handed to a worker at once; handing out each one costs a round trip."""
+AHEAD_TESTS = 16
+REPLAN = 32
+"""Tests after which the number of contexts is thought over."""
+OPTIMISM = 0.8
+"""Share of the peaks seen so far that an optimistic guess covers."""
+TRUST = 8
+"""Tests' worth of weight that planned durations have against observed ones."""
+
+
+class PlannedTest(NamedTuple):
+    """One test to run, known by its index; sizes in bytes, durations in seconds."""
+
+    nodeid: str
+    gpu: bool
+    peak: int | None
+    """Expected beyond what its process keeps, on each of its cards; None when unknown."""
+    duration: float
+    group: str
+    """Its module, whose fixtures tests share."""
+    cards: int = 1
+    """Its worker's own card and the next ones in the planner's order, round."""
+    exclusive: bool = False
+
+
+class Run(NamedTuple):
+    """Let ``worker`` run ``test`` after those it was given before."""
+
+    worker: str
+    test: int
+
+
+class Flush(NamedTuple):
+    """Let idle ``worker`` tear down module and class fixtures, then report ``flushed``."""
+
+    worker: str
+
+
+class Reset(NamedTuple):
+    """Let idle ``worker`` tear down session fixtures too, then report ``flushed``."""
+
+    worker: str
+
+
+class Stop(NamedTuple):
+    """All tests have ended; ``worker`` is not needed any more."""
+
+    worker: str
+
+
+class Fail(NamedTuple):
+    """``test`` can never run."""
+
+    test: int
+    why: str
+
+
+Command = Run | Flush | Reset | Stop | Fail
+
+
+class _Reservation:
+    """A test that waits for room on its cards."""
+
+    def __init__(self, test: int, cards: Sequence[_Card]) -> None:
+        self.test = test
+        self.cards = cards
+        """The first is that of the workers that will run it."""
+        self.passed = 0
+        """Tests that passed it."""
+
+
+class _Card:
+    """One card and who is on it."""
+
+    def __init__(self, total: int, others: int) -> None:
+        self.total = total
+        self.others = others
+        self.workers: list[_Worker] = []
+        self.claims: dict[str, Claim] = {}
+        """Of each process that keeps anything on the card."""
+        self.running = 0
+        """GPU tests that run on it."""
+        self.exclusive = False
+        self.contexts = 1
+        """Workers that are to hold a context."""
+        self.reserved: _Reservation | None = None
+
+
+class _Worker:
+    """One process that runs tests."""
+
+    def __init__(self, name: str, ring: tuple[_Card, ...]) -> None:
+        self.name = name
+        self.ring = ring
+        """Its own card first."""
+        self.resident: dict[_Card, int] = {}
+        self.given: deque[int] = deque()
+        """The test it runs, and those it was handed to run next."""
+        self.cpu: Portion | None = None
+        self.gpu: Portion | None = None
+        self.using: tuple[_Card, ...] = ()
+        """The cards of the GPU test it runs."""
+        self.group = ""
+        """Module whose fixtures it has."""
+        self.given_back = 0
+        """1 after a flush, 2 after a reset, 0 once it ran a test again."""
+        self.waiting = False
+        """Whether it was told to flush or reset and has not done so yet."""
+
+    @property
+    def kept(self) -> int:
+        """Bytes it keeps on its own card; 0 if it has no context there."""
+        return self.resident.get(self.card, 0)
+
+    @property
+    def card(self) -> _Card:
+        return self.ring[0]
+
+    @property
+    def idle(self) -> bool:
+        return not self.given and not self.waiting
+
+
+class Planner:
+    """Plans one run.
+
+    Args:
+        tests: what to run; commands name tests by their index here.
+        cards: bytes of each card, by UUID.
+        context: bytes that a process keeps on a card once it used it.
+        headroom: bytes of each card that are never given out.
+        others: bytes that other programs use, by UUID.
+        optimistic: guess unknown peaks from those seen so far instead of running such tests
+            alone first; a wrong guess costs a second run of the test, alone.
+
+    """
+
+    def __init__(
+        self,
+        tests: Sequence[PlannedTest],
+        cards: Mapping[str, int],
+        *,
+        context: int,
+        headroom: int,
+        others: Mapping[str, int] | None = None,
+        optimistic: bool = False,
+    ) -> None:
+        self._tests = tests
+        self._context = context
+        self._headroom = headroom
+        self._optimistic = optimistic
+        foreign = others or {}
+        self._cards = {uuid: _Card(total, foreign.get(uuid, 0)) for uuid, total in cards.items()}
+        self._workers: dict[str, _Worker] = {}
+        self._asking: dict[str, _Worker] = {}
+        """Workers that may be given something."""
+        self._changed = True
+        """Whether anything was reported since the last commands."""
+        self._started = False
+        self._left = len(tests)
+        self._until_replan = 0
+        # Tests that wait.
+        self._cpu = Pile(tests)
+        self._gpu = Pile(tests)
+        self._big = Portion()
+        """GPU tests that would not fit once all contexts are there, largest peak first."""
+        self._wide = Portion()
+        """GPU tests on several cards."""
+        self._alone = Portion()
+        """GPU tests that need their card for themselves."""
+        self._unscouted: dict[str, list[int]] = {}
+        """By family of unknown peak: tests that wait for the first one's peak, the last first."""
+        self._unscouted_time = 0.0
+        self._tallest = 0
+        """Largest expected peak in the GPU pile, ever."""
+        self._packed = 0.0
+        self._area = 0.0
+        """Seconds and byte-seconds of the waiting GPU tests that may share a card."""
+        # What was seen.
+        self._family_peaks: dict[str, int] = {}
+        self._peaks: list[int] = []
+        """Sorted."""
+        self._surprising: set[str] = set()
+        """Families of CPU tests that turned out to use a card."""
+        self._retried: set[int] = set()
+        trust = TRUST * sum(test.duration for test in tests) / max(1, len(tests))
+        self._observed = [trust, trust]
+        self._expected = [trust, trust]
+        """Seconds that tests took and were expected to take: CPU tests, GPU tests."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every test has ended."""
+        return self._left == 0
+
+    def retries(self, test: int) -> bool:
+        """Return whether ``test`` will run again if it is reported out of memory."""
+        return test not in self._retried
+
+    # Reports
+
+    def add_worker(self, worker: str, card: str) -> None:
+        """Let ``worker``, a process that holds nothing yet, run tests on ``card`` (UUID).
+
+        Nothing happens if it is known already.
+        """
+        if worker in self._workers:
+            return
+        first = list(self._cards).index(card)
+        cards = list(self._cards.values())
+        added = _Worker(worker, (*cards[first:], *cards[:first]))
+        added.card.workers.append(added)
+        self._workers[worker] = self._asking[worker] = added
+        self._changed = True
+        self._until_replan = 0
+
+    def remove_worker(self, worker: str) -> int | None:
+        """Forget a worker that ended; return the test it was running, which counts as ended."""
+        gone = self._workers.pop(worker)
+        self._asking.pop(worker, None)
+        gone.card.workers.remove(gone)
+        crashed = gone.given.popleft() if gone.given else None
+        if crashed is not None:
+            self._ended(gone, crashed)
+        for card in gone.ring:
+            card.claims.pop(worker, None)
+        for test in gone.given:
+            self._cpu.add(test)
+        self._cpu.release(gone.cpu)
+        self._gpu.release(gone.gpu)
+        reserved = gone.card.reserved
+        if reserved is not None and not gone.card.workers and reserved.cards[0] is gone.card:
+            self._admit(_unreserve(reserved))
+        self._changed = True
+        self._until_replan = 0
+        return crashed
+
+    def requeue(self, test: int) -> None:
+        """Run a test again that had ended."""
+        self._left += 1
+        self._admit(test)
+        self._changed = True
+
+    def finished(
+        self, worker: str, test: int, *, duration: float, peak: int | None, oom: bool = False
+    ) -> None:
+        """Take note that ``test`` ended.
+
+        Args:
+            worker: who ran it.
+            test: its index.
+            duration: seconds it took.
+            peak: highest bytes beyond what the process kept before it; None when not known.
+            oom: whether it ran out of memory. It is planned again then, once, to run alone.
+
+        """
+        ran = self._workers[worker]
+        ran.given.remove(test)
+        gpu = bool(ran.using)
+        self._observed[gpu] += duration
+        self._expected[gpu] += self._tests[test].duration
+        self._until_replan -= 1
+        self._asking[worker] = ran
+        if oom:
+            # What was expected was too little, for its relatives too.
+            self._learn(test, self._need(test))
+        elif gpu or peak:
+            self._learn(test, peak)
+        self._ended(ran, test)
+        if oom and self.retries(test):
+            self._retried.add(test)
+            self.requeue(test)
+
+    def _learn(self, test: int, peak: int | None) -> None:
+        """Expect ``peak`` bytes of a test's relatives."""
+        if peak is None:
+            return
+        bisect.insort(self._peaks, peak)
+        kin = family(self._tests[test].nodeid)
+        self._family_peaks[kin] = max(peak, self._family_peaks.get(kin, 0))
+        if not self._tests[test].gpu:
+            self._surprising.add(kin)
+
+    def _ended(self, worker: _Worker, test: int) -> None:
+        """Give back what a test had reserved, and let those go that waited for its peak."""
+        self._left -= 1
+        self._changed = True
+        for card in worker.using:
+            card.running -= 1
+            card.exclusive = False
+            self._claim(worker, card, 0)
+        worker.using = ()
+        kin = family(self._tests[test].nodeid)
+        if kin in self._unscouted:
+            self._scouted(kin)
+
+    def _scouted(self, kin: str) -> None:
+        """Let a family's tests go whose first one ended; send the next one if it told nothing."""
+        waiting = self._unscouted[kin]
+        known = kin in self._family_peaks
+        for _ in range(len(waiting) if known else min(1, len(waiting))):
+            test = waiting.pop()
+            self._unscouted_time -= self._tests[test].duration
+            self._admit(test)
+        if known or not waiting:
+            del self._unscouted[kin]
+        if not self._unscouted:
+            self._until_replan = 0
+
+    def resident(self, worker: str, size: int, card: str | None = None) -> None:
+        """Take note of what ``worker`` keeps, context included, on a card (default: its own)."""
+        told = self._workers[worker]
+        where = told.card if card is None else self._cards[card]
+        told.resident[where] = size
+        claim = where.claims.get(worker)
+        self._claim(told, where, claim.extra if claim else 0)
+        self._changed = True
+
+    def foreign(self, card: str, size: int) -> None:
+        """Take note of what other programs use of ``card`` (UUID)."""
+        self._cards[card].others = size
+        self._changed = True
+
+    def flushed(self, worker: str) -> None:
+        """Take note that ``worker`` did what ``Flush`` or ``Reset`` asked."""
+        told = self._workers[worker]
+        told.waiting = False
+        self._asking[worker] = told
+        self._changed = True
+
+    # Commands
+
+    def commands(self) -> list[Command]:
+        """Return what to do now; each command is given once."""
+        out: list[Command] = []
+        if not self._started:
+            self._start(out)
+        if self._until_replan <= 0:
+            self._replan()
+        while self._changed:
+            self._changed = False
+            # Those with a context first: the others are for CPU tests.
+            for worker in sorted(self._asking.values(), key=lambda each: not each.kept):
+                self._serve(worker, out)
+        return out
+
+    def _serve(self, worker: _Worker, out: list[Command]) -> None:
+        """Give ``worker`` something to do, if there is anything."""
+        if not worker.given and not worker.waiting and not self._hand_out(worker, out):
+            # Not earlier: a crash or a test out of memory may leave work for anybody.
+            if self.done:
+                del self._asking[worker.name]
+                out.append(Stop(worker.name))
+            return
+        del self._asking[worker.name]
+        if worker.given and not worker.using:
+            self._hand_out_ahead(worker, out)
+
+    def _hand_out(self, worker: _Worker, out: list[Command]) -> bool:
+        test = self._pick_gpu(worker)
+        if test is None and self._ask_back(worker, out):
+            return True
+        if test is None:
+            test = self._pick_cpu(worker)
+        if test is None:
+            test = self._last_resort(worker, out)
+        if test is not None:
+            self._run(worker, test, out)
+        return test is not None
+
+    def _run(self, worker: _Worker, test: int, out: list[Command]) -> None:
+        worker.given.append(test)
+        worker.group = self._tests[test].group
+        worker.given_back = 0
+        out.append(Run(worker.name, test))
+
+    def _hand_out_ahead(self, worker: _Worker, out: list[Command]) -> None:
+        """Hand out further CPU tests, unless the worker may get a GPU test next."""
+        if self._gpu_waits() and self._may_use(worker):
+            return
+        pace = self._pace(gpu=False)
+        ahead = pace * sum(self._tests[test].duration for test in worker.given)
+        while worker.cpu is not None and worker.cpu.tests:
+            test = worker.cpu.tests[0]
+            if ahead >= AHEAD or len(worker.given) >= AHEAD_TESTS or self._surprises(test):
+                return
+            self._run(worker, self._cpu.take(worker.cpu, test), out)
+            ahead += pace * self._tests[test].duration
+
+    def _gpu_waits(self) -> bool:
+        waits = len(self._gpu) or self._alone.tests or self._wide.tests or self._big.tests
+        return bool(waits) or any(card.reserved for card in self._cards.values())
+
+    # Choosing a CPU test
+
+    def _pick_cpu(self, worker: _Worker) -> int | None:
+        while len(self._cpu):
+            portion = self._cpu_portion(worker)
+            test = self._cpu.take(portion, portion.tests[0])
+            if not self._surprises(test):
+                return test
+            self._admit(test)
+        return None
+
+    def _cpu_portion(self, worker: _Worker) -> Portion:
+        long = self._cpu.long
+        # A long test would keep a worker with a context from the GPU tests.
+        if long.tests and not (worker.kept and self._gpu_waits()):
+            return long
+        if worker.cpu is None or not worker.cpu.tests:
+            worker.cpu = self._cpu.adopt(worker.group, worker.cpu)
+        return worker.cpu or long
+
+    def _surprises(self, test: int) -> bool:
+        """Return whether a CPU test is of a family that turned out to use a card."""
+        return bool(self._surprising) and family(self._tests[test].nodeid) in self._surprising
+
+    # Choosing a GPU test
+
+    def _pick_gpu(self, worker: _Worker) -> int | None:
+        card = worker.card
+        if card.exclusive or not self._may_use(worker):
+            return None
+        reserved = card.reserved
+        home = reserved is not None and reserved.cards[0] is card
+        if reserved and home and self._may_go(worker, reserved):
+            return self._launch(worker, _unreserve(reserved))
+        if not self._closed(card):
+            for portion in self._portions(worker):
+                for test in list(itertools.islice(portion.tests, LOOK)):
+                    if self._fits(worker, test):
+                        return self._launch(worker, self._take(portion, test))
+                    self._reserve(worker, portion, test)
+        return self._from_elsewhere(worker)
+
+    def _may_go(self, worker: _Worker, reserved: _Reservation) -> bool:
+        """Return whether a test that waits for room has it, or can never have more than now.
+
+        Contexts stay: a test that does not fit beside those there are would wait in vain.
+        """
+        if self._fits(worker, reserved.test):
+            return True
+        if _busy(reserved.cards) or any(map(self._owes, worker.card.workers)):
+            return False
+        need = self._need(reserved.test) or 0
+        return any(
+            need > self._capacity(card, len(card.claims)) + card.others for card in reserved.cards
+        )
+
+    def _may_use(self, worker: _Worker) -> bool:
+        """Return whether ``worker`` has a context or may open one."""
+        card = worker.card
+        holders = sum(each.kept > 0 for each in card.workers)
+        if worker.kept or not holders:
+            return True
+        # A test of unknown peak runs alone and should find as much room as there can be.
+        if holders >= card.contexts or self._unscouted:
+            return False
+        tallest = self._need(self._big.tests[0]) if self._big.tests else self._tallest
+        return self._capacity(card, len(card.claims) + 1) >= (tallest or 0)
+
+    def _capacity(self, card: _Card, contexts: int) -> int:
+        """Return the bytes for tests on ``card`` beside so many contexts."""
+        return card.total - card.others - self._headroom - contexts * self._context
+
+    def _closed(self, card: _Card) -> bool:
+        """Return whether the card must empty before it takes further tests."""
+        if card.reserved:
+            return card.reserved.passed >= PATIENCE
+        return card.running > 0 and len(self._alone.tests) >= DRAIN * len(self._cards)
+
+    def _portions(self, worker: _Worker) -> Iterator[Portion]:
+        """Yield where to look for a GPU test, best first."""
+        empty = not worker.card.running
+        # Where one worker does all, its module's tests come first.
+        if empty and worker.card.contexts > 1:
+            yield self._alone
+        yield self._wide
+        yield self._big
+        yield self._gpu.long
+        if worker.gpu is None or not worker.gpu.tests:
+            worker.gpu = self._gpu.adopt(worker.group, worker.gpu)
+        if worker.gpu is not None:
+            yield worker.gpu
+        if empty:
+            yield self._alone
+
+    def _take(self, portion: Portion, test: int) -> int:
+        """Remove a GPU test from where it waits."""
+        duration = self._tests[test].duration
+        if portion is self._alone:
+            return portion.take(test, duration)
+        self._packed = max(0.0, self._packed - duration)
+        self._area = max(0.0, self._area - (self._need(test) or 0) * duration)
+        if portion is self._wide or portion is self._big:
+            return portion.take(test, duration)
+        return self._gpu.take(portion, test)
+
+    def _reserve(self, worker: _Worker, portion: Portion, test: int) -> None:
+        """Keep cards for the first test that does not fit, so that it cannot starve."""
+        cards = worker.ring[: self._tests[test].cards]
+        wanted = self._need(test) is not None and portion is not self._alone
+        if wanted and not any(card.reserved for card in cards) and self._possible(cards, test):
+            reservation = _Reservation(self._take(portion, test), cards)
+            for card in cards:
+                card.reserved = reservation
+
+    def _from_elsewhere(self, worker: _Worker) -> int | None:
+        """Return a test that waits for another card, if it fits here and nothing else is left."""
+        for card in self._cards.values() if not len(self._gpu) else ():
+            reserved = card.reserved
+            if reserved and self._fits(worker, reserved.test):
+                return self._launch(worker, _unreserve(reserved))
+        return None
+
+    def _fits(self, worker: _Worker, test: int) -> bool:
+        need = self._need(test)
+        cards = worker.ring[: self._tests[test].cards]
+        if (need is None or self._tests[test].exclusive) and any(card.running for card in cards):
+            return False
+        return all((need or 0) <= self._room(worker, card) for card in cards)
+
+    def _room(self, worker: _Worker, card: _Card) -> int:
+        """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""
+        if card.exclusive:
+            return -1
+        claims = [claim for name, claim in card.claims.items() if name != worker.name]
+        claims.append(Claim(self._baseline(worker, card), 0, exclusive=False))
+        return admission.room(card.total, card.others, self._headroom, claims)
+
+    def _baseline(self, worker: _Worker, card: _Card) -> int:
+        """Return what ``worker`` keeps on ``card`` while it runs a test there."""
+        return max(self._context, worker.resident.get(card, 0))
+
+    def _need(self, test: int) -> int | None:
+        """Return the bytes expected of a GPU test; None when it has to run alone."""
+        planned = self._tests[test]
+        if test in self._retried:
+            return None
+        if planned.peak is not None:
+            return planned.peak
+        kin = self._family_peaks.get(family(planned.nodeid))
+        if kin is not None:
+            return with_margin(kin, FAMILY_MARGIN)
+        if self._optimistic and self._peaks:
+            return self._peaks[int(OPTIMISM * (len(self._peaks) - 1))]
+        return None
+
+    def _possible(self, cards: Iterable[_Card], test: int) -> bool:
+        """Return whether ``test`` fits on ``cards`` when they are empty."""
+        claim = Claim(self._context, self._need(test) or 0, exclusive=False)
+        return not any(admission.never_fits(card.total, self._headroom, claim) for card in cards)
+
+    # Claims
+
+    def _launch(self, worker: _Worker, test: int) -> int:
+        """Reserve what ``test`` needs and return it."""
+        need = self._need(test)
+        exclusive = need is None or self._tests[test].exclusive
+        worker.using = worker.ring[: self._tests[test].cards]
+        for card in worker.using:
+            worker.resident[card] = self._baseline(worker, card)
+            if card.reserved:
+                card.reserved.passed += 1
+            card.running += 1
+            card.exclusive = exclusive
+            self._claim(worker, card, need or 0)
+        return test
+
+    def _claim(self, worker: _Worker, card: _Card, extra: int) -> None:
+        resident = worker.resident.get(card, 0)
+        if resident or extra:
+            card.claims[worker.name] = Claim(
+                resident, extra, exclusive=card.exclusive and card in worker.using
+            )
+        else:
+            card.claims.pop(worker.name, None)
+
+    # When nothing fits
+
+    def _ask_back(self, worker: _Worker, out: list[Command]) -> bool:
+        """Let a worker give back its fixtures if they keep a GPU test from a card's room."""
+        if worker.card.running or not self._owes(worker) or not self._gpu_waits():
+            return False
+        out.append((Reset if worker.given_back else Flush)(worker.name))
+        worker.given_back += 1
+        worker.waiting = True
+        worker.group = ""
+        return True
+
+    def _owes(self, worker: _Worker) -> bool:
+        return worker.given_back < 2 and worker.kept > self._context
+
+    def _last_resort(self, worker: _Worker, out: list[Command]) -> int | None:
+        """Return a GPU test to run alone although it does not fit, when all else was tried.
+
+        Tests that can never run on a card that has workers are given up.
+        """
+        if not self._may_use(worker) or not all(
+            each.idle and not self._owes(each) for each in worker.card.workers
+        ):
+            return None
+        reserved = worker.card.reserved
+        if reserved and reserved.cards[0] is worker.card and not _busy(reserved.cards):
+            return self._launch(worker, _unreserve(reserved))
+        for portion in self._portions(worker):
+            for test in list(itertools.islice(portion.tests, LOOK)):
+                cards = worker.ring[: self._tests[test].cards]
+                if self._possible(cards, test) and not _busy(cards):
+                    return self._launch(worker, self._take(portion, test))
+                if not self._possible_anywhere(test, staffed=True):
+                    self._give_up(self._take(portion, test), out)
+        return None
+
+    def _possible_anywhere(self, test: int, *, staffed: bool) -> bool:
+        """Return whether some cards, with workers if ``staffed``, are large enough for ``test``."""
+        ring = list(self._cards.values())
+        count = self._tests[test].cards
+        if count > len(ring):
+            return False
+        return any(
+            self._possible((ring[first:] + ring[:first])[:count], test)
+            for first, card in enumerate(ring)
+            if card.workers or not staffed
+        )
+
+    def _give_up(self, test: int, out: list[Command]) -> None:
+        planned = self._tests[test]
+        largest = max((card.total for card in self._cards.values()), default=0)
+        why = (
+            f"{planned.nodeid} needs {format_bytes(self._need(test) or 0)} on {planned.cards} "
+            f"card(s), beside a context of {format_bytes(self._context)} and a headroom of "
+            f"{format_bytes(self._headroom)}; there are {len(self._cards)} card(s), "
+            f"the largest of {format_bytes(largest)}"
+        )
+        out.append(Fail(test, why))
+        self._left -= 1
+        self._changed = True
+
+    # Sorting tests by how they have to run
+
+    def _start(self, out: list[Command]) -> None:
+        """Sort all tests, now that the workers are known."""
+        self._started = True
+        on_cpu: list[int] = []
+        shared: list[int] = []
+        for test, planned in enumerate(self._tests):
+            if not planned.gpu:
+                on_cpu.append(test)
+            elif not self._possible_anywhere(test, staffed=False):
+                self._give_up(test, out)
+            elif planned.peak is None and not planned.exclusive and not self._optimistic:
+                self._wait_for_scout(test)
+            elif planned.exclusive or planned.cards > 1:
+                self._admit(test)
+            else:
+                shared.append(test)
+        for waiting in self._unscouted.values():
+            waiting.reverse()
+        for test in shared:
+            self._packed += self._tests[test].duration
+            self._area += (self._need(test) or 0) * self._tests[test].duration
+        self._fill(on_cpu, shared)
+
+    def _wait_for_scout(self, test: int) -> None:
+        """Let the first test of a family go alone, and the others wait for its peak."""
+        kin = family(self._tests[test].nodeid)
+        if kin in self._unscouted:
+            self._unscouted[kin].append(test)
+            self._unscouted_time += self._tests[test].duration
+        else:
+            self._unscouted[kin] = []
+            self._alone.add(test, self._tests[test].duration)
+
+    def _fill(self, on_cpu: Sequence[int], shared: Sequence[int]) -> None:
+        """Pile up the tests that run as they come."""
+        total = sum(test.duration for test in self._tests)
+        longest = max((test.duration for test in self._tests), default=0.0)
+        space = sum(self._capacity(card, 1) for card in self._cards.values())
+        bound = max(total / max(1, len(self._workers)), longest, self._area / max(1, space))
+        long = max(LONG * bound, OUTLIER * total / max(1, len(self._tests)))
+        # Modules with GPU tests come last: their CPU tests may find the fixtures set up.
+        self._cpu = Pile(self._tests, later={test.group for test in self._tests if test.gpu})
+        self._cpu.fill(on_cpu, long)
+        self._replan()
+        room = min(self._capacity(card, card.contexts) for card in self._cards.values())
+        need = {test: self._need(test) or 0 for test in shared}
+        for test in sorted(shared, key=lambda test: -need[test]):
+            if need[test] <= room:
+                self._tallest = need[test]
+                break
+            self._big.add(test, self._tests[test].duration)
+        self._gpu.fill([test for test in shared if need[test] <= room], long)
+
+    def _admit(self, test: int) -> None:
+        """Put one test where it belongs."""
+        planned = self._tests[test]
+        need = self._need(test)
+        if not (planned.gpu or test in self._retried or self._surprises(test)):
+            self._cpu.add(test)
+        elif need is None or planned.exclusive or need > self._roomiest():
+            self._alone.add(test, planned.duration)
+        else:
+            self._packed += planned.duration
+            self._area += need * planned.duration
+            if planned.cards > 1:
+                self._wide.add(test, planned.duration)
+            else:
+                self._gpu.add(test)
+                self._tallest = max(self._tallest, need)
+
+    def _roomiest(self) -> int:
+        """Return the bytes for tests on the card that has most, beside the contexts there are."""
+        return max(self._capacity(card, max(1, len(card.claims))) for card in self._cards.values())
+
+    # How many contexts
+
+    def _pace(self, *, gpu: bool) -> float:
+        """Return how long tests take, as a ratio to what was expected."""
+        return self._observed[gpu] / self._expected[gpu] if self._expected[gpu] else 1.0
+
+    def _replan(self) -> None:
+        """Choose how many workers of each card hold a context."""
+        self._until_replan = REPLAN
+        self._changed = True
+        for card in self._cards.values():
+            counts = range(1, max(1, len(card.workers)) + 1)
+            card.contexts = min(counts, key=functools.partial(self._makespan, card))
+
+    def _makespan(self, card: _Card, contexts: int) -> float:
+        """Return the least seconds that the rest takes with so many contexts on ``card``.
+
+        The largest of GPU time / contexts, VRAM-time / room beside the contexts, and all time /
+        workers; what runs alone comes on top of the first two.
+        """
+        workers = max(1, len(self._workers))
+        part = len(card.workers) / workers
+        room = self._capacity(card, contexts)
+        if room <= 0:
+            return float("inf")
+        gpu = self._pace(gpu=True)
+        alone = gpu * self._alone.work
+        packed = gpu * (self._packed + max(0.0, self._unscouted_time))
+        even = (self._pace(gpu=False) * self._cpu.time + alone + packed) / workers
+        return max(part * (alone + max(packed / contexts, gpu * self._area / room)), even)
+
+
+def _busy(cards: Iterable[_Card]) -> bool:
+    return any(card.running for card in cards)
+
+
+def _unreserve(reservation: _Reservation) -> int:
+    for card in reservation.cards:
+        card.reserved = None
+    return reservation.test

@@ -1,0 +1,417 @@
+"""How near to the shortest possible run the planner comes, in simulation.
+
+A suite of 4,479 tests in 150 modules (families of about six parametrisations, log-normal
+durations, 15 % of the tests on the card with peaks of 50 MiB to 2 GiB) runs on 4 simulated workers
+that share a card of 3.81 GiB, where each process that used the card keeps a context of 384 MiB.
+V1 is that mix; in V2 the GPU tests last 4 times as long. GPU tests stand in modules of their own
+(clustered) or in any (shuffled). The bound is max(all time / workers, VRAM-time / room beside one
+context, longest test). ``--scale`` measures the planner itself on 100,000 tests instead.
+
+Baselines: round-robin; xdist's own ``--dist load`` scheduler; the same with one lock around every
+GPU test. A test that starts when the card has no room for it runs out of memory at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import random
+import statistics
+import time
+import tracemalloc
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpumem.sharing.history import History
+from pytest_gpumem.sharing.planner import (
+    Fail,
+    Flush,
+    PlannedTest,
+    Planner,
+    Reset,
+    Run,
+    Stop,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MIB = 2**20
+TESTS, MODULES, FAMILY = 4_479, 150, 6
+TOTAL, CONTEXT, HEADROOM = 3_901 * MIB, 384 * MIB, 0
+SECONDS = 5_400.0
+WORKERS = 4
+SPREAD = 1.0
+"""Standard deviation of the logarithm of durations."""
+OOM_PART = 0.1
+"""Part of its duration after which a test without room fails."""
+
+
+class Case(NamedTuple):
+    """One test of the suite as it really is."""
+
+    nodeid: str
+    module: str
+    gpu: bool
+    duration: float
+    peak: int
+
+
+class Result(NamedTuple):
+    """One run of the suite."""
+
+    makespan: float
+    ooms: int
+    """Tests that ran out of memory, those tried again included."""
+    failed: int
+    setups: int
+    """Module fixtures set up."""
+
+
+def suite(seed: int, *, factor: float, clustered: bool) -> list[Case]:
+    """Return the suite; GPU tests last ``factor`` times as long."""
+    rng = random.Random(seed)  # noqa: S311  # a scenario, no secret
+    families = -(-TESTS // FAMILY)
+    per_module = -(-families // MODULES)
+    on_gpu = set(rng.sample(range(MODULES), round(MODULES * 0.15)))
+    cases = []
+    for number in range(families):
+        name = f"tests/test_{number // per_module:03}.py"
+        gpu = number // per_module in on_gpu if clustered else rng.random() < 0.15
+        base = 50 * 41 ** rng.random()
+        for parameter in range(min(FAMILY, TESTS - number * FAMILY)):
+            peak = min(2048.0, base * rng.lognormvariate(0, 0.1))
+            duration = rng.lognormvariate(0, SPREAD)
+            nodeid = f"{name}::test_{number}[{parameter}]"
+            cases.append(Case(nodeid, name, gpu, duration, round(peak * MIB) if gpu else 0))
+    scale = SECONDS / sum(case.duration for case in cases)
+    return [
+        case._replace(duration=case.duration * scale * (factor if case.gpu else 1))
+        for case in cases
+    ]
+
+
+def again(cases: Sequence[Case], seed: int) -> list[Case]:
+    """Return the suite as it is another time: peaks vary by 3 %, durations by 25 %."""
+    rng = random.Random(seed)  # noqa: S311  # a scenario, no secret
+    return [
+        case._replace(
+            peak=round(case.peak * rng.lognormvariate(0, 0.03)),
+            duration=case.duration * rng.lognormvariate(0, 0.25),
+        )
+        for case in cases
+    ]
+
+
+def bound(cases: Sequence[Case], workers: int = WORKERS) -> float:
+    """Return the seconds that no schedule can go below."""
+    area = sum(case.peak * case.duration for case in cases)
+    everything = sum(case.duration for case in cases)
+    longest = max(case.duration for case in cases)
+    return max(everything / workers, area / (TOTAL - CONTEXT), longest)
+
+
+class Host:
+    """Simulated workers on one card; a policy hands them tests."""
+
+    def __init__(self, cases: Sequence[Case], workers: int, *, locked: bool = False) -> None:
+        self.cases = cases
+        self.now = 0.0
+        self.queues: list[deque[int]] = [deque() for _ in range(workers)]
+        self.ends: list[tuple[float, int, int, int, bool]] = []
+        """When, a number, worker, test, out of memory."""
+        self.locked = locked
+        self.lock: deque[int] = deque()
+        """Workers that hold or wait for the lock."""
+        self.contexts = [False] * workers
+        self.used = [0] * workers
+        self.modules = [""] * workers
+        self.running = [False] * workers
+        self.setups = self.ooms = self.number = 0
+
+    def start(self, worker: int) -> None:
+        """Begin the next test of an idle worker, if it has one."""
+        if self.running[worker] or not self.queues[worker]:
+            return
+        case = self.cases[self.queues[worker][0]]
+        self.running[worker] = True
+        if case.module != self.modules[worker]:
+            self.setups += 1
+            self.modules[worker] = case.module
+        if case.gpu and self.locked:
+            self.lock.append(worker)
+            if self.lock[0] != worker:
+                return
+        self._begin(worker)
+
+    def _begin(self, worker: int) -> None:
+        test = self.queues[worker][0]
+        case = self.cases[test]
+        oom = False
+        if case.gpu:
+            self.contexts[worker] = True
+            used = sum(self.used) + CONTEXT * sum(self.contexts)
+            oom = used + case.peak > TOTAL
+            self.used[worker] = 0 if oom else case.peak
+        self.ooms += oom
+        self.number += 1
+        end = self.now + case.duration * (OOM_PART if oom else 1)
+        heapq.heappush(self.ends, (end, self.number, worker, test, oom))
+
+    def step(self) -> tuple[int, int, bool]:
+        """Let the next test end; return its worker, itself, and whether it was out of memory."""
+        self.now, _, worker, test, oom = heapq.heappop(self.ends)
+        self.queues[worker].popleft()
+        self.running[worker] = False
+        self.used[worker] = 0
+        if self.cases[test].gpu and self.locked:
+            self.lock.popleft()
+            if self.lock:
+                self._begin(self.lock[0])
+        return worker, test, oom
+
+
+def planned(cases: Sequence[Case], history: History | None) -> list[PlannedTest]:
+    """Return what the planner is told: the truth, or what ``history`` knows."""
+    if history is None:
+        return [PlannedTest(c.nodeid, c.gpu, c.peak, c.duration, c.module) for c in cases]
+    tests = []
+    for case in cases:
+        expected = history.expect(case.nodeid)
+        tests.append(
+            PlannedTest(case.nodeid, case.gpu, expected.peak, expected.duration, case.module)
+        )
+    return tests
+
+
+def run_planner(
+    cases: Sequence[Case], history: History | None, *, optimistic: bool = False
+) -> tuple[Result, History]:
+    """Return the run under the planner, and what it taught."""
+    host = Host(cases, WORKERS)
+    learned = History()
+    tests = planned(cases, history)
+    planner = Planner(
+        tests, {"card": TOTAL}, context=CONTEXT, headroom=HEADROOM, optimistic=optimistic
+    )
+    failed = 0
+    for worker in range(WORKERS):
+        planner.add_worker(str(worker), "card")
+    while not planner.done:
+        commands = planner.commands()
+        for command in commands:
+            match command:
+                case Run(name, test):
+                    host.queues[int(name)].append(test)
+                case Flush(name) | Reset(name):
+                    planner.flushed(name)
+                case Fail():
+                    failed += 1
+                case Stop():
+                    pass
+        for worker in range(WORKERS):
+            host.start(worker)
+        if not host.ends:
+            if not commands:
+                raise SystemExit("the planner is stuck")
+            continue
+        index, test, oom = host.step()
+        case = cases[test]
+        failed += oom and not planner.retries(test)
+        if case.gpu:
+            planner.resident(str(index), CONTEXT)
+        if not oom:
+            learned.note(case.nodeid, case.peak, case.duration, case.gpu)
+        peak = case.peak if case.gpu and not oom else None
+        duration = case.duration * (OOM_PART if oom else 1)
+        planner.finished(str(index), test, duration=duration, peak=peak, oom=oom)
+    return Result(host.now, host.ooms, failed, host.setups), learned
+
+
+class _Config:
+    """As much of pytest's configuration as xdist's scheduler reads."""
+
+    def getvalue(self, _name: str) -> list[str]:
+        return ["popen"] * WORKERS
+
+    def getoption(self, _name: str) -> None:
+        return None
+
+
+class _Silence:
+    """A log that nobody reads."""
+
+    def __init__(self) -> None:
+        self.loadsched = lambda *_: None
+
+
+class _Gateway(NamedTuple):
+    id: str
+
+
+class _Node:
+    """As much of a worker as xdist's scheduler sees."""
+
+    def __init__(self, number: int, queue: deque[int]) -> None:
+        self.number = number
+        self.gateway = _Gateway(f"gw{number}")
+        self.shutting_down = False
+        self.sent = queue
+
+    def send_runtest_some(self, indexes: Sequence[int]) -> None:
+        self.sent.extend(indexes)
+
+    def shutdown(self) -> None:
+        self.shutting_down = True
+
+
+def run_load(cases: Sequence[Case], *, locked: bool = False) -> Result:
+    """Return the run under xdist's own scheduler, with one lock for GPU tests if ``locked``."""
+    from xdist.scheduler import LoadScheduling  # type: ignore[import-untyped]
+
+    host = Host(cases, WORKERS, locked=locked)
+    sent: list[deque[int]] = [deque() for _ in range(WORKERS)]
+    nodes: list[Any] = [_Node(number, sent[number]) for number in range(WORKERS)]
+    config: Any = _Config()
+    silence: Any = _Silence()
+    scheduler = LoadScheduling(config, silence)
+    for node in nodes:
+        scheduler.add_node(node)
+        scheduler.add_node_collection(node, [case.nodeid for case in cases])
+    scheduler.schedule()
+    while True:
+        for worker, node in enumerate(nodes):
+            # A worker starts a test when it knows the one after it, or that there is none.
+            ready = len(sent[worker]) > 1 or (node.shutting_down and sent[worker])
+            if ready and not host.running[worker]:
+                host.queues[worker].append(sent[worker].popleft())
+            host.start(worker)
+        if not host.ends:
+            break
+        worker, test, _ = host.step()
+        scheduler.mark_test_complete(nodes[worker], test, 0)
+    return Result(host.now, host.ooms, host.ooms, host.setups)
+
+
+def run_round_robin(cases: Sequence[Case]) -> Result:
+    """Return the run where test after test goes to worker after worker."""
+    host = Host(cases, WORKERS)
+    for test in range(len(cases)):
+        host.queues[test % WORKERS].append(test)
+    while True:
+        for worker in range(WORKERS):
+            host.start(worker)
+        if not host.ends:
+            return Result(host.now, host.ooms, host.ooms, host.setups)
+        host.step()
+
+
+POLICIES: dict[str, Callable[[list[Case], int], Result]] = {
+    "round-robin": lambda cases, _: run_round_robin(cases),
+    "load": lambda cases, _: run_load(cases),
+    "load + exclusive lock": lambda cases, _: run_load(cases, locked=True),
+    "planner, known": lambda cases, _: run_planner(cases, None)[0],
+    "planner, first run": lambda cases, _: run_planner(cases, History())[0],
+    "planner, first run, optimistic": lambda cases, _: run_planner(
+        cases, History(), optimistic=True
+    )[0],
+    "planner, second run": lambda cases, seed: run_planner(
+        cases, run_planner(again(cases, seed), History())[1]
+    )[0],
+}
+
+
+def compare(seeds: int) -> None:
+    """Print the table of all policies on all mixes."""
+    print(f"{'mix':<14}{'policy':<32}{'of bound: mean':>15}{'max':>7}", end="")
+    print(f"{'OOMs':>7}{'failed':>8}{'set-ups':>9}{'of load':>9}")
+    for factor, clustered in ((1, True), (1, False), (4, True), (4, False)):
+        suites = [suite(seed, factor=factor, clustered=clustered) for seed in range(seeds)]
+        load = statistics.fmean(run_load(cases).setups for cases in suites)
+        mix = f"V{1 if factor == 1 else 2} {'clustered' if clustered else 'shuffled'}"
+        for name, policy in POLICIES.items():
+            results = [policy(cases, seed) for seed, cases in enumerate(suites)]
+            ratios = [r.makespan / bound(c) for r, c in zip(results, suites, strict=True)]
+            setups = statistics.fmean(result.setups for result in results)
+            print(
+                f"{mix:<14}{name:<32}{statistics.fmean(ratios):>15.3f}{max(ratios):>7.3f}"
+                f"{statistics.fmean(r.ooms for r in results):>7.1f}"
+                f"{statistics.fmean(r.failed for r in results):>8.1f}"
+                f"{setups:>9.0f}{setups / load:>9.2f}"
+            )
+
+
+def scale(tests: int, workers: int, cards: int) -> None:
+    """Print what the planner itself takes on a large run of known tests."""
+    rng = random.Random(0)  # noqa: S311  # a scenario, no secret
+    gib = 2**30
+    everything = [
+        PlannedTest(
+            f"tests/test_{test // 30}.py::test_{test // 6}[{test % 6}]",
+            gpu := rng.random() < 0.4,
+            round(gib * 50 ** rng.random()) if gpu else None,
+            rng.lognormvariate(0, 1.0),
+            f"tests/test_{test // 30}.py",
+        )
+        for test in range(tests)
+    ]
+    tracemalloc.start()
+    planner = Planner(
+        everything,
+        {f"GPU-{card}": 80 * gib for card in range(cards)},
+        context=gib // 2,
+        headroom=gib // 2,
+    )
+    for worker in range(workers):
+        planner.add_worker(str(worker), f"GPU-{worker % cards}")
+    began = time.perf_counter()
+    pending = planner.commands()
+    first = time.perf_counter() - began
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    ends: list[tuple[float, int, str, int]] = []
+    free = dict.fromkeys(map(str, range(workers)), 0.0)
+    spent = worst = now = 0.0
+    steps = 0
+    while True:
+        for command in pending:
+            if isinstance(command, Run):
+                begin = max(now, free[command.worker])
+                free[command.worker] = begin + everything[command.test].duration
+                entry = (free[command.worker], command.test, command.worker, command.test)
+                heapq.heappush(ends, entry)
+        if not ends:
+            break
+        now, _, name, test = heapq.heappop(ends)
+        began = time.perf_counter()
+        duration, peak = everything[test].duration, everything[test].peak
+        planner.finished(name, test, duration=duration, peak=peak)
+        pending = planner.commands()
+        took = time.perf_counter() - began
+        spent, worst, steps = spent + took, max(worst, took), steps + 1
+    total = sum(test.duration for test in everything)
+    print(f"{tests} tests, {workers} workers, {cards} cards of 80 GiB")
+    print(f"first commands: {first:.2f} s (with memory tracing); memory: {memory / MIB:.1f} MiB")
+    print(f"a decision: {spent / steps * 1e6:.1f} us on average, {worst * 1e3:.2f} ms at worst")
+    print(f"done: {planner.done}; makespan / (all time / workers): {now / (total / workers):.3f}")
+
+
+def main() -> None:
+    """Run the comparison, or the measurement of the planner itself."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--tests", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--cards", type=int, default=8)
+    args = parser.parse_args()
+    if args.scale:
+        scale(args.tests, args.workers, args.cards)
+    else:
+        compare(args.seeds)
+
+
+if __name__ == "__main__":
+    main()

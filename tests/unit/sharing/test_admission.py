@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_gpumem.sharing.admission import (
+    Claim,
+    fits,
+    may_start,
+    never_fits,
+    room,
+    spare,
+    waits_in_vain,
+)
+
+SIZES = st.integers(0, 20)
+CLAIMS = st.builds(Claim, SIZES, SIZES, st.booleans())
+REQUESTS = st.builds(Claim, st.just(0), SIZES, st.booleans())
+EXTRA = st.builds(Claim, st.just(0), SIZES, st.just(False))
+
+
+def running(size):
+    return Claim(0, size, exclusive=False)
+
+
+@given(st.integers(0, 100), SIZES, SIZES, st.lists(CLAIMS), CLAIMS)
+def test_what_fits_leaves_headroom_and_foreign_bytes_alone(total, others, headroom, claims, new):
+    if fits(total, others, headroom, claims, new):
+        assert room(total, others, headroom, [*claims, new]) >= 0
+
+
+@given(st.integers(0, 100), st.lists(CLAIMS), CLAIMS)
+def test_an_exclusive_claim_has_no_running_neighbour(total, claims, new):
+    if fits(total, 0, 0, claims, new):
+        for claim in claims:
+            assert not (new.exclusive and (claim.extra or claim.exclusive))
+            assert not (claim.exclusive and new.extra)
+
+
+@given(st.integers(0, 100), SIZES, SIZES, st.lists(CLAIMS), CLAIMS)
+def test_what_never_fits_does_not_fit_on_an_empty_card_and_so_on_no_other(
+    total, others, headroom, claims, new
+):
+    assert never_fits(total, headroom, new) != fits(total, 0, headroom, [], new)
+    if never_fits(total, headroom, new):
+        assert not fits(total, others, headroom, claims, new)
+
+
+@given(st.integers(0, 60), st.lists(SIZES, max_size=7))
+def test_spare_is_what_no_combination_that_fits_reaches(capacity, sizes):
+    sums = [
+        sum(chosen)
+        for count in range(len(sizes) + 1)
+        for chosen in itertools.combinations(sizes, count)
+    ]
+    assert spare(capacity, sizes) == capacity - max(each for each in sums if each <= capacity)
+
+
+def test_nothing_is_spare_when_there_are_too_many_combinations_to_count():
+    assert spare(2**40, [3**power for power in range(20)]) == 0
+
+
+def test_a_small_request_passes_a_big_one_that_it_cannot_delay():
+    held, big = [running(60)], running(40)
+
+    assert may_start(80, 0, 0, held, running(20), ahead=[big])
+    # With 61 held beside it the big one fits as soon as the 60 are gone, with 21 more it fits not.
+    assert not may_start(101, 0, 0, [running(60), running(20)], running(21), ahead=[running(61)])
+
+
+def test_nobody_passes_a_request_for_the_whole_card():
+    whole = Claim(0, 0, exclusive=True)
+
+    assert not may_start(80, 0, 0, [running(10)], running(1), ahead=[whole])
+    assert not may_start(80, 0, 0, [], whole, ahead=[running(10)])
+
+
+def test_a_request_that_only_foreign_processes_keep_waiting_holds_nobody_up():
+    assert may_start(80, 50, 0, [], running(30), ahead=[running(40)])
+    assert not may_start(80, 0, 50, [], running(30), ahead=[running(40)])
+
+
+def test_a_request_that_idle_processes_keep_waiting_runs_alone():
+    idle, big = Claim(60, 0, exclusive=False), running(40)
+
+    assert waits_in_vain(80, 0, [idle], big, ahead=[])
+    assert not waits_in_vain(80, 0, [idle], running(20), ahead=[])
+    assert not waits_in_vain(80, 0, [idle, running(1)], big, ahead=[])
+    assert not waits_in_vain(80, 0, [idle], big, ahead=[running(1)])
+
+
+def strict(total, claims, new, ahead):
+    """First come, first served, and no passing."""
+    return not ahead and fits(total, 0, 0, claims, new)
+
+
+def passing(total, claims, new, ahead):
+    return may_start(total, 0, 0, claims, new, ahead=ahead)
+
+
+def starts(rule, total, arrivals):
+    """Return when each request starts; ``arrivals`` are (time, claim, duration)."""
+    started, running_until = {}, {}
+    for now in range(400):
+        for index, (time, claim, duration) in enumerate(arrivals):
+            held = [arrivals[each][1] for each, end in running_until.items() if end > now]
+            ahead = [
+                other
+                for earlier, (time, other, _) in enumerate(arrivals[:index])
+                if time <= now and earlier not in started
+            ]
+            if time <= now and index not in started and rule(total, held, claim, ahead):
+                started[index], running_until[index] = now, now + duration
+    return started
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 9), st.builds(Claim, st.just(0), SIZES, st.booleans()), st.integers(1, 9)
+        ),
+        max_size=9,
+    ).map(lambda arrivals: sorted(arrivals, key=lambda each: each[0]))
+)
+def test_nobody_starts_later_than_first_come_first_served(arrivals):
+    early = starts(passing, 20, arrivals)
+    late = starts(strict, 20, arrivals)
+
+    assert len(early) == len(arrivals)
+    assert all(early[each] <= late[each] for each in late)

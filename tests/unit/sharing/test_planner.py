@@ -1,0 +1,636 @@
+from __future__ import annotations
+
+from collections import Counter, deque
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from pytest_gpumem.sharing import planner as plans
+from pytest_gpumem.sharing.admission import Claim, fits
+from pytest_gpumem.sharing.history import family
+from pytest_gpumem.sharing.planner import (
+    Fail,
+    Flush,
+    PlannedTest,
+    Planner,
+    Reset,
+    Run,
+    Stop,
+)
+
+CONTEXT, HEADROOM, TOTAL = 10, 5, 100
+
+
+def cpu(name: str, duration: float = 1.0, group: str = "a.py") -> PlannedTest:
+    return PlannedTest(f"{group}::{name}", False, None, duration, group)
+
+
+def gpu(name: str, peak: int | None, duration: float = 1.0, group: str = "g.py") -> PlannedTest:
+    return PlannedTest(f"{group}::{name}", True, peak, duration, group)
+
+
+def planner_of(
+    tests: list[PlannedTest],
+    *,
+    workers: int = 2,
+    cards: int = 1,
+    optimistic: bool = False,
+    others: int = 0,
+) -> Planner:
+    uuids = [f"card{number}" for number in range(cards)]
+    planner = Planner(
+        tests,
+        dict.fromkeys(uuids, TOTAL),
+        context=CONTEXT,
+        headroom=HEADROOM,
+        others=dict.fromkeys(uuids, others),
+        optimistic=optimistic,
+    )
+    for number in range(workers):
+        planner.add_worker(f"w{number}", uuids[number % cards])
+    return planner
+
+
+class Workers:
+    """Does what a planner says; tests end in the order of their durations."""
+
+    def __init__(self, tests: list[PlannedTest], planner: Planner) -> None:
+        self.tests = tests
+        self.planner = planner
+        self.queues: dict[str, deque[tuple[float, int]]] = {}
+        self.now = 0.0
+        self.order: list[tuple[str, int]] = []
+        self.other: list[object] = []
+        self.peaks: dict[int, int] = {}
+
+    def obey(self) -> list[object]:
+        commands = list(self.planner.commands())
+        for command in commands:
+            if isinstance(command, Run):
+                queue = self.queues.setdefault(command.worker, deque())
+                begin = queue[-1][0] if queue else self.now
+                queue.append((begin + self.tests[command.test].duration, command.test))
+                self.order.append((command.worker, command.test))
+            else:
+                self.other.append(command)
+                if isinstance(command, (Flush, Reset)):
+                    self.planner.flushed(command.worker)
+        return commands
+
+    def finish(self, *, oom: bool = False, peak: int | None = None) -> int:
+        busy = {name: queue for name, queue in self.queues.items() if queue}
+        name = min(busy, key=lambda name: busy[name][0])
+        self.now, test = busy[name].popleft()
+        planned = self.tests[test]
+        peak = peak if peak is not None else self.peaks.get(test, planned.peak)
+        self.planner.finished(name, test, duration=planned.duration, peak=peak, oom=oom)
+        return test
+
+    def running(self) -> set[int]:
+        return {queue[0][1] for queue in self.queues.values() if queue}
+
+    def run(self) -> list[int]:
+        for _ in range(20 * len(self.tests) + 20):
+            self.obey()
+            if self.planner.done:
+                break
+            if any(self.queues.values()):
+                self.finish()
+        assert self.planner.done
+        return [test for _, test in self.order]
+
+
+def test_gpu_tests_start_before_cpu_tests_and_the_longest_first() -> None:
+    tests = [cpu("c"), gpu("short", 10, 1.0), cpu("d"), gpu("long", 10, 9.0)]
+    workers = Workers(tests, planner_of(tests, workers=1))
+    order = workers.run()
+    assert order[:2] == [3, 1]
+
+
+def test_only_as_many_workers_open_a_context_as_shorten_the_run() -> None:
+    few = [gpu(f"g{n}", 10) for n in range(10)] + [cpu(f"c{n}") for n in range(90)]
+    workers = Workers(few, planner_of(few, workers=4))
+    workers.run()
+    assert len({worker for worker, test in workers.order if few[test].gpu}) == 1
+
+    many = [gpu(f"g{n}", 10) for n in range(90)] + [cpu(f"c{n}") for n in range(10)]
+    workers = Workers(many, planner_of(many, workers=4))
+    workers.run()
+    assert len({worker for worker, test in workers.order if many[test].gpu}) == 4
+
+
+def test_contexts_that_would_leave_too_little_room_stay_closed() -> None:
+    # Two contexts leave 75 bytes: the large tests run first, in the first context.
+    tests = [gpu(f"g{n}", 5) for n in range(40)] + [gpu(f"big{n}", 80) for n in range(3)]
+    workers = Workers(tests, planner_of(tests, workers=4))
+    order = workers.run()
+    assert order[:3] == [40, 41, 42]
+    assert len({worker for worker, _ in workers.order}) > 1
+
+
+def test_a_module_stays_with_its_worker() -> None:
+    tests = [cpu(f"t{n}", group=f"m{m}.py") for m in range(20) for n in range(20)]
+    workers = Workers(tests, planner_of(tests, workers=4))
+    workers.run()
+    homes: dict[str, set[str]] = {}
+    for worker, test in workers.order:
+        homes.setdefault(tests[test].group, set()).add(worker)
+    assert sum(map(len, homes.values())) <= 20 * 1.5
+
+
+def test_a_large_test_is_passed_by_a_limited_number_of_small_ones() -> None:
+    small = [gpu(f"s{n}", 30, 1.0 + n % 7 / 10, group="g.py") for n in range(400)]
+    tests = [*small[:100], gpu("large", 70, 1.0), *small[100:]]
+    workers = Workers(tests, planner_of(tests, workers=2))
+    order = workers.run()
+    # Two workers get there after 200 tests; then so many may pass.
+    assert order.index(100) <= 200 + plans.PATIENCE + 2
+
+
+def test_cpu_tests_fill_the_wait_of_a_worker_whose_gpu_test_does_not_fit() -> None:
+    tests = [gpu("a", 50, 9.0, "a.py"), gpu("b", 50, 9.0, "b.py")]
+    tests += [cpu(f"c{n}", 1.0) for n in range(4)]
+    workers = Workers(tests, planner_of(tests, workers=2))
+    workers.obey()
+    assert {tests[test].gpu for test in workers.running()} == {True, False}
+    workers.run()
+
+
+def test_an_idle_worker_is_held_when_nothing_fits_and_no_cpu_test_is_left() -> None:
+    tests = [gpu("a", 50, 9.0), gpu("b", 50, 9.0)]
+    planner = planner_of(tests, workers=2)
+    workers = Workers(tests, planner)
+    assert [type(command) for command in workers.obey()] == [Run]
+    workers.finish()
+    assert [type(command) for command in workers.obey()] == [Run]
+    workers.finish()
+    assert [type(command) for command in workers.obey()] == [Stop, Stop]
+
+
+def test_a_test_of_unknown_peak_runs_alone_and_its_peak_is_then_expected_of_its_family() -> None:
+    tests = [gpu(f"t[{n}]", None) for n in range(6)]
+    workers = Workers(tests, planner_of(tests, workers=3))
+    workers.obey()
+    assert workers.running() == {0}
+    workers.finish(peak=20)
+    workers.obey()
+    # 20 times 1.3 beside 3 contexts: two tests fit.
+    assert len(workers.running()) == 2
+
+
+def test_an_optimistic_planner_guesses_unknown_peaks_from_those_seen() -> None:
+    tests = [gpu(f"t{n}", None) for n in range(20)]
+    workers = Workers(tests, planner_of(tests, workers=3, optimistic=True))
+    workers.obey()
+    assert len(workers.running()) == 1
+    workers.finish(peak=10)
+    workers.obey()
+    assert len(workers.running()) == 3
+
+
+def test_a_test_out_of_memory_runs_once_more_and_alone() -> None:
+    tests = [gpu(f"t{n}", 10, 1.0 + n) for n in range(4)]
+    planner = planner_of(tests, workers=2)
+    workers = Workers(tests, planner)
+    workers.obey()
+    assert len(workers.running()) == 2
+    assert planner.retries(min(workers.running()))
+    again = workers.finish(oom=True)
+    assert not planner.retries(again)
+    beside = None
+    while not planner.done:
+        workers.obey()
+        if again in workers.running():
+            beside = workers.running() - {again}
+        workers.finish(oom=True)
+    assert beside == set()
+    assert Counter(test for _, test in workers.order)[again] == 2
+
+
+def test_a_cpu_test_that_runs_out_of_memory_is_tried_again_as_a_gpu_test() -> None:
+    tests = [cpu("c")]
+    planner = planner_of(tests, workers=1)
+    workers = Workers(tests, planner)
+    workers.obey()
+    workers.finish(oom=True)
+    assert workers.run() == [0, 0]
+
+
+def test_the_family_of_a_cpu_test_that_used_a_card_is_planned_as_gpu_tests() -> None:
+    tests = [cpu(f"t[{n}]", 5.0) for n in range(6)]
+    workers = Workers(tests, planner_of(tests, workers=2))
+    workers.obey()
+    workers.finish(peak=60)
+    workers.finish(peak=60)
+    for _ in range(4):
+        workers.obey()
+        assert len(workers.running()) == 1
+        workers.finish(peak=60)
+    assert workers.planner.done
+
+
+def test_idle_workers_give_back_fixtures_module_first_before_a_test_runs_alone() -> None:
+    tests = [gpu("a", 10, group="a.py"), gpu("b", 60, group="b.py")]
+    planner = planner_of(tests, workers=1)
+    seen = []
+    assert planner.commands() == [Run("w0", 0)]
+    planner.finished("w0", 0, duration=1.0, peak=10)
+    assert planner.commands() == [Run("w0", 1)]
+    planner.finished("w0", 1, duration=1.0, peak=60)
+    planner.resident("w0", 90)
+    planner.requeue(1)
+    for _ in range(2):
+        seen += planner.commands()
+        assert not planner.done
+        planner.flushed("w0")
+    assert [type(command) for command in seen if command.worker == "w0"] == [Flush, Reset]
+    # It gave nothing back; the test runs all the same, and tells itself whether it can.
+    assert Run("w0", 1) in planner.commands()
+
+
+def test_a_test_larger_than_any_card_fails_at_once_with_the_numbers() -> None:
+    tests = [gpu("huge", 2**30), cpu("c"), gpu("pair", 5)._replace(cards=3)]
+    workers = Workers(tests, planner_of(tests, cards=2))
+    assert workers.run() == [1]
+    failures = [command for command in workers.other if isinstance(command, Fail)]
+    assert [failure.test for failure in failures] == [0, 2]
+    assert "g.py::huge needs 1.00 GiB" in failures[0].why
+    assert "the largest of 100 B" in failures[0].why
+
+
+def test_an_exclusive_test_shares_its_card_with_no_other_test() -> None:
+    tests = [gpu(f"t{n}", 10, 1 + n) for n in range(6)]
+    tests[3] = tests[3]._replace(exclusive=True)
+    workers = Workers(tests, planner_of(tests, workers=3))
+    while not workers.planner.done:
+        workers.obey()
+        assert 3 not in workers.running() or workers.running() == {3}
+        workers.finish()
+
+
+def test_a_test_on_two_cards_takes_room_on_both() -> None:
+    tests = [gpu("pair", 60, 9.0)._replace(cards=2), gpu("a", 60), gpu("b", 60)]
+    workers = Workers(tests, planner_of(tests, workers=2, cards=2))
+    workers.obey()
+    assert workers.running() == {0}
+    workers.finish()
+    workers.obey()
+    assert workers.running() == {1, 2}
+
+
+def test_a_test_on_two_cards_waits_for_an_exclusive_test_on_the_other() -> None:
+    tests = [gpu("alone", 10, 9.0)._replace(exclusive=True), gpu("pair", 10)._replace(cards=2)]
+    planner = planner_of(tests, workers=0, cards=2)
+    planner.add_worker("w0", "card0")
+    assert planner.commands() == [Run("w0", 1)]
+    planner.finished("w0", 1, duration=1.0, peak=10)
+    assert planner.commands() == [Run("w0", 0)]
+    planner.requeue(1)
+    planner.add_worker("w1", "card1")
+    assert planner.commands() == []
+    planner.finished("w0", 0, duration=1.0, peak=10)
+    assert len(planner.commands()) == 1
+
+
+def test_a_test_too_large_beside_the_contexts_does_not_keep_the_card_waiting() -> None:
+    # Two contexts leave 75 bytes. What its relative took makes 78 bytes be expected of the last.
+    tests = [gpu(f"g{n}", 10) for n in range(38)] + [gpu("x[0]", None), gpu("x[1]", None)]
+    tests += [cpu(f"c{n}") for n in range(60)]
+    workers = Workers(tests, planner_of(tests, workers=3, optimistic=True))
+    workers.peaks = {38: 60, 39: 60}
+    order = workers.run()
+    assert order.index(39) < len(tests) - 20
+
+
+def test_a_crashed_test_is_not_run_again_and_its_room_comes_back() -> None:
+    tests = [gpu("a", 60, 9.0), gpu("b", 60)]
+    planner = planner_of(tests, workers=2)
+    assert planner.commands() == [Run("w0", 0)]
+    assert planner.remove_worker("w0") == 0
+    assert planner.commands() == [Run("w1", 1)]
+    planner.finished("w1", 1, duration=1.0, peak=60)
+    assert planner.done
+    assert planner.commands() == [Stop("w1")]
+
+
+def test_tests_handed_out_ahead_go_to_others_when_their_worker_crashes() -> None:
+    tests = [cpu(f"c{n}", 0.001) for n in range(20)]
+    planner = planner_of(tests, workers=1)
+    first = planner.commands()
+    assert len(first) > 1
+    assert planner.remove_worker("w0") == 0
+    planner.add_worker("w1", "card0")
+    workers = Workers(tests, planner)
+    assert sorted(workers.run()) == list(range(1, 20))
+
+
+def test_short_cpu_tests_are_handed_out_ahead_but_never_beside_a_gpu_test() -> None:
+    tests = [gpu(f"g{n}", 10, 0.001) for n in range(5)] + [cpu(f"c{n}", 0.001) for n in range(50)]
+    planner = planner_of(tests, workers=2)
+    workers = Workers(tests, planner)
+    ahead = 0
+    while not planner.done:
+        workers.obey()
+        for queue in workers.queues.values():
+            ahead = max(ahead, len(queue))
+            assert len(queue) < 2 or not any(tests[test].gpu for _, test in queue)
+        workers.finish()
+    assert ahead > 1
+
+
+def test_commands_are_given_once() -> None:
+    tests = [cpu("a"), cpu("b")]
+    planner = planner_of(tests)
+    assert len(planner.commands()) == 2
+    assert planner.commands() == []
+
+
+def test_the_same_reports_give_the_same_commands() -> None:
+    tests = [gpu(f"g{n}", n % 50 or None, n % 5) for n in range(60)]
+    tests += [cpu(f"c{n}", n % 3, f"m{n % 4}.py") for n in range(60)]
+    runs = [Workers(tests, planner_of(tests, workers=3)) for _ in range(2)]
+    assert runs[0].run() == runs[1].run()
+    assert runs[0].order == runs[1].order
+
+
+@pytest.mark.parametrize("optimistic", [False, True])
+def test_a_run_without_tests_stops_its_workers(optimistic: bool) -> None:
+    planner = planner_of([], optimistic=optimistic)
+    assert planner.done
+    assert planner.commands() == [Stop("w0"), Stop("w1")]
+
+
+def generated(  # noqa: PLR0917  # hypothesis shows a call that can be pasted
+    name: str,
+    parameter: int,
+    on_gpu: bool,
+    peak: int | None,
+    duration: float,
+    group: int,
+    cards: int,
+    exclusive: bool,
+) -> PlannedTest:
+    nodeid = f"m{group}.py::{name}[{parameter}]"
+    if not on_gpu:
+        return PlannedTest(nodeid, False, None, duration, f"m{group}.py")
+    return PlannedTest(nodeid, True, peak, duration, f"m{group}.py", cards, exclusive)
+
+
+planned = st.builds(
+    generated,
+    st.sampled_from("abc"),
+    st.integers(0, 3),
+    st.booleans(),
+    st.none() | st.integers(0, TOTAL + 10),
+    st.sampled_from([0.0, 0.001, 0.1, 1.0, 30.0]),
+    st.integers(0, 2),
+    st.sampled_from([1, 1, 1, 2, 3]),
+    st.sampled_from([False, False, False, True]),
+)
+
+
+class Room(RuleBasedStateMachine):
+    """Workers that obey a planner, end tests in any order, crash, grow and run out of memory."""
+
+    @initialize(
+        tests=st.lists(planned, max_size=25),
+        totals=st.lists(st.sampled_from([TOTAL, TOTAL, 60]), min_size=1, max_size=3),
+        workers=st.integers(1, 4),
+        others=st.integers(0, 30),
+        optimistic=st.booleans(),
+    )
+    def begin(self, tests, totals, workers, others, optimistic) -> None:
+        self.tests = tests
+        self.totals = {f"card{number}": total for number, total in enumerate(totals)}
+        self.others = dict.fromkeys(self.totals, others)
+        self.optimistic = optimistic
+        self.planner = Planner(
+            tests,
+            self.totals,
+            context=CONTEXT,
+            headroom=HEADROOM,
+            others=self.others,
+            optimistic=optimistic,
+        )
+        self.homes: dict[str, str] = {}
+        self.queues: dict[str, list[int]] = {}
+        self.resident: dict[tuple[str, str], int] = {}
+        self.given_back: Counter[str] = Counter()
+        self.flushing: set[str] = set()
+        self.started: Counter[int] = Counter()
+        self.ended: Counter[int] = Counter()
+        self.retried: set[int] = set()
+        self.stopped: set[str] = set()
+        self.surprising: set[str] = set()
+        self.grants: dict[int, int] = {}
+        self.born = 0
+        for _ in range(workers):
+            self.hire()
+        self.obey()
+
+    def hire(self) -> None:
+        name = f"w{self.born}"
+        self.homes[name] = f"card{self.born % len(self.totals)}"
+        self.queues[name] = []
+        self.born += 1
+        self.planner.add_worker(name, self.homes[name])
+
+    def ring(self, worker: str, test: int) -> list[str]:
+        names = list(self.totals)
+        first = names.index(self.homes[worker])
+        return (names[first:] + names[:first])[: self.tests[test].cards]
+
+    def on_card(self, card: str) -> dict[str, int]:
+        """Return the GPU tests that run on a card, by worker."""
+        return {
+            worker: queue[0]
+            for worker, queue in self.queues.items()
+            if queue and self.claims_room(queue[0]) and card in self.ring(worker, queue[0])
+        }
+
+    def claims_room(self, test: int) -> bool:
+        return test in self.grants
+
+    def on_gpu(self, test: int) -> bool:
+        planned = self.tests[test]
+        return planned.gpu or test in self.retried or family(planned.nodeid) in self.surprising
+
+    def obey(self) -> None:
+        for command in self.planner.commands():
+            if isinstance(command, Run):
+                self.run(command.worker, command.test)
+            elif isinstance(command, Fail):
+                self.ended[command.test] += 1
+            elif isinstance(command, Stop):
+                assert not self.queues[command.worker]
+                self.stopped.add(command.worker)
+            else:
+                assert not self.queues[command.worker]
+                assert command.worker not in self.flushing
+                assert self.given_back[command.worker] == isinstance(command, Reset)
+                self.given_back[command.worker] += 1
+                self.flushing.add(command.worker)
+        assert self.planner.commands() == []
+
+    def run(self, worker: str, test: int) -> None:
+        assert worker in self.queues
+        assert worker not in self.stopped | self.flushing
+        assert self.started[test] == self.ended[test] == int(test in self.retried)
+        on_gpu = self.on_gpu(test)
+        if self.queues[worker]:
+            assert not on_gpu
+            assert not self.claims_room(self.queues[worker][0])
+        elif on_gpu:
+            for card in self.ring(worker, test):
+                self.check_room(worker, test, card)
+            for card in self.ring(worker, test):
+                held = self.resident.get((worker, card), 0)
+                self.resident[worker, card] = max(CONTEXT, held)
+            self.grants[test] = self.planner._need(test) or 0
+        self.given_back[worker] = 0
+        self.started[test] += 1
+        self.queues[worker].append(test)
+
+    def check_room(self, worker: str, test: int, card: str) -> None:
+        running = self.on_card(card)
+        need = self.planner._need(test)
+        if not running:
+            return  # The card is its own; it may be a last resort.
+        assert need is not None
+        claims = [
+            Claim(size, self.granted(name, card), self.is_exclusive(running.get(name)))
+            for (name, place), size in self.resident.items()
+            if place == card and name != worker
+        ]
+        own = max(CONTEXT, self.resident.get((worker, card), 0))
+        new = Claim(own, need, self.tests[test].exclusive)
+        assert fits(self.totals[card], self.others[card], HEADROOM, claims, new)
+
+    def granted(self, worker: str, card: str) -> int:
+        test = self.on_card(card).get(worker)
+        return 0 if test is None else self.grants[test]
+
+    def is_exclusive(self, test: int | None) -> bool:
+        return test is not None and (self.tests[test].exclusive or test in self.retried)
+
+    def busy(self) -> list[str]:
+        return [worker for worker, queue in self.queues.items() if queue]
+
+    @precondition(lambda self: self.busy())
+    @rule(
+        data=st.data(),
+        oom=st.sampled_from([False, False, False, True]),
+        peak=st.none() | st.integers(0, TOTAL),
+        duration=st.floats(0, 100),
+    )
+    def finish(self, data, oom, peak, duration) -> None:
+        worker = data.draw(st.sampled_from(self.busy()))
+        test = self.queues[worker].pop(0)
+        assert self.planner.retries(test) == (test not in self.retried)
+        self.ended[test] += 1
+        self.grants.pop(test, None)
+        if oom:
+            self.retried.add(test)
+        elif peak and not self.tests[test].gpu:
+            self.surprising.add(family(self.tests[test].nodeid))
+        self.planner.finished(worker, test, duration=duration, peak=peak, oom=oom)
+        self.obey()
+
+    @precondition(lambda self: self.queues)
+    @rule(data=st.data())
+    def crash(self, data) -> None:
+        worker = data.draw(st.sampled_from(list(self.queues)))
+        queue = self.queues.pop(worker)
+        crashed = self.planner.remove_worker(worker)
+        assert crashed == (queue[0] if queue else None)
+        if queue:
+            self.ended[queue[0]] += 1
+            self.grants.pop(queue[0], None)
+            for test in queue[1:]:
+                self.started[test] -= 1
+        self.flushing.discard(worker)
+        self.resident = {key: size for key, size in self.resident.items() if key[0] != worker}
+        self.obey()
+
+    @rule()
+    def replace(self) -> None:
+        if len(self.queues) < 5:
+            self.hire()
+            self.obey()
+
+    @precondition(lambda self: self.queues)
+    @rule(data=st.data(), size=st.integers(0, TOTAL))
+    def grow(self, data, size) -> None:
+        worker = data.draw(st.sampled_from(list(self.queues)))
+        card = data.draw(st.sampled_from(list(self.totals)))
+        self.resident[worker, card] = size
+        self.planner.resident(worker, size, card)
+        self.obey()
+
+    @rule(data=st.data(), size=st.integers(0, TOTAL))
+    def others_grow(self, data, size) -> None:
+        card = data.draw(st.sampled_from(list(self.totals)))
+        self.others[card] = size
+        self.planner.foreign(card, size)
+        self.obey()
+
+    @precondition(lambda self: self.flushing)
+    @rule(data=st.data())
+    def give_back(self, data) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.flushing)))
+        self.flushing.remove(worker)
+        self.planner.flushed(worker)
+        self.obey()
+
+    @invariant()
+    def somebody_is_busy_until_all_is_done(self) -> None:
+        if self.queues and not self.planner.done:
+            assert self.busy() or self.flushing
+
+    @invariant()
+    def is_done_when_every_test_has_ended(self) -> None:
+        left = [
+            test for test in range(len(self.tests)) if self.ended[test] < 1 + (test in self.retried)
+        ]
+        assert self.planner.done == (not left)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "planner"):
+            return
+        if not self.queues:
+            self.hire()
+            self.obey()
+        for _ in range(10 * len(self.tests) + 10):
+            self.obey()
+            for worker in sorted(self.flushing):
+                self.flushing.discard(worker)
+                self.planner.flushed(worker)
+            for worker in self.busy():
+                test = self.queues[worker].pop(0)
+                self.ended[test] += 1
+                self.grants.pop(test, None)
+                self.planner.finished(worker, test, duration=1.0, peak=self.tests[test].peak)
+            self.obey()
+            if self.planner.done:
+                break
+        assert self.planner.done
+        for test in range(len(self.tests)):
+            assert self.ended[test] == 1 + (test in self.retried)
+        assert not self.busy()
+
+
+Room.TestCase.settings = settings(
+    max_examples=200,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestRoom = Room.TestCase
