@@ -44,6 +44,7 @@ soak: $(VENV)/.wheel
 	$(PIP) --group soak
 	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
 	$(BIN)/python tests/soak/opinfo_campaign.py
+	PYTHONPATH=tests/plugin $(BIN)/pytest -n 2 tests/soak/scheduler_runs.py
 
 gpu-check: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/gpu_check.py $(ARGS)

@@ -1,0 +1,507 @@
+"""The controller's side of the scheduler: xdist's callbacks in, the planner's commands out.
+
+The planner decides which test runs where and when; this module only translates. What the planner
+needs to know of the workers comes in their messages (see ``xdist_private``): at collection the
+marks and cards that node ids do not carry, after each test what the worker keeps. What a test took
+comes with its reports.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import pytest
+
+from pytest_gpumem.sharing import planner as plans
+from pytest_gpumem.sharing import workers, xdist_private
+
+if TYPE_CHECKING:
+    from pytest_gpumem.sharing.history import Expectation
+
+
+NO_CARD = ""
+"""Stands for the card of workers that have none: it has no bytes."""
+
+
+class SchedulerSettings(NamedTuple):
+    """What the planner takes for granted; sizes in bytes."""
+
+    context: int
+    """What a process costs once it uses a card."""
+    headroom: int
+    """What is never given out."""
+    optimistic: bool = False
+    """Let tests of unknown peak share the card."""
+    skip_too_large: bool = False
+    """Skip tests that can never run, instead of failing them."""
+
+
+class Node(Protocol):
+    """What is used of xdist's ``WorkerController``."""
+
+    gateway: Any
+    workerinput: dict[str, Any]
+
+    @property
+    def shutting_down(self) -> bool: ...  # noqa: D102  # xdist's
+
+    def send_runtest_some(self, indices: Sequence[int]) -> None: ...  # noqa: D102
+
+    def shutdown(self) -> None: ...  # noqa: D102
+
+    def notify_inproc(self, eventname: str, **kwargs: object) -> None: ...  # noqa: D102
+
+
+@dataclass
+class _Worker:
+    """What the scheduler knows of one worker."""
+
+    node: Node
+    hello: Mapping[str, Any] | None = None
+    collection: list[str] | None = None
+    sent: deque[int] = field(default_factory=deque)
+    """Indexes sent and not complete, sentinels among them, in the order they run."""
+    last: int | None = None
+    """The test that it completed last."""
+    reserved: dict[str, int] = field(default_factory=dict)
+    """What its allocator kept reserved after that, by card."""
+    peak: int = 0
+    """What the running test took beyond it, on the card where that is most."""
+    oom: bool = False
+    """Whether the running test shall be tried again because it shared the card."""
+
+    @property
+    def name(self) -> str:
+        gateway: str = self.node.gateway.id
+        return gateway
+
+    @property
+    def card(self) -> str:
+        cards = self.hello["cards"] if self.hello else ()
+        return str(cards[0][0]) if cards else NO_CARD
+
+
+class GpumemScheduling:
+    """An xdist scheduler that never hands out more VRAM than the cards have.
+
+    Implements ``xdist.scheduler.Scheduling``.
+
+    Args:
+        config: pytest's configuration in the controller.
+        expect: what is known of a test: its node id and its mark's bytes to an expectation.
+        settings: what the planner takes for granted.
+        expected_workers: how many will collect before anything is scheduled.
+
+    """
+
+    def __init__(
+        self,
+        config: pytest.Config,
+        expect: Callable[[str, int | None], Expectation],
+        settings: SchedulerSettings,
+        *,
+        expected_workers: int,
+    ) -> None:
+        self.config = config
+        self._expect = expect
+        self._settings = settings
+        self._expected_workers = expected_workers
+        self._workers: dict[Node, _Worker] = {}
+        self._collection: list[str] = []
+        self._planner: plans.Planner | None = None
+
+    # What xdist asks
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Every worker that has not gone."""
+        return list(self._workers)
+
+    @property
+    def collection_is_completed(self) -> bool:
+        """Whether as many workers as there should be have collected."""
+        if self._planner is not None:
+            return True
+        collected = sum(worker.collection is not None for worker in self._workers.values())
+        return collected >= self._expected_workers
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether tests have been scheduled and not all are complete."""
+        return self._planner is not None and not self._planner.done
+
+    @property
+    def tests_finished(self) -> bool:
+        """Whether nothing is left to do for any worker."""
+        return self.collection_is_completed and not self.has_pending
+
+    # What xdist tells
+
+    def add_node(self, node: Node) -> None:
+        """Take note of a worker that has started."""
+        self._workers[node] = _Worker(node)
+
+    def add_node_collection(self, node: Node, collection: Sequence[str]) -> None:
+        """Take note of what a worker collected.
+
+        Raises:
+            pytest.UsageError: when the worker did not introduce itself, as it does where it has
+                this plugin: it could not run a sentinel.
+
+        """
+        worker = self._workers[node]
+        if worker.hello is None:
+            raise pytest.UsageError(
+                f"worker {worker.name} runs without pytest-gpumem (or with another version); "
+                "install it there as here, or switch the scheduler off"
+            )
+        # A replacement that collected other tests stays without any.
+        if self._planner is None or list(collection) == self._collection:
+            worker.collection = list(collection)
+
+    def schedule(self) -> None:
+        """Start the planner when all have collected, later let replacements join it."""
+        ready = [worker for worker in self._workers.values() if worker.collection is not None]
+        if self._planner is not None:
+            for worker in ready:
+                self._planner.add_worker(worker.name, worker.card)
+            self._obey()
+        elif self._collections_agree(ready) and ready[0].collection:
+            self._collection = ready[0].collection
+            self._plan(ready)
+            self._obey()
+
+    def mark_test_complete(self, node: Node, item_index: int, duration: float = 0) -> None:
+        """Take note of a test, or of a sentinel that has been passed."""
+        worker = self._workers[node]
+        worker.sent.remove(item_index)
+        planner, place = self._planner, item_index - len(self._collection)
+        if planner is None or place == xdist_private.IDLE:
+            return
+        if place > xdist_private.IDLE:
+            planner.flushed(worker.name)
+        else:
+            planner.finished(
+                worker.name, item_index, duration=duration, peak=worker.peak, oom=worker.oom
+            )
+            worker.last, worker.peak, worker.oom = item_index, 0, False
+        self._obey()
+
+    def remove_pending_tests_from_node(self, node: Node, indices: Mapping[str, Any]) -> None:
+        """Read a worker's message: xdist's answer to a "steal" is the one free channel."""
+        worker = self._workers.get(node)
+        if worker is None:
+            return
+        worker.hello = indices.get("hello", worker.hello)
+        for card, (resident, reserved) in indices.get("holding", {}).items():
+            worker.reserved[card] = reserved
+            if self._planner is not None:
+                self._planner.resident(worker.name, resident, card)
+
+    def remove_node(self, node: Node) -> str | None:
+        """Forget a worker that ended or crashed; return the test that crashed it, if one did."""
+        worker, planner = self._workers.pop(node), self._planner
+        if planner is None or worker.collection is None:
+            return None
+        given = planner.remove_worker(worker.name)
+        crashed = self._running(worker)
+        if given is not None and given != crashed:
+            planner.requeue(given)
+        self._obey()
+        return None if crashed is None else self._collection[crashed]
+
+    def _running(self, worker: _Worker) -> int | None:
+        """Return the test that a worker runs, or whose late teardown it runs."""
+        if not worker.sent or worker.sent[0] < len(self._collection):
+            return worker.sent[0] if worker.sent else None
+        released = len(worker.sent) > 1 or worker.node.shutting_down
+        return worker.last if released else None
+
+    def mark_test_pending(self, item: str) -> None:
+        """Run a test again that crashed its worker, as a plugin may ask."""
+        if self._planner is not None:
+            self._planner.requeue(self._collection.index(item))
+            self._obey()
+
+    # What reports tell
+
+    def take_report(self, report: pytest.TestReport) -> None:
+        """Note what a test took; decide whether one that ran out of memory is tried again."""
+        node: Any = getattr(report, "node", None)
+        worker = self._workers.get(node)
+        if worker is None:
+            return
+        if getattr(report, "gpumem_oom", False):
+            worker.oom = self._planner is not None and self._planner.retries(report.item_index)
+            if not worker.oom:
+                report.outcome = "failed"
+        for card, peak in reserved_peaks(report.user_properties):
+            worker.peak = max(worker.peak, peak - worker.reserved.get(card, 0))
+
+    # What the planner says
+
+    def _plan(self, ready: Sequence[_Worker]) -> None:
+        hellos = [worker.hello for worker in ready if worker.hello is not None]
+        totals, others = cards_of(hellos)
+        self._planner = plans.Planner(
+            planned_tests(
+                self._collection, hellos[0]["needs"], self._expect, any_card=any(totals.values())
+            ),
+            totals,
+            context=self._settings.context,
+            headroom=self._settings.headroom,
+            others=others,
+            optimistic=self._settings.optimistic,
+        )
+        for worker in ready:
+            self._planner.add_worker(worker.name, worker.card)
+
+    def _obey(self) -> None:
+        """Carry out what the planner wants now."""
+        assert self._planner is not None  # noqa: S101  # callers have planned
+        by_name = {worker.name: worker for worker in self._workers.values()}
+        queues: dict[str, list[int]] = {}
+        end = len(self._collection)
+        for command in self._planner.commands():
+            if isinstance(command, plans.Fail):
+                self._report_failure(command)
+            elif isinstance(command, plans.Stop):
+                by_name[command.worker].node.shutdown()
+            elif isinstance(command, plans.Run):
+                queues.setdefault(command.worker, []).append(command.test)
+            else:
+                reset = isinstance(command, plans.Reset)
+                sentinel = xdist_private.RESET if reset else xdist_private.FLUSH
+                queues.setdefault(command.worker, []).append(end + sentinel)
+        for name, indexes in queues.items():
+            self._send(by_name[name], [*indexes, end + xdist_private.IDLE])
+
+    def _send(self, worker: _Worker, indexes: list[int]) -> None:
+        if not worker.node.shutting_down:
+            worker.sent.extend(indexes)
+            worker.node.send_runtest_some(indexes)
+
+    def _report_failure(self, command: plans.Fail) -> None:
+        """Report a test that can never run, as if a worker had."""
+        nodeid = self._collection[command.test]
+        path = nodeid.split("::")[0]
+        skip = self._settings.skip_too_large
+        node = next(iter(self._workers))
+        for when, outcome in (("setup", "skipped" if skip else "failed"), ("teardown", "passed")):
+            longrepr = (path, 0, command.why) if skip else command.why
+            report = pytest.TestReport(
+                nodeid=nodeid,
+                location=(path, None, nodeid),
+                keywords={},
+                outcome=outcome,  # type: ignore[arg-type]
+                longrepr=None if outcome == "passed" else longrepr,
+                when=when,  # type: ignore[arg-type]
+            )
+            node.notify_inproc("testreport", node=node, rep=report)
+
+    def _collections_agree(self, ready: Sequence[_Worker]) -> bool:
+        """Return whether all collected the same tests; if not, report the difference."""
+        first = ready[0]
+        agree = True
+        for other in ready[1:]:
+            difference = xdist_private.difference(
+                first.collection or [], other.collection or [], (first.name, other.name)
+            )
+            if difference:
+                agree = False
+                report = pytest.CollectReport(
+                    nodeid=other.name, outcome="failed", longrepr=difference, result=[]
+                )
+                self.config.hook.pytest_collectreport(report=report)
+        return agree
+
+
+def planned_tests(
+    collection: Sequence[str],
+    needs: Iterable[tuple[int, int | None, int, bool]],
+    expect: Callable[[str, int | None], Expectation],
+    *,
+    any_card: bool,
+) -> list[plans.PlannedTest]:
+    """Return the collected tests with what is expected of them.
+
+    ``needs`` are the marked tests: index, bytes (None: not said), cards, exclusive. Without any
+    card they are tests like others, which find out for themselves.
+    """
+    marked = {need[0]: need for need in needs}
+    planned = []
+    for index, nodeid in enumerate(collection):
+        _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
+        expected = expect(nodeid, vram)
+        planned.append(
+            plans.PlannedTest(
+                nodeid=nodeid,
+                gpu=any_card and (expected.gpu or index in marked),
+                peak=expected.peak,
+                duration=expected.duration,
+                group=nodeid.split("::")[0],
+                cards=cards,
+                exclusive=exclusive,
+            )
+        )
+    return planned
+
+
+def cards_of(hellos: Iterable[Mapping[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return each card's total, and what others than these workers use of it, in bytes.
+
+    Each worker told of its cards (uuid, total, used, own): used by anybody, used by itself.
+    """
+    totals: dict[str, int] = {}
+    used: dict[str, int] = {}
+    own: dict[str, int] = {}
+    for hello in hellos:
+        if not hello["cards"]:
+            totals[NO_CARD] = used[NO_CARD] = own[NO_CARD] = 0
+        for uuid, total, by_all, by_it in hello["cards"]:
+            totals[uuid] = total
+            used[uuid] = max(used.get(uuid, 0), by_all)
+            own[uuid] = own.get(uuid, 0) + by_it
+    return totals, {uuid: max(0, used[uuid] - own[uuid]) for uuid in totals}
+
+
+def reserved_peaks(properties: Iterable[tuple[str, object]]) -> list[tuple[str, int]]:
+    """Return what a test made its allocator reserve at most, as (card, bytes), from its report.
+
+    A wider fixture's set-up has a peak of its own.
+    """
+    text = dict(properties).get("gpumem_record")
+    if not isinstance(text, str):
+        return []
+    record = json.loads(text)
+    peaks = [(usage["card"], usage["reserved_peak"]) for usage in record["cards"]]
+    return peaks + [(fixture["card"], fixture["peak"]) for fixture in record["fixtures"]]
+
+
+class Controller:
+    """The hooks that put the scheduler into an xdist run.
+
+    Args:
+        config: pytest's configuration in the controller.
+        expect: as for ``GpumemScheduling``.
+        settings: as for ``GpumemScheduling``.
+
+    """
+
+    def __init__(
+        self,
+        config: pytest.Config,
+        expect: Callable[[str, int | None], Expectation],
+        settings: SchedulerSettings,
+    ) -> None:
+        self.config = config
+        self._expect = expect
+        self._settings = settings
+        self._expected_workers = 0
+        self._scheduler: GpumemScheduling | None = None
+        self._why_not: str | None = None
+
+    @property
+    def why_not(self) -> str:
+        """Why another scheduler than ours decides, "" when ours does."""
+        if self._why_not is None:
+            self._why_not = self._find_why_not()
+        return self._why_not
+
+    def _find_why_not(self) -> str:
+        dist = self.config.getoption("dist")
+        if dist != "load":
+            return f"--dist {dist} has its own order"
+        hook = self.config.hook.pytest_xdist_make_scheduler
+        strangers = [
+            each.plugin_name
+            for each in hook.get_hookimpls()
+            if each.plugin is not self and each.plugin_name != "dsession"
+        ]
+        if strangers:
+            return f"{strangers[0]} brings its own scheduler"
+        return xdist_private.why_not()
+
+    def pytest_xdist_setupnodes(self, specs: Sequence[Any]) -> None:
+        """Give the workers of each host numbers, by which they spread over its cards.
+
+        In the gateway's environment, because the worker's conftests are loaded before it reads
+        ``workerinput``; a replacement inherits its predecessor's.
+        """
+        self._expected_workers = len(specs)
+        if not self.why_not:
+            for spec, slot in zip(specs, workers.slots(specs), strict=True):
+                spec.env.setdefault(workers.SLOT, str(slot))
+
+    def pytest_configure_node(self, node: Node) -> None:
+        """Ask the worker for sentinels."""
+        node.workerinput[xdist_private.ASKED] = not self.why_not
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config) -> GpumemScheduling | None:
+        """Take the place of ``--dist load``."""
+        if self.why_not:
+            return None
+        self._scheduler = GpumemScheduling(
+            config, self._expect, self._settings, expected_workers=self._expected_workers
+        )
+        return self._scheduler
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Read what a test took, and settle its outcome, before anybody else sees the report."""
+        if self._scheduler is not None:
+            self._scheduler.take_report(report)
+
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport | pytest.CollectReport
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        """Show a test that will be tried again as rerunfailures does."""
+        outcome: str = report.outcome
+        if outcome != "rerun" or not hasattr(report, "gpumem_oom"):
+            return None
+        return "rerun", "R", ("RERUN", {"yellow": True})
+
+
+def controller_plugin(
+    config: pytest.Config,
+    expect: Callable[[str, int | None], Expectation],
+    settings: SchedulerSettings,
+) -> Controller:
+    """Return the plugin to register in xdist's controller."""
+    return Controller(config, expect, settings)
+
+
+def worker_plugin(
+    config: pytest.Config,
+    *,
+    needs: Callable[[Sequence[pytest.Item]], list[tuple[int, int | None, int, bool]]],
+    cards: Callable[[], list[tuple[str, int, int, int]]],
+    holding: Callable[[], Mapping[str, tuple[int, int]]],
+    release: Callable[[], None],
+    is_oom: Callable[[BaseException], bool],
+) -> xdist_private.Worker | None:
+    """Return the plugin to register in an xdist worker, None when the controller wants none.
+
+    Args:
+        config: pytest's configuration in the worker.
+        needs: the marked tests among the items: index, bytes or None, cards, exclusive.
+        cards: the worker's cards in CUDA's order: UUID, total, used by all, used by this process.
+        holding: see ``xdist_private.Worker``, as are ``release`` and ``is_oom``.
+        release: gives cached VRAM back.
+        is_oom: tells an out-of-memory error.
+
+    """
+    if not getattr(config, "workerinput", {}).get(xdist_private.ASKED, False):
+        return None
+    return xdist_private.Worker(
+        config,
+        hello=lambda items: {"needs": needs(items), "cards": cards()},
+        holding=holding,
+        release=release,
+        is_oom=is_oom,
+    )

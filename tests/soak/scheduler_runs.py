@@ -1,0 +1,688 @@
+"""Runs on real xdist workers under the scheduler, compared with plain ``--dist load``.
+
+The card is the simulated one without torch: a fixture takes bytes of it and raises what torch
+would raise. The conftest below registers the scheduler's two plugins as the plugin itself does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import pytest
+from _pytest.runner import SetupState
+from harness import run_pytest, write_suite
+from xdist.remote import WorkerInteractor
+
+from pytest_gpumem.sharing import xdist_private
+from pytest_gpumem.sharing.history import History
+from pytest_gpumem.sharing.xdist_scheduler import cards_of, planned_tests, reserved_peaks
+from pytest_gpumem.simulator.card import SharedCard
+from pytest_gpumem.units import parse_bytes
+
+MIB = 2**20
+CARD = parse_bytes("3.81GiB")
+CONTEXT = 384 * MIB
+
+CONFTEST = """
+import json, os, signal, time
+from pathlib import Path
+
+import pytest
+
+from pytest_gpumem import marks
+from pytest_gpumem.sharing import xdist_scheduler
+from pytest_gpumem.sharing.history import History
+from pytest_gpumem.simulator.card import SharedCard
+
+MIB = 2**20
+HERE = Path(__file__).parent
+CARD = SharedCard.open(HERE / "card")
+RECORD = {"cards": [], "fixtures": [], "oom": ""}
+
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+
+def take(mib):
+    if not CARD.join() or not CARD.reserve(mib * MIB):
+        raise OutOfMemoryError(f"CUDA out of memory: {mib} MiB")
+    STATE["now"] += mib * MIB
+    STATE["peak"] = max(STATE["peak"], STATE["now"])
+
+
+def give(mib):
+    CARD.release(mib * MIB)
+    STATE["now"] -= mib * MIB
+
+
+STATE = {"now": 0, "peak": 0}
+
+
+def log(*words):
+    with (HERE / "log").open("a") as file:
+        file.write(" ".join(map(str, (os.environ["PYTEST_XDIST_WORKER"], *words))) + "\\n")
+
+
+@pytest.fixture
+def vram(request):
+    taken = []
+    STATE["peak"] = STATE["now"]
+
+    def _take(mib, seconds=0.0):
+        taken.append(mib)
+        try:
+            take(mib)
+        except OutOfMemoryError:
+            taken.pop()
+            raise
+        time.sleep(seconds)
+
+    yield _take
+    for mib in taken:
+        give(mib)
+    usage = {"card": CARD.uuid, "reserved_peak": STATE["peak"]}
+    record = RECORD | {"cards": [usage]}
+    request.node.user_properties.append(("gpumem_record", json.dumps(record)))
+
+
+def needs(items):
+    found = []
+    for index, item in enumerate(items):
+        mark = item.get_closest_marker("gpu")
+        if mark is not None:
+            found.append((index, *marks.read("gpu", mark.args, mark.kwargs)))
+    return found
+
+
+def holding():
+    return {CARD.uuid: (CARD.context + STATE["now"], STATE["now"])} if CARD.joined else {}
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        plugin = xdist_scheduler.worker_plugin(
+            config,
+            needs=needs,
+            cards=lambda: [(CARD.uuid, CARD.total, CARD.total - CARD.free(), 0)],
+            holding=holding,
+            release=lambda: log("release"),
+            is_oom=lambda error: isinstance(error, OutOfMemoryError),
+        )
+        plugin = None if os.environ.get("NO_WORKER_PLUGIN") else plugin
+    elif config.getoption("tx", None) and not config.getoption("plain"):
+        settings = xdist_scheduler.SchedulerSettings(
+            context=CARD.context, headroom=0, **json.loads(os.environ.get("SETTINGS", "{}"))
+        )
+        history = History.load(HERE / "history.json")
+        plugin = xdist_scheduler.controller_plugin(config, history.expect, settings)
+        config.stash[KEY] = plugin
+    else:
+        plugin = None
+    if plugin is not None:
+        config.pluginmanager.register(plugin, "gpumem-scheduler")
+
+
+KEY = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--plain", action="store_true")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if KEY in config.stash:
+        terminalreporter.write_line(f"WHY NOT: {config.stash[KEY].why_not!r}")
+"""
+
+# Starting every installed plugin in every worker would be most of the time.
+PLUGINS = ("-p", "xdist", "-p", "rerunfailures", "-p", "gpumem", "--gpumem=off")
+NO_OTHERS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+IMPORTS = "import os, signal, sys, time\nimport pytest\nfrom conftest import give, log, take\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a suite of one or more files on workers; the card is new for each run."""
+
+    def _run(source, *arguments, workers=2, env=None, **files):
+        modules = {"test_it": source} if isinstance(source, str) else source
+        write_suite(tmp_path, **{name: IMPORTS + text for name, text in modules.items()}, **files)
+        (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+        if not (tmp_path / "conftest.py").exists():
+            (tmp_path / "conftest.py").write_text(CONFTEST)
+        for name in ("card", "card.lock", "log"):
+            (tmp_path / name).unlink(missing_ok=True)
+        SharedCard.create(tmp_path / "card", total=CARD, context=CONTEXT).close()
+        (tmp_path / "log").touch()
+        return run_pytest(
+            tmp_path, *PLUGINS, f"-n{workers}", *arguments, env=NO_OTHERS | (env or {})
+        )
+
+    return _run
+
+
+def said(finished):
+    """Return what the tests logged, as (worker, words)."""
+    lines = (finished.directory / "log").read_text().splitlines()
+    return [tuple(line.split(" ", 1)) for line in lines]
+
+
+def words(finished):
+    return [each[1] for each in said(finished)]
+
+
+def results(finished):
+    """Return each test's outcomes as the terminal shows them with -v."""
+    found = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )([A-Z]+) (\S+)", finished.output, re.MULTILINE)
+    return sorted((nodeid, outcome) for outcome, nodeid in found)
+
+
+MIXED = {
+    "test_a": """
+@pytest.fixture(scope="module")
+def model():
+    yield log("set up a")
+    print("said while tearing a down")
+    raise ValueError("a cannot be torn down")
+
+@pytest.mark.parametrize("i", range(4))
+def test_good(model, i): pass
+
+def test_bad(model): assert 0
+@pytest.mark.xfail(strict=True)
+def test_xfail(model): assert 0
+@pytest.mark.skip
+def test_skip(): pass
+""",
+    "test_b": """
+class TestMany:
+    @classmethod
+    def setup_class(cls): cls.ready = True
+    @pytest.mark.parametrize("i", range(10))
+    def test_ready(self, i): assert self.ready
+
+@pytest.fixture
+def broken(): raise ValueError("never set up")
+def test_error(broken): pass
+
+@pytest.fixture
+def torn(): yield; raise ValueError("own teardown")
+def test_torn(torn): pass
+TRIES = []
+@pytest.mark.flaky(reruns=2)
+def test_flaky():
+    TRIES.append(1)
+    assert len(TRIES) == 2
+""",
+    "test_c": """
+import unittest
+class Case(unittest.TestCase):
+    def test_one(self): pass
+    @unittest.skip("no")
+    def test_two(self): pass
+def test_gpu(vram): vram(100)
+""",
+}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_outcomes_are_those_of_plain_xdist(run, workers):
+    # How many workers meet module a, and so its failing teardown, is the scheduler's choice.
+    ours = run(MIXED, "-v", workers=workers)
+    plain = run(MIXED, "-v", "--plain", workers=workers)
+
+    def own(finished):
+        return [each for each in results(finished) if each[1] != "ERROR" or "test_a" not in each[0]]
+
+    assert "WHY NOT: ''" in ours.output
+    assert own(ours) == own(plain)
+    assert ours.status == plain.status == 1
+
+
+def test_an_error_of_a_late_teardown_is_the_last_tests(run):
+    finished = run(MIXED, "-v", workers=1)
+
+    errors = [nodeid for nodeid, outcome in results(finished) if outcome == "ERROR"]
+    assert errors == ["test_a.py::test_skip", "test_b.py::test_error", "test_b.py::test_torn"]
+    assert "a cannot be torn down" in finished.output
+    (after,) = re.findall("Captured stdout teardown -+\\n(.*)", finished.output)
+    assert after == "said while tearing a down"
+
+
+def test_a_late_teardown_error_of_an_expected_failure_is_expected(run):
+    source = """
+@pytest.fixture(scope="module")
+def model(): yield; raise ValueError("late")
+@pytest.mark.xfail
+def test_a(model): pass
+"""
+    finished = run({"test_a": source, "test_b": "def test_b(): pass"}, workers=1)
+
+    assert finished.outcomes == {"passed": 1, "xpassed": 1, "xfailed": 1}, finished.output
+
+
+def test_a_warning_of_a_late_teardown_meets_the_modules_filters(run):
+    source = """
+import warnings
+pytestmark = pytest.mark.filterwarnings("ignore:known")
+@pytest.fixture(scope="module")
+def model(): yield; warnings.warn("known"); log("torn down")
+def test_a(model): pass
+"""
+    finished = run({"test_a": source, "test_b": "def test_b(): pass"}, workers=1)
+
+    assert finished.outcomes == {"passed": 2}, finished.output
+    assert words(finished) == ["torn down"]
+
+
+HEAVY = """
+@pytest.mark.gpu(vram="2GiB")
+@pytest.mark.parametrize("i", range(4))
+def test_heavy(vram, i): vram(2000, 0.3)
+@pytest.mark.parametrize("i", range(8))
+def test_cpu(i): time.sleep(0.05)
+"""
+
+
+def test_marked_tests_never_ask_for_more_than_the_card_has(run):
+    ours, plain = run(HEAVY, workers=4), run(HEAVY, "--plain", workers=4)
+
+    assert ours.outcomes == {"passed": 12}, ours.output
+    assert plain.outcomes["failed"] >= 1
+
+
+def test_a_waiting_worker_keeps_its_module_fixtures(run):
+    source = """
+@pytest.fixture(scope="module")
+def model():
+    yield log("set up")
+    log("torn down")
+
+@pytest.mark.gpu(vram="3GiB")
+@pytest.mark.parametrize("i", range(4))
+def test_heavy(model, vram, i):
+    vram(3000, 0.05)
+"""
+    finished = run({"test_a": source, "test_b": source}, workers=2)
+
+    assert finished.outcomes == {"passed": 8}, finished.output
+    assert 2 <= words(finished).count("set up") <= 4
+    assert words(finished).count("set up") == words(finished).count("torn down")
+
+
+TWO_LIARS = """
+def wait_for(name):
+    deadline = time.monotonic() + 10
+    while not os.path.exists(name) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+def first(size):
+    size(3000)
+    open("taken", "w").close()
+    wait_for("failed")
+    time.sleep(0.2)
+
+def second(size):
+    wait_for("taken")
+    try:
+        size(1000)
+    except BaseException:
+        open("failed", "w").close()
+        raise
+
+@pytest.mark.gpu(vram="100MiB")
+def test_first(vram): first(vram)
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("-x",)])
+def test_a_wrong_estimate_costs_a_retry_and_not_a_failure(run, arguments):
+    source = """
+@pytest.mark.gpu(vram="100MiB")
+def test_second(vram): second(vram)
+"""
+    finished = run(TWO_LIARS + source, "-v", *arguments)
+
+    assert finished.outcomes == {"passed": 2, "rerun": 1}, finished.output
+    assert results(finished) == [
+        ("test_it.py::test_first", "PASSED"),
+        ("test_it.py::test_second", "PASSED"),
+        ("test_it.py::test_second", "RERUN"),
+    ]
+
+
+def test_a_fixture_that_ran_out_of_memory_is_set_up_again(run):
+    source = """
+@pytest.fixture(scope="session")
+def model():
+    second(take)
+    yield
+    give(1000)
+
+@pytest.mark.gpu(vram="100MiB")
+def test_second(model): pass
+"""
+    finished = run(TWO_LIARS + source)
+
+    assert finished.outcomes == {"passed": 2, "rerun": 1}, finished.output
+
+
+def test_running_out_of_memory_alone_as_well_is_a_failure(run):
+    source = """
+@pytest.mark.gpu(exclusive=True)
+def test_greedy(vram): vram(5000)
+def test_b(): pass
+"""
+    finished = run(source)
+
+    assert finished.outcomes == {"passed": 1, "failed": 1, "rerun": 1}, finished.output
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_test_larger_than_the_card_is_reported_and_not_awaited(run, skip):
+    source = """
+@pytest.mark.gpu(vram="5GiB")
+def test_too_large(): log("ran")
+@pytest.mark.gpu(vram="1GiB")
+def test_fits(vram): vram(1000)
+"""
+    finished = run(source, "-rA", env={"SETTINGS": json.dumps({"skip_too_large": skip})})
+
+    assert finished.outcomes == {"passed": 1, "skipped" if skip else "error": 1}, finished.output
+    assert "5.00 GiB" in finished.output
+    assert "3.81 GiB" in finished.output
+    assert words(finished) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_workers_cost_only_the_tests_they_ran(run, workers):
+    source = """
+@pytest.mark.parametrize("i", range(10))
+def test_good(i): log("ran", i)
+@pytest.mark.gpu(vram="3GiB")
+@pytest.mark.parametrize("i", range(2))
+def test_killer(vram, i):
+    vram(3000)
+    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.gpu(vram="3GiB")
+@pytest.mark.parametrize("i", range(2))
+def test_heavy(vram, i): vram(3000)
+"""
+    finished = run(source, workers=workers)
+
+    assert finished.outcomes == {"passed": 12, "failed": 2}, finished.output
+    assert sorted(words(finished)) == sorted(f"ran {i}" for i in range(10))
+
+
+def test_a_crashed_test_is_run_again_when_rerunfailures_asks(run):
+    source = """
+def test_killer():
+    if not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+def test_b(): pass
+"""
+    finished = run(source, "--reruns=1")
+
+    assert finished.outcomes == {"passed": 2, "rerun": 1}, finished.output
+
+
+def test_a_crash_in_a_late_teardown_is_the_last_tests_and_the_next_one_runs(run):
+    source = """
+@pytest.fixture(scope="module")
+def model():
+    yield
+    os.kill(os.getpid(), signal.SIGKILL)
+def test_a(model): pass
+"""
+    finished = run({"test_a": source, "test_b": "def test_b(): log('ran')"}, workers=1)
+
+    assert finished.outcomes == {"passed": 2, "failed": 1}, finished.output
+    assert "crashed while running 'test_a.py::test_a'" in finished.output
+    assert words(finished) == ["ran"]
+
+
+def test_session_fixtures_of_an_idle_worker_give_way_to_a_test_that_needs_their_room(run):
+    source = """
+@pytest.fixture(scope="session")
+def model():
+    take(2500)
+    yield
+    give(2500)
+    log("gave back")
+
+@pytest.mark.gpu(vram="2600MiB")
+def test_large(model): log("ran")
+"""
+    finished = run({"test_a": source, "test_b": source})
+
+    assert finished.outcomes == {"passed": 2}, finished.output
+    second = [at for at, word in enumerate(words(finished)) if word == "ran"][1]
+    assert "gave back" in words(finished)[:second]
+    assert "release" in words(finished)[:second]
+
+
+def test_without_replacements_the_run_ends_at_the_first_crash(run):
+    source = """
+def test_killer(): os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize("i", range(4))
+def test_good(i): time.sleep(0.5)
+"""
+    finished = run(source, "--max-worker-restart=0", workers=1)
+
+    assert finished.outcomes == {"failed": 1}
+    assert "worker gw0 crashed and worker restarting disabled" in finished.output
+
+
+def test_the_first_failure_ends_the_run_under_x(run):
+    source = """
+def test_0_bad(): assert 0
+@pytest.mark.parametrize("i", range(40))
+def test_good(i): time.sleep(0.1)
+"""
+    finished = run(source, "-x")
+
+    assert finished.status == 2
+    assert finished.outcomes["failed"] == 1
+    assert finished.outcomes.get("passed", 0) < 40
+    assert "stopping after 1 failures" in finished.output
+
+
+def test_last_failed_runs_what_failed_and_failed_first_runs_all(run):
+    source = """
+@pytest.mark.parametrize("i", range(6))
+def test_a(i): assert i != 3
+"""
+    assert run(source).outcomes == {"failed": 1, "passed": 5}
+    assert run(source, "--lf").outcomes == {"failed": 1}
+    assert run(source, "--ff").outcomes == {"failed": 1, "passed": 5}
+
+
+def test_deselected_tests_do_not_run(run):
+    finished = run(MIXED, "-k", "test_ready or test_gpu")
+
+    assert finished.outcomes == {"passed": 11}
+
+
+def test_workers_that_collect_different_tests_are_reported(run):
+    source = """
+import uuid
+@pytest.mark.parametrize("i", [uuid.uuid4().hex])
+def test_a(i): pass
+"""
+    finished = run(source)
+
+    assert "Different tests were collected between gw0 and gw1" in finished.output
+    assert finished.status == run(source, "--plain").status == 1
+
+
+def test_nothing_to_run_ends_at_once(run):
+    assert run("", workers=2).status == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_more_workers_than_tests_is_no_problem(run):
+    assert run("def test_a(): pass", workers=3).outcomes == {"passed": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why_not"),
+    [
+        (("--dist", "loadfile"), "--dist loadfile has its own order"),
+        (("--dist", "worksteal"), "--dist worksteal has its own order"),
+        (("-p", "own"), "own brings its own scheduler"),
+    ],
+)
+def test_it_steps_aside_for_other_schedulers(run, arguments, why_not):
+    own = """
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScheduling
+    return LoadScheduling(config, log)
+"""
+    finished = run(
+        MIXED["test_b"] + "def test_gpu(vram): vram(100)",
+        *arguments,
+        own=own,
+        env={"PYTHONPATH": "."},
+    )
+
+    assert f"WHY NOT: {why_not!r}" in finished.output, finished.output
+    assert finished.outcomes == {"passed": 13, "error": 2, "rerun": 1}
+
+
+def test_a_worker_without_the_plugin_is_named(run):
+    finished = run("def test_a(): pass", env={"NO_WORKER_PLUGIN": "1"})
+
+    assert "worker gw" in finished.output
+    assert "runs without pytest-gpumem" in finished.output
+    assert finished.status == pytest.ExitCode.USAGE_ERROR
+
+
+def test_ctrl_c_ends_the_run_at_once(run, tmp_path):
+    source = """
+@pytest.mark.gpu(vram="3GiB")
+@pytest.mark.parametrize("i", range(2))
+def test_heavy(vram, i):
+    vram(3000)
+    log("started")
+    time.sleep(60)
+"""
+    run(source, "--collect-only")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *PLUGINS, "-n2"],
+        cwd=tmp_path,
+        env=os.environ | NO_OTHERS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=40)
+
+    assert process.returncode == pytest.ExitCode.INTERRUPTED
+    assert "KeyboardInterrupt" in output
+
+
+def test_a_replacement_has_the_number_of_its_predecessor(run):
+    source = """
+from pytest_gpumem.sharing.workers import SLOT
+@pytest.mark.parametrize("i", range(8))
+def test_slot(i):
+    log(os.environ[SLOT])
+    if os.environ["PYTEST_XDIST_WORKER"] == "gw2":
+        open("there", "w").close()
+    if i == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while not os.path.exists("there") and time.monotonic() < deadline:
+        time.sleep(0.01)
+"""
+    finished = run(source, workers=2)
+    slots = dict(said(finished))
+
+    assert finished.outcomes == {"passed": 7, "failed": 1}, finished.output
+    assert {slots["gw0"], slots["gw1"]} == {"0", "1"}
+    assert slots["gw2"] == said(finished)[0][1] or slots["gw2"] == said(finished)[1][1]
+
+
+def test_it_knows_the_pytest_and_xdist_it_was_written_for():
+    assert re.match(r"(8\.4|9\.2)\.", version("pytest")), "try the scheduler, then name it here"
+    assert re.match(r"3\.8\.", version("pytest-xdist")), "try the scheduler, then name it here"
+    assert xdist_private.why_not() == ""
+
+
+def why_not_with(target, name, value):
+    # Undone before the test ends: pytest itself needs what is replaced.
+    with pytest.MonkeyPatch.context() as patch:
+        if value is None:
+            patch.delattr(target, name)
+        else:
+            patch.setattr(target, name, value)
+        return xdist_private.why_not()
+
+
+def test_another_teardown_order_of_pytest_is_noticed():
+    def tear_all_down(self, _):
+        while self.stack:
+            _, (finalizers, _) = self.stack.popitem()
+            finalizers[0]()
+
+    assert re.fullmatch(
+        r"pytest [\d.]+ and xdist [\d.]+ are not as this scheduler knows them .*teardown_exact.*",
+        why_not_with(SetupState, "teardown_exact", tear_all_down),
+    )
+
+
+def test_another_worker_of_xdist_is_noticed():
+    other = why_not_with(WorkerInteractor, "run_one_test", lambda self: self.item_index)
+
+    assert "does not use items, nextitem_index, sendevent" in other
+
+
+def test_what_pytest_does_not_offer_any_more_is_named():
+    assert "no attribute 'teardown_exact'" in why_not_with(SetupState, "teardown_exact", None)
+
+
+def test_foreign_use_of_a_card_is_what_the_workers_do_not_own():
+    hellos = [
+        {"cards": [("GPU-a", 100, 30, 10), ("GPU-b", 50, 0, 0)]},
+        {"cards": [("GPU-a", 100, 25, 5)]},
+        {"cards": []},
+    ]
+
+    totals, others = cards_of(hellos)
+
+    assert totals == {"GPU-a": 100, "GPU-b": 50, "": 0}
+    assert others == {"GPU-a": 15, "GPU-b": 0, "": 0}
+
+
+def test_without_any_card_marked_tests_are_tests_like_others():
+    expected = History().expect
+
+    (test,) = planned_tests(["a.py::test_a"], [(0, 5, 1, True)], expected, any_card=False)
+    (on_card,) = planned_tests(["a.py::test_a"], [(0, 5, 1, True)], expected, any_card=True)
+
+    assert not test.gpu
+    assert (on_card.gpu, on_card.peak, on_card.group) == (True, 5, "a.py")
+
+
+def test_a_tests_peak_counts_the_fixtures_set_up_in_it():
+    record = {
+        "cards": [{"card": "GPU-a", "reserved_peak": 7}],
+        "fixtures": [{"card": "GPU-a", "peak": 9}, {"card": "GPU-b", "peak": 1}],
+    }
+
+    peaks = reserved_peaks([("gpumem_record", json.dumps(record))])
+
+    assert sorted(peaks) == [("GPU-a", 7), ("GPU-a", 9), ("GPU-b", 1)]
+    assert reserved_peaks([("other", 1)]) == []

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from pytest_gpumem import devices
+from pytest_gpumem.devices import AllocatorReading, DriverReading
+from pytest_gpumem.records import Card
+from pytest_gpumem.sharing.history import Learned
+from pytest_gpumem.sharing.workers import (
+    SLOT,
+    VISIBLE,
+    Holdings,
+    Host,
+    give_back,
+    host,
+    place,
+    slots,
+    tell_cards,
+    worker_count,
+)
+
+GIB = 2**30
+MIB = 2**20
+ROOMY = Host(cpus=64, ram=512 * GIB)
+
+
+def learned(*tests):
+    """Return what was learned of tests, given as (peak, seconds); no peak: not on the card."""
+    return [Learned(peak or 0, seconds, 1, peak is not None) for peak, seconds in tests]
+
+
+GPU_ONLY = learned((GIB, 10.0), (2 * GIB, 5.0))
+MIXED = [*GPU_ONLY, *learned((None, 30.0))]
+
+
+def count(wanted=16, machine=ROOMY, free=(4 * GIB,), known=GPU_ONLY, *, headroom=0, scheduled=True):
+    return worker_count(
+        wanted, machine, free, known, context=512 * MIB, headroom=headroom, scheduled=scheduled
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "known"), [((), GPU_ONLY), ((GIB,), []), ((GIB,), learned((None, 1.0)))]
+)
+def test_without_a_card_or_anything_learned_xdist_decides(free, known):
+    assert count(free=free, known=known) is None
+
+
+def test_contexts_fill_what_the_largest_test_leaves():
+    found = count()
+
+    assert found.workers == 4  # (4 GiB - 2 GiB) / 512 MiB
+    assert found.reason == (
+        "4 workers: VRAM holds 4 contexts of 512.00 MiB beside the largest peak of 2.00 GiB"
+    )
+
+
+def test_headroom_is_not_for_contexts():
+    assert count(headroom=GIB).workers == 2
+
+
+def test_every_card_holds_its_own_contexts():
+    assert count(free=(4 * GIB, 3 * GIB)).workers == 6
+
+
+def test_there_is_always_one_worker():
+    assert count(free=(GIB,)).workers == 1
+    assert count(machine=Host(1, 10 * MIB)).workers == 1
+    assert count(free=(GIB,)).reason.startswith("1 worker: VRAM holds 1 context of")
+
+
+def test_workers_without_a_context_run_the_tests_without_a_card():
+    assert count(known=MIXED).workers == 16
+    assert count(known=MIXED, scheduled=False).workers == 4
+
+
+def test_it_never_starts_more_than_xdist_would():
+    found = count(wanted=3)
+
+    assert (found.workers, found.reason) == (3, "3 workers: as xdist counts")
+
+
+def test_processors_and_main_memory_limit_as_well():
+    few = count(known=MIXED, machine=Host(2, None))
+    small = count(known=MIXED, machine=Host(64, 3 * GIB + 1))
+
+    assert (few.workers, few.reason) == (2, "2 workers: 2 CPUs")
+    assert (small.workers, small.reason) == (3, "3 workers: 3.00 GiB of main memory left")
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Write files of a made-up machine and return its root."""
+
+    def _machine(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return _machine
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    8388608 kB\n"}
+
+
+def test_without_control_groups_the_system_tells(machine):
+    found = host(machine(MEMINFO))
+
+    assert found.ram == 8 * GIB
+    assert found.cpus == len(os.sched_getaffinity(0))
+
+
+def test_nothing_told_is_no_limit(tmp_path):
+    assert host(tmp_path).ram is None
+
+
+def test_the_tightest_control_group_above_the_process_holds(machine):
+    base = "sys/fs/cgroup"
+    root = machine(
+        MEMINFO
+        | {"proc/self/cgroup": "0::/outer/inner\n"}
+        | {f"{base}/outer/memory.max": str(6 * GIB), f"{base}/outer/memory.current": str(5 * GIB)}
+        | {f"{base}/outer/memory.stat": f"anon 1\ninactive_file {GIB}\n"}
+        | {f"{base}/outer/inner/memory.max": "max", f"{base}/outer/inner/memory.current": "7"}
+        | {f"{base}/outer/cpu.max": "max 100000", f"{base}/outer/inner/cpu.max": "50000 100000"}
+    )
+
+    # What the group only caches, it can have again.
+    assert host(root) == Host(cpus=1, ram=2 * GIB)
+
+
+def test_version_one_control_groups_are_understood(machine):
+    base = "sys/fs/cgroup"
+    root = machine(
+        MEMINFO
+        | {"proc/self/cgroup": "4:memory:/box\n3:cpu,cpuacct:/box\n"}
+        | {f"{base}/memory/box/memory.limit_in_bytes": str(3 * GIB)}
+        | {f"{base}/memory/box/memory.usage_in_bytes": str(GIB)}
+        | {f"{base}/cpu,cpuacct/box/cpu.cfs_quota_us": "100000"}
+        | {f"{base}/cpu,cpuacct/box/cpu.cfs_period_us": "100000"}
+    )
+
+    assert host(root) == Host(cpus=1, ram=2 * GIB)
+
+
+def test_a_version_one_group_without_a_quota_sets_no_limit(machine):
+    root = machine(
+        {"proc/self/cgroup": "3:cpu:/\n"}
+        | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1"}
+        | {"sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}
+    )
+
+    assert host(root).cpus == len(os.sched_getaffinity(0))
+
+
+def spec(**fields):
+    return SimpleNamespace(
+        **{"ssh": None, "vagrant_ssh": None, "socket": None, "via": None} | fields
+    )
+
+
+def test_workers_are_numbered_on_each_host():
+    specs = [spec(), spec(ssh="a"), spec(), spec(ssh="a"), spec(ssh="b"), spec()]
+
+    assert slots(specs) == [0, 0, 1, 1, 0, 2]
+
+
+CARDS = [Card(f"GPU-{letter}", "card", GIB) for letter in "abc"]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.setenv(VISIBLE, "0,1,2")
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("slot", "seen"),
+    [
+        ("0", "GPU-a,GPU-b,GPU-c"),
+        ("1", "GPU-b,GPU-c,GPU-a"),
+        ("5", "GPU-c,GPU-a,GPU-b"),
+    ],
+)
+def test_a_worker_sees_its_own_card_first_and_the_others_after_it(environment, slot, seen):
+    environment.setenv(SLOT, slot)
+
+    assert ",".join(card.uuid for card in place(CARDS)) == os.environ[VISIBLE] == seen
+
+
+@pytest.mark.parametrize(
+    ("slot", "cards"),
+    [
+        ("", CARDS),
+        ("1", CARDS[:1]),
+        ("1", []),
+        ("1", [CARDS[0], Card("XPU-0", "card", GIB, "xpu")]),
+    ],
+)
+def test_where_there_is_nothing_to_turn_the_callers_variable_stays(environment, slot, cards):
+    environment.setenv(SLOT, slot)
+
+    assert place(cards) == cards
+    assert os.environ[VISIBLE] == "0,1,2"
+
+
+class FakeAllocator:
+    """Two cards, of which the first is in use."""
+
+    def __init__(self):
+        self.reserved = 5
+
+    def read(self):
+        used = AllocatorReading(1, 1, self.reserved, 9, 0, 0)
+        return used, AllocatorReading(0, 0, 0, 0, 0, 0)
+
+    def card(self, index):
+        return CARDS[index]
+
+    def release_cached(self):
+        self.reserved = 1
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Let the driver tell what it is given here, by pid, and note how often it was asked."""
+    told, asked = {}, []
+
+    def process_bytes(card):
+        asked.append(card.uuid)
+        return told
+
+    monkeypatch.setattr(devices, "process_bytes", process_bytes)
+    return told, asked
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    fake = FakeAllocator()
+    monkeypatch.setattr(devices, "allocators", lambda: (fake,))
+    return fake
+
+
+def test_what_a_process_keeps_is_what_the_driver_says(driver, allocator):
+    told, _ = driver
+    told[os.getpid()] = 77
+
+    assert Holdings(context=50)() == {"GPU-a": (77, 5)}
+
+
+def test_a_silent_driver_is_made_up_for_by_the_context(driver, allocator):
+    assert Holdings(context=50)() == {"GPU-a": (55, 5)}
+
+
+def test_the_driver_is_asked_only_when_something_changed(driver, allocator):
+    _, asked = driver
+    holdings = Holdings(context=50)
+    holdings()
+    holdings()
+    assert len(asked) == 1
+
+    give_back()
+    assert holdings() == {"GPU-a": (51, 1)}
+    assert len(asked) == 2
+
+
+def test_without_an_active_framework_nothing_is_kept():
+    assert Holdings(context=50)() == {}
+
+
+def test_of_each_card_is_told_who_uses_it(driver, monkeypatch):
+    told, _ = driver
+    told[os.getpid()] = 7
+    readings = {"GPU-a": DriverReading(used=30, free=70, total=100, reserved=0)}
+    monkeypatch.setattr(devices, "driver_reading", lambda card: readings.get(card.uuid))
+
+    assert tell_cards(CARDS[:2]) == [("GPU-a", GIB, 30, 7), ("GPU-b", GIB, 7, 7)]
