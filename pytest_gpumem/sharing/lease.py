@@ -1,0 +1,492 @@
+"""Leases: permission to use bytes of a card, or all of it, among all processes of a user.
+
+Who changes the ledger touches the file of the first waiting request that may now start, which
+wakes its owner; the owner decides for itself, and wakes the next. Nobody else is woken, and
+nobody looks again and again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.sharing.admission import Claim, may_start, never_fits, room, waits_in_vain
+from pytest_gpumem.sharing.ledger import (
+    HELD,
+    RESIDENT,
+    WAITING,
+    Entry,
+    LeaseError,
+    Ledger,
+    Page,
+    card_key,
+    entry_of,
+    run_directory,
+)
+from pytest_gpumem.sharing.locks import News
+from pytest_gpumem.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from pytest_gpumem.records import Card
+
+__all__ = [
+    "HolderInfo",
+    "Lease",
+    "LeaseError",
+    "LeaseStore",
+    "LeaseTimeout",
+    "TooLarge",
+    "Want",
+    "foreign_bytes",
+    "gpu_lease",
+]
+
+_OTHERS_EVERY = 0.25
+"""Seconds between two looks at foreign processes, which give no sign when they end."""
+_STAND_BY = 0.002
+"""Seconds that each waiting request gives the one before it to tidy up after a dead process."""
+
+
+class TooLarge(LeaseError):  # noqa: N818  # the name says what is wrong with the request
+    """More is asked for than the card has."""
+
+
+class LeaseTimeout(LeaseError):  # noqa: N818  # no error of the program, but of its neighbours
+    """The lease did not become free in time; says who held it."""
+
+
+class Want(NamedTuple):
+    """What is asked for of one card."""
+
+    size: int | None = None
+    """Bytes; None is the whole card."""
+    exclusive: bool = False
+    """Whether nobody else may have a lease of the card meanwhile."""
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.size is None:
+            return "the whole card"
+        return format_bytes(self.size) + (" exclusively" if self.exclusive else "")
+
+
+class HolderInfo(NamedTuple):
+    """A lease that is held, or a request that waits."""
+
+    pid: int
+    label: str
+    size: int | None
+    """Bytes; None is the whole card."""
+    exclusive: bool
+    waiting: bool
+
+
+class Lease:
+    """Permission to use ``wants``, by UUID of the card, until ``release`` or the process ends.
+
+    In a forked child it is void: the parent keeps it.
+    """
+
+    def __init__(self, store: LeaseStore, entry: Entry, wants: Mapping[str, Want], short: int):
+        self.wants = dict(wants)
+        self.short = short
+        """Bytes of it that idle processes keep; above 0 only where it runs alone."""
+        self._store = store
+        self._entry: Entry | None = entry
+
+    @property
+    def card(self) -> str:
+        """UUID of the (first) card."""
+        return next(iter(self.wants))
+
+    @property
+    def size(self) -> int | None:
+        """Bytes on the (first) card; None is the whole card."""
+        return self.wants[self.card].size
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether nobody else has a lease of the (first) card."""
+        return self.wants[self.card].exclusive or self.size is None
+
+    def release(self) -> None:
+        """Give it back; once more is harmless."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._store.give_back(entry)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class _View(NamedTuple):
+    """What a decision rests on: the ledger, and by card what foreign processes use."""
+
+    page: Page
+    foreign: Mapping[str, int]
+
+
+class LeaseStore:
+    """The leases of all processes that use the same directory. Any thread may use it.
+
+    ``headroom`` bytes of each card are never given out. ``others(uuid, pids)`` returns the bytes
+    of a card that processes other than ``pids`` use.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        headroom: int = 0,
+        others: Callable[[str, Collection[int]], int] | None = None,
+    ) -> None:
+        self._ledger = Ledger(directory or run_directory())
+        self._headroom = headroom
+        self._others = others
+        self._cards: dict[str, tuple[str, int]] = {}
+        """By key, UUID and total of the cards that this process asked for."""
+
+    def acquire(
+        self,
+        wants: Mapping[str, Want],
+        totals: Mapping[str, int],
+        label: str,
+        timeout: float | None = None,
+        on_wait: Callable[[str], None] | None = None,
+    ) -> Lease:
+        """Return a lease of all ``wants`` (by UUID) at once, first come, first served.
+
+        ``totals`` are the cards' capacities in bytes, ``timeout`` is in seconds (0: do not wait).
+        ``on_wait`` is called with a sentence that says what is waited for and who holds it, when
+        the wait begins and when that changes.
+
+        Raises:
+            TooLarge: when a card does not have as much.
+            LeaseTimeout: when ``timeout`` has passed.
+            LeaseError: when the directory cannot be used, or when this thread would have to wait
+                while it holds a lease, which could block both for ever.
+
+        """
+        claims = {}
+        for uuid, want in wants.items():
+            claim, key = _claim(want), card_key(uuid)
+            self._cards[key] = uuid, totals[uuid]
+            if never_fits(totals[uuid], self._headroom, claim):
+                raise TooLarge(self._too_large(uuid, want, totals[uuid]))
+            if claim.extra or claim.exclusive:  # who asks for nothing waits for nobody
+                claims[key] = claim
+        request, view = self._ask(claims, label)
+        if request.state == WAITING:
+            try:
+                view = self._wait(request, timeout, on_wait)
+            except BaseException:
+                self._withdraw(request)
+                raise
+            request = request.turned(HELD)
+        self._ledger.standing.leases[request.name] = threading.current_thread()
+        return Lease(self, request, wants, self._short(view, request))
+
+    def give_back(self, entry: Entry) -> None:
+        """End a lease that this process holds; ``Lease.release`` calls it."""
+        if self._ledger.drop(entry):
+            self._nudge_first(self._ledger.read())
+
+    def holders(self, uuid: str) -> list[HolderInfo]:
+        """Return who has leases of a card, and who waits for some, in the order of arrival."""
+        dead = self._ledger.dead(None)
+        with self._ledger.alone():
+            self._ledger.bury(dead)
+        page = self._ledger.read()
+        self._nudge_first(page)
+        return [
+            HolderInfo(entry.pid, self._ledger.label(entry), *_want(claim), entry.state == WAITING)
+            for entry in page.entries
+            for key, claim in entry.claims.items()
+            if key == card_key(uuid) and entry.state != RESIDENT
+        ]
+
+    def set_resident(self, uuid: str, size: int) -> None:
+        """Tell how many bytes of a card this process keeps while it has no lease."""
+        key, own = card_key(uuid), self._ledger.standing
+        now = entry_of(RESIDENT, 0, own.process, {key: Claim(size, 0, exclusive=False)})
+        before = own.residents.get(key)
+        if now == before or (size == 0 and before is None):
+            return
+        with self._ledger.alone():
+            if size:
+                own.residents[key] = now
+                self._ledger.write(now, "")
+            else:
+                del own.residents[key]
+            if before is not None:
+                self._ledger.strike(before)
+        self._nudge_first(self._ledger.read())
+
+    def close(self) -> None:
+        """Give everything of this process back."""
+        if self._ledger.close():
+            self._nudge_first(self._ledger.read())
+
+    def _ask(self, claims: dict[str, Claim], label: str) -> tuple[Entry, _View]:
+        """Enter a request into the ledger, as held if it may start at once."""
+        foreign = self._foreign(claims)
+        with self._ledger.alone():
+            view = _View(self._ledger.read(), foreign)
+            process = self._ledger.standing.process
+            request = entry_of(WAITING, view.page.last + 1, process, claims)
+            if self._admits(view, request):
+                request = request.turned(HELD)
+            self._ledger.write(request, label)
+        return request, view
+
+    def _wait(
+        self, request: Entry, timeout: float | None, on_wait: Callable[[str], None] | None
+    ) -> _View:
+        """Block until ``request`` is held; return what that was decided by."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        # Whatever happened before the watch began.
+        said, news = "", News(nudged=True, dead=None)
+        with self._ledger.watch(request) as watch:
+            while True:
+                view, granted = self._look(request, news)
+                if granted:
+                    return view
+                if threading.current_thread() in list(self._ledger.standing.leases.values()):
+                    raise LeaseError(
+                        "this thread holds a lease and would wait for another one, which can "
+                        f"last for ever; ask for all at once: {self._explain(view, request)}"
+                    )
+                if deadline is not None and time.monotonic() >= deadline:
+                    situation = self._explain(view, request)
+                    raise LeaseTimeout(f"no lease within {timeout:g} s: {situation}")
+                if on_wait is not None and (text := self._explain(view, request)) != said:
+                    on_wait(text)
+                    said = text
+                pause = self._pause(view, request, deadline)
+                news = watch.wait(pause, lambda: _STAND_BY * self._ahead(request))
+
+    def _look(self, request: Entry, news: News) -> tuple[_View, bool]:
+        """Take what ``request`` waits for if it may start, and wake who else may then."""
+        foreign, dead = self._foreign(request.claims), self._ledger.dead(news.dead)
+        with self._ledger.alone():
+            buried = self._ledger.bury(dead)
+            view = _View(self._ledger.read(), foreign)
+            if granted := self._admits(view, request):
+                self._ledger.turn(request, HELD)
+        if buried:
+            self._nudge_first(view.page, but=request)
+        elif news.nudged:
+            self._nudge_first(view.page, behind=request.number)
+        return view, granted
+
+    def _pause(self, view: _View, request: Entry, deadline: float | None) -> float | None:
+        """Return the seconds until the next look; None: until somebody wakes us."""
+        pauses = [] if deadline is None else [max(0.0, deadline - time.monotonic())]
+        if self._others is not None and self._admits(_View(view.page, {}), request):
+            pauses.append(_OTHERS_EVERY)
+        return min(pauses, default=None)
+
+    def _ahead(self, request: Entry) -> int:
+        """Return how many wait before ``request`` by now."""
+        return sum(entry.number < request.number for entry in self._ledger.read().waiting)
+
+    def _withdraw(self, request: Entry) -> None:
+        self._ledger.strike(request)
+        self._ledger.strike(request.turned(HELD))
+        self._nudge_first(self._ledger.read())
+
+    def _admits(self, view: _View, request: Entry, *, hint: bool = False) -> bool:
+        """Return whether ``request`` may start on all of its cards.
+
+        A ``hint`` is for another process, whose headroom and cards this one may not know: it says
+        yes too often rather than never.
+        """
+        headroom = 0 if hint else self._headroom
+        for key, new in request.claims.items():
+            if hint and key not in self._cards:
+                continue
+            total, claims = self._cards[key][1], view.page.claims[key]
+            ahead = view.page.ahead(key, request.number)
+            others = view.foreign.get(key, 0)
+            if may_start(total, others, headroom, claims, new, ahead=ahead):
+                continue
+            if not waits_in_vain(total, headroom, claims, new, ahead=ahead):
+                return False
+        return True
+
+    def _nudge_first(self, page: Page, *, behind: int = 0, but: Entry | None = None) -> None:
+        """Wake the first request behind number ``behind`` that may be able to start."""
+        full = {key for key in self._cards if self._is_full(page, key)}
+        for entry in page.waiting:
+            if entry.number <= behind or entry == but:
+                continue
+            if not full.isdisjoint(entry.claims):
+                continue
+            # One that has gone meanwhile woke somebody itself, but perhaps before this change.
+            if self._admits(_View(page, {}), entry, hint=True) and self._ledger.nudge(entry):
+                return
+
+    def _is_full(self, page: Page, key: str) -> bool:
+        """Return whether nobody can start on a card; a long queue is then passed over quickly."""
+        claims = page.claims[key]
+        if any(claim.exclusive for claim in claims):
+            return True
+        running = any(claim.extra for claim in claims)
+        return running and room(self._cards[key][1], 0, 0, claims) <= 0
+
+    def _foreign(self, claims: Mapping[str, Claim]) -> dict[str, int]:
+        """Return what foreign processes use of each card."""
+        if self._others is None:
+            return {}
+        # Without the lock: the driver may take milliseconds.
+        pids = {entry.pid for entry in self._ledger.read().entries} | {os.getpid()}
+        return {key: self._others(self._cards[key][0], pids) for key in claims}
+
+    def _short(self, view: _View, request: Entry) -> int:
+        """Return how many bytes of what ``request`` was granted are not there."""
+        rooms = (
+            (new.extra, self._cards[key][1], view.foreign.get(key, 0), view.page.claims[key])
+            for key, new in request.claims.items()
+        )
+        missing = (
+            extra - room(total, others, self._headroom, claims)
+            for extra, total, others, claims in rooms
+        )
+        return max([0, *missing])
+
+    # Words
+
+    def _too_large(self, uuid: str, want: Want, total: int) -> str:
+        kept = f", of which {format_bytes(self._headroom)} are kept free" if self._headroom else ""
+        return f"{want} asked for of card {uuid}, which has {format_bytes(total)}{kept}"
+
+    def _explain(self, view: _View, request: Entry) -> str:
+        """Return what ``request`` waits for and who has it."""
+        return "; ".join(
+            f"{_want(claim)} of card {self._cards[key][0]}: {self._situation(view, request, key)}"
+            for key, claim in request.claims.items()
+        )
+
+    def _situation(self, view: _View, request: Entry, key: str) -> str:
+        total, others = self._cards[key][1], view.foreign.get(key, 0)
+        free = max(0, room(total, others, self._headroom, view.page.claims[key]))
+        parts = [f"{format_bytes(free)} of {format_bytes(total)} are free"]
+        for entry in view.page.entries:
+            if key in entry.claims and entry.state != WAITING:
+                parts.append(self._possession(entry, entry.claims[key]))
+        if others:
+            parts.append(f"{format_bytes(others)} used by other programs")
+        if ahead := len(view.page.ahead(key, request.number)):
+            parts.append(f"{ahead} waiting before")
+        return ", ".join(parts)
+
+    def _possession(self, entry: Entry, claim: Claim) -> str:
+        if entry.state == RESIDENT:
+            return f"{format_bytes(claim.resident)} kept by pid {entry.pid} between tests"
+        return f"{_want(claim)} held by pid {entry.pid} ({self._ledger.label(entry)})"
+
+
+@contextmanager
+def gpu_lease(
+    vram: str | int = "1GiB",
+    device: int = 0,
+    exclusive: bool = False,
+    timeout: float | None = None,
+) -> Iterator[Lease]:
+    """Wait until ``vram`` of a card may be used, and keep others from it meanwhile.
+
+    ``device`` is CUDA's index of the card. ``exclusive`` keeps everybody else's leases off the
+    card. At the end the allocator's unused cache goes back to the driver, so that the next in
+    turn finds the bytes. ``timeout`` is in seconds.
+
+    Raises:
+        ValueError: when ``vram`` is no size or there is no such card.
+        TooLarge: when the card does not have as much.
+        LeaseTimeout: when ``timeout`` has passed; says who held the card.
+        LeaseError: when leases cannot be kept on this machine, or this thread would wait while it
+            holds a lease.
+
+    """
+    from pytest_gpumem import devices
+
+    want = Want(parse_bytes(vram), exclusive)
+    card = _card(device)
+    with _store().acquire({card.uuid: want}, {card.uuid: card.total}, _label(), timeout) as lease:
+        try:
+            yield lease
+        finally:
+            for allocator in devices.allocators():
+                allocator.release_cached()
+
+
+def foreign_bytes(uuid: str, pids: Collection[int]) -> int:
+    """Return what processes other than ``pids`` use of a CUDA card, as the driver tells it.
+
+    0 where it does not tell, and where its process numbers are not ours (in a container):
+    strangers cannot be told from our own there.
+    """
+    from pytest_gpumem import devices
+    from pytest_gpumem.records import Card
+
+    told = devices.process_bytes(Card(uuid, "", 0))
+    if not all(map(_exists, told)):
+        return 0
+    return sum(size or 0 for pid, size in told.items() if pid not in pids)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _card(device: int) -> Card:
+    """Return the card with CUDA's index ``device``."""
+    from pytest_gpumem import devices
+
+    found = devices.find_cards()
+    if not found.cards and "pynvml" not in sys.modules:
+        # A simulated card answers as soon as pynvml is there, and only then.
+        with suppress(ImportError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("pynvml")
+        found = devices.find_cards()
+    if not found.cards:
+        raise ValueError(f"there is no card to lease: {found.why_none}")
+    if not 0 <= device < len(found.cards):
+        raise ValueError(f"there is no device {device}; allowed is 0 to {len(found.cards) - 1}")
+    return found.cards[device]
+
+
+def _label() -> str:
+    """Return what others see of this process: its test, or else its program."""
+    return os.environ.get("PYTEST_CURRENT_TEST") or Path(sys.argv[0]).name or "python"
+
+
+@functools.cache
+def _store() -> LeaseStore:
+    return LeaseStore(others=foreign_bytes)
+
+
+def _claim(want: Want) -> Claim:
+    return Claim(0, want.size or 0, want.exclusive or want.size is None)
+
+
+def _want(claim: Claim) -> Want:
+    return Want(None if claim.exclusive and not claim.extra else claim.extra, claim.exclusive)

@@ -1,0 +1,371 @@
+"""The ledger of leases: a directory of small files whose names say everything.
+
+``h-0000000007-4711.9f3c2a51-56789abc=2147483648`` is a lease (``h``: held, ``w``: waiting, ``r``:
+kept between tests) with its number in the queue, its process, and 2 GiB of the card whose UUID
+ends so; ``x`` behind the size means exclusive. The content is a label for people. Each process
+keeps one locked file in another directory; entries of a process whose lock is gone are void.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from pytest_gpumem.sharing.admission import Claim
+from pytest_gpumem.sharing.locks import FileLock, Watch, is_held
+
+HELD, WAITING, RESIDENT = "h", "w", "r"
+_LABEL = 500
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "fuse.sshfs"}
+
+
+class LeaseError(Exception):
+    """Why there is no lease, in one sentence."""
+
+
+class Entry(NamedTuple):
+    """One file of the ledger; ``claims`` are by ``card_key``."""
+
+    name: str
+    state: str
+    number: int
+    process: str
+    claims: dict[str, Claim]
+
+    @property
+    def pid(self) -> int:
+        """Number of its process, which may be another container's."""
+        return int(self.process.partition(".")[0])
+
+    def turned(self, state: str) -> Entry:
+        """Return it in another state."""
+        return self._replace(state=state, name=state + self.name[1:])
+
+
+class Page:
+    """What the ledger said at one moment, in the order of the queue."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        known = (name for name in names if name[:2] in ("h-", "w-", "r-"))
+        self.entries = sorted(map(_entry, known), key=lambda entry: entry.number)
+        self.last = self.entries[-1].number if self.entries else 0
+        self.waiting = [entry for entry in self.entries if entry.state == WAITING]
+        self.claims: dict[str, list[Claim]] = defaultdict(list)
+        """Held and resident ones, by card."""
+        for entry in self.entries:
+            if entry.state != WAITING:
+                for key, claim in entry.claims.items():
+                    self.claims[key].append(claim)
+
+    def ahead(self, key: str, number: int) -> list[Claim]:
+        """Return what the requests before ``number`` want of a card."""
+        return [
+            entry.claims[key]
+            for entry in self.waiting
+            if entry.number < number and key in entry.claims
+        ]
+
+
+class Standing(NamedTuple):
+    """What one process has in a ledger."""
+
+    process: str
+    """Its name there."""
+    alive: FileLock
+    """Shows that it lives."""
+    guard: FileLock
+    """Lets it alone change the ledger."""
+    leases: dict[str, threading.Thread]
+    """The thread that took each of its leases, by the name of the entry; numbers are reused."""
+    residents: dict[str, Entry]
+    """What it keeps between tests, by card."""
+
+
+class Ledger:
+    """The ledger in ``directory`` as this process keeps it; any thread may."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._queue = directory / "queue"
+        self._alive = directory / "alive"
+        self.forget()
+        _ledgers.add(self)
+
+    def forget(self) -> None:
+        """Have nothing to do with what is in it; a forked child begins so."""
+        self._threads = threading.RLock()
+        self._standing: Standing | None = None
+
+    def drop(self, entry: Entry) -> bool:
+        """Strike out a lease of this process; False when it has none such, as a forked child."""
+        own = self._standing
+        if own is None or own.leases.pop(entry.name, None) is None:
+            return False
+        self.strike(entry)
+        return True
+
+    @property
+    def standing(self) -> Standing:
+        """What this process has in it; it joins now if it has not yet.
+
+        Raises:
+            LeaseError: when the directory cannot be used.
+
+        """
+        if self._standing is None:
+            with self._threads:
+                try:
+                    self._standing = self._standing or self._join()
+                except OSError as error:
+                    raise unusable(self.directory, error) from error
+        return self._standing
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other thread and process from granting.
+
+        Raises:
+            LeaseError: also when anything in the block finds the directory unusable.
+
+        """
+        with self._threads:
+            guard = self.standing.guard
+            try:
+                guard.acquire()
+                try:
+                    yield
+                finally:
+                    guard.release()
+            except OSError as error:
+                raise unusable(self.directory, error) from error
+
+    def read(self) -> Page:
+        """Return what it says now.
+
+        Raises:
+            LeaseError: when the directory cannot be used.
+
+        """
+        _ = self.standing  # who has joined has a directory to read
+        try:
+            return self._page()
+        except OSError as error:
+            raise unusable(self.directory, error) from error
+
+    def write(self, entry: Entry, label: str) -> None:
+        """Add an entry, whole or not at all."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        file = os.open(f"{self._queue}/{entry.name}", flags, 0o600)
+        try:
+            os.write(file, label[:_LABEL].encode(errors="replace"))
+        except OSError:
+            self.strike(entry)
+            raise
+        finally:
+            os.close(file)
+
+    def turn(self, entry: Entry, state: str) -> None:
+        """Put an entry into another state."""
+        self._path(entry).rename(self._path(entry.turned(state)))
+
+    def strike(self, entry: Entry) -> None:
+        """Take an entry out, if it is there; needs no lock, because it can only make room."""
+        self._path(entry).unlink(missing_ok=True)
+
+    def label(self, entry: Entry) -> str:
+        """Return what its owner calls itself."""
+        try:
+            return self._path(entry).read_text(encoding="utf-8") or "no label"
+        except OSError:
+            return "gone meanwhile"
+
+    def nudge(self, entry: Entry) -> bool:
+        """Wake the owner of a waiting entry; False when it does not wait any more."""
+        try:
+            os.utime(self._path(entry))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def watch(self, entry: Entry) -> Watch:
+        """Return what waits for a nudge to ``entry`` or the end of any process."""
+        return Watch(self._path(entry), self._alive)
+
+    def dead(self, suspects: Collection[str] | None) -> list[str]:
+        """Return the processes among ``suspects`` (None: all with entries) that seem dead."""
+        if suspects is None:
+            suspects = {entry.process for entry in self.read().entries}
+        own = self.standing.process
+        return [each for each in suspects if each != own and not is_held(f"{self._alive}/{each}")]
+
+    def bury(self, dead: Collection[str]) -> bool:
+        """Take out what ``dead`` processes had; return whether there were any.
+
+        Needs the lock. Somebody may start then, and has to be woken.
+        """
+        # Looked at again: a process that just joins has its file before it has its lock.
+        dead = [each for each in dead if not is_held(self._alive / each)]
+        for entry in self._page().entries if dead else ():
+            if entry.process in dead:
+                self.strike(entry)
+        for each in dead:
+            (self._alive / each).unlink(missing_ok=True)
+        return bool(dead)
+
+    def close(self) -> bool:
+        """Take everything of this process out; return whether there can have been anything."""
+        if self._standing is None:
+            return False
+        own = self._standing
+        with self.alone():
+            for entry in self.read().entries:
+                if entry.process == own.process:
+                    self.strike(entry)
+            (self._alive / own.process).unlink(missing_ok=True)
+        own.alive.close()
+        own.guard.close()
+        self._standing = None
+        return True
+
+    def _page(self) -> Page:
+        return Page(os.listdir(self._queue))  # noqa: PTH208  # iterdir is slower
+
+    def _path(self, entry: Entry) -> Path:
+        return self._queue / entry.name
+
+    def _join(self) -> Standing:
+        _refuse_network(self.directory)
+        for each in (self.directory, self._queue, self._alive):
+            each.mkdir(mode=0o700, exist_ok=True)
+        guard = FileLock(self.directory / "lock")
+        # Processes of several containers may have the same number.
+        process = f"{os.getpid()}.{os.urandom(4).hex()}"
+        try:
+            guard.acquire()
+            alive = FileLock(self._alive / process)
+            alive.acquire()
+            # Whoever waits for what the dead had takes care of them: it would have to be woken.
+            listed = {process, *(entry.process for entry in self._page().entries)}
+            self.bury({each.name for each in self._alive.iterdir()} - listed)
+            guard.release()
+        except BaseException:
+            guard.close()
+            raise
+        return Standing(process, alive, guard, {}, {})
+
+
+@functools.cache
+def card_key(uuid: str) -> str:
+    """Return the end of a UUID, which leaves room for many cards in one file's name.
+
+    Two cards with the same end would count as one: less would be granted, never more.
+    """
+    return "".join(filter(str.isalnum, uuid))[-8:]
+
+
+def entry_of(state: str, number: int, process: str, claims: dict[str, Claim]) -> Entry:
+    """Return the entry that says so, with its name."""
+    text = ",".join(f"{key}={_claim_text(claim)}" for key, claim in claims.items())
+    return Entry(f"{state}-{number:010d}-{process}-{text}", state, number, process, claims)
+
+
+@functools.lru_cache(maxsize=4096)
+def _entry(name: str) -> Entry:
+    state, number, process, text = name.split("-", 3)
+    parts = (part.partition("=") for part in text.split(",") if part)
+    claims = {key: _claim(state, size) for key, _, size in parts}
+    return Entry(name, state, int(number), process, claims)
+
+
+def _claim_text(claim: Claim) -> str:
+    return f"{claim.resident + claim.extra}{'x' if claim.exclusive else ''}"
+
+
+def _claim(state: str, text: str) -> Claim:
+    size = int(text.removesuffix("x"))
+    resident, extra = (size, 0) if state == RESIDENT else (0, size)
+    return Claim(resident, extra, text.endswith("x"))
+
+
+def run_directory() -> Path:
+    """Return this user's directory for leases: on this machine, closed to other users.
+
+    Raises:
+        LeaseError: when there is none.
+
+    """
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "-")
+    # After su it is still the directory of the user before.
+    if runtime.is_dir() and _is_ours(runtime) and os.access(runtime, os.W_OK | os.X_OK):
+        return runtime / "gpumem"
+    import getpass
+    import tempfile
+
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    directory = Path(tempfile.gettempdir()) / f"gpumem-{user}"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        # Anybody may make directories here, and links to theirs.
+        if directory.is_symlink() or not _is_ours(directory):
+            raise unusable(directory, PermissionError(errno.EPERM, "it belongs to another user"))
+        directory.chmod(0o700)
+    except OSError as error:
+        raise unusable(directory, error) from error
+    return directory
+
+
+def unusable(directory: Path, error: OSError) -> LeaseError:
+    """Return the sentence that says so."""
+    return LeaseError(
+        f"leases cannot be kept in {directory}: {error.strerror}; "
+        "XDG_RUNTIME_DIR or TMPDIR can name another directory on this machine"
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+
+
+def _refuse_network(directory: Path) -> None:
+    """Raise where other machines' locks and changes are not seen, or not at once."""
+    kind = _filesystem(directory)
+    if kind in _NETWORK:
+        raise unusable(directory, OSError(errno.ENOTSUP, f"{kind} is a network file system"))
+
+
+def _filesystem(directory: Path) -> str:
+    """Return the type of the file system that ``directory`` is or will be on, "" if unknown.
+
+    See proc(5), mountinfo.
+    """
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found: dict[str, str] = {}
+    for line in mounts.splitlines():
+        place, _, kind = line.partition(" - ")
+        # Blanks in the name of a mount point are written as octal numbers.
+        found[place.split()[4].replace("\\040", " ")] = kind.split()[0]
+    at = directory.resolve()
+    return next((found[str(each)] for each in (at, *at.parents) if str(each) in found), "")
+
+
+_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for ledger in _ledgers:
+        ledger.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
