@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -184,13 +185,19 @@ def place(cards: Sequence[Card]) -> list[Card]:
     ``cards``, the visible ones in CUDA's order, is changed: tests that use two cards see two.
     Returns the cards in their new order.
     """
-    slot = os.environ.get(SLOT, "")
+    # Taken out: what a test starts is not a worker.
+    slot = os.environ.pop(SLOT, "")
     if not slot.isdecimal() or len(cards) < 2 or any(card.kind != "cuda" for card in cards):
         return list(cards)
     first = int(slot) % len(cards)
     turned = [*cards[first:], *cards[:first]]
     os.environ[VISIBLE] = ",".join(card.uuid for card in turned)
     return turned
+
+
+def host_name() -> str:
+    """Return the name of this machine, by which its cards are told from those of others."""
+    return platform.node()
 
 
 def tell_cards(cards: Iterable[Card]) -> list[tuple[str, int, int, int]]:

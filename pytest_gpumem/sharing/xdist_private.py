@@ -9,7 +9,8 @@ tears the rest down when the next item is known.
 What is used beyond the public interfaces, tried with pytest 8.4 and 9.2 and xdist 3.8:
 ``session.items`` is appended to, ``SetupState.teardown_exact`` is called, ``CaptureManager``
 captures its output, ``WorkerInteractor.sendevent`` carries messages as answers to a "steal" that
-nobody asked for, and ``WorkerInteractor.item_index`` says whose report it is. ``why_not`` tries
+nobody asked for, ``WorkerController.sendcommand`` and ``WorkerInteractor.handle_command`` carry
+one command more, and ``WorkerInteractor.item_index`` says whose report it is. ``why_not`` tries
 what can be tried before a run rests on it.
 """
 
@@ -32,6 +33,12 @@ keep session fixtures only, keep nothing."""
 
 ASKED = "gpumem_sentinels"
 """Key in ``workerinput`` by which the controller asks for sentinels and messages."""
+
+GRANTS = "gpumem_grants"
+"""Command by which the controller tells what it has set aside for the tests it hands out."""
+
+Granted = tuple[int | None, int, bool]
+"""Bytes beyond what the process keeps (None: the whole card), cards, alone or not."""
 
 
 def kept(chain: Sequence[Any], sentinel: int) -> Sequence[Any]:
@@ -95,6 +102,11 @@ class Worker:
         self.holding = holding
         self.release = release
         self.is_oom = is_oom
+        self._grants: dict[int, Granted] = {}
+
+    def granted(self) -> Granted | None:
+        """Return what was set aside for the test that begins now, once; None if nothing."""
+        return self._grants.pop(self._interactor.item_index, None)
 
     def send(self, **message: Any) -> None:
         """Send builtin values to the controller's scheduler; works over any gateway."""
@@ -103,14 +115,27 @@ class Worker:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Introduce this worker; first, because xdist's own message starts the scheduling."""
-        self.send(hello=dict(self._hello(session.items)))
+        self.send(hello=dict(self._hello(session.items)), holding=dict(self.holding()))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Bring the sentinels in, now that the collection has been reported without them."""
+        self._listen()
         # Registered now, as the last of all: its hooks are called before any other plugin's.
         stage = Stage(self, self._interactor, session)
         session.config.pluginmanager.register(stage, "gpumem-stage")
+
+    def _listen(self) -> None:
+        """Take note of grants; xdist begins to listen in a moment, and passes over them."""
+        others = self._interactor.handle_command
+
+        def handle(command: Any) -> None:
+            if isinstance(command, tuple) and command[0] == GRANTS:
+                self._grants.update(command[1]["grants"])
+            else:
+                others(command)
+
+        self._interactor.handle_command = handle
 
 
 class Stage:
@@ -212,6 +237,11 @@ def _captured(item: pytest.Item) -> Iterator[None]:
         yield
 
 
+def send_grants(node: Any, grants: Mapping[int, Granted]) -> None:
+    """Tell a worker what is set aside for tests that it will be handed next."""
+    node.sendcommand(GRANTS, grants=dict(grants))
+
+
 def difference(first: Sequence[str], other: Sequence[str], names: tuple[str, str]) -> str:
     """Return how two workers' collections differ, in xdist's words; "" when they are equal."""
     from xdist.report import report_collection_diff  # type: ignore[import-untyped]
@@ -268,11 +298,14 @@ def _look_at_xdist() -> None:
     from _pytest.capture import CaptureManager
     from xdist.dsession import DSession  # type: ignore[import-untyped]  # xdist marks no types
     from xdist.remote import WorkerInteractor  # type: ignore[import-untyped]
+    from xdist.workermanage import WorkerController  # type: ignore[import-untyped]
 
     for function, names in (
         (WorkerInteractor.run_one_test, {"item_index", "nextitem_index", "items", "sendevent"}),
         (WorkerInteractor.pytest_runtest_logreport, {"item_index"}),
         (WorkerInteractor.sendevent, {"channel", "send"}),
+        (WorkerInteractor.pytest_runtestloop, {"handle_command", "setcallback"}),
+        (WorkerController.sendcommand, {"channel", "send"}),
         (DSession.worker_unscheduled, {"remove_pending_tests_from_node"}),
         (DSession.worker_testreport, {"pytest_runtest_logreport"}),
         (CaptureManager.item_capture, set()),

@@ -389,6 +389,7 @@ class Controller:
         config: pytest's configuration in the controller.
         expect: as for ``GpumemScheduling``.
         settings: as for ``GpumemScheduling``.
+        why_not: why another scheduler than ours shall decide; looked for if not given.
 
     """
 
@@ -397,13 +398,14 @@ class Controller:
         config: pytest.Config,
         expect: Callable[[str, int | None], Expectation],
         settings: SchedulerSettings,
+        why_not: str | None = None,
     ) -> None:
         self.config = config
         self._expect = expect
         self._settings = settings
         self._expected_workers = 0
         self._scheduler: GpumemScheduling | None = None
-        self._why_not: str | None = None
+        self._why_not = why_not
 
     @property
     def why_not(self) -> str:
@@ -433,13 +435,8 @@ class Controller:
         ``workerinput``; a replacement inherits its predecessor's.
         """
         self._expected_workers = len(specs)
-        if not self.why_not:
-            for spec, slot in zip(specs, workers.slots(specs), strict=True):
-                spec.env.setdefault(workers.SLOT, str(slot))
-
-    def pytest_configure_node(self, node: Node) -> None:
-        """Ask the worker for sentinels."""
-        node.workerinput[xdist_private.ASKED] = not self.why_not
+        for spec, slot in zip(specs, workers.slots(specs), strict=True):
+            spec.env.setdefault(workers.SLOT, str(slot))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config) -> GpumemScheduling | None:
@@ -456,52 +453,3 @@ class Controller:
         """Read what a test took, and settle its outcome, before anybody else sees the report."""
         if self._scheduler is not None:
             self._scheduler.take_report(report)
-
-    def pytest_report_teststatus(
-        self, report: pytest.TestReport | pytest.CollectReport
-    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-        """Show a test that will be tried again as rerunfailures does."""
-        outcome: str = report.outcome
-        if outcome != "rerun" or not hasattr(report, "gpumem_oom"):
-            return None
-        return "rerun", "R", ("RERUN", {"yellow": True})
-
-
-def controller_plugin(
-    config: pytest.Config,
-    expect: Callable[[str, int | None], Expectation],
-    settings: SchedulerSettings,
-) -> Controller:
-    """Return the plugin to register in xdist's controller."""
-    return Controller(config, expect, settings)
-
-
-def worker_plugin(
-    config: pytest.Config,
-    *,
-    needs: Callable[[Sequence[pytest.Item]], list[tuple[int, int | None, int, bool]]],
-    cards: Callable[[], list[tuple[str, int, int, int]]],
-    holding: Callable[[], Mapping[str, tuple[int, int]]],
-    release: Callable[[], None],
-    is_oom: Callable[[BaseException], bool],
-) -> xdist_private.Worker | None:
-    """Return the plugin to register in an xdist worker, None when the controller wants none.
-
-    Args:
-        config: pytest's configuration in the worker.
-        needs: the marked tests among the items: index, bytes or None, cards, exclusive.
-        cards: the worker's cards in CUDA's order: UUID, total, used by all, used by this process.
-        holding: see ``xdist_private.Worker``, as are ``release`` and ``is_oom``.
-        release: gives cached VRAM back.
-        is_oom: tells an out-of-memory error.
-
-    """
-    if not getattr(config, "workerinput", {}).get(xdist_private.ASKED, False):
-        return None
-    return xdist_private.Worker(
-        config,
-        hello=lambda items: {"needs": needs(items), "cards": cards()},
-        holding=holding,
-        release=release,
-        is_oom=is_oom,
-    )
