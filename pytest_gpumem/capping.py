@@ -53,9 +53,9 @@ class Capping:
         self._last = item.nodeid
 
     def _cap_first(self) -> None:
-        cuda = torch_state.cuda()
-        if cuda is not None:
-            self._cap(cuda, cuda.current_device())
+        # Called within the initialisation, which is not complete before we return.
+        cuda = sys.modules["torch"].cuda
+        self._cap(cuda, cuda.current_device())
 
     def _cap(self, cuda: Any, index: int) -> None:
         wanted = self._fraction(index)

@@ -233,3 +233,31 @@ def load(path: Path) -> RunRecord:
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
         raise ValueError(f"{str(path)!r} is not a run of schema {SCHEMA} (--gpumem-json)")
     return from_plain(RunRecord, plain)
+
+
+def merge(runs: dict[str, RunRecord]) -> RunRecord:
+    """Return the shards of one suite as one run, by the name of each.
+
+    The name takes the place of the host, so that equally named workers stay apart.
+    """
+    shards = [_of_shard(name, run) for name, run in runs.items()]
+    return RunRecord(
+        schema=SCHEMA,
+        mode=" and ".join(dict.fromkeys(run.mode for run in shards)),
+        cards=tuple(dict.fromkeys(card for run in shards for card in run.cards)),
+        simulated=any(run.simulated for run in shards),
+        workers=sum(run.workers for run in shards),
+        tests=tuple(test for run in shards for test in run.tests),
+        notes=tuple(dict.fromkeys(note for run in shards for note in run.notes)),
+        context=max(run.context for run in shards),
+    )
+
+
+def _of_shard(name: str, run: RunRecord) -> RunRecord:
+    def placed(host: str) -> str:
+        return f"{name}/{host}" if host else name
+
+    return run._replace(
+        cards=tuple(card._replace(host=placed(card.host)) for card in run.cards),
+        tests=tuple(test._replace(host=placed(test.host)) for test in run.tests),
+    )

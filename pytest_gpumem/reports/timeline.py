@@ -58,10 +58,13 @@ def window(tests: Sequence[RecordedTest]) -> tuple[float, float]:
 
 def idle(run: RunRecord) -> float:
     """Return the part of the workers' time in which they ran no test; waiting is idle too."""
-    begin, end = window(run.tests)
-    workers = max(1, run.workers)
-    busy = sum(test.duration for test in run.tests if test.start)
-    return max(0.0, 1 - busy / (workers * (end - begin))) if end > begin else 0.0
+    busy = available = 0.0
+    for host in {test.host for test in run.tests}:
+        tests = [test for test in run.tests if test.host == host and test.start]
+        begin, end = window(tests)
+        busy += sum(test.duration for test in tests)
+        available += (end - begin) * len({test.worker for test in tests})
+    return max(0.0, 1 - busy / available) if available else 0.0
 
 
 def mean(steps: Sequence[Level], end: float) -> float:
