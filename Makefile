@@ -45,7 +45,6 @@ soak: $(VENV)/.wheel
 	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
 	$(BIN)/python tests/soak/opinfo_campaign.py
 	PYTHONPATH=tests/plugin $(BIN)/pytest -n 2 tests/soak/scheduler_runs.py
-	$(BIN)/pytest tests/soak/lease_runs.py tests/soak/locks_runs.py tests/soak/ledger_runs.py
 	$(BIN)/python tests/soak/lease_kills.py
 
 gpu-check: $(VENV)/.wheel
