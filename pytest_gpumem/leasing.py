@@ -22,9 +22,10 @@ from pytest_gpumem.sharing.lease import (
     LeaseTimeout,
     TooLarge,
     Want,
-    foreign_bytes,
+    store,
 )
 from pytest_gpumem.sharing.workers import Holdings
+from pytest_gpumem.sharing.xdist_private import tear_down
 from pytest_gpumem.state import GRANT, ITEM_MARKS, NO_MARKS, USAGE, State
 from pytest_gpumem.units import format_bytes
 
@@ -84,7 +85,6 @@ class Leasing:
         self._notes = state.notes
         self._without = False
         """Whether there are no leases on this machine."""
-        self._store: LeaseStore | None = None
         self._lease: Lease | None = None
         self._refusal = ""
         self._lacked_room = False
@@ -112,8 +112,9 @@ class Leasing:
         if self._lacked_room:
             self._lacked_room, self._alone = False, True
             try:
-                if self._spoiled:
-                    item.ihook.pytest_runtest_teardown(item=item, nextitem=None)
+                report = tear_down(item, None) if self._spoiled else None
+                if report is not None:
+                    item.ihook.pytest_runtest_logreport(report=report)
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
             finally:
                 self._alone = False
@@ -168,24 +169,23 @@ class Leasing:
         if need is None or self._without:
             return
         try:
-            store = self._open()
-            if store.held_here():
+            if self._open().held_here():
                 return  # the test runs within a lease of the suite's own
             self._refusal = self._too_large(item, need)
             if not self._refusal:
-                self._acquire(store, item, need)
+                self._acquire(item, need)
         except (LeaseTimeout, TooLarge) as error:
             self._refusal = str(error)
         except LeaseError as error:
             self._do_without(error)
 
-    def _acquire(self, store: LeaseStore, item: pytest.Item, need: Need) -> None:
+    def _acquire(self, item: pytest.Item, need: Need) -> None:
         cards = self._cards[: need.cards]
         held = self._holdings()
         wants = {card.uuid: self._want(need, card, held) for card in cards}
         begun = time.monotonic()
         with _Telling(lambda text: self._say(f"{item.nodeid} waits for {text}")) as telling:
-            self._lease = store.acquire(
+            self._lease = self._open().acquire(
                 wants,
                 {card.uuid: card.total for card in cards},
                 item.nodeid,
@@ -215,9 +215,9 @@ class Leasing:
         self._notes.append(f"tests ran without leases: {error}")
 
     def _open(self) -> LeaseStore:
-        if self._store is None:
-            self._store = LeaseStore(headroom=self._settings.headroom, others=foreign_bytes)
-        return self._store
+        opened = store()
+        opened.headroom = self._settings.headroom
+        return opened
 
     def _need(self, item: pytest.Item) -> Need | None:
         """Return what a test is to be granted, None for one that uses no card."""

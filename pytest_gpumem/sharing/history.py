@@ -216,7 +216,8 @@ class History:
         """Remember one run of a test by what it did to the cards."""
         peak = max((card.extra for card in cards), default=0)
         fixtures = max((card.fixture_bytes for card in cards), default=0)
-        self.note(nodeid, peak, duration, bool(cards), fixtures)
+        # A test that only tears a wider fixture down, which it does not use, has a record too.
+        self.note(nodeid, peak, duration, bool(peak or fixtures), fixtures)
 
     def merge(self, other: History) -> None:
         """Take over what ``other`` knows, as if its runs had come after this history's."""

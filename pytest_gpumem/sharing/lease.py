@@ -211,10 +211,6 @@ class LeaseStore:
         """Return whether this thread holds a lease of this store, and so may not wait."""
         return threading.current_thread() in list(self._ledger.leases.values())
 
-    def held_here(self) -> bool:
-        """Return whether this thread holds a lease of this store, and so may not wait."""
-        return threading.current_thread() in list(self._ledger.standing.leases.values())
-
     def give_back(self, entry: Entry) -> None:
         """End a lease that this process holds; ``Lease.release`` calls it."""
         if self._ledger.drop(entry):

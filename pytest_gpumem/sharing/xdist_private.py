@@ -174,21 +174,12 @@ class Stage:
 
     def _tear_down(self, previous: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Tear down what ``nextitem`` does not need; an error is the previous test's."""
-        state = self._session._setupstate
-        with _captured(previous):
-            call = pytest.CallInfo.from_call(
-                lambda: state.teardown_exact(nextitem),
-                when="teardown",
-                reraise=(pytest.exit.Exception, KeyboardInterrupt),
-            )
-        if call.excinfo is None:
-            return
-        report = previous.ihook.pytest_runtest_makereport(item=previous, call=call)
-        report.user_properties = []  # sent with the test's own teardown
-        # xdist checks that a report is of the item that it believes to be running.
-        running, self._interactor.item_index = self._interactor.item_index, self._index
-        previous.ihook.pytest_runtest_logreport(report=report)
-        self._interactor.item_index = running
+        report = tear_down(previous, nextitem)
+        if report is not None:
+            # xdist checks that a report is of the item that it believes to be running.
+            running, self._interactor.item_index = self._interactor.item_index, self._index
+            previous.ihook.pytest_runtest_logreport(report=report)
+            self._interactor.item_index = running
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
@@ -216,6 +207,25 @@ class Stage:
         if holding != self._told:
             self._told = holding
             self._worker.send(holding=dict(holding))
+
+
+def tear_down(item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport | None:
+    """Tear down what ``nextitem`` does not need, after the teardown of ``item``.
+
+    Returns the report of an error, which is the test's.
+    """
+    state = item.session._setupstate
+    with _captured(item):
+        call = pytest.CallInfo.from_call(
+            lambda: state.teardown_exact(nextitem),
+            when="teardown",
+            reraise=(pytest.exit.Exception, KeyboardInterrupt),
+        )
+    if call.excinfo is None:
+        return None
+    report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
+    report.user_properties = []  # sent with the test's own teardown
+    return report
 
 
 def _interactor(config: pytest.Config) -> Any:
