@@ -14,13 +14,15 @@ from pytest_gpumem.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from pytest_gpumem.devices import CardsFound
     from pytest_gpumem.measuring import Memory
 
 CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
 """Carries the simulated card's file to xdist's workers, which start from the environment."""
+SIMULATED_AS = "GPUMEM_SIMULATED_AS"
+"""Carries the simulated card's name to workers on other machines, which share one there."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -132,6 +134,15 @@ def _report(config: pytest.Config) -> None:
         config.pluginmanager.register(Reporting(config, config.stash[STATE]), Reporting.NAME)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    """Let the workers on each other machine share one simulated card."""
+    if config.stash[STATE].simulation is not None:
+        name = os.urandom(16).hex()
+        for spec in specs:
+            spec.env.setdefault(SIMULATED_AS, name)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Take the simulated card away, if this process made it."""
     state = config.stash.get(STATE, None)
@@ -192,6 +203,8 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
             simulation = Simulation.attach(str(settings.simulate_card))
         except (OSError, ValueError) as error:
             raise BadSettingError(f"--gpumem-simulate-card: {error}") from None
+    elif name := os.environ.pop(SIMULATED_AS, ""):
+        simulation = Simulation.join(name, settings.simulate or 0, settings.simulate_context)
     else:
         simulation = Simulation.start(settings.simulate or 0, settings.simulate_context)
     simulation.install()
