@@ -21,16 +21,9 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_gpumem.sharing.estimates import PlannedTest
 from pytest_gpumem.sharing.history import History
-from pytest_gpumem.sharing.planner import (
-    Fail,
-    Flush,
-    PlannedTest,
-    Planner,
-    Reset,
-    Run,
-    Stop,
-)
+from pytest_gpumem.sharing.planner import CardKey, Fail, Flush, Planner, Reset, Run, Stop
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -42,6 +35,7 @@ if TYPE_CHECKING:
 
 SECONDS = 1_350.0
 WORKERS = 4
+THE_CARD: CardKey = ("", "card")
 OOM_PART = 0.1
 """Part of its duration after which a test without room fails."""
 
@@ -155,30 +149,43 @@ class Host:
         return worker, test, oom
 
 
-def planned(cases: Sequence[Case], history: History | None) -> list[PlannedTest]:
-    """Return what the planner is told: the truth, or what ``history`` knows."""
+def planned(
+    cases: Sequence[Case], history: History | None, *, marked: bool = True
+) -> list[PlannedTest]:
+    """Return what the planner is told: the truth, or what ``history`` and marks say."""
     if history is None:
         return [PlannedTest(c.nodeid, c.gpu, c.peak, c.duration, c.module) for c in cases]
     tests = []
     for case in cases:
         expected = history.expect(case.nodeid)
         tests.append(
-            PlannedTest(case.nodeid, case.gpu, expected.peak, expected.duration, case.module)
+            PlannedTest(
+                case.nodeid,
+                expected.gpu or (marked and case.gpu),
+                expected.peak,
+                expected.duration,
+                case.module,
+                seen=expected.source == "learned",
+            )
         )
     return tests
 
 
 def run_planner(
-    cases: Sequence[Case], history: History | None, *, optimistic: bool = False
+    cases: Sequence[Case],
+    history: History | None,
+    *,
+    optimistic: bool = False,
+    marked: bool = True,
 ) -> tuple[Result, History]:
     """Return the run under the planner, and what it taught."""
     host = Host(cases, WORKERS)
     learned = History()
-    tests = planned(cases, history)
-    planner = Planner(tests, {"card": CARD}, context=CONTEXT, headroom=0, optimistic=optimistic)
+    tests = planned(cases, history, marked=marked)
+    planner = Planner(tests, {THE_CARD: CARD}, context=CONTEXT, headroom=0, optimistic=optimistic)
     failed = 0
     for worker in range(WORKERS):
-        planner.add_worker(str(worker), "card")
+        planner.add_worker(str(worker), [THE_CARD])
     while not planner.done:
         commands = planner.commands()
         for command in commands:
@@ -297,6 +304,7 @@ POLICIES: dict[str, Callable[[list[Case], int], Result]] = {
     "planner, first run, optimistic": lambda cases, _: run_planner(
         cases, History(), optimistic=True
     )[0],
+    "planner, first run, no marks": lambda cases, _: run_planner(cases, History(), marked=False)[0],
     "planner, second run": lambda cases, seed: run_planner(
         cases, run_planner(again(cases, seed), History())[1]
     )[0],
@@ -343,12 +351,12 @@ def scale(tests: int, workers: int, cards: int) -> None:
     tracemalloc.start()
     planner = Planner(
         everything,
-        {f"GPU-{card}": 80 * gib for card in range(cards)},
+        {("", f"GPU-{card}"): 80 * gib for card in range(cards)},
         context=gib // 2,
         headroom=gib // 2,
     )
     for worker in range(workers):
-        planner.add_worker(str(worker), f"GPU-{worker % cards}")
+        planner.add_worker(str(worker), [("", f"GPU-{worker % cards}")])
     began = time.perf_counter()
     pending = planner.commands()
     first = time.perf_counter() - began
