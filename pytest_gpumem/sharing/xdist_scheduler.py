@@ -18,13 +18,10 @@ import pytest
 
 from pytest_gpumem.sharing import planner as plans
 from pytest_gpumem.sharing import workers, xdist_private
+from pytest_gpumem.sharing.estimates import PlannedTest
 
 if TYPE_CHECKING:
     from pytest_gpumem.sharing.history import Expectation
-
-
-NO_CARD = ""
-"""Stands for the card of workers that have none: it has no bytes."""
 
 
 class SchedulerSettings(NamedTuple):
@@ -67,6 +64,8 @@ class _Worker:
     """Indexes sent and not complete, sentinels among them, in the order they run."""
     last: int | None = None
     """The test that it completed last."""
+    reported: bool = False
+    """Whether the running test has been torn down and reported, but is not complete."""
     reserved: dict[str, int] = field(default_factory=dict)
     """What its allocator kept reserved after that, by card."""
     peak: int = 0
@@ -80,9 +79,14 @@ class _Worker:
         return gateway
 
     @property
-    def card(self) -> str:
-        cards = self.hello["cards"] if self.hello else ()
-        return str(cards[0][0]) if cards else NO_CARD
+    def host(self) -> str:
+        return str(self.hello.get("host", "")) if self.hello else ""
+
+    @property
+    def cards(self) -> list[plans.CardKey]:
+        """Those that it sees, in CUDA's order."""
+        told = self.hello["cards"] if self.hello else ()
+        return [(self.host, str(card[0])) for card in told]
 
 
 class GpumemScheduling:
@@ -168,7 +172,7 @@ class GpumemScheduling:
         ready = [worker for worker in self._workers.values() if worker.collection is not None]
         if self._planner is not None:
             for worker in ready:
-                self._planner.add_worker(worker.name, worker.card)
+                self._planner.add_worker(worker.name, worker.cards)
             self._obey()
         elif self._collections_agree(ready) and ready[0].collection:
             self._collection = ready[0].collection
@@ -177,19 +181,23 @@ class GpumemScheduling:
 
     def mark_test_complete(self, node: Node, item_index: int, duration: float = 0) -> None:
         """Take note of a test, or of a sentinel that has been passed."""
-        worker = self._workers[node]
-        worker.sent.remove(item_index)
-        planner, place = self._planner, item_index - len(self._collection)
+        self._complete(self._workers[node], item_index, duration)
+        if self._planner is not None:
+            self._obey()
+
+    def _complete(self, worker: _Worker, index: int, duration: float) -> None:
+        worker.sent.remove(index)
+        planner, place = self._planner, index - len(self._collection)
         if planner is None or place == xdist_private.IDLE:
             return
         if place > xdist_private.IDLE:
             planner.flushed(worker.name)
         else:
             planner.finished(
-                worker.name, item_index, duration=duration, peak=worker.peak, oom=worker.oom
+                worker.name, index, duration=duration, peak=worker.peak, oom=worker.oom
             )
-            worker.last, worker.peak, worker.oom = item_index, 0, False
-        self._obey()
+            worker.last, worker.peak = index, 0
+            worker.oom = worker.reported = False
 
     def remove_pending_tests_from_node(self, node: Node, indices: Mapping[str, Any]) -> None:
         """Read a worker's message: xdist's answer to a "steal" is the one free channel."""
@@ -197,18 +205,32 @@ class GpumemScheduling:
         if worker is None:
             return
         worker.hello = indices.get("hello", worker.hello)
-        for card, (resident, reserved) in indices.get("holding", {}).items():
-            worker.reserved[card] = reserved
-            if self._planner is not None:
-                self._planner.resident(worker.name, resident, card)
+        planner = self._planner
+        for uuid, (resident, reserved) in indices.get("holding", {}).items():
+            worker.reserved[uuid] = reserved
+            if planner is not None:
+                planner.resident(worker.name, resident, (worker.host, uuid))
+        for uuid, used in indices.get("others", {}).items():
+            if planner is not None:
+                planner.used((worker.host, uuid), used)
+        if planner is not None:
+            self._obey()
 
     def remove_node(self, node: Node) -> str | None:
-        """Forget a worker that ended or crashed; return the test that crashed it, if one did."""
+        """Forget a worker that ended or crashed; return the test that crashed it, if one did.
+
+        None did if the worker ended after it had reported all of one test and before it was
+        given the next: so it ends on purpose when its CUDA context is broken.
+        """
         worker, planner = self._workers.pop(node), self._planner
         if planner is None or worker.collection is None:
             return None
+        if worker.reported:
+            self._complete(worker, worker.sent[0], 0.0)
+            crashed = None
+        else:
+            crashed = self._running(worker)
         given = planner.remove_worker(worker.name)
-        crashed = self._running(worker)
         if given is not None and given != crashed:
             planner.requeue(given)
         self._obey()
@@ -235,6 +257,10 @@ class GpumemScheduling:
         worker = self._workers.get(node)
         if worker is None:
             return
+        running = worker.sent[0] if worker.sent else None
+        if report.when == "teardown" and running == getattr(report, "item_index", None):
+            outcome: str = report.outcome
+            worker.reported = outcome != "rerun"  # as rerunfailures calls it: it runs once more
         if getattr(report, "gpumem_oom", False):
             worker.oom = self._planner is not None and self._planner.retries(report.item_index)
             if not worker.oom:
@@ -247,9 +273,15 @@ class GpumemScheduling:
     def _plan(self, ready: Sequence[_Worker]) -> None:
         hellos = [worker.hello for worker in ready if worker.hello is not None]
         totals, others = cards_of(hellos)
+        kept = self._settings.context + self._settings.headroom
+        most = max(totals.values(), default=0) - kept
         self._planner = plans.Planner(
             planned_tests(
-                self._collection, hellos[0]["needs"], self._expect, any_card=any(totals.values())
+                self._collection,
+                hellos[0]["needs"],
+                self._expect,
+                most=most,
+                any_card=bool(totals),
             ),
             totals,
             context=self._settings.context,
@@ -258,7 +290,7 @@ class GpumemScheduling:
             optimistic=self._settings.optimistic,
         )
         for worker in ready:
-            self._planner.add_worker(worker.name, worker.card)
+            self._planner.add_worker(worker.name, worker.cards)
 
     def _obey(self) -> None:
         """Carry out what the planner wants now."""
@@ -325,48 +357,56 @@ def planned_tests(
     needs: Iterable[tuple[int, int | None, int, bool]],
     expect: Callable[[str, int | None], Expectation],
     *,
+    most: int,
     any_card: bool,
-) -> list[plans.PlannedTest]:
+) -> list[PlannedTest]:
     """Return the collected tests with what is expected of them.
 
     ``needs`` are the marked tests: index, bytes (None: not said), cards, exclusive. Without any
-    card they are tests like others, which find out for themselves.
+    card they are tests like others, which find out for themselves. ``most`` are the bytes that a
+    test can have: only a mark may ask for more, an estimate with its margin may not.
     """
     marked = {need[0]: need for need in needs}
     planned = []
     for index, nodeid in enumerate(collection):
         _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
         expected = expect(nodeid, vram)
+        peak = expected.peak
+        if peak is not None and expected.source != "mark":
+            peak = min(peak, max(0, most))
         planned.append(
-            plans.PlannedTest(
+            PlannedTest(
                 nodeid=nodeid,
                 gpu=any_card and (expected.gpu or index in marked),
-                peak=expected.peak,
+                peak=peak,
                 duration=expected.duration,
                 group=nodeid.split("::")[0],
                 cards=cards,
                 exclusive=exclusive,
+                seen=expected.source == "learned",
             )
         )
     return planned
 
 
-def cards_of(hellos: Iterable[Mapping[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+def cards_of(
+    hellos: Iterable[Mapping[str, Any]],
+) -> tuple[dict[plans.CardKey, int], dict[plans.CardKey, int]]:
     """Return each card's total, and what others than these workers use of it, in bytes.
 
-    Each worker told of its cards (uuid, total, used, own): used by anybody, used by itself.
+    Each worker told of its host and cards (uuid, total, used, own): used by anybody, used by
+    itself.
     """
-    totals: dict[str, int] = {}
-    used: dict[str, int] = {}
-    own: dict[str, int] = {}
+    totals: dict[plans.CardKey, int] = {}
+    used: dict[plans.CardKey, int] = {}
+    own: dict[plans.CardKey, int] = {}
     for hello in hellos:
-        if not hello["cards"]:
-            totals[NO_CARD] = used[NO_CARD] = own[NO_CARD] = 0
         for uuid, total, by_all, by_it in hello["cards"]:
-            totals[uuid] = total
-            used[uuid] = max(used.get(uuid, 0), by_all)
-            own[uuid] = own.get(uuid, 0) + by_it
-    return totals, {uuid: max(0, used[uuid] - own[uuid]) for uuid in totals}
+            card = hello.get("host", ""), uuid
+            totals[card] = total
+            used[card] = max(used.get(card, 0), by_all)
+            own[card] = own.get(card, 0) + by_it
+    return totals, {card: max(0, used[card] - own[card]) for card in totals}
 
 
 def reserved_peaks(properties: Iterable[tuple[str, object]]) -> list[tuple[str, int]]:

@@ -102,6 +102,13 @@ def needs(items):
     return found
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    # End this worker, as one whose CUDA context is broken does, after all was reported.
+    if os.path.exists("leave-" + os.environ.get("PYTEST_XDIST_WORKER", "")):
+        os._exit(1)
+
+
 def holding():
     return {CARD.uuid: (CARD.context + STATE["now"], STATE["now"])} if CARD.joined else {}
 
@@ -359,6 +366,24 @@ def test_second(vram): second(vram)
     ]
 
 
+UNMARKED = """
+@pytest.mark.parametrize("i", range(3))
+def test_{name}(vram, i): vram(2000, 0.2)
+"""
+
+
+def test_without_a_single_mark_sharing_costs_retries_and_no_failure(run):
+    source = "".join(UNMARKED.format(name=name) for name in "abcdef")
+    source += """
+@pytest.mark.parametrize("i", range(20))
+def test_cpu(i): time.sleep(0.02)
+"""
+    finished = run(source, workers=4)
+
+    assert set(finished.outcomes) == {"passed", "rerun"}, finished.output
+    assert finished.outcomes["passed"] == 38
+
+
 def test_a_fixture_that_ran_out_of_memory_is_set_up_again(run):
     source = """
 @pytest.fixture(scope="session")
@@ -420,6 +445,56 @@ def test_heavy(vram, i): vram(3000)
 
     assert finished.outcomes == {"passed": 12, "failed": 2}, finished.output
     assert sorted(words(finished)) == sorted(f"ran {i}" for i in range(10))
+
+
+LEAVING = """
+def leave():
+    open("leave-" + os.environ["PYTEST_XDIST_WORKER"], "w").close()
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_leaves_after_its_report_costs_no_test(run, workers):
+    source = (
+        LEAVING
+        + """
+@pytest.mark.parametrize("i", range(20))
+def test_good(i): log("ran", i)
+@pytest.mark.gpu(vram="3GiB")
+@pytest.mark.parametrize("i", range(2))
+def test_broken(vram, i):
+    vram(3000)
+    leave()
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.gpu(vram="3GiB")
+@pytest.mark.parametrize("i", range(2))
+def test_heavy(vram, i): vram(3000)
+"""
+    )
+    finished = run(source, workers=workers)
+
+    assert finished.outcomes == {"passed": 22, "failed": 2}, finished.output
+    assert finished.output.count("illegal memory access") >= 2
+    assert "crashed while running" not in finished.output
+    assert sorted(words(finished)) == sorted(f"ran {i}" for i in range(20))
+
+
+def test_a_worker_that_leaves_after_a_test_out_of_memory_leaves_its_retry_to_others(run):
+    source = (
+        LEAVING
+        + """
+@pytest.mark.gpu(vram="100MiB")
+def test_second(vram):
+    try:
+        second(vram)
+    except BaseException:
+        leave()
+        raise
+"""
+    )
+    finished = run(TWO_LIARS + source)
+
+    assert finished.outcomes == {"passed": 2, "rerun": 1}, finished.output
 
 
 def test_a_crashed_test_is_run_again_when_rerunfailures_asks(run):
@@ -653,27 +728,52 @@ def test_what_pytest_does_not_offer_any_more_is_named():
     assert "no attribute 'teardown_exact'" in why_not_with(SetupState, "teardown_exact", None)
 
 
-def test_foreign_use_of_a_card_is_what_the_workers_do_not_own():
+def test_foreign_use_of_a_card_is_what_the_workers_of_its_host_do_not_own():
     hellos = [
         {"cards": [("GPU-a", 100, 30, 10), ("GPU-b", 50, 0, 0)]},
         {"cards": [("GPU-a", 100, 25, 5)]},
+        {"cards": [("GPU-a", 80, 7, 1)], "host": "other"},
         {"cards": []},
     ]
 
     totals, others = cards_of(hellos)
 
-    assert totals == {"GPU-a": 100, "GPU-b": 50, "": 0}
-    assert others == {"GPU-a": 15, "GPU-b": 0, "": 0}
+    assert totals == {("", "GPU-a"): 100, ("", "GPU-b"): 50, ("other", "GPU-a"): 80}
+    assert others == {("", "GPU-a"): 15, ("", "GPU-b"): 0, ("other", "GPU-a"): 6}
 
 
 def test_without_any_card_marked_tests_are_tests_like_others():
     expected = History().expect
+    needs = [(0, 5, 1, True)]
 
-    (test,) = planned_tests(["a.py::test_a"], [(0, 5, 1, True)], expected, any_card=False)
-    (on_card,) = planned_tests(["a.py::test_a"], [(0, 5, 1, True)], expected, any_card=True)
+    (test,) = planned_tests(["a.py::test_a"], needs, expected, most=0, any_card=False)
+    (on_card,) = planned_tests(["a.py::test_a"], needs, expected, most=9, any_card=True)
 
     assert not test.gpu
     assert (on_card.gpu, on_card.peak, on_card.group) == (True, 5, "a.py")
+
+
+def test_only_a_mark_may_ask_for_more_than_there_is():
+    history = History()
+    history.note("a.py::test_a", 95, 1.0, gpu=True)
+    arguments = {"most": 100, "any_card": True}
+
+    (learned,) = planned_tests(["a.py::test_a"], [], history.expect, **arguments)
+    (marked,) = planned_tests(["a.py::test_a"], [(0, 200, 1, False)], history.expect, **arguments)
+
+    assert learned.peak == 100  # 95 and the margin are more
+    assert marked.peak == 200
+
+
+def test_a_test_that_never_ran_may_use_a_card_unexpectedly():
+    history = History()
+    history.note("a.py::test_a[1]", 0, 1.0, gpu=False)
+    names = ["a.py::test_a[1]", "a.py::test_a[2]"]
+
+    known, unknown = planned_tests(names, [], history.expect, most=9, any_card=True)
+
+    assert known.seen
+    assert not unknown.seen
 
 
 def test_a_tests_peak_counts_the_fixtures_set_up_in_it():

@@ -15,16 +15,9 @@ from hypothesis.stateful import (
 
 from pytest_gpumem.sharing import planner as plans
 from pytest_gpumem.sharing.admission import Claim, fits
+from pytest_gpumem.sharing.estimates import PlannedTest
 from pytest_gpumem.sharing.history import family
-from pytest_gpumem.sharing.planner import (
-    Fail,
-    Flush,
-    PlannedTest,
-    Planner,
-    Reset,
-    Run,
-    Stop,
-)
+from pytest_gpumem.sharing.planner import CardKey, Fail, Flush, Planner, Reset, Run, Stop
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
 
@@ -55,7 +48,8 @@ def planner_of(
         optimistic=optimistic,
     )
     for number in range(workers):
-        planner.add_worker(f"w{number}", uuids[number % cards])
+        first = number % cards
+        planner.add_worker(f"w{number}", uuids[first:] + uuids[:first])
     return planner
 
 
@@ -289,12 +283,12 @@ def test_a_test_on_two_cards_takes_room_on_both() -> None:
 def test_a_test_on_two_cards_waits_for_an_exclusive_test_on_the_other() -> None:
     tests = [gpu("alone", 10, 9.0)._replace(exclusive=True), gpu("pair", 10)._replace(cards=2)]
     planner = planner_of(tests, workers=0, cards=2)
-    planner.add_worker("w0", "card0")
+    planner.add_worker("w0", ["card0", "card1"])
     assert planner.commands() == [Run("w0", 1)]
     planner.finished("w0", 1, duration=1.0, peak=10)
     assert planner.commands() == [Run("w0", 0)]
     planner.requeue(1)
-    planner.add_worker("w1", "card1")
+    planner.add_worker("w1", ["card1", "card0"])
     assert planner.commands() == []
     planner.finished("w0", 0, duration=1.0, peak=10)
     assert len(planner.commands()) == 1
@@ -327,7 +321,7 @@ def test_tests_handed_out_ahead_go_to_others_when_their_worker_crashes() -> None
     first = planner.commands()
     assert len(first) > 1
     assert planner.remove_worker("w0") == 0
-    planner.add_worker("w1", "card0")
+    planner.add_worker("w1", ["card0"])
     workers = Workers(tests, planner)
     assert sorted(workers.run()) == list(range(1, 20))
 
@@ -377,10 +371,11 @@ def generated(  # noqa: PLR0917  # hypothesis shows a call that can be pasted
     group: int,
     cards: int,
     exclusive: bool,
+    seen: bool,
 ) -> PlannedTest:
     nodeid = f"m{group}.py::{name}[{parameter}]"
     if not on_gpu:
-        return PlannedTest(nodeid, False, None, duration, f"m{group}.py")
+        return PlannedTest(nodeid, False, None, duration, f"m{group}.py", seen=seen)
     return PlannedTest(nodeid, True, peak, duration, f"m{group}.py", cards, exclusive)
 
 
@@ -394,7 +389,10 @@ planned = st.builds(
     st.integers(0, 2),
     st.sampled_from([1, 1, 1, 2, 3]),
     st.sampled_from([False, False, False, True]),
+    st.booleans(),
 )
+hosts = st.lists(st.lists(st.sampled_from([TOTAL, TOTAL, 60]), max_size=3), min_size=1, max_size=3)
+"""The cards of each host; their UUIDs are the same everywhere."""
 
 
 class Room(RuleBasedStateMachine):
@@ -402,16 +400,23 @@ class Room(RuleBasedStateMachine):
 
     @initialize(
         tests=st.lists(planned, max_size=25),
-        totals=st.lists(st.sampled_from([TOTAL, TOTAL, 60]), min_size=1, max_size=3),
+        hosts=hosts,
         workers=st.integers(1, 4),
         others=st.integers(0, 30),
         optimistic=st.booleans(),
     )
-    def begin(self, tests, totals, workers, others, optimistic) -> None:
+    def begin(self, tests, hosts, workers, others, optimistic) -> None:
         self.tests = tests
-        self.totals = {f"card{number}": total for number, total in enumerate(totals)}
+        self.hosts = [
+            [(f"host{host}", f"card{number}") for number in range(len(totals))]
+            for host, totals in enumerate(hosts)
+        ]
+        self.totals: dict[CardKey, int] = {
+            card: total
+            for cards, totals in zip(self.hosts, hosts, strict=True)
+            for card, total in zip(cards, totals, strict=True)
+        }
         self.others = dict.fromkeys(self.totals, others)
-        self.optimistic = optimistic
         self.planner = Planner(
             tests,
             self.totals,
@@ -420,48 +425,50 @@ class Room(RuleBasedStateMachine):
             others=self.others,
             optimistic=optimistic,
         )
-        self.homes: dict[str, str] = {}
+        self.rings: dict[str, list[CardKey]] = {}
         self.queues: dict[str, list[int]] = {}
-        self.resident: dict[tuple[str, str], int] = {}
+        self.resident: dict[tuple[str, CardKey], int] = {}
         self.given_back: Counter[str] = Counter()
         self.flushing: set[str] = set()
         self.started: Counter[int] = Counter()
         self.ended: Counter[int] = Counter()
-        self.retried: set[int] = set()
+        self.ooms: Counter[int] = Counter()
+        self.beside_unseen: set[int] = set()
         self.stopped: set[str] = set()
         self.surprising: set[str] = set()
-        self.grants: dict[int, int] = {}
+        self.grants: dict[int, int | None] = {}
+        self.crashed: list[str] = []
         self.born = 0
         for _ in range(workers):
             self.hire()
         self.obey()
 
     def hire(self) -> None:
+        cards = self.hosts[self.born % len(self.hosts)]
+        first = self.born % max(1, len(cards))
+        self.start(cards[first:] + cards[:first])
+
+    def start(self, ring: list[CardKey]) -> None:
         name = f"w{self.born}"
-        self.homes[name] = f"card{self.born % len(self.totals)}"
+        self.rings[name] = ring
         self.queues[name] = []
         self.born += 1
-        self.planner.add_worker(name, self.homes[name])
+        self.planner.add_worker(name, ring)
 
-    def ring(self, worker: str, test: int) -> list[str]:
-        names = list(self.totals)
-        first = names.index(self.homes[worker])
-        return (names[first:] + names[:first])[: self.tests[test].cards]
+    def cards_of(self, worker: str, test: int) -> list[CardKey]:
+        return self.rings[worker][: self.tests[test].cards]
 
-    def on_card(self, card: str) -> dict[str, int]:
+    def on_card(self, card: CardKey) -> dict[str, int]:
         """Return the GPU tests that run on a card, by worker."""
         return {
             worker: queue[0]
             for worker, queue in self.queues.items()
-            if queue and self.claims_room(queue[0]) and card in self.ring(worker, queue[0])
+            if queue and queue[0] in self.grants and card in self.cards_of(worker, queue[0])
         }
-
-    def claims_room(self, test: int) -> bool:
-        return test in self.grants
 
     def on_gpu(self, test: int) -> bool:
         planned = self.tests[test]
-        return planned.gpu or test in self.retried or family(planned.nodeid) in self.surprising
+        return planned.gpu or bool(self.ooms[test]) or family(planned.nodeid) in self.surprising
 
     def obey(self) -> None:
         for command in self.planner.commands():
@@ -483,23 +490,42 @@ class Room(RuleBasedStateMachine):
     def run(self, worker: str, test: int) -> None:
         assert worker in self.queues
         assert worker not in self.stopped | self.flushing
-        assert self.started[test] == self.ended[test] == int(test in self.retried)
+        assert self.started[test] == self.ended[test] == self.ooms[test]
         on_gpu = self.on_gpu(test)
         if self.queues[worker]:
             assert not on_gpu
-            assert not self.claims_room(self.queues[worker][0])
+            assert self.queues[worker][0] not in self.grants
         elif on_gpu:
-            for card in self.ring(worker, test):
-                self.check_room(worker, test, card)
-            for card in self.ring(worker, test):
-                held = self.resident.get((worker, card), 0)
-                self.resident[worker, card] = max(CONTEXT, held)
-            self.grants[test] = self.planner._need(test) or 0
+            self.run_on_card(worker, test)
+        if not on_gpu and not self.tests[test].seen:
+            # Whoever runs at the same time on this host cannot be sure to have been alone.
+            self.beside_unseen |= {
+                other for card in self.rings[worker] for other in self.on_card(card).values()
+            }
         self.given_back[worker] = 0
         self.started[test] += 1
         self.queues[worker].append(test)
 
-    def check_room(self, worker: str, test: int, card: str) -> None:
+    def run_on_card(self, worker: str, test: int) -> None:
+        cards = self.cards_of(worker, test)
+        assert len(cards) == self.tests[test].cards
+        for card in cards:
+            self.check_room(worker, test, card)
+        for card in cards:
+            self.resident[worker, card] = max(CONTEXT, self.resident.get((worker, card), 0))
+        self.grants[test] = self.planner._need(test)
+        self.beside_unseen.discard(test)
+        if any(
+            not self.tests[other].seen
+            for name, queue in self.queues.items()
+            for other in queue
+            if other not in self.grants and set(cards) & set(self.rings[name])
+        ):
+            self.beside_unseen.add(test)
+        if self.ooms[test] > 1:
+            assert test not in self.beside_unseen
+
+    def check_room(self, worker: str, test: int, card: CardKey) -> None:
         running = self.on_card(card)
         need = self.planner._need(test)
         if not running:
@@ -514,12 +540,12 @@ class Room(RuleBasedStateMachine):
         new = Claim(own, need, self.tests[test].exclusive)
         assert fits(self.totals[card], self.others[card], HEADROOM, claims, new)
 
-    def granted(self, worker: str, card: str) -> int:
+    def granted(self, worker: str, card: CardKey) -> int:
         test = self.on_card(card).get(worker)
-        return 0 if test is None else self.grants[test]
+        return 0 if test is None else self.grants[test] or 0
 
     def is_exclusive(self, test: int | None) -> bool:
-        return test is not None and (self.tests[test].exclusive or test in self.retried)
+        return test is not None and (self.tests[test].exclusive or self.grants[test] is None)
 
     def busy(self) -> list[str]:
         return [worker for worker, queue in self.queues.items() if queue]
@@ -527,20 +553,20 @@ class Room(RuleBasedStateMachine):
     @precondition(lambda self: self.busy())
     @rule(
         data=st.data(),
-        oom=st.sampled_from([False, False, False, True]),
+        oom=st.sampled_from([False, False, True]),
         peak=st.none() | st.integers(0, TOTAL),
         duration=st.floats(0, 100),
     )
     def finish(self, data, oom, peak, duration) -> None:
         worker = data.draw(st.sampled_from(self.busy()))
         test = self.queues[worker].pop(0)
-        assert self.planner.retries(test) == (test not in self.retried)
+        again = self.planner.retries(test)
+        assert again == (not self.ooms[test] or test in self.beside_unseen)
         self.ended[test] += 1
         self.grants.pop(test, None)
-        if oom:
-            self.retried.add(test)
-        elif peak and not self.tests[test].gpu:
+        if (oom or peak) and not self.tests[test].gpu:
             self.surprising.add(family(self.tests[test].nodeid))
+        self.ooms[test] += oom and again
         self.planner.finished(worker, test, duration=duration, peak=peak, oom=oom)
         self.obey()
 
@@ -549,6 +575,7 @@ class Room(RuleBasedStateMachine):
     def crash(self, data) -> None:
         worker = data.draw(st.sampled_from(list(self.queues)))
         queue = self.queues.pop(worker)
+        self.crashed.append(worker)
         crashed = self.planner.remove_worker(worker)
         assert crashed == (queue[0] if queue else None)
         if queue:
@@ -560,26 +587,44 @@ class Room(RuleBasedStateMachine):
         self.resident = {key: size for key, size in self.resident.items() if key[0] != worker}
         self.obey()
 
+    @precondition(lambda self: self.crashed)
     @rule()
     def replace(self) -> None:
-        if len(self.queues) < 5:
-            self.hire()
-            self.obey()
+        self.start(self.rings[self.crashed.pop()])
+        self.obey()
 
-    @precondition(lambda self: self.queues)
+    @precondition(lambda self: self.queues and self.totals)
     @rule(data=st.data(), size=st.integers(0, TOTAL))
     def grow(self, data, size) -> None:
         worker = data.draw(st.sampled_from(list(self.queues)))
-        card = data.draw(st.sampled_from(list(self.totals)))
-        self.resident[worker, card] = size
-        self.planner.resident(worker, size, card)
-        self.obey()
+        if self.rings[worker]:
+            card = data.draw(st.sampled_from(self.rings[worker]))
+            self.resident[worker, card] = size
+            self.planner.resident(worker, size, card)
+            self.obey()
 
+    @precondition(lambda self: self.totals)
     @rule(data=st.data(), size=st.integers(0, TOTAL))
     def others_grow(self, data, size) -> None:
         card = data.draw(st.sampled_from(list(self.totals)))
         self.others[card] = size
         self.planner.foreign(card, size)
+        self.obey()
+
+    @precondition(lambda self: self.totals)
+    @rule(data=st.data(), size=st.integers(0, 2 * TOTAL))
+    def a_worker_reads_what_is_used(self, data, size) -> None:
+        card = data.draw(st.sampled_from(list(self.totals)))
+        unseen = any(
+            not self.tests[test].seen and test not in self.grants
+            for name, queue in self.queues.items()
+            if card in self.rings[name]
+            for test in queue
+        )
+        if not self.on_card(card) and not unseen:
+            kept = sum(kept for (_, place), kept in self.resident.items() if place == card)
+            self.others[card] = max(0, size - kept)
+        self.planner.used(card, size)
         self.obey()
 
     @precondition(lambda self: self.flushing)
@@ -592,22 +637,19 @@ class Room(RuleBasedStateMachine):
 
     @invariant()
     def somebody_is_busy_until_all_is_done(self) -> None:
-        if self.queues and not self.planner.done:
+        if not self.crashed and not self.planner.done:
             assert self.busy() or self.flushing
 
     @invariant()
     def is_done_when_every_test_has_ended(self) -> None:
-        left = [
-            test for test in range(len(self.tests)) if self.ended[test] < 1 + (test in self.retried)
-        ]
+        left = [test for test in range(len(self.tests)) if self.ended[test] < 1 + self.ooms[test]]
         assert self.planner.done == (not left)
 
     def teardown(self) -> None:
         if not hasattr(self, "planner"):
             return
-        if not self.queues:
-            self.hire()
-            self.obey()
+        while self.crashed:
+            self.replace()
         for _ in range(10 * len(self.tests) + 10):
             self.obey()
             for worker in sorted(self.flushing):
@@ -617,18 +659,21 @@ class Room(RuleBasedStateMachine):
                 test = self.queues[worker].pop(0)
                 self.ended[test] += 1
                 self.grants.pop(test, None)
+                if self.tests[test].peak and not self.tests[test].gpu:
+                    self.surprising.add(family(self.tests[test].nodeid))
                 self.planner.finished(worker, test, duration=1.0, peak=self.tests[test].peak)
             self.obey()
             if self.planner.done:
                 break
         assert self.planner.done
         for test in range(len(self.tests)):
-            assert self.ended[test] == 1 + (test in self.retried)
+            assert self.ended[test] == 1 + self.ooms[test]
         assert not self.busy()
 
 
 Room.TestCase.settings = settings(
-    max_examples=200,
+    # `make soak` asks for many more.
+    max_examples=max(200, settings().max_examples),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
