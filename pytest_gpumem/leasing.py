@@ -202,7 +202,7 @@ class Leasing:
         try:
             held = self._holdings()
             if held and not self._without:
-                for uuid, (resident, _) in held.items():
+                for uuid, resident in held.items():
                     self._open().set_resident(uuid, resident)
             if self._lease is not None:
                 self._lease.release()
@@ -238,12 +238,12 @@ class Leasing:
         unknown = expected.source == "guess" and "torch" in sys.modules
         return Need(_SOMETHING) if unknown else None
 
-    def _want(self, need: Need, card: Card, held: Mapping[str, tuple[int, int]]) -> Want:
+    def _want(self, need: Need, card: Card, held: Mapping[str, int]) -> Want:
         if need.size is None:
             return Want(None)
         if need.size == _SOMETHING:
             return Want(_SOMETHING)
-        kept = held.get(card.uuid, (0, 0))[0]
+        kept = held.get(card.uuid, 0)
         missing = max(0, self._settings.context_cost + need.fixtures - kept)
         # What was learned has a margin, which the card need not have.
         most = max(_SOMETHING, card.total - self._settings.headroom - kept)

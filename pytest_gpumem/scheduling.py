@@ -136,6 +136,7 @@ def _scheduled(config: pytest.Config, state: State) -> Leasing:
             "cards": workers.tell_cards(state.found.cards),
         },
         holding=holdings,
+        used=workers.CardUse(state.found.cards),
         release=workers.give_back,
         is_oom=lambda error: retry and bool(oom_sentence(error)),
     )

@@ -33,6 +33,8 @@ class PlannedTest(NamedTuple):
     exclusive: bool = False
     seen: bool = True
     """Whether it ran before. If not, it may use a card although that is not expected."""
+    fixtures: int = 0
+    """What a process needs on top of its peak if its wider fixtures are not set up there."""
 
 
 class Estimates:
@@ -50,6 +52,7 @@ class Estimates:
         self._most = most
         self._optimistic = optimistic
         self._family_peaks: dict[str, int] = {}
+        self._family_fixtures: dict[str, int] = {}
         self._peaks: list[int] = []
         """Sorted."""
         self._surprising: set[str] = set()
@@ -77,6 +80,13 @@ class Estimates:
             return self._peaks[int(OPTIMISM * (len(self._peaks) - 1))]
         return None
 
+    def fixtures(self, test: int) -> int:
+        """Return the bytes that the wider fixtures of ``test`` hold, where they are set up."""
+        planned = self._tests[test]
+        if planned.peak is not None:
+            return planned.fixtures
+        return self._family_fixtures.get(family(planned.nodeid), 0)
+
     def on_card(self, test: int) -> bool:
         """Return whether ``test`` uses a card, as far as is known."""
         return self._tests[test].gpu or test in self.ooms or self.surprises(test)
@@ -100,14 +110,15 @@ class Estimates:
         self._observed[gpu] += duration
         self._expected[gpu] += self._tests[test].duration
 
-    def used_card(self, test: int, peak: int | None) -> None:
-        """Take note that ``test`` used a card, and expect ``peak`` bytes of its relatives."""
+    def used_card(self, test: int, peak: int | None, fixtures: int = 0) -> None:
+        """Take note that ``test`` used a card, and expect the same of its relatives."""
         kin = family(self._tests[test].nodeid)
         if not self._tests[test].gpu:
             self._surprising.add(kin)
         if peak is not None:
             bisect.insort(self._peaks, peak)
             self._family_peaks[kin] = max(peak, self._family_peaks.get(kin, 0))
+            self._family_fixtures[kin] = max(fixtures, self._family_fixtures.get(kin, 0))
 
     def pace(self, *, gpu: bool) -> float:
         """Return how long tests take, as a ratio to what was expected."""

@@ -57,11 +57,22 @@ CardKey = tuple[str, str]
 """Host and UUID of a card: simulated ones and MIG slices may have equal UUIDs on two hosts."""
 
 
+class Grant(NamedTuple):
+    """What is set aside for a test on each of its cards."""
+
+    size: int | None
+    """Bytes beyond what its worker keeps; None: the whole card."""
+    cards: int
+    alone: bool
+
+
 class Run(NamedTuple):
     """Let ``worker`` run ``test`` after those it was given before."""
 
     worker: str
     test: int
+    grant: Grant | None = None
+    """None for a test that is expected to use no card."""
 
 
 class Flush(NamedTuple):
@@ -139,6 +150,8 @@ class _Worker:
         self.gpu: Portion | None = None
         self.using: tuple[_Card, ...] = ()
         """The cards of the GPU test it runs."""
+        self.asked = 0
+        """Bytes set aside for it on each of them."""
         self.disturbed = False
         """Whether a test that may use these cards unexpectedly ran at the same time."""
         self.group = ""
@@ -297,7 +310,14 @@ class Planner:
         self._changed = True
 
     def finished(
-        self, worker: str, test: int, *, duration: float, peak: int | None, oom: bool = False
+        self,
+        worker: str,
+        test: int,
+        *,
+        duration: float,
+        peak: int | None,
+        fixtures: int = 0,
+        oom: bool = False,
     ) -> None:
         """Take note that ``test`` ended.
 
@@ -306,6 +326,7 @@ class Planner:
             test: its index.
             duration: seconds it took.
             peak: highest bytes beyond what the process kept before it; None when not known.
+            fixtures: bytes that the wider fixtures it uses hold.
             oom: whether it ran out of memory. It is planned again then, once, to run alone.
 
         """
@@ -318,9 +339,9 @@ class Planner:
         self._asking[worker] = ran
         if oom:
             # What was expected was too little, for its relatives too.
-            self._seen.used_card(test, self._need(test))
+            self._seen.used_card(test, self._need(test), self._seen.fixtures(test))
         elif gpu or peak:
-            self._seen.used_card(test, peak)
+            self._seen.used_card(test, peak, fixtures)
         ran.given.remove(test)
         self._ended(ran, test)
         if again:
@@ -439,7 +460,13 @@ class Planner:
             for card in worker.ring:
                 for other in card.users:
                     other.disturbed = True
-        out.append(Run(worker.name, test))
+        out.append(Run(worker.name, test, self._grant(worker, test)))
+
+    def _grant(self, worker: _Worker, test: int) -> Grant | None:
+        if not worker.using or worker.given[0] != test:
+            return None
+        size = None if self._need(test) is None else worker.asked
+        return Grant(size, len(worker.using), worker.using[0].exclusive)
 
     def _hand_out_ahead(self, worker: _Worker, out: list[Command]) -> None:
         """Hand out further CPU tests, unless the worker may get a GPU test next.
@@ -509,6 +536,8 @@ class Planner:
 
         Contexts stay: a test that does not fit beside those there are would wait in vain.
         """
+        if test in self._seen.ooms and any(map(self._owes, worker.card.workers)):
+            return False  # it gets all the room that there can be
         if self._fits(worker, test):
             return True
         cards = self._cards_for(worker, test)
@@ -516,8 +545,8 @@ class Planner:
             return False
         if any(map(self._owes, worker.card.workers)):
             return False
-        need = self._need(test) or 0
-        return any(need > self._capacity(card, len(card.claims)) + card.others for card in cards)
+        whole = self._whole(test)
+        return any(whole > self._capacity(card, len(card.claims)) + card.others for card in cards)
 
     def _may_use(self, worker: _Worker) -> bool:
         """Return whether ``worker`` has a context or may open one."""
@@ -530,8 +559,8 @@ class Planner:
         # A test of unknown peak runs alone and should find as much room as there can be.
         if holders >= card.contexts or self._unscouted:
             return False
-        tallest = self._need(self._big.tests[0]) if self._big.tests else self._tallest
-        return self._capacity(card, len(card.claims) + 1) >= (tallest or 0)
+        tallest = self._whole(self._big.tests[0]) if self._big.tests else self._tallest
+        return self._capacity(card, len(card.claims) + 1) >= tallest
 
     def _capacity(self, card: _Card, contexts: int) -> int:
         """Return the bytes for tests on ``card`` beside so many contexts."""
@@ -576,7 +605,7 @@ class Planner:
         if portion is self._alone or portion is self._last:
             return portion.take(test, duration)
         self._packed = max(0.0, self._packed - duration)
-        self._area = max(0.0, self._area - (self._need(test) or 0) * duration)
+        self._area = max(0.0, self._area - self._whole(test) * duration)
         if portion is self._wide or portion is self._big:
             return portion.take(test, duration)
         return self._gpu.take(portion, test)
@@ -603,13 +632,25 @@ class Planner:
         return worker.ring[: self._tests[test].cards]
 
     def _fits(self, worker: _Worker, test: int) -> bool:
-        need = self._need(test)
         cards = self._cards_for(worker, test)
         if len(cards) < self._tests[test].cards:
             return False
-        if (need is None or self._tests[test].exclusive) and _busy(cards):
+        if (self._need(test) is None or self._tests[test].exclusive) and _busy(cards):
             return False
-        return all((need or 0) <= self._room(worker, card) for card in cards)
+        return all(self._asks(worker, card, test) <= self._room(worker, card) for card in cards)
+
+    def _whole(self, test: int) -> int:
+        """Return what ``test`` needs in a process that keeps nothing but its context."""
+        return (self._need(test) or 0) + self._seen.fixtures(test)
+
+    def _asks(self, worker: _Worker, card: _Card, test: int) -> int:
+        """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there.
+
+        What it keeps beside its context are taken for the fixtures that the test needs, if any:
+        others would be torn down before the test's own are set up.
+        """
+        kept = self._baseline(worker, card) - self._context
+        return (self._need(test) or 0) + max(0, self._seen.fixtures(test) - kept)
 
     def _room(self, worker: _Worker, card: _Card) -> int:
         """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""
@@ -625,7 +666,7 @@ class Planner:
 
     def _possible(self, cards: Sequence[_Card], test: int) -> bool:
         """Return whether ``test`` fits on ``cards`` when they are empty."""
-        claim = Claim(self._context, self._need(test) or 0, exclusive=False)
+        claim = Claim(self._context, self._whole(test), exclusive=False)
         return len(cards) == self._tests[test].cards and not any(
             admission.never_fits(card.total, self._headroom, claim) for card in cards
         )
@@ -634,8 +675,8 @@ class Planner:
 
     def _launch(self, worker: _Worker, test: int) -> int:
         """Reserve what ``test`` needs and return it."""
-        need = self._need(test)
-        exclusive = need is None or self._tests[test].exclusive
+        exclusive = self._need(test) is None or self._tests[test].exclusive
+        worker.asked = 0
         worker.using = self._cards_for(worker, test)
         worker.disturbed = exclusive and any(map(self._disturbers, worker.using))
         for card in worker.using:
@@ -644,7 +685,9 @@ class Planner:
                 card.reserved.passed += 1
             card.users.append(worker)
             card.exclusive = exclusive
-            self._claim(worker, card, need or 0)
+            asked = self._asks(worker, card, test)
+            worker.asked = max(worker.asked, asked)
+            self._claim(worker, card, asked)
         return test
 
     def _claim(self, worker: _Worker, card: _Card, extra: int) -> None:
@@ -702,7 +745,7 @@ class Planner:
         planned = self._tests[test]
         largest = max((card.total for card in self._cards.values()), default=0)
         why = (
-            f"{planned.nodeid} needs {format_bytes(self._need(test) or 0)} on {planned.cards} "
+            f"{planned.nodeid} needs {format_bytes(self._whole(test))} on {planned.cards} "
             f"card(s), beside a context of {format_bytes(self._context)} and a headroom of "
             f"{format_bytes(self._headroom)}; there are {len(self._cards)} card(s), "
             f"the largest of {format_bytes(largest)}"
@@ -730,7 +773,7 @@ class Planner:
                 shared.append(test)
         for test in shared:
             self._packed += self._tests[test].duration
-            self._area += (self._need(test) or 0) * self._tests[test].duration
+            self._area += self._whole(test) * self._tests[test].duration
         self._fill(on_cpu, shared)
 
     def _lone(self, test: int) -> bool:
@@ -766,7 +809,7 @@ class Planner:
         self._replan()
         rooms = (self._capacity(card, card.contexts) for card in self._cards.values())
         room = min(rooms, default=0)
-        need = {test: self._need(test) or 0 for test in shared}
+        need = {test: self._whole(test) for test in shared}
         for test in sorted(shared, key=lambda test: -need[test]):
             if need[test] <= room:
                 self._tallest = need[test]
@@ -777,19 +820,19 @@ class Planner:
     def _admit(self, test: int) -> None:
         """Put one test where it belongs."""
         planned = self._tests[test]
-        need = self._need(test) or 0
+        whole = self._whole(test)
         if not self._seen.on_card(test):
             self._cpu.add(test)
-        elif self._lone(test) or need > self._roomiest():
+        elif self._lone(test) or whole > self._roomiest():
             self._run_alone(test)
         else:
             self._packed += planned.duration
-            self._area += need * planned.duration
+            self._area += whole * planned.duration
             if planned.cards > 1:
                 self._wide.add(test, planned.duration)
             else:
                 self._gpu.add(test)
-                self._tallest = max(self._tallest, need)
+                self._tallest = max(self._tallest, whole)
 
     def _roomiest(self) -> int:
         """Return the bytes for tests on the card that has most, beside the contexts there are."""

@@ -81,8 +81,9 @@ class Worker:
         config: pytest's configuration in the worker.
         hello: returns what the controller must know before it schedules, from the items: plain
             builtin values.
-        holding: returns by card (UUID) the bytes this process keeps on it, context included, and
-            those of them that its allocator reserves; nothing of cards it has not used. Cheap.
+        holding: returns by card (UUID) the bytes this process keeps on it, context included;
+            nothing of cards it has not used. Cheap.
+        used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
         is_oom: tells whether an exception is the card's running out of memory.
 
@@ -93,13 +94,15 @@ class Worker:
         config: pytest.Config,
         *,
         hello: Callable[[Sequence[pytest.Item]], Mapping[str, Any]],
-        holding: Callable[[], Mapping[str, tuple[int, int]]],
+        holding: Callable[[], Mapping[str, int]],
+        used: Callable[[], Mapping[str, int]],
         release: Callable[[], None],
         is_oom: Callable[[BaseException], bool],
     ) -> None:
         self._interactor = _interactor(config)
         self._hello = hello
         self.holding = holding
+        self.used = used
         self.release = release
         self.is_oom = is_oom
         self._grants: dict[int, Granted] = {}
@@ -150,7 +153,7 @@ class Stage:
         self.spoiled = False
         """Whether its set-up ran out of memory: nothing stays set up behind it."""
         self._index = 0
-        self._told: Mapping[str, tuple[int, int]] = {}
+        self._told: Mapping[str, int] = {}
         for place, name in enumerate(SENTINELS):
             sentinel: Sentinel = Sentinel.from_parent(session, name=f"gpumem-{name}")
             sentinel.place, sentinel.stage = place, self
@@ -203,10 +206,10 @@ class Stage:
         self._tell()
 
     def _tell(self) -> None:
-        holding = self._worker.holding()
-        if holding != self._told:
+        holding, used = self._worker.holding(), self._worker.used()
+        if holding != self._told or used:
             self._told = holding
-            self._worker.send(holding=dict(holding))
+            self._worker.send(holding=dict(holding), used=dict(used))
 
 
 def tear_down(item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport | None:

@@ -53,6 +53,15 @@ class Node(Protocol):
     def notify_inproc(self, eventname: str, **kwargs: object) -> None: ...  # noqa: D102
 
 
+class Taken(NamedTuple):
+    """What a test took, on the card where that is most; bytes."""
+
+    peak: int = 0
+    """Beyond what its process kept before it."""
+    fixtures: int = 0
+    """What the wider fixtures that it uses hold."""
+
+
 @dataclass
 class _Worker:
     """What the scheduler knows of one worker."""
@@ -66,10 +75,10 @@ class _Worker:
     """The test that it completed last."""
     reported: bool = False
     """Whether the running test has been torn down and reported, but is not complete."""
-    reserved: dict[str, int] = field(default_factory=dict)
-    """What its allocator kept reserved after that, by card."""
-    peak: int = 0
-    """What the running test took beyond it, on the card where that is most."""
+    holding: dict[str, int] = field(default_factory=dict)
+    """What it keeps, by card."""
+    taken: Taken = Taken()  # noqa: RUF009  # a named tuple
+    """What the running test took."""
     oom: bool = False
     """Whether the running test shall be tried again because it shared the card."""
 
@@ -172,7 +181,7 @@ class GpumemScheduling:
         ready = [worker for worker in self._workers.values() if worker.collection is not None]
         if self._planner is not None:
             for worker in ready:
-                self._planner.add_worker(worker.name, worker.cards)
+                self._join(self._planner, worker)
             self._obey()
         elif self._collections_agree(ready) and ready[0].collection:
             self._collection = ready[0].collection
@@ -193,10 +202,16 @@ class GpumemScheduling:
         if place > xdist_private.IDLE:
             planner.flushed(worker.name)
         else:
+            took = worker.taken
             planner.finished(
-                worker.name, index, duration=duration, peak=worker.peak, oom=worker.oom
+                worker.name,
+                index,
+                duration=duration,
+                peak=took.peak,
+                fixtures=took.fixtures,
+                oom=worker.oom,
             )
-            worker.last, worker.peak = index, 0
+            worker.last, worker.taken = index, Taken()
             worker.oom = worker.reported = False
 
     def remove_pending_tests_from_node(self, node: Node, indices: Mapping[str, Any]) -> None:
@@ -206,11 +221,11 @@ class GpumemScheduling:
             return
         worker.hello = indices.get("hello", worker.hello)
         planner = self._planner
-        for uuid, (resident, reserved) in indices.get("holding", {}).items():
-            worker.reserved[uuid] = reserved
+        for uuid, size in indices.get("holding", {}).items():
+            worker.holding[uuid] = size
             if planner is not None:
-                planner.resident(worker.name, resident, (worker.host, uuid))
-        for uuid, used in indices.get("others", {}).items():
+                planner.resident(worker.name, size, (worker.host, uuid))
+        for uuid, used in indices.get("used", {}).items():
             if planner is not None:
                 planner.used((worker.host, uuid), used)
         if planner is not None:
@@ -265,8 +280,8 @@ class GpumemScheduling:
             worker.oom = self._planner is not None and self._planner.retries(report.item_index)
             if not worker.oom:
                 report.outcome = "failed"
-        for card, peak in reserved_peaks(report.user_properties):
-            worker.peak = max(worker.peak, peak - worker.reserved.get(card, 0))
+        if report.when == "teardown":
+            worker.taken = taken(report.user_properties)
 
     # What the planner says
 
@@ -290,13 +305,19 @@ class GpumemScheduling:
             optimistic=self._settings.optimistic,
         )
         for worker in ready:
-            self._planner.add_worker(worker.name, worker.cards)
+            self._join(self._planner, worker)
+
+    def _join(self, planner: plans.Planner, worker: _Worker) -> None:
+        planner.add_worker(worker.name, worker.cards)
+        for uuid, size in worker.holding.items():
+            planner.resident(worker.name, size, (worker.host, uuid))
 
     def _obey(self) -> None:
         """Carry out what the planner wants now."""
         assert self._planner is not None  # noqa: S101  # callers have planned
         by_name = {worker.name: worker for worker in self._workers.values()}
         queues: dict[str, list[int]] = {}
+        grants: dict[str, dict[int, xdist_private.Granted]] = {}
         end = len(self._collection)
         for command in self._planner.commands():
             if isinstance(command, plans.Fail):
@@ -305,17 +326,21 @@ class GpumemScheduling:
                 by_name[command.worker].node.shutdown()
             elif isinstance(command, plans.Run):
                 queues.setdefault(command.worker, []).append(command.test)
+                if command.grant is not None:
+                    size, cards, alone = command.grant
+                    grants.setdefault(command.worker, {})[command.test] = size, cards, alone
             else:
                 reset = isinstance(command, plans.Reset)
                 sentinel = xdist_private.RESET if reset else xdist_private.FLUSH
                 queues.setdefault(command.worker, []).append(end + sentinel)
         for name, indexes in queues.items():
-            self._send(by_name[name], [*indexes, end + xdist_private.IDLE])
-
-    def _send(self, worker: _Worker, indexes: list[int]) -> None:
-        if not worker.node.shutting_down:
-            worker.sent.extend(indexes)
-            worker.node.send_runtest_some(indexes)
+            worker = by_name[name]
+            if not worker.node.shutting_down:
+                if name in grants:
+                    xdist_private.send_grants(worker.node, grants[name])
+                indexes.append(end + xdist_private.IDLE)
+                worker.sent.extend(indexes)
+                worker.node.send_runtest_some(indexes)
 
     def _report_failure(self, command: plans.Fail) -> None:
         """Report a test that can never run, as if a worker had."""
@@ -371,9 +396,10 @@ def planned_tests(
     for index, nodeid in enumerate(collection):
         _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
         expected = expect(nodeid, vram)
-        peak = expected.peak
+        peak, fixtures = expected.peak, expected.fixtures
         if peak is not None and expected.source != "mark":
             peak = min(peak, max(0, most))
+            fixtures = min(fixtures, max(0, most - peak))
         planned.append(
             PlannedTest(
                 nodeid=nodeid,
@@ -384,6 +410,7 @@ def planned_tests(
                 cards=cards,
                 exclusive=exclusive,
                 seen=expected.source == "learned",
+                fixtures=fixtures,
             )
         )
     return planned
@@ -409,17 +436,14 @@ def cards_of(
     return totals, {card: max(0, used[card] - own[card]) for card in totals}
 
 
-def reserved_peaks(properties: Iterable[tuple[str, object]]) -> list[tuple[str, int]]:
-    """Return what a test made its allocator reserve at most, as (card, bytes), from its report.
-
-    A wider fixture's set-up has a peak of its own.
-    """
+def taken(properties: Iterable[tuple[str, object]]) -> Taken:
+    """Return what a test took, from its report."""
     text = dict(properties).get("gpumem_record")
-    if not isinstance(text, str):
-        return []
-    record = json.loads(text)
-    peaks = [(usage["card"], usage["reserved_peak"]) for usage in record["cards"]]
-    return peaks + [(fixture["card"], fixture["peak"]) for fixture in record["fixtures"]]
+    cards = json.loads(text)["cards"] if isinstance(text, str) else ()
+    return Taken(
+        max((usage["extra"] for usage in cards), default=0),
+        max((usage["fixture_bytes"] for usage in cards), default=0),
+    )
 
 
 class Controller:

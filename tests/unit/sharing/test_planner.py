@@ -17,7 +17,7 @@ from pytest_gpumem.sharing import planner as plans
 from pytest_gpumem.sharing.admission import Claim, fits
 from pytest_gpumem.sharing.estimates import PlannedTest
 from pytest_gpumem.sharing.history import family
-from pytest_gpumem.sharing.planner import CardKey, Fail, Flush, Planner, Reset, Run, Stop
+from pytest_gpumem.sharing.planner import CardKey, Fail, Flush, Grant, Planner, Reset, Run, Stop
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
 
@@ -51,6 +51,11 @@ def planner_of(
         first = number % cards
         planner.add_worker(f"w{number}", uuids[first:] + uuids[:first])
     return planner
+
+
+def runs(planner: Planner) -> list[tuple[str, int]]:
+    """Return who is to run what now; nothing else is commanded."""
+    return [command[:2] for command in planner.commands()]  # type: ignore[misc]
 
 
 class Workers:
@@ -235,9 +240,9 @@ def test_idle_workers_give_back_fixtures_module_first_before_a_test_runs_alone()
     tests = [gpu("a", 10, group="a.py"), gpu("b", 60, group="b.py")]
     planner = planner_of(tests, workers=1)
     seen = []
-    assert planner.commands() == [Run("w0", 0)]
+    assert runs(planner) == [("w0", 0)]
     planner.finished("w0", 0, duration=1.0, peak=10)
-    assert planner.commands() == [Run("w0", 1)]
+    assert runs(planner) == [("w0", 1)]
     planner.finished("w0", 1, duration=1.0, peak=60)
     planner.resident("w0", 90)
     planner.requeue(1)
@@ -247,7 +252,56 @@ def test_idle_workers_give_back_fixtures_module_first_before_a_test_runs_alone()
         planner.flushed("w0")
     assert [type(command) for command in seen if command.worker == "w0"] == [Flush, Reset]
     # It gave nothing back; the test runs all the same, and tells itself whether it can.
-    assert Run("w0", 1) in planner.commands()
+    assert ("w0", 1) in runs(planner)
+
+
+def test_a_test_is_granted_what_is_set_aside_for_it() -> None:
+    tests = [gpu("a", 20), gpu("b", None, group="h.py"), cpu("c")]
+    workers = Workers(tests, planner_of(tests, workers=1))
+    grants = {}
+    while not workers.planner.done:
+        for command in workers.planner.commands():
+            if isinstance(command, Run):
+                grants[command.test] = command.grant
+                workers.planner.finished(command.worker, command.test, duration=1.0, peak=20)
+    assert grants == {0: Grant(20, 1, alone=False), 1: Grant(None, 1, alone=True), 2: None}
+
+
+def test_room_for_fixtures_is_set_aside_where_they_are_not_set_up() -> None:
+    tests = [gpu(f"t{n}", 20)._replace(fixtures=40) for n in range(2)]
+    planner = planner_of(tests, workers=1)
+    (first,) = planner.commands()
+    assert isinstance(first, Run)
+    assert first.grant == Grant(60, 1, alone=False)
+    planner.resident("w0", CONTEXT + 40)
+    planner.finished("w0", first.test, duration=1.0, peak=20, fixtures=40)
+    (second,) = planner.commands()
+    assert isinstance(second, Run)
+    assert second.grant == Grant(20, 1, alone=False)
+
+
+def test_tests_that_fit_only_without_their_fixtures_do_not_run_together() -> None:
+    tests = [gpu(f"t{n}", 10)._replace(fixtures=40) for n in range(2)]
+    workers = Workers(tests, planner_of(tests, workers=2))
+    workers.obey()
+    assert len(workers.running()) == 1
+
+
+def test_a_test_that_ran_out_of_memory_gets_the_room_of_idle_workers_fixtures() -> None:
+    tests = [gpu("a", 10, 9.0), gpu("b", 10, group="h.py")]
+    planner = planner_of(tests, workers=2)
+    assert runs(planner) == [("w0", 0), ("w1", 1)]
+    planner.resident("w1", 30)
+    planner.finished("w1", 1, duration=1.0, peak=10)
+    planner.finished("w0", 0, duration=1.0, peak=10, oom=True)
+    given_back = []
+    for _ in range(2):
+        for command in planner.commands():
+            assert isinstance(command, Flush | Reset)
+            given_back.append(command.worker)
+            planner.flushed(command.worker)
+    assert given_back == ["w1", "w1"]
+    assert [test for _, test in runs(planner)] == [0]
 
 
 def test_a_test_larger_than_any_card_fails_at_once_with_the_numbers() -> None:
@@ -284,9 +338,9 @@ def test_a_test_on_two_cards_waits_for_an_exclusive_test_on_the_other() -> None:
     tests = [gpu("alone", 10, 9.0)._replace(exclusive=True), gpu("pair", 10)._replace(cards=2)]
     planner = planner_of(tests, workers=0, cards=2)
     planner.add_worker("w0", ["card0", "card1"])
-    assert planner.commands() == [Run("w0", 1)]
+    assert runs(planner) == [("w0", 1)]
     planner.finished("w0", 1, duration=1.0, peak=10)
-    assert planner.commands() == [Run("w0", 0)]
+    assert runs(planner) == [("w0", 0)]
     planner.requeue(1)
     planner.add_worker("w1", ["card1", "card0"])
     assert planner.commands() == []
@@ -307,9 +361,9 @@ def test_a_test_too_large_beside_the_contexts_does_not_keep_the_card_waiting() -
 def test_a_crashed_test_is_not_run_again_and_its_room_comes_back() -> None:
     tests = [gpu("a", 60, 9.0), gpu("b", 60)]
     planner = planner_of(tests, workers=2)
-    assert planner.commands() == [Run("w0", 0)]
+    assert runs(planner) == [("w0", 0)]
     assert planner.remove_worker("w0") == 0
-    assert planner.commands() == [Run("w1", 1)]
+    assert runs(planner) == [("w1", 1)]
     planner.finished("w1", 1, duration=1.0, peak=60)
     assert planner.done
     assert planner.commands() == [Stop("w1")]
@@ -372,11 +426,13 @@ def generated(  # noqa: PLR0917  # hypothesis shows a call that can be pasted
     cards: int,
     exclusive: bool,
     seen: bool,
+    fixtures: int,
 ) -> PlannedTest:
     nodeid = f"m{group}.py::{name}[{parameter}]"
     if not on_gpu:
         return PlannedTest(nodeid, False, None, duration, f"m{group}.py", seen=seen)
-    return PlannedTest(nodeid, True, peak, duration, f"m{group}.py", cards, exclusive)
+    own = PlannedTest(nodeid, True, peak, duration, f"m{group}.py", cards, exclusive)
+    return own._replace(fixtures=fixtures)
 
 
 planned = st.builds(
@@ -390,6 +446,7 @@ planned = st.builds(
     st.sampled_from([1, 1, 1, 2, 3]),
     st.sampled_from([False, False, False, True]),
     st.booleans(),
+    st.sampled_from([0, 0, 5, 40]),
 )
 hosts = st.lists(st.lists(st.sampled_from([TOTAL, TOTAL, 60]), max_size=3), min_size=1, max_size=3)
 """The cards of each host; their UUIDs are the same everywhere."""
@@ -473,7 +530,7 @@ class Room(RuleBasedStateMachine):
     def obey(self) -> None:
         for command in self.planner.commands():
             if isinstance(command, Run):
-                self.run(command.worker, command.test)
+                self.run(command.worker, command.test, command.grant)
             elif isinstance(command, Fail):
                 self.ended[command.test] += 1
             elif isinstance(command, Stop):
@@ -487,7 +544,7 @@ class Room(RuleBasedStateMachine):
                 self.flushing.add(command.worker)
         assert self.planner.commands() == []
 
-    def run(self, worker: str, test: int) -> None:
+    def run(self, worker: str, test: int, grant: Grant | None) -> None:
         assert worker in self.queues
         assert worker not in self.stopped | self.flushing
         assert self.started[test] == self.ended[test] == self.ooms[test]
@@ -496,7 +553,8 @@ class Room(RuleBasedStateMachine):
             assert not on_gpu
             assert self.queues[worker][0] not in self.grants
         elif on_gpu:
-            self.run_on_card(worker, test)
+            assert grant is not None
+            self.run_on_card(worker, test, grant)
         if not on_gpu and not self.tests[test].seen:
             # Whoever runs at the same time on this host cannot be sure to have been alone.
             self.beside_unseen |= {
@@ -506,14 +564,16 @@ class Room(RuleBasedStateMachine):
         self.started[test] += 1
         self.queues[worker].append(test)
 
-    def run_on_card(self, worker: str, test: int) -> None:
+    def run_on_card(self, worker: str, test: int, grant: Grant) -> None:
         cards = self.cards_of(worker, test)
         assert len(cards) == self.tests[test].cards
         for card in cards:
-            self.check_room(worker, test, card)
+            self.check_room(worker, test, card, grant)
         for card in cards:
             self.resident[worker, card] = max(CONTEXT, self.resident.get((worker, card), 0))
-        self.grants[test] = self.planner._need(test)
+        assert grant.cards == len(cards)
+        assert grant.alone == (grant.size is None or self.tests[test].exclusive)
+        self.grants[test] = grant.size
         self.beside_unseen.discard(test)
         if any(
             not self.tests[other].seen
@@ -525,9 +585,9 @@ class Room(RuleBasedStateMachine):
         if self.ooms[test] > 1:
             assert test not in self.beside_unseen
 
-    def check_room(self, worker: str, test: int, card: CardKey) -> None:
+    def check_room(self, worker: str, test: int, card: CardKey, grant: Grant) -> None:
         running = self.on_card(card)
-        need = self.planner._need(test)
+        need = grant.size
         if not running:
             return  # The card is its own; it may be a last resort.
         assert need is not None
@@ -555,9 +615,10 @@ class Room(RuleBasedStateMachine):
         data=st.data(),
         oom=st.sampled_from([False, False, True]),
         peak=st.none() | st.integers(0, TOTAL),
+        fixtures=st.sampled_from([0, 20]),
         duration=st.floats(0, 100),
     )
-    def finish(self, data, oom, peak, duration) -> None:
+    def finish(self, data, oom, peak, duration, fixtures) -> None:
         worker = data.draw(st.sampled_from(self.busy()))
         test = self.queues[worker].pop(0)
         again = self.planner.retries(test)
@@ -567,7 +628,9 @@ class Room(RuleBasedStateMachine):
         if (oom or peak) and not self.tests[test].gpu:
             self.surprising.add(family(self.tests[test].nodeid))
         self.ooms[test] += oom and again
-        self.planner.finished(worker, test, duration=duration, peak=peak, oom=oom)
+        self.planner.finished(
+            worker, test, duration=duration, peak=peak, fixtures=fixtures, oom=oom
+        )
         self.obey()
 
     @precondition(lambda self: self.queues)
