@@ -44,7 +44,6 @@ soak: $(VENV)/.wheel
 	$(PIP) --group soak
 	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
 	$(BIN)/python tests/soak/opinfo_campaign.py
-	PYTHONPATH=tests/plugin $(BIN)/pytest -n 2 tests/soak/scheduler_runs.py
 	$(BIN)/python tests/soak/lease_kills.py
 
 gpu-check: $(VENV)/.wheel

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,68 +42,40 @@ import json, os, time
 from pathlib import Path
 
 import pytest
-
-from pytest_gpumem.sharing import xdist_scheduler
-from pytest_gpumem.sharing.history import History
-from pytest_gpumem.sharing.lease import LeaseStore, Want
-from pytest_gpumem.simulator.card import SharedCard
+from pytest_gpumem.state import GRANT
+from without_torch import ALLOCATOR
 
 HERE = Path(__file__).parent
 POLICY = os.environ["BENCH_POLICY"]
 PLAN = json.loads((HERE / "plan.json").read_text())
-CARD = SharedCard.open(HERE / "card")
 LOG = open(HERE / f"log-{os.getpid()}", "w", buffering=1)
-STORE = LeaseStore(HERE / "leases")
 
 
-class OutOfMemoryError(RuntimeError):
-    pass
-
-
-def work(number, properties):
-    asked = time.monotonic()
+def work(number, before):
     duration, peak = PLAN[number]
+    asked = time.monotonic()
     if peak and POLICY == "filelock":
         from filelock import FileLock
 
         with FileLock(HERE / "lock"):
-            use(asked, number, properties)
-    elif peak and POLICY == "lease":
-        context = 0 if CARD.joined else CARD.context
-        with STORE.acquire({CARD.uuid: Want(peak + context)}, {CARD.uuid: CARD.total}, "test"):
-            use(asked, number, properties)
-            STORE.set_resident(CARD.uuid, CARD.context)
+            use(asked, number)
     else:
-        use(asked, number, properties)
+        use(before, number)
 
 
-def use(asked, number, properties):
+def use(asked, number):
     duration, peak = PLAN[number]
     begun = time.monotonic()
-    oom = bool(peak) and not (CARD.join() and CARD.reserve(peak))
-    if not oom:
-        time.sleep(duration)
+    try:
         if peak:
-            CARD.release(peak)
-    ended = time.monotonic()
-    told = {"test": number, "asked": asked, "begun": begun, "ended": ended, "oom": oom}
-    LOG.write(json.dumps(told) + "\\n")
-    if oom:
-        raise OutOfMemoryError("CUDA out of memory")
-    if peak:
-        usage = {"card": CARD.uuid, "reserved_peak": peak}
-        record = json.dumps({"cards": [usage], "fixtures": [], "oom": ""})
-        properties.append(("gpumem_record", record))
-
-
-def marked(items):
-    """Tests on the card are marked with gpu(), which says how much only under one policy."""
-    plan = [PLAN[item.callspec.params["number"]] for item in items]
-    return [
-        (index, peak if POLICY == "gpumem-known" else None, 1, False)
-        for index, (_, peak) in enumerate(plan)
-        if peak and POLICY != "gpumem-unmarked"
-    ]
+            ALLOCATOR.take(peak)
+            time.sleep(duration)
+            ALLOCATOR.give(peak)
+        else:
+            time.sleep(duration)
+    finally:
+        told = {"test": number, "asked": asked, "begun": begun, "ended": time.monotonic()}
+        LOG.write(json.dumps(told) + "\\n")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,48 +83,23 @@ def set_up():
     LOG.write('{"set_up": 1}\\n')
 
 
+@pytest.fixture
+def before(request):
+    """When the test would have begun without its lease, for which it waits before its set-up."""
+    grant = request.node.stash.get(GRANT, None)
+    return time.monotonic() - (grant.waited if grant else 0.0)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if POLICY == "group" and PLAN[item.callspec.params["number"]][1]:
+        _, peak = PLAN[item.callspec.params["number"]]
+        if peak and POLICY == "group":
             item.add_marker(pytest.mark.xdist_group("gpu"))
-
-
-def pytest_configure(config):
-    if not POLICY.startswith("gpumem"):
-        return
-    if hasattr(config, "workerinput"):
-        plugin = xdist_scheduler.worker_plugin(
-            config,
-            needs=marked,
-            cards=lambda: [(CARD.uuid, CARD.total, CARD.total - CARD.free(), 0)],
-            holding=lambda: {CARD.uuid: (CARD.context, 0)} if CARD.joined else {},
-            release=lambda: None,
-            is_oom=lambda error: isinstance(error, OutOfMemoryError),
-        )
-    else:
-        settings = xdist_scheduler.SchedulerSettings(
-            CARD.context, 0, optimistic=POLICY == "gpumem-optimistic"
-        )
-        history = History.load(HERE / "history.json")
-        config.pluginmanager.register(Learning(history))
-        plugin = xdist_scheduler.controller_plugin(config, history.expect, settings)
-    config.pluginmanager.register(plugin)
-
-
-class Learning:
-    def __init__(self, history):
-        self.history = history
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" and report.passed:
-            # The record comes with the call already: no fixture adds to it.
-            record = dict(report.user_properties).get("gpumem_record")
-            peak = json.loads(record)["cards"][0]["reserved_peak"] if record else 0
-            self.history.note(report.nodeid, peak, report.duration, bool(record))
-
-    def pytest_sessionfinish(self):
-        self.history.save(HERE / "history.json")
+        elif peak and POLICY in ("gpumem-known", "gpumem-leases"):
+            item.add_marker(pytest.mark.gpu(vram=peak))
+        elif peak and POLICY != "gpumem-unmarked":
+            item.add_marker(pytest.mark.gpu)
 '''
 
 MODULE = """
@@ -163,8 +111,8 @@ from conftest import work
 
 TEST = """
 @pytest.mark.parametrize("number", {numbers})
-def {name}(number, request):
-    work(number, request.node.user_properties)
+def {name}(number, before):
+    work(number, before)
 """
 
 
@@ -179,18 +127,19 @@ class Policy(NamedTuple):
     card: int = CARD
 
 
+OURS = ("-p", "gpumem", "--gpumem-history=history.json", "--gpumem-headroom=0B")
 BASIS = Policy("load, card never full", "load", card=ENDLESS)
 """What the others are compared with."""
 POLICIES = (
     Policy("load, no control", "load"),
-    Policy("load, `FileLock` in a fixture", "filelock"),
+    Policy("load, `FileLock` around each", "filelock"),
     Policy("loadgroup, one `xdist_group` (*)", "group", ("--dist", "loadgroup")),
-    Policy("load, our leases of the true peak", "lease"),
-    Policy("scheduler, first run", "gpumem"),
-    Policy("scheduler, second run", "gpumem", forget=False),
-    Policy("scheduler, first run, optimistic", "gpumem-optimistic"),
-    Policy("scheduler, first run, peaks marked", "gpumem-known"),
-    Policy("scheduler, first run, no marks", "gpumem-unmarked"),
+    Policy("load, our leases, peaks marked", "gpumem-leases", (*OURS, "--gpumem-schedule=off")),
+    Policy("scheduler, first run", "gpumem", OURS),
+    Policy("scheduler, second run", "gpumem", OURS, forget=False),
+    Policy("scheduler, first run, optimistic", "gpumem", (*OURS, "--gpumem-schedule=optimistic")),
+    Policy("scheduler, first run, peaks marked", "gpumem-known", OURS),
+    Policy("scheduler, first run, no marks", "gpumem-unmarked", OURS),
 )
 """In this order: the second run knows what the one before it taught."""
 FOOTNOTE = "(*) xdist 3.8 does not group under pytest 9.2: pytest-xdist#1386."
@@ -219,7 +168,8 @@ def write_suite(folder: Path, cases: Sequence[Case]) -> None:
     """Write the suite."""
     (folder / "plan.json").write_text(json.dumps([(case.duration, case.peak) for case in cases]))
     (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "pytest.ini").write_text("[pytest]\n")
+    shutil.copy(Path(__file__).with_name("without_torch.py"), folder)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     numbered = list(enumerate(cases))
     for module, own in groupby(numbered, lambda each: each[1].module):
         tests = "".join(
@@ -244,7 +194,12 @@ def run(policy: Policy, suite: Path, workers: int) -> Row:
     # Of the installed plugins only those that the suite is about.
     plugins = ("-p", "xdist", "-p", "no:cacheprovider")
     command = [sys.executable, "-m", "pytest", "-q", *plugins, f"-n{workers}", *policy.args]
-    environment = os.environ | {"BENCH_POLICY": policy.key, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = os.environ | {
+        "BENCH_POLICY": policy.key,
+        "GPUMEM_SIMULATE_CARD": str(suite / "card"),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
     done = subprocess.run(
         [*command, str(suite)],
         cwd=suite,
@@ -273,7 +228,7 @@ def read(policy: Policy, suite: Path, output: str, workers: int) -> Row:
     return Row(
         name=policy.name,
         passed=counts.get("passed", 0),
-        failed=counts.get("failed", 0),
+        failed=counts.get("failed", 0) + counts.get("errors", 0) + counts.get("error", 0),
         retried=counts.get("rerun", 0),
         makespan=makespan,
         idle=idle / (workers * makespan),
