@@ -43,11 +43,14 @@ class Replacing:
             report.gpumem_broke = self._broke  # type: ignore[attr-defined]  # travels with it
         return report
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_runtest_logfinish(self) -> None:
-        """End the process, now that the test's reports have been sent."""
+    # First of all: a plugin that runs a failed test again does so within, and reports at last.
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
+        """End the process, now that all of the test's reports have been sent."""
+        result = yield
         if self._broke:
             os._exit(EXIT)
+        return result
 
 
 def cuda_sentence(error: BaseException) -> str:

@@ -70,7 +70,9 @@ class Reporting:
         """Let a worker that ended itself after a test not count as a failure more of that test."""
         worker = vars(report)["node"].gateway.id
         last = next((each for each in reversed(self._tests) if each.worker == worker), None)
-        if last is not None and last.broke and last.nodeid == crashitem:
+        if last is None or last.nodeid != crashitem or not last.broke:
+            return
+        if last.outcome in ("failed", "error"):
             # As the phase of a test that passes nowhere counts, and is not shown.
             report.outcome, report.when = "passed", "setup"
             report.gpumem_replaced = True  # type: ignore[attr-defined]
