@@ -342,6 +342,8 @@ class Planner:
             self._seen.used_card(test, self._need(test), self._seen.fixtures(test))
         elif gpu or peak:
             self._seen.used_card(test, peak, fixtures)
+        if peak and not self._tests[test].gpu:
+            self._until_replan = 0
         ran.given.remove(test)
         self._ended(ran, test)
         if again:
@@ -835,9 +837,14 @@ class Planner:
                 self._tallest = max(self._tallest, whole)
 
     def _roomiest(self) -> int:
-        """Return the bytes for tests on the card that has most, beside the contexts there are."""
-        cards = self._cards.values()
-        rooms = (self._capacity(card, max(1, len(card.claims))) for card in cards)
+        """Return the bytes for tests on the card that has most, beside the contexts there are.
+
+        What other programs use now they may give back.
+        """
+        rooms = (
+            self._capacity(card, max(1, len(card.claims))) + card.others
+            for card in self._cards.values()
+        )
         return max(rooms, default=0)
 
     # How many contexts

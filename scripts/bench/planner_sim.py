@@ -33,6 +33,7 @@ from scenario import CARD, CONTEXT, MIB, Scenario
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+GIB = 2**30
 SECONDS = 1_350.0
 WORKERS = 4
 THE_CARD: CardKey = ("", "card")
@@ -334,59 +335,74 @@ def compare(seeds: int, *, unrelated: bool) -> None:
             )
 
 
-def scale(tests: int, workers: int, cards: int) -> None:
-    """Print what the planner itself takes on a large run of known tests."""
+def large_run(tests: int) -> list[PlannedTest]:
+    """Return so many known tests, 40 % on the card, with peaks of 1 to 50 GiB."""
     rng = random.Random(0)  # noqa: S311  # a scenario, no secret
-    gib = 2**30
-    everything = [
+    return [
         PlannedTest(
             f"tests/test_{test // 30}.py::test_{test // 6}[{test % 6}]",
             gpu := rng.random() < 0.4,
-            round(gib * 50 ** rng.random()) if gpu else None,
+            round(GIB * 50 ** rng.random()) if gpu else None,
             rng.lognormvariate(0, 1.0),
             f"tests/test_{test // 30}.py",
         )
         for test in range(tests)
     ]
-    tracemalloc.start()
-    planner = Planner(
-        everything,
-        {("", f"GPU-{card}"): 80 * gib for card in range(cards)},
-        context=gib // 2,
-        headroom=gib // 2,
-    )
+
+
+def large_planner(tests: Sequence[PlannedTest], workers: int, cards: int) -> Planner:
+    """Return a planner of ``tests`` with its workers."""
+    keys = [("", f"GPU-{card}") for card in range(cards)]
+    totals = dict.fromkeys(keys, 80 * GIB)
+    planner = Planner(tests, totals, context=GIB // 2, headroom=GIB // 2)
     for worker in range(workers):
-        planner.add_worker(str(worker), [("", f"GPU-{worker % cards}")])
+        first = worker % cards
+        planner.add_worker(str(worker), keys[first:] + keys[:first])
+    return planner
+
+
+def scale(count: int, workers: int, cards: int) -> None:
+    """Print what the planner itself takes on a large run of known tests."""
+    tests = large_run(count)
+    tracemalloc.start()
+    planner = large_planner(tests, workers, cards)
+    planner.commands()
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    planner = large_planner(tests, workers, cards)
     began = time.perf_counter()
     pending = planner.commands()
     first = time.perf_counter() - began
-    memory = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    ends: list[tuple[float, int, str, int]] = []
+    ends: list[tuple[float, int, str]] = []
     free = dict.fromkeys(map(str, range(workers)), 0.0)
-    spent = worst = now = 0.0
-    steps = 0
+    now = 0.0
+    taken: list[float] = []
     while True:
         for command in pending:
             if isinstance(command, Run):
-                begin = max(now, free[command.worker])
-                free[command.worker] = begin + everything[command.test].duration
-                entry = (free[command.worker], command.test, command.worker, command.test)
-                heapq.heappush(ends, entry)
+                free[command.worker] = max(now, free[command.worker])
+                free[command.worker] += tests[command.test].duration
+                heapq.heappush(ends, (free[command.worker], command.test, command.worker))
         if not ends:
             break
-        now, _, name, test = heapq.heappop(ends)
+        now, test, name = heapq.heappop(ends)
         began = time.perf_counter()
-        duration, peak = everything[test].duration, everything[test].peak
-        planner.finished(name, test, duration=duration, peak=peak)
+        planner.finished(name, test, duration=tests[test].duration, peak=tests[test].peak)
         pending = planner.commands()
-        took = time.perf_counter() - began
-        spent, worst, steps = spent + took, max(worst, took), steps + 1
-    total = sum(test.duration for test in everything)
-    print(f"{tests} tests, {workers} workers, {cards} cards of 80 GiB")
-    print(f"first commands: {first:.2f} s (with memory tracing); memory: {memory / MIB:.1f} MiB")
-    print(f"a decision: {spent / steps * 1e6:.1f} us on average, {worst * 1e3:.2f} ms at worst")
-    print(f"done: {planner.done}; makespan / (all time / workers): {now / (total / workers):.3f}")
+        taken.append(time.perf_counter() - began)
+    if not planner.done:
+        raise SystemExit("the planner is stuck")
+    taken.sort()
+    p50, p99 = (taken[int(share * len(taken))] * 1e6 for share in (0.5, 0.99))
+    total = sum(test.duration for test in tests)
+    print(f"{count} tests, {workers} workers, {cards} cards of 80 GiB")
+    print(f"first commands: {first:.2f} s; peak memory: {memory / MIB:.1f} MiB")
+    print(
+        f"a decision: p50 {p50:.0f} us, p99 {p99:.0f} us, max {taken[-1] * 1e3:.2f} ms; "
+        f"{sum(taken) / count * 1e6:.1f} us a test"
+    )
+    print(f"makespan / (all time / workers): {now / (total / workers):.3f}")
 
 
 def main() -> None:

@@ -90,6 +90,8 @@ class Workers:
         self.now, test = busy[name].popleft()
         planned = self.tests[test]
         peak = peak if peak is not None else self.peaks.get(test, planned.peak)
+        if peak is not None:
+            self.planner.resident(name, CONTEXT)
         self.planner.finished(name, test, duration=planned.duration, peak=peak, oom=oom)
         return test
 
@@ -212,6 +214,118 @@ def test_a_test_out_of_memory_runs_once_more_and_alone() -> None:
         workers.finish(oom=True)
     assert beside == set()
     assert Counter(test for _, test in workers.order)[again] == 2
+
+
+def test_a_retry_disturbed_by_a_test_never_seen_runs_again_when_no_such_test_is_left() -> None:
+    tests = [gpu("g", None)] + [
+        cpu(f"c{n}", 5.0, f"c{n}.py")._replace(seen=False) for n in range(6)
+    ]
+    planner = planner_of(tests, workers=2)
+    workers = Workers(tests, planner)
+    for attempt in range(2):
+        workers.obey()
+        assert 0 in workers.running()
+        assert planner.retries(0), attempt
+        workers.finish(oom=True)
+    beside: set[int] = set()
+    while not planner.done:
+        workers.obey()
+        if 0 in workers.running():
+            beside |= workers.running() - {0}
+            assert not planner.retries(0)
+        workers.finish()
+    assert beside == set()
+    assert workers.order[-1][1] == 0
+    assert [test for _, test in workers.order].count(0) == 3
+
+
+def test_a_retry_beside_tests_that_ran_before_is_the_last() -> None:
+    tests = [gpu("g", None)] + [cpu(f"c{n}", 5.0) for n in range(6)]
+    workers = Workers(tests, planner_of(tests, workers=2))
+    workers.obey()
+    workers.finish(oom=True)
+    workers.obey()
+    assert len(workers.running()) == 2
+    assert not workers.planner.retries(0)
+
+
+def test_no_estimate_is_larger_than_the_card() -> None:
+    # 80 times 1.3 is more than the 85 bytes that a card can give; the test runs all the same.
+    tests = [gpu("t[0]", None), gpu("t[1]", None)]
+    workers = Workers(tests, planner_of(tests, workers=2))
+    workers.peaks = {0: 80, 1: 80}
+    assert workers.run() == [0, 1]
+    assert [command for command in workers.other if isinstance(command, Fail)] == []
+
+
+def test_tests_larger_than_the_room_beside_the_contexts_do_not_keep_others_from_packing() -> None:
+    # Nothing is known. Four contexts leave 55 bytes: what is expected after the first large test
+    # is more, and so many tests that run alone make the card drain.
+    tests = [cpu(f"{name}[{n}]", group=f"{name}.py") for name in "tu" for n in range(8)]
+    tests += [cpu(f"c{n}") for n in range(20)]
+    tests += [cpu(f"s{m}[{n}]", group="s.py") for m in range(6) for n in range(6)]
+    workers = Workers(tests, planner_of(tests, workers=4))
+    sizes = {"t.py": 60, "u.py": 60, "s.py": 5}
+    workers.peaks = {n: sizes[t.group] for n, t in enumerate(tests) if t.group in sizes}
+    workers.run()
+    assert workers.now <= 32.0  # 16 run alone; one after the other they would take 52
+
+
+def test_a_test_on_two_cards_takes_only_those_of_its_workers_host() -> None:
+    cards = [("a", "GPU-0"), ("b", "GPU-0"), ("b", "GPU-1")]
+    planner = Planner(
+        [gpu("pair", 10)._replace(cards=2)],
+        dict.fromkeys(cards, TOTAL),
+        context=CONTEXT,
+        headroom=HEADROOM,
+    )
+    planner.add_worker("wa", cards[:1])
+    planner.add_worker("wb", cards[1:])
+    assert planner.commands() == [Run("wb", 0)]
+
+
+def test_equal_uuids_on_two_hosts_are_two_cards() -> None:
+    cards = [("a", "GPU-0"), ("b", "GPU-0")]
+    tests = [gpu("one", 80), gpu("two", 80)]
+    totals = dict.fromkeys(cards, TOTAL)
+    planner = Planner(tests, totals, context=CONTEXT, headroom=HEADROOM)
+    for name, card in zip("ab", cards, strict=True):
+        planner.add_worker(name, [card])
+    assert len(planner.commands()) == 2
+
+
+def test_a_host_without_cards_runs_cpu_tests_and_gives_up_nothing_that_others_can_run() -> None:
+    tests = [cpu("c"), gpu("g", 10), gpu("h", None)]
+    planner = Planner(tests, {("b", "GPU"): TOTAL}, context=CONTEXT, headroom=HEADROOM)
+    planner.add_worker("bare", [])
+    planner.add_worker("b", [("b", "GPU")])
+    commands = planner.commands()
+    assert Run("bare", 0) in commands
+    planner.remove_worker("b")
+    planner.finished("bare", 0, duration=1.0, peak=None)
+    assert planner.commands() == []
+    planner.add_worker("again", [("b", "GPU")])
+    assert [type(command) for command in planner.commands()] == [Run]
+
+
+def test_what_others_use_is_told_only_by_a_card_on_which_no_test_runs() -> None:
+    tests = [gpu(name, 20) for name in "abc"]
+    planner = planner_of(tests, workers=2)
+    assert runs(planner) == [("w0", 0), ("w1", 2)]
+    planner.used("card0", 95)
+    planner.finished("w0", 0, duration=1.0, peak=20)
+    assert runs(planner) == [("w0", 1)]
+    planner.finished("w0", 1, duration=1.0, peak=20)
+    planner.finished("w1", 2, duration=1.0, peak=20)
+    planner.used("card0", 95)
+    for test in range(3):
+        planner.requeue(test)
+    # 75 of the 95 bytes are not ours: nothing fits, and one test runs as a last resort.
+    assert len(planner.commands()) == 1
+    # More room is used as soon as it is told of.
+    planner.finished("w0", 0, duration=1.0, peak=20)
+    planner.used("card0", 20)
+    assert len(planner.commands()) == 2
 
 
 def test_a_cpu_test_that_runs_out_of_memory_is_tried_again_as_a_gpu_test() -> None:
