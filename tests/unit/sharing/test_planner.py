@@ -281,7 +281,7 @@ def test_a_test_on_two_cards_takes_only_those_of_its_workers_host() -> None:
     )
     planner.add_worker("wa", cards[:1])
     planner.add_worker("wb", cards[1:])
-    assert planner.commands() == [Run("wb", 0)]
+    assert runs(planner) == [("wb", 0)]
 
 
 def test_equal_uuids_on_two_hosts_are_two_cards() -> None:
