@@ -74,7 +74,7 @@ class Measuring:
         self._errors: list[BaseException] = []
         self._keepers: dict[int, str] = {}
         self._state = state
-        self._late: list[tuple[str, dict[str, Any]]] = []
+        self._late: list[tuple[str, list[dict[str, Any]], dict[str, int]]] = []
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -182,13 +182,16 @@ class Measuring:
     def late_teardowns(self, nodeid: str) -> Iterator[None]:
         """Measure teardowns of wider fixtures after the report of the test ``nodeid`` was made."""
         self.tracker.begin_test(nodeid)
+        before = self.tracker.reserved
         self._tearing_down = True
         try:
             yield
         finally:
             self._tearing_down = False
             usage = self.tracker.end_test()
-            self._late += [(nodeid, records.to_plain(fixture)) for fixture in usage.fixtures]
+            if usage.fixtures or self.tracker.reserved != before:
+                fixtures = [records.to_plain(fixture) for fixture in usage.fixtures]
+                self._late.append((nodeid, fixtures, self.tracker.reserved))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Tell the controller what no report told; this worker may be on another machine."""

@@ -43,8 +43,9 @@ class Reporting:
         self._workers: set[str] = set()
         self._hosts: dict[str, str] = {}
         """By worker, where that is another machine."""
-        self._late: dict[tuple[str, str], list[records.FixtureUsage]] = {}
-        """By test and worker: fixtures torn down after the test was reported."""
+        self._late: dict[tuple[str, str], tuple[list[records.FixtureUsage], dict[str, int]]] = {}
+        """By test and worker: fixtures torn down after the test was reported, and the bytes that
+        were reserved then, by card."""
         self._notes: list[str] = []
         self._failures: list[str] = []
         self._usage_error = ""
@@ -95,9 +96,10 @@ class Reporting:
         for plain in output.get(CARDS, ()):
             card = records.from_plain(records.Card, plain)._replace(host=self._host(worker))
             self._cards.setdefault((card.host, card.uuid), card)
-        for nodeid, plain in output.get(LATE, ()):
-            fixture = records.from_plain(records.FixtureUsage, plain)
-            self._late.setdefault((nodeid, worker), []).append(fixture)
+        for nodeid, plains, reserved in output.get(LATE, ()):
+            fixtures, now = self._late.setdefault((nodeid, worker), ([], {}))
+            fixtures += [records.from_plain(records.FixtureUsage, plain) for plain in plains]
+            now.update(reserved)
         self._notes += [note for note in output.get(NOTES, ()) if note not in self._notes]
 
     def _host(self, worker: str) -> str:
@@ -120,11 +122,15 @@ class Reporting:
 
     def _whole(self, test: records.RecordedTest) -> records.RecordedTest:
         """Return a test's record with what became known after its report."""
-        late = self._late.get((test.nodeid, test.worker), ())
-        host = self._host(test.worker)
-        if not late and not host:
-            return test
-        return test._replace(fixtures=(*test.fixtures, *late), host=host)
+        late, host = self._late.get((test.nodeid, test.worker)), self._host(test.worker)
+        if late is not None:
+            fixtures, reserved = late
+            cards = [
+                card._replace(reserved=reserved.get(card.card, card.reserved))
+                for card in test.cards
+            ]
+            test = test._replace(fixtures=(*test.fixtures, *fixtures), cards=tuple(cards))
+        return test._replace(host=host) if host else test
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

@@ -231,6 +231,11 @@ class Tracker:
         self.boundary()
         return sum(meter.last.allocated for meter in self._meters.values())
 
+    @property
+    def reserved(self) -> dict[str, int]:
+        """Bytes reserved at the last boundary, by card."""
+        return {meter.card.uuid: meter.last.reserved for meter in self._meters.values()}
+
     def close(self) -> None:
         """Stop watching."""
         if self._unwatch is not None:
