@@ -110,8 +110,9 @@ def _share(config: pytest.Config) -> None:
 
 def _may_meet_cards(config: pytest.Config) -> bool:
     """Return whether a worker of xdist may have a card: here, or on another machine."""
-    remote = any("popen" not in each for each in config.getoption("tx", None) or ())
-    return remote or bool(config.stash[STATE].found.cards)
+    gateways = config.getoption("tx", None) or ()
+    elsewhere = any(each.rpartition("*")[2] != "popen" for each in gateways)
+    return elsewhere or bool(config.stash[STATE].found.cards)
 
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)
