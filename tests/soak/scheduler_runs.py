@@ -104,7 +104,9 @@ def needs(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid):
-    # End this worker, as one whose CUDA context is broken does, after all was reported.
+    # What anybody uses of the card; and the end of a worker whose CUDA context is broken.
+    if "worker" in STATE:
+        STATE["worker"].send(others={CARD.uuid: CARD.total - CARD.free()})
     if os.path.exists("leave-" + os.environ.get("PYTEST_XDIST_WORKER", "")):
         os._exit(1)
 
@@ -124,6 +126,8 @@ def pytest_configure(config):
             is_oom=lambda error: isinstance(error, OutOfMemoryError),
         )
         plugin = None if os.environ.get("NO_WORKER_PLUGIN") else plugin
+        if plugin is not None:
+            STATE["worker"] = plugin
     elif config.getoption("tx", None) and not config.getoption("plain"):
         settings = xdist_scheduler.SchedulerSettings(
             context=CARD.context, headroom=0, **json.loads(os.environ.get("SETTINGS", "{}"))
