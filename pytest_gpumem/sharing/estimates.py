@@ -6,7 +6,7 @@ import bisect
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.sharing.history import FAMILY_MARGIN, family, with_margin
+from pytest_gpumem.sharing.history import FAMILY_MARGIN, MARGIN, family, with_margin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Estimates:
     Args:
         tests: all tests; they are known by their index here.
         most: bytes that a test can have; no estimate is larger.
-        optimistic: guess unknown peaks from those seen so far.
+        optimistic: guess unknown peaks from those seen so far, and leave less margin.
 
     """
 
@@ -75,7 +75,8 @@ class Estimates:
             return planned.peak
         kin = self._family_peaks.get(family(planned.nodeid))
         if kin is not None:
-            return min(self._most, with_margin(kin, FAMILY_MARGIN))
+            margin = MARGIN if self._optimistic else FAMILY_MARGIN
+            return min(self._most, with_margin(kin, margin))
         if self._optimistic and self._peaks:
             return self._peaks[int(OPTIMISM * (len(self._peaks) - 1))]
         return None

@@ -15,6 +15,8 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
 - A test that runs out of memory runs again, alone on its cards. A test never seen before may use
   a card although nobody said so: if one ran beside it, and memory was short once more, it runs a
   last time when no such test is left.
+- A test that catches its own OutOfMemoryError cannot be seen to have run out of memory: it is not
+  run again, and on the first run without marks it may have shared the card unexpectedly.
 - When no GPU test runs on a card and none fits, idle workers give back module fixtures, then
   session fixtures; after that the test runs alone whatever the numbers say.
 """
@@ -184,8 +186,8 @@ class Planner:
         context: bytes that a process keeps on a card once it used it.
         headroom: bytes of each card that are never given out.
         others: bytes that other programs use, by card.
-        optimistic: guess unknown peaks from those seen so far instead of running such tests
-            alone first; a wrong guess costs a second run of the test, alone.
+        optimistic: guess unknown peaks from those seen so far, with a small margin, instead of
+            running such tests alone first; a wrong guess costs a second run of the test, alone.
 
     """
 
