@@ -1,4 +1,4 @@
-"""What a lease costs, beside ``filelock.FileLock`` and a polled SQLite table in the same run.
+"""What a lease costs, beside ``flock(2)``, ``filelock.FileLock`` and a polled SQLite table.
 
 Uncontended: take and give back, one process. Hand-over: N processes ask again at once for a card
 that each holds for 2 ms; the time from one's release to another one's grant, and how often it was
@@ -55,6 +55,21 @@ def leases(directory: Path) -> Take:
     return lambda: store.acquire({CARD: Want()}, {CARD: UNITS}, "bench")
 
 
+def flock(directory: Path) -> Take:
+    """Return the floor: the kernel's own blocking lock, without an order, timeout or ledger."""
+    file = os.open(directory / "flock", os.O_RDWR | os.O_CREAT)
+
+    @contextmanager
+    def take() -> Iterator[None]:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+    return take
+
+
 def filelock(directory: Path) -> Take:
     """Return filelock's, with its default of polling every 50 ms."""
     from filelock import FileLock
@@ -87,6 +102,7 @@ def sqlite(directory: Path) -> Take:
 
 STORES: dict[str, Callable[[Path], Take]] = {
     "leases": leases,
+    "flock(2)": flock,
     "filelock": filelock,
     "SQLite": sqlite,
 }
@@ -228,21 +244,21 @@ def burn(store: str, directory: Path, processes: int, seconds: float) -> float:
 # Kills
 
 
-def holder(connection: Connection, directory: Path) -> None:
+def holder(connection: Connection, store: str, directory: Path) -> None:
     """Wait for the whole card, tell when it was granted, and keep it."""
-    take = STORES["leases"](directory)
+    take = STORES[store](directory)
     connection.send(os.getpid())
     with take():
         connection.send(time.monotonic_ns())
         signal.pause()
 
 
-def recovery_ms(directory: Path, processes: int, rounds: int) -> list[float]:
+def recovery_ms(store: str, directory: Path, processes: int, rounds: int) -> list[float]:
     """Return the milliseconds from each SIGKILL of the holder to the next one's grant."""
     found: list[float] = []
     running = {
         connection: process
-        for process, connection in (start(holder, directory) for _ in range(processes))
+        for process, connection in (start(holder, store, directory) for _ in range(processes))
     }
     killed = 0
     try:
@@ -253,7 +269,7 @@ def recovery_ms(directory: Path, processes: int, rounds: int) -> list[float]:
                     continue
                 if killed:
                     found.append((told - killed) / 1e6)
-                process, connection = start(holder, directory)
+                process, connection = start(holder, store, directory)
                 running[connection] = process
                 time.sleep(0.1)  # all have settled in the queue
                 victim = running.pop(ready)
@@ -408,14 +424,17 @@ def main(argv: list[str] | None = None) -> int:
                     flush=True,
                 )
     with tempfile.TemporaryDirectory(dir=options.directory or run_directory().parent) as name:
-        times = recovery_ms(Path(name), 16, 40)
+        print(
+            "\n| SIGKILL of the holder to the next grant, 16 processes | p50 (ms) "
+            "| longest of 100 |"
+        )
+        print("|---|---:|---:|")
+        for store in ("leases", "flock(2)"):
+            times = recovery_ms(store, Path(name), 16, 100)
+            print(f"| {store} | {statistics.median(times):.1f} | {max(times):.1f} |")
         killed = kill_at_random(Path(name), options.kills)
     print(
-        f"\nSIGKILL of the holder to the next grant, 16 processes: {statistics.median(times):.2f}"
-    )
-    print(f"ms median, {max(times):.2f} ms longest of {len(times)}.")
-    print(
-        f"{killed.kills} random SIGKILLs, {killed.holders} of them aimed at holders: "
+        f"\n{killed.kills} random SIGKILLs, {killed.holders} of them aimed at holders: "
         f"{killed.leases} leases, {killed.granted_twice} granted "
         f"twice, {killed.starved} processes starved, {killed.leaked} entries leaked, longest time "
         f"without a grant {killed.longest * 1e3:.0f} ms."
