@@ -305,7 +305,7 @@ class LeaseStore:
                     on_wait(text)
                     said = text
                 pause = self._pause(view, request, deadline)
-                news = watch.wait(pause, lambda: _STAND_BY * self._ahead(request))
+                news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
 
     def _look(self, request: Entry, news: News) -> tuple[_View, bool]:
         """Take what ``request`` waits for if it may start, and wake who else may then."""
@@ -329,10 +329,6 @@ class LeaseStore:
         if self._others is not None and self._admits(_View(view.page, {}), request):
             pause = _OTHERS_EVERY
         return pause if deadline is None else min(pause, max(0.0, deadline - time.monotonic()))
-
-    def _ahead(self, request: Entry) -> int:
-        """Return how many wait before ``request`` by now."""
-        return sum(entry.number < request.number for entry in self._ledger.read().waiting)
 
     def _withdraw(self, request: Entry) -> None:
         for state in (WAITING, HELD):

@@ -181,6 +181,15 @@ class Ledger:
         """Return what it says now; for where ``alone`` says what is wrong with the directory."""
         return Page(os.listdir(self._queue))  # noqa: PTH208  # iterdir is slower
 
+    def ahead(self, request: Entry) -> int:
+        """Return how many wait before ``request``; all who wait ask at once when a process ends."""
+        try:
+            names = os.listdir(self._queue)  # noqa: PTH208  # as page
+        except OSError:
+            return 0
+        # Names are in the order of the queue.
+        return sum(name < request.name and name.startswith(WAITING) for name in names)
+
     def mend(self) -> None:
         """See to it that the next use makes a directory that is gone, or half gone."""
         with self._threads:
