@@ -151,8 +151,16 @@ class Leasing:
             return False
         if self._lease is not None and self._lease.exclusive:
             return False
-        own = {os.getpid()}
-        return any(set(devices.process_bytes(card)) - own for card in self._cards)
+        return any(map(self._is_shared, self._cards))
+
+    def _is_shared(self, card: Card) -> bool:
+        if set(devices.process_bytes(card)) - {os.getpid()}:
+            return True
+        try:
+            return not self._without and self._open().is_shared(card.uuid)
+        except LeaseError as error:
+            self._do_without(error)
+            return False
 
     def _learn(self, item: pytest.Item) -> None:
         """Expect of the test's relatives in this process what it took."""

@@ -207,6 +207,14 @@ class LeaseStore:
                 time.sleep(POLL)
                 self._ledger.mend()
 
+    def is_shared(self, uuid: str) -> bool:
+        """Return whether another process has a lease of a card or keeps something on it."""
+        key, own = card_key(uuid), self._ledger.process
+        return any(
+            entry.process != own and entry.state != WAITING and key in entry.claims
+            for entry in self._ledger.read().entries
+        )
+
     def held_here(self) -> bool:
         """Return whether this thread holds a lease of this store, and so may not wait."""
         return threading.current_thread() in list(self._ledger.leases.values())

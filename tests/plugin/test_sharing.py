@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
-from harness import MODES, run_pytest, write_suite
+from harness import MODES, SIMULATE, run_pytest, write_suite
 
 from pytest_gpumem.sharing.history import History
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes
 
 MIB = 2**20
+CARD = parse_bytes("3.81GiB")
 HEAVY = """
 import time
 
@@ -26,7 +30,59 @@ def test_heavy(i):
     time.sleep(0.3)
 """
 BY_FILE = ("-n", "2", "--dist", "loadfile")
-TAKE = "import os, time\nimport pytest, torch\n\n"
+WITHOUT_TORCH = Path(__file__).parents[2] / "scripts" / "bench" / "without_torch.py"
+PLUGINS = ("-p", "xdist", "-p", "timeout")
+NO_OTHERS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+TAKE = """
+import os, time
+import pytest
+from without_torch import ALLOCATOR
+
+class take:
+    def __init__(self, kib=64):
+        self.size = kib * 1024
+        ALLOCATOR.take(self.size)
+
+    def __del__(self):
+        if ALLOCATOR.shared.joined:
+            ALLOCATOR.give(self.size)
+
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a suite on a card without torch, whose import would be most of the time."""
+
+    def _run(source, *arguments, **files):
+        for name in ("card", "card.lock"):
+            (tmp_path / name).unlink(missing_ok=True)
+        SharedCard.create(tmp_path / "card", total=CARD, context=384 * MIB).close()
+        write_suite(tmp_path, test_it=TAKE + source, **files)
+        (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+        shutil.copy(WITHOUT_TORCH, tmp_path)
+        card = f"--gpumem-simulate-card={tmp_path / 'card'}"
+        return run_pytest(
+            tmp_path,
+            *PLUGINS,
+            *("-p", "gpumem", card, "--gpumem-json=run.json"),
+            *arguments,
+            env=NO_OTHERS | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")},
+        )
+
+    return _run
+
+
+@pytest.fixture
+def run_torch(tmp_path):
+    """Run a suite that uses torch on the simulated card."""
+
+    def _run(source, *arguments):
+        take = "def take(kib=64): return torch.zeros(kib * 1024, dtype=torch.uint8, device='cuda')"
+        write_suite(tmp_path, test_it=f"import pytest, torch\n\n{take}\n{source}")
+        return run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json", *arguments)
+
+    return _run
 
 
 def grants(finished):
@@ -56,21 +112,23 @@ def test_what_does_not_fit_together_does_not_run_together(run, arguments):
 
 
 def test_two_runs_share_a_card(tmp_path):
-    card = SharedCard.create(tmp_path / "card", total=parse_bytes("3.81GiB"), context=384 * MIB)
+    card = SharedCard.create(tmp_path / "card", total=CARD, context=384 * MIB)
     body = """
         @pytest.mark.gpu(vram="2GiB")
         @pytest.mark.parametrize("i", range(5))
         def test_heavy(i):
-            x = torch.zeros(2000 * 2**20, dtype=torch.uint8, device="cuda")
+            x = take(2000 * 1024)
             time.sleep(0.2)
     """
     write_suite(tmp_path, test_it=TAKE + textwrap.dedent(body))
+    shutil.copy(WITHOUT_TORCH, tmp_path)
     command = [sys.executable, "-m", "pytest", "-p", "gpumem", "-p", "no:cacheprovider"]
     command += [f"--gpumem-simulate-card={tmp_path / 'card'}"]
     running = [
         subprocess.Popen(
             [*command, f"--gpumem-json={name}.json"],
             cwd=tmp_path,
+            env=os.environ | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -193,7 +251,7 @@ def test_slow(i):
 def held_card(tmp_path):
     """A card of which another process holds everything; its file."""
     path = tmp_path / "card"
-    card = SharedCard.create(path, total=parse_bytes("3.81GiB"), context=384 * MIB)
+    card = SharedCard.create(path, total=CARD, context=384 * MIB)
     code = """
         import sys
         from pytest_gpumem.sharing.lease import LeaseStore, Want
@@ -213,8 +271,11 @@ def held_card(tmp_path):
     card.close()
 
 
+WAITS = "import pytest\n\n@pytest.mark.gpu(vram='1GiB')\ndef test_a(): pass\n"
+
+
 def test_a_test_that_waits_too_long_names_the_holder(tmp_path, held_card):
-    write_suite(tmp_path, test_it=TAKE + "@pytest.mark.gpu(vram='1GiB')\ndef test_a(): pass\n")
+    write_suite(tmp_path, test_it=WAITS)
     arguments = (f"--gpumem-simulate-card={held_card}", "--gpumem-lease-timeout=0.3")
     finished = run_pytest(tmp_path, "-p", "gpumem", *arguments)
 
@@ -227,7 +288,7 @@ def test_a_test_that_waits_too_long_names_the_holder(tmp_path, held_card):
 def test_a_test_that_waits_for_long_says_what_for(tmp_path, held_card, arguments):
     write_suite(
         tmp_path,
-        test_it=TAKE + "@pytest.mark.gpu(vram='1GiB')\ndef test_a(): pass\n",
+        test_it=WAITS,
         conftest="from pytest_gpumem import leasing\nleasing.TELL_AFTER = 0.2\n",
     )
     card = (f"--gpumem-simulate-card={held_card}", "--gpumem-lease-timeout=1.5")
@@ -341,8 +402,8 @@ def test_good(i):
 @pytest.mark.parametrize(
     "arguments", [("-n", "1"), ("-n", "2", "--reruns=1"), ("-n", "1", "--gpumem-schedule=off")]
 )
-def test_a_worker_whose_context_is_broken_is_replaced(run, arguments):
-    finished = run(BREAK, *arguments)
+def test_a_worker_whose_context_is_broken_is_replaced(run_torch, arguments):
+    finished = run_torch(BREAK, *arguments)
 
     rerun = {"rerun": 1} if "--reruns=1" in arguments else {}
     assert finished.outcomes == {"failed": 1, "passed": 4} | rerun, finished.output
@@ -350,14 +411,14 @@ def test_a_worker_whose_context_is_broken_is_replaced(run, arguments):
     assert "after test_it.py::test_0_breaks: CUDA error: device-side assert" in finished.section
 
 
-def test_a_cuda_error_that_passes_leaves_the_worker_alone(run):
-    finished = run(BREAK.replace("torch.cuda.synchronize = lost", ""), "-n", "1")
+def test_a_cuda_error_that_passes_leaves_the_worker_alone(run_torch):
+    finished = run_torch(BREAK.replace("torch.cuda.synchronize = lost", ""), "-n", "1")
 
     assert finished.outcomes == {"failed": 1, "passed": 4}
     assert "replaced workers" not in finished.section
 
 
-def test_a_memory_fraction_holds_and_is_set_again(run):
+def test_a_memory_fraction_holds_and_is_set_again(run_torch):
     source = """
 def test_first():
     with pytest.raises(torch.OutOfMemoryError):
@@ -365,7 +426,7 @@ def test_first():
 def test_greedy(): torch.cuda.set_per_process_memory_fraction(1.0)
 def test_after(): assert torch.cuda.get_per_process_memory_fraction() == 0.25
 """
-    finished = run(source, "--gpumem-fraction=0.25")
+    finished = run_torch(source, "--gpumem-fraction=0.25")
 
     assert finished.outcomes == {"passed": 3}, finished.output
     assert (
@@ -374,8 +435,8 @@ def test_after(): assert torch.cuda.get_per_process_memory_fraction() == 0.25
     )
 
 
-def test_an_even_fraction_leaves_room_for_the_contexts(run):
+def test_an_even_fraction_leaves_room_for_the_contexts(run_torch):
     source = "def test_a():\n    take()\n    print(torch.cuda.get_per_process_memory_fraction())\n"
-    finished = run(source, "--gpumem-fraction=auto", "-n", "2", "-rP")
+    finished = run_torch(source, "--gpumem-fraction=auto", "-n", "2", "-rP")
 
     assert "0.39337" in finished.output, finished.output
