@@ -537,7 +537,8 @@ def test_a(i): pass
 """
     finished = run(source)
 
-    assert "Different tests were collected between gw0 and gw1" in finished.output
+    # Whichever was ready first.
+    assert re.search("Different tests were collected between gw[01] and gw[01]", finished.output)
     assert finished.status == run(source, plain=True).status == 1
 
 
