@@ -353,6 +353,22 @@ def at_path(tree: Any, path: Sequence[Hashable]) -> Any:
     return tree
 
 
+def listing(node: Any, records: list[Any], path: str = "") -> Iterator[tuple[Any, ...]]:
+    """Yield the path, dtype (or kind) and shape of each tensor of ``node``."""
+    tag = node[0] if isinstance(node, list) and node else None
+    if tag == "T":
+        kind, second, third = records[node[1]][:3]
+        whole = isinstance(second, list)
+        yield path, kind if whole else second, tuple(second if whole else third)
+    elif tag in {"l", "t"}:
+        for at, member in enumerate(node[1:]):
+            yield from listing(member, records, f"{path}[{at}]")
+    elif tag in {"d", "o"}:
+        members = node[1:] if tag == "d" else node[2:]
+        for key, member in zip(members[::2], members[1::2], strict=True):
+            yield from listing(member, records, f"{path}[{plain(key)!r}]")
+
+
 def plain(node: Any) -> Any:
     """Return the value of a node without tensors.
 
