@@ -1,4 +1,4 @@
-"""The ``gpumem`` command: ``gpumem doctor`` and ``gpumem report RUN.json``."""
+"""The ``gpumem`` command: ``doctor``, ``report RUN.json`` and ``archive …``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import __version__, devices, records
+from pytest_gpumem.archive import cli as archive
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.units import format_bytes
 
@@ -27,9 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("run", type=Path, metavar="RUN.json", help="Written by --gpumem-json.")
     report.add_argument("--top", type=int, default=10, metavar="N", help="Tests in the table.")
     report.add_argument("-v", "--verbose", action="count", default=0, help="Longer; -vv: all.")
+    archive.add_parser(commands)
     chosen = parser.parse_args(arguments)
     try:
-        lines = _doctor() if chosen.command == "doctor" else _report(chosen)
+        if chosen.command == "archive":
+            lines = archive.run(chosen)
+        else:
+            lines = _doctor() if chosen.command == "doctor" else _report(chosen)
         for line in lines:
             sys.stdout.write(f"{line}\n")
     except OSError as error:

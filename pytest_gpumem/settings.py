@@ -8,6 +8,7 @@ environment and ``gpumem_NAME`` in the ini file; the mode itself is plain ``--gp
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,10 @@ class Settings(NamedTuple):
     top: int = 10
     vram_limit: int | None = None
     vram_leak_limit: int | None = None
+    archive: Path | None = None
+    archive_key_file: Path | None = None
+    archive_quota: int | None = None
+    consolidate_above: float = 0.85
 
     @property
     def simulated(self) -> bool:
@@ -96,6 +101,18 @@ def _new_file(text: str) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"cannot write {text!r}: {str(path.parent)!r} is not writable")
     return path
+
+
+def _place(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _share(text: str) -> float:
+    """Return the part of 1 that a text like ``85%`` names."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", text, re.ASCII)
+    if match is None or not 0 < float(match[1]) <= 100:
+        raise ValueError(f"{text!r} is not a part; allowed is more than 0% and up to 100%")
+    return float(match[1]) / 100
 
 
 class Option(NamedTuple):
@@ -172,6 +189,25 @@ OPTIONS = (
         "Fail each test that leaks more than this size, unless its vram_leak_limit mark says "
         "otherwise.",
         "SIZE",
+    ),
+    Option(
+        "archive",
+        _place,
+        "The store of archived model state. Default: gpumem/archive in the user's data directory.",
+        "DIR",
+    ),
+    Option(
+        "archive_key_file",
+        _place,
+        "The key file of the archives. Default: gpumem/archive.key in the user's config directory.",
+        "FILE",
+    ),
+    Option("archive_quota", parse_bytes, "Most that the archives may take on the disk.", "SIZE"),
+    Option(
+        "consolidate_above",
+        _share,
+        "Consolidate registered models when more than this part of a card is used. Default: 85%.",
+        "PERCENT",
     ),
 )
 

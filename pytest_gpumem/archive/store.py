@@ -599,6 +599,10 @@ class ArchiveStore:
             found[context] = Stats(len(mine), len(states), sum(states.values()), stored)
         return found
 
+    def stored(self, entry: Entry) -> int:
+        """Return the bytes of the file that an entry's state is in."""
+        return self._stored([entry])[entry.content]
+
     def _stored(self, entries: Iterable[Entry]) -> dict[str, int]:
         """Return the bytes of the states' files; 0 for one that is missing."""
         found = {}
