@@ -151,7 +151,8 @@ class Reader:
         self._seal.open(INDEX, 0, self._file.read(body - length, length), index)
         described, lengths = _read_index(index)
         self.tree, self.records, runs = described["tree"], described["tensors"], described["blocks"]
-        self.layout = memory.Layout(runs)
+        with tree.checked():
+            self.layout = memory.Layout([(kind, sizes) for kind, sizes in runs])
         self._places = list(itertools.accumulate(lengths, initial=HEADER))
         if len(lengths) != len(self.layout.chunks) or self._places[-1] != body - length:
             raise DamagedError("its chunks are not all there")
@@ -207,7 +208,8 @@ class Reader:
 
         """
         node = tree.at_path(self.tree, path)
-        return self._builder(tree.reach(node, self.records), device).value(node)
+        with tree.checked():
+            return self._builder(tree.reach(node, self.records), device).value(node)
 
     def _builder(self, records: Iterable[int], device: str) -> tree.Builder:
         """Return a builder of these tensors, with their content read."""
@@ -239,8 +241,9 @@ class Reader:
         import torch
 
         node = tree.at_path(self.tree, path)
-        pairs = fill.pairs(self.records, node, target)
-        blocks = fill.direct(self.records, self.layout.sizes, pairs)
+        with tree.checked():
+            pairs = fill.pairs(self.records, node, target)
+            blocks = fill.direct(self.records, self.layout.sizes, pairs)
         taken = {pair.record: pair.tensor for pair in pairs}
         if blocks is None:
             reached = tree.reach([["T", number] for number in taken], self.records)

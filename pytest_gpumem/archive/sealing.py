@@ -103,7 +103,7 @@ class Seal:
         if self._into:
             self._aead.encrypt_into(nonce, part, None, out)
         else:
-            out[:] = self._aead.encrypt(nonce, part, None)
+            memoryview(out)[:] = self._aead.encrypt(nonce, bytes(part), None)
 
     def open(self, role: int, number: int, sealed: Buffer, out: Any) -> None:
         """Write the part to ``out``, which is ``TAG`` shorter and must be scratch.
@@ -119,7 +119,7 @@ class Seal:
             if self._into:
                 self._aead.decrypt_into(nonce, sealed, None, out)
             else:
-                out[:] = self._aead.decrypt(nonce, sealed, None)
+                memoryview(out)[:] = self._aead.decrypt(nonce, bytes(sealed), None)
         except InvalidTag:
             raise DamagedError("a part of it is not what was written there") from None
 

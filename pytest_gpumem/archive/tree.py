@@ -8,6 +8,7 @@ are described in ``docs/archive-format.md``.
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
 import struct
 from collections import OrderedDict
@@ -17,14 +18,22 @@ from pytest_gpumem.archive import torch_private
 from pytest_gpumem.archive.errors import DamagedError, StateRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
 _DEEPEST = 100
 """Containers inside one another; more is refused, so that recursion stays within Python's own."""
 _DOUBLE = struct.Struct("<d")
-_UNREADABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 """What reading nodes and records that are none comes to; torch's own checks included."""
 _BITS = {"quint4x2": 4, "quint2x4": 2}
 """Bits of an element where that is no whole byte; such tensors have a storage of their own."""
@@ -81,6 +90,24 @@ class _Leaf(NamedTuple):
     storage: Any
     base: int
     """Address of the storage."""
+
+
+@contextlib.contextmanager
+def checked() -> Generator[None, None, None]:
+    """Take whatever nodes and records that are none lead to for what it is.
+
+    Raises:
+        DamagedError: in place of errors of Python and torch, memory running out excepted.
+
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _UNREADABLE as error:
+        raise DamagedError(f"a value cannot be read: {error}") from None
 
 
 def take_apart(state: Any) -> Parts:
@@ -468,17 +495,8 @@ class Builder:
         """Return the value of ``node``."""
         if node is None or type(node) in {bool, int, str}:
             return node
-        try:
+        with checked():
             return self._tagged(node, depth)
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise DamagedError(f"a value cannot be read: {error}") from None
 
     def _tagged(self, node: Any, depth: int) -> Any:
         if depth > _DEEPEST or type(node) is not list:
@@ -583,7 +601,7 @@ class Builder:
             storage = torch.empty(0, dtype=torch.uint8, device=device).untyped_storage()
             offset = 0
         else:
-            itemsize = _itemsize(dtype)
+            itemsize = dtype.itemsize
             count = 1 + _reach(shape, stride)
             if name in _BITS:
                 end = (count * _BITS[name] + 7) // 8
@@ -619,12 +637,6 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name!r} is no dtype of torch {torch.__version__}")
     return found
-
-
-def _itemsize(dtype: torch.dtype) -> int:
-    import torch
-
-    return torch.empty(0, dtype=dtype).element_size()
 
 
 def _subclass(name: str) -> Any:
