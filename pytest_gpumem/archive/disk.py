@@ -115,13 +115,16 @@ class NewFile:
         self.aside.rename(self.path)
         sync_directory(self.path.parent)
 
-    def close(self) -> None:
-        """Close the file, and remove it if it was not published."""
+    def close(self, *, keep: bool = False) -> None:
+        """Close the file, and remove it if it was not published and shall not be kept."""
         if self._writer is not None:
             self._writer.shutdown()
-        os.close(self._file)
-        with contextlib.suppress(FileNotFoundError):
-            self.aside.unlink()
+        try:
+            os.close(self._file)
+        finally:
+            if not keep:
+                with contextlib.suppress(FileNotFoundError):
+                    self.aside.unlink()
 
 
 class OldFile:

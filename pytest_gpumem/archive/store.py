@@ -164,16 +164,14 @@ class ArchiveStore:
     # The secret
 
     def _open(self) -> bytes:
-        with explained("open the store", self.path), self._locked(alone=True):
-            sealed = [
-                disk.read_small(self.path / name) for name in _KEYS if (self.path / name).is_file()
-            ]
+        with explained("open the store", self.path):
+            # Without the lock first: a writer may have it for as long as its state is large.
+            sealed = self._sealed()
             if not sealed:
-                if next(self._states.iterdir(), None) is not None:
-                    raise DamagedError(f"the store {str(self.path)!r} has lost its key files")
-                secret = secrets.token_bytes(32)
-                self._seal(secret, self.keys.keys[0])
-                return secret
+                with self._locked(alone=True):
+                    sealed = self._sealed()
+                    if not sealed:
+                        return self._begin()
         failure = DamagedError("")
         for each in sealed:
             for root in self.keys.keys:
@@ -184,6 +182,18 @@ class ArchiveStore:
         raise type(failure)(
             f"the key of {self.keys.source} does not open the store {str(self.path)!r}: {failure}"
         )
+
+    def _sealed(self) -> list[bytes]:
+        paths = [self.path / name for name in _KEYS]
+        return [disk.read_small(path) for path in paths if path.is_file()]
+
+    def _begin(self) -> bytes:
+        """Make the secret of a new store."""
+        if next(self._states.iterdir(), None) is not None:
+            raise DamagedError(f"the store {str(self.path)!r} has lost its key files")
+        secret = secrets.token_bytes(32)
+        self._seal(secret, self.keys.keys[0])
+        return secret
 
     def _seal(self, secret: bytes, root: bytes) -> None:
         for name in _KEYS:
@@ -256,6 +266,7 @@ class ArchiveStore:
         with explained("write", self._states / entry.content), self._locked(alone=False):
             # Made first: if we die with the state written and no entry, it tells the next start.
             new = disk.NewFile(self._entries / entry.id)
+            done = False
             try:
                 if not self._has(entry.content):
                     self._write(packed, entry.content)
@@ -264,8 +275,10 @@ class ArchiveStore:
                 new.take(len(sealed))[:] = sealed
                 new.finish()
                 new.publish()
+                done = True
             finally:
-                new.close()
+                # The same for an error.
+                new.close(keep=not done and (self._states / entry.content).exists())
         with self._mutex:
             self._known[entry.id] = entry
         return entry.id
@@ -550,13 +563,16 @@ class ArchiveStore:
         with explained("remove from", self.path), self._locked(alone=True):
             # If we die in between, it tells the next start that there may be such states.
             marker = disk.NewFile(self._entries / "none")
+            done = False
             try:
                 for each in ids:
                     (self._entries / each).unlink(missing_ok=True)
                 disk.sync_directory(self._entries)
-                return self._remove_orphans()
+                orphans = self._remove_orphans()
+                done = True
+                return orphans
             finally:
-                marker.close()
+                marker.close(keep=not done)
 
     def _remove_orphans(self) -> set[str]:
         wanted = {entry.content for entry in self.entries()}
