@@ -318,13 +318,14 @@ class ArchiveStore:
             reader.close()
 
     def _write(self, packed: file.Packed, content: str) -> None:
-        if self.quota is not None and (used := self._used()) >= self.quota:
+        used = self._used() if self.quota is not None else 0
+        if self.quota is not None and used >= self.quota:
             raise self._full(used, 0)
         new = disk.NewFile(self._states / content)
         try:
             file.write(new, self._secret, packed, lambda _: None)
             self._read_back(new.aside)
-            if self.quota is not None and (used := self._used()) + new.size > self.quota:
+            if self.quota is not None and used + new.size > self.quota:
                 raise self._full(used, new.size)
             new.publish()
         finally:
@@ -437,9 +438,10 @@ class ArchiveStore:
             with explained("read", path):
                 return file.Reader(path, self._secret)
         except DiskError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise DamagedError(f"the state of {entry.id} is missing") from None
-            raise
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            self.entry(entry.id)  # somebody may have removed it since
+            raise DamagedError(f"the state of {entry.id} is missing") from None
         except DamagedError as error:
             raise type(error)(f"the state {entry.id} cannot be restored: {error}") from None
 
@@ -603,11 +605,11 @@ class ArchiveStore:
 
     # Looking after it
 
-    def stats(self) -> dict[str, Stats]:
+    def stats(self) -> dict[str | None, Stats]:
         """Return what each context holds, and under ``None`` what the store does."""
         entries = self.entries()
         sizes = self._stored(entries)
-        found: dict[Any, Stats] = {}
+        found: dict[str | None, Stats] = {}
         for context in (None, *sorted({entry.context for entry in entries})):
             mine = [entry for entry in entries if context is None or entry.context == context]
             states = {entry.content: entry.size for entry in mine}
@@ -650,6 +652,8 @@ class ArchiveStore:
                         reader.authenticate()
                 finally:
                     reader.close()
+            except NotFoundError:
+                continue  # removed since
             except (ArchiveError, OSError) as error:
                 problems.append(Problem(entry.id, str(error)))
             done += entry.size
@@ -662,7 +666,8 @@ class ArchiveStore:
         problems = [Problem(name, what) for name, what in sorted(self._broken.items())]
         there = set(self._listed(self._states))
         for entry in entries:
-            if entry.content not in there:
+            # Somebody may have removed it since.
+            if entry.content not in there and (self._entries / entry.id).exists():
                 problems.append(Problem(entry.id, f"the state of {entry.id} is missing"))
         for name in _KEYS:
             try:

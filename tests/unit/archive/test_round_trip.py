@@ -38,7 +38,7 @@ def keep(tmp_path_factory):
     return _keep
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=max(150, settings().max_examples))
 @given(box=states.states())
 def test_every_state_comes_back_bit_for_bit(keep, box):
     back = keep(box.state)
@@ -52,7 +52,7 @@ def test_every_state_comes_back_bit_for_bit(keep, box):
         assert (a is b) == (c is d)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=max(100, settings().max_examples))
 @given(box=states.states())
 def test_every_state_comes_back_into_its_own_tensors(keep, box):
     tensors = tensors_of(box.state)

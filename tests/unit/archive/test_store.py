@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,6 +314,23 @@ def test_a_hostile_name_is_only_a_name(store, folder):
     assert set(folder.parent.iterdir()) == before
 
 
+@pytest.fixture(scope="module")
+def processes():
+    """Start functions in processes of their own, and wait for all of them to end well."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytest_gpumem.archive.file"])
+
+    def _run(*calls):
+        started = [context.Process(target=target, args=more) for target, *more in calls]
+        for each in started:
+            each.start()
+        for each in started:
+            each.join()
+        assert [each.exitcode for each in started] == [0] * len(started)
+
+    return _run
+
+
 def put_some(folder, worker, count):
     torch.set_num_threads(1)
     store = ArchiveStore(folder, key=KEY)
@@ -321,18 +339,48 @@ def put_some(folder, worker, count):
         same(store.get(name), state(number))
 
 
-def test_processes_that_write_the_same_states_at_once_lose_nothing(folder):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=put_some, args=(folder, each, 10)) for each in range(3)]
-    for each in workers:
-        each.start()
-    for each in workers:
-        each.join()
+def test_processes_that_write_the_same_states_at_once_lose_nothing(folder, processes):
+    processes(*[(put_some, folder, each, 10) for each in range(3)])
 
     store = ArchiveStore(folder, key=KEY)
-    assert [each.exitcode for each in workers] == [0, 0, 0]
     assert len(store.entries()) == 30
     assert store.stats()[None].states == 10
+    assert store.verify(read_data=True) == ()
+
+
+def put_and_delete(folder, worker, count):
+    store = ArchiveStore(folder, key=KEY)
+    for number in range(count):
+        name = store.put(state(1000 * worker + number), context="written")
+        if number % 3 == 0:
+            store.delete(name)
+    store.put({"n": worker}, context="done")
+
+
+def read_until(folder, writers):
+    store = ArchiveStore(folder, key=KEY)
+    read = 0
+    while True:
+        done = len(store.find(context="done")) == writers
+        for entry in store.find(context="written"):
+            try:
+                found = store.get(entry.id)
+            except NotFoundError:
+                continue  # deleted since
+            same(found, state(found["number"]))
+            read += 1
+        if done:
+            assert read > 0
+            return
+
+
+def test_readers_see_whole_states_while_writers_put_and_delete(folder, processes):
+    writers = [(put_and_delete, folder, each, 15) for each in range(2)]
+    processes(*writers, *[(read_until, folder, 2)] * 3)
+
+    store = ArchiveStore(folder, key=KEY)
+    assert len(store.find(context="written")) == 20
+    assert store.stats()["written"].states == 20
     assert store.verify(read_data=True) == ()
 
 
@@ -382,8 +430,32 @@ def test_fifty_operations_leave_no_open_file_and_no_other_file(store, folder):
     assert (files(folder), len(os.listdir("/proc/self/fd"))) == before  # noqa: PTH208
 
 
-def test_many_inserts_are_all_found(store):
-    names = [store.put({"n": number}) for number in range(100)]
+def test_a_thousand_inserts_are_all_found(store):
+    names = []
+    for goal in (100, 500, 1000):
+        names += [store.put({"n": number}) for number in range(len(names), goal)]
 
-    assert [each.id for each in store.entries()] == names
-    assert [store.get(name)["n"] for name in names] == [*range(100)]
+        assert [each.id for each in store.entries()] == names
+        assert [store.get(name)["n"] for name in names[-50:]] == [*range(goal - 50, goal)]
+        assert store.stats()[None][:2] == (goal, goal)
+        assert store.health().problems == ()
+    assert store.forget(keep_last=10)[:2] == (990, 990)
+    assert [each.id for each in ArchiveStore(store.path, key=KEY).entries()] == names[-10:]
+
+
+def test_create_and_delete_cycles_take_no_memory(store):
+    def cycle():
+        name = store.put(state(1, 500_000))
+        store.get(name)
+        store.delete(name)
+
+    def resident():
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(10):
+        cycle()
+    before = resident()
+    for _ in range(50):
+        cycle()
+    assert resident() - before < 8 * 2**20

@@ -317,7 +317,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=max(250, settings().max_examples))
 @given(
     tree=JSON, records=st.lists(JSON | st.just(ONE), max_size=3), changed=st.integers(0, 5), by=JSON
 )
@@ -331,7 +331,7 @@ def test_fuzzed_indexes_with_true_tags_are_read_or_refused(
             read(folder, forged([RAW], described))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=max(200, settings().max_examples))
 @given(
     data=st.binary(max_size=200), kind=st.sampled_from(sorted(codec.KINDS)), size=st.integers(1, 8)
 )
@@ -342,7 +342,7 @@ def test_fuzzed_chunks_are_decoded_or_refused(data, kind, size):
             codec.Coder().decode(np.frombuffer(coded, np.uint8), kind, out)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=max(150, settings().max_examples))
 @given(
     pieces=st.lists(
         st.tuples(st.binary(min_size=16, max_size=16), st.integers(1, 3000)), min_size=1, max_size=4
