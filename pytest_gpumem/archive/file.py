@@ -84,8 +84,16 @@ class Packed:
         return whole.hexdigest()
 
 
-def write(new: NewFile, secret: bytes, packed: Packed, progress: Callable[[int], None]) -> None:
+def write(
+    new: NewFile,
+    secret: bytes,
+    packed: Packed,
+    progress: Callable[[int], None],
+    name: str = "",
+) -> None:
     """Write a state and wait until it is on the disk; ``progress`` gets bytes of the state.
+
+    It can be read under the same ``name`` alone, so that no file passes for another.
 
     Raises:
         OSError: the system would not.
@@ -93,7 +101,7 @@ def write(new: NewFile, secret: bytes, packed: Packed, progress: Callable[[int],
     """
     import zstandard
 
-    seal = Seal.new(secret, STATE)
+    seal = Seal.new(secret, STATE, name)
     new.take(HEADER)[:] = seal.header
     spare: queue.SimpleQueue[codec.Bytes] = queue.SimpleQueue()
     for _ in range(_AHEAD + 2):
@@ -131,16 +139,16 @@ class Reader:
 
     """
 
-    def __init__(self, path: Path, secret: bytes, *, direct: bool = False) -> None:
+    def __init__(self, path: Path, secret: bytes, name: str = "", *, direct: bool = False) -> None:
         self._file = OldFile(path, direct=direct)
         try:
-            self._open(secret)
+            self._open(secret, name)
         except BaseException:
             self._file.close()
             raise
 
-    def _open(self, secret: bytes) -> None:
-        self._seal = Seal.of(secret, STATE, bytes(self._file.read(0, HEADER)))
+    def _open(self, secret: bytes, name: str) -> None:
+        self._seal = Seal.of(secret, STATE, bytes(self._file.read(0, HEADER)), name)
         body = self._file.size - _TRAILER.size
         if body < HEADER:
             raise DamagedError("it is too short to be an archive")

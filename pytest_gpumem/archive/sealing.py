@@ -55,25 +55,25 @@ def suite_here() -> int:
 class Seal:
     """Seals and opens the parts of one file; any thread may."""
 
-    def __init__(self, secret: bytes, header: bytes) -> None:
-        key, self._nonce, self._commitment = _derive(secret, header)
+    def __init__(self, secret: bytes, header: bytes, name: str) -> None:
+        key, self._nonce, self._commitment = _derive(secret, header, name)
         self._aead = _aead(header[9], key)
         self._into = hasattr(self._aead, "encrypt_into")
         self.header = header[: HEADER - _COMMITMENT] + self._commitment
 
     @classmethod
-    def new(cls, secret: bytes, kind: int) -> Seal:
-        """Return the seal of a new file of that kind."""
+    def new(cls, secret: bytes, kind: int, name: str = "") -> Seal:
+        """Return the seal of a new file of that kind, which opens under that name alone."""
         salt = os.urandom(_SALT)
         fixed = _FIXED.pack(MAGIC, VERSION, suite_here(), kind)
-        return cls(secret, fixed + salt)
+        return cls(secret, fixed + salt, name)
 
     @classmethod
-    def of(cls, secret: bytes, kind: int, header: bytes) -> Seal:
-        """Return the seal of a file that begins with ``header``.
+    def of(cls, secret: bytes, kind: int, header: bytes, name: str = "") -> Seal:
+        """Return the seal of the file of that name that begins with ``header``.
 
         Raises:
-            DamagedError: the header is not one of that kind, or ``secret`` does not open it.
+            DamagedError: the header is not one of that kind and name, or not of ``secret``.
 
         """
         if len(header) < HEADER:
@@ -88,9 +88,11 @@ class Seal:
             )
         if found != kind:
             raise DamagedError("it is another kind of file")
-        seal = cls(secret, header[:HEADER])
+        seal = cls(secret, header[:HEADER], name)
         if not hmac.compare_digest(seal.header, header[:HEADER]):
-            raise WrongKeyError("another key wrote it, or its header is damaged")
+            raise WrongKeyError(
+                "another key wrote it, its header is damaged, or it is another file"
+            )
         return seal
 
     def _place(self, role: int, number: int) -> bytes:
@@ -124,9 +126,9 @@ class Seal:
             raise DamagedError("a part of it is not what was written there") from None
 
 
-def _derive(secret: bytes, header: bytes) -> tuple[bytes, bytes, bytes]:
+def _derive(secret: bytes, header: bytes, name: str) -> tuple[bytes, bytes, bytes]:
     fixed, salt = header[: _FIXED.size], header[_FIXED.size : _FIXED.size + _SALT]
-    found = derive(secret, salt, b"pytest-gpumem archive\0" + fixed, 76)
+    found = derive(secret, salt, b"pytest-gpumem archive\0" + fixed + name.encode(), 76)
     return found[:32], found[32:44], found[44:]
 
 

@@ -306,12 +306,12 @@ class ArchiveStore:
         path = self._states / content
         if content not in self._sound and path.exists():
             with contextlib.suppress(DamagedError):
-                self._read_back(path)
+                self._read_back(path, content)
                 self._sound.add(content)
         return content in self._sound and path.exists()
 
-    def _read_back(self, path: Path) -> None:
-        reader = file.Reader(path, self._secret, direct=True)
+    def _read_back(self, path: Path, content: str) -> None:
+        reader = file.Reader(path, self._secret, content, direct=True)
         try:
             reader.authenticate()
         finally:
@@ -323,8 +323,8 @@ class ArchiveStore:
             raise self._full(used, 0)
         new = disk.NewFile(self._states / content)
         try:
-            file.write(new, self._secret, packed, lambda _: None)
-            self._read_back(new.aside)
+            file.write(new, self._secret, packed, lambda _: None, content)
+            self._read_back(new.aside, content)
             if self.quota is not None and used + new.size > self.quota:
                 raise self._full(used, new.size)
             new.publish()
@@ -436,7 +436,7 @@ class ArchiveStore:
         path = self._states / entry.content
         try:
             with explained("read", path):
-                return file.Reader(path, self._secret)
+                return file.Reader(path, self._secret, entry.content)
         except DiskError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise

@@ -35,10 +35,12 @@ def hkdf(secret, salt, info, length):
 
 
 class File:
-    def __init__(self, data, secret, kind):
+    def __init__(self, data, secret, kind, name=""):
         assert data[:8] == b"\x89GPUMEM\n"
         assert (data[8], data[10]) == (1, kind)
-        derived = hkdf(secret, data[16:48], b"pytest-gpumem archive\0" + data[:16], 76)
+        derived = hkdf(
+            secret, data[16:48], b"pytest-gpumem archive\0" + data[:16] + name.encode(), 76
+        )
         assert hmac.compare_digest(derived[44:], data[48:80])
         self.aead = {1: AESGCM, 2: ChaCha20Poly1305}[data[9]](derived[:32])
         self.base, self.data = derived[32:44], data
@@ -81,8 +83,8 @@ def decode(coded, kind, size):
     return bytes(out)
 
 
-def read_state(data, secret):
-    opened = File(data, secret, 1)
+def read_state(data, secret, name=""):
+    opened = File(data, secret, 1, name)
     length, end = struct.unpack("<Q8s", data[-16:])
     assert end == b"GPUMEM.\n"
     index = opened.part(1, 0, len(data) - 16 - length, len(data) - 16)

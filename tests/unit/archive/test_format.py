@@ -118,7 +118,7 @@ def test_a_reader_written_from_the_document_alone_reads_a_whole_store(tmp_path):
     assert (entry["id"], entry["type"], entry["tags"]) == (name, "model", ["t"])
     assert independent_reader.value(entry["metadata"], []) == {"lr": 0.5}
     data = (tmp_path / "states" / entry["content"]).read_bytes()
-    agree(independent_reader.read_state(data, secret)[0], state())
+    agree(independent_reader.read_state(data, secret, entry["content"])[0], state())
 
 
 def test_small_files_that_were_written_once_are_read_for_ever():

@@ -245,6 +245,23 @@ def test_verify_and_health_name_what_is_wrong(store, folder):
     assert [each.id for each in store.entries()] == [good, bad, gone]
 
 
+@pytest.mark.parametrize("place", ["states", "entries"])
+def test_a_file_that_takes_the_place_of_another_is_refused(store, folder, place):
+    first, second = store.put(state(1)), store.put(state(2))
+    one, other = sorted((folder / place).iterdir())
+    one.write_bytes(other.read_bytes())
+
+    again = ArchiveStore(folder, key=KEY)
+    assert len(again.verify()) == 1
+    refused = 0
+    for name in (first, second):
+        try:
+            again.get(name)
+        except DamagedError:
+            refused += 1
+    assert refused == 1
+
+
 def test_nothing_is_orphaned_while_an_entry_cannot_be_read(store, folder):
     lost, other = store.put(state(1)), store.put(state(2))
     path = folder / "entries" / lost
