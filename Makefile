@@ -49,6 +49,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8
 	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
 	$(BIN)/python tests/soak/opinfo_campaign.py
 	$(BIN)/python tests/soak/lease_kills.py
+	$(BIN)/python tests/soak/archive_kills.py
 
 gpu-check: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/gpu_check.py $(ARGS)

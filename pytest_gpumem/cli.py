@@ -1,4 +1,4 @@
-"""The ``gpumem`` command: what this machine has, and what runs left behind."""
+"""The ``gpumem`` command: what this machine has, what runs left behind, and archives."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import __version__, devices, records
+from pytest_gpumem.archive import cli as archive
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.units import format_bytes, format_mib
 
@@ -27,9 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="Say which cards and versions pytest would find here.")
     _add_report(commands.add_parser("report", help="Show, join or learn from finished runs."))
+    archive.add_parser(commands)
     chosen = parser.parse_args(arguments)
     try:
-        lines = _doctor() if chosen.command == "doctor" else _report(chosen)
+        if chosen.command == "archive":
+            lines = archive.run(chosen)
+        else:
+            lines = _doctor() if chosen.command == "doctor" else _report(chosen)
         for line in lines:
             sys.stdout.write(f"{line}\n")
     except BrokenPipeError:  # whoever reads has seen enough

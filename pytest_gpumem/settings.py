@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,10 @@ class Settings(NamedTuple):
     top: int = 10
     vram_limit: int | None = None
     vram_leak_limit: int | None = None
+    archive: Path | None = None
+    archive_key_file: Path | None = None
+    archive_quota: int | None = None
+    consolidate_above: float = 0.85
     schedule: str = "careful"
     headroom: int = 64 * 2**20
     context: int = 512 * 2**20
@@ -166,6 +171,18 @@ def _why_not_written(path: Path) -> str:
     return ""
 
 
+def _place(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _share(text: str) -> float:
+    """Return the part of 1 that a text like ``85%`` names."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", text, re.ASCII)
+    if match is None or not 0 < float(match[1]) <= 100:
+        raise ValueError(f"{text!r} is not a part; allowed is more than 0% and up to 100%")
+    return float(match[1]) / 100
+
+
 class Option(NamedTuple):
     """One option: how it is written and read."""
 
@@ -240,6 +257,25 @@ OPTIONS = (
         "Fail each test that leaks more than this size, unless its vram_leak_limit mark says "
         "otherwise.",
         "SIZE",
+    ),
+    Option(
+        "archive",
+        _place,
+        "The store of archived model state. Default: gpumem/archive in the user's data directory.",
+        "DIR",
+    ),
+    Option(
+        "archive_key_file",
+        _place,
+        "The key file of the archives. Default: gpumem/archive.key in the user's config directory.",
+        "FILE",
+    ),
+    Option("archive_quota", parse_bytes, "Most that the archives may take on the disk.", "SIZE"),
+    Option(
+        "consolidate_above",
+        _share,
+        "Consolidate registered models when more than this part of a card is used. Default: 85%.",
+        "PERCENT",
     ),
     Option(
         "schedule",

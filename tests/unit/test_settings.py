@@ -16,6 +16,10 @@ EXAMPLES = {
     "top": ("3", 3),
     "vram_limit": ("2GiB", 2**31),
     "vram_leak_limit": ("0B", 0),
+    "archive": ("store", None),
+    "archive_key_file": ("key", None),
+    "archive_quota": ("20GiB", 20 * 2**30),
+    "consolidate_above": ("70%", 0.7),
     "schedule": ("optimistic", "optimistic"),
     "headroom": ("0B", 0),
     "context": ("300MiB", 300 * 2**20),
@@ -73,6 +77,9 @@ def test_asking_for_the_plugin_turns_it_on_unless_the_mode_is_given():
         ("simulate_anyway", "perhaps", "'perhaps' is neither true nor false"),
         ("top", "ten", "'ten' is not a number of lines"),
         ("vram_limit", "much", "'much' is not a size"),
+        ("archive_quota", "all", "'all' is not a size"),
+        ("consolidate_above", "0%", "'0%' is not a part; allowed is more than 0% and up to 100%"),
+        ("consolidate_above", "0.85", "'0.85' is not a part"),
     ],
 )
 @pytest.mark.parametrize("place", ["cli", "env", "ini"])
