@@ -1,8 +1,9 @@
-"""The ``gpumem`` command: ``gpumem doctor`` and ``gpumem report RUN.json``."""
+"""The ``gpumem`` command: ``doctor``, ``report``, ``forensics`` and ``compare``."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import __version__, devices, records
+from pytest_gpumem.forensics import cli as forensics
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.units import format_bytes
 
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 for input that cannot be used."""
+    """Run the command and return its exit status: 0, or 2 for input that cannot be used.
+
+    ``gpumem compare`` returns 1 when a threshold is missed.
+    """
     parser = argparse.ArgumentParser(prog="gpumem", description=__doc__)
     parser.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -27,11 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("run", type=Path, metavar="RUN.json", help="Written by --gpumem-json.")
     report.add_argument("--top", type=int, default=10, metavar="N", help="Tests in the table.")
     report.add_argument("-v", "--verbose", action="count", default=0, help="Longer; -vv: all.")
+    forensics.add_forensics(commands)
+    forensics.add_compare(commands)
     chosen = parser.parse_args(arguments)
     try:
+        if hasattr(chosen, "run_command"):
+            return int(chosen.run_command(chosen))
         lines = _doctor() if chosen.command == "doctor" else _report(chosen)
         for line in lines:
             sys.stdout.write(f"{line}\n")
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         return _fail(chosen.command, f"cannot read {error.filename!r}: {error.strerror}")
     except ValueError as error:

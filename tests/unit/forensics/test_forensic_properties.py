@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+
+import pytest
+from forensic_corpus import CASES, LOG
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pytest_gpumem.forensics import analysis, grammars, lines, readers
+from pytest_gpumem.forensics.sequence import Follower
+
+TEXTS = [each.data for each in CASES if each.suffix == ".log"]
+PIECES = [
+    *(line for text in TEXTS for line in text.splitlines(keepends=True)),
+    b"\n", b"\r", b"\x1b[31m", b"\0", b"\xff", b"=" * 9, b"_" * 9, b"E   ", b"[gw1] ", b" " * 300,
+]  # fmt: skip
+NOISE = st.lists(st.sampled_from(PIECES) | st.binary(max_size=20), max_size=40).map(b"".join)
+
+
+def events(chunks):
+    runs = Follower().follow(lines.scan(chunks))
+    return analysis.findings([("log", runs)])
+
+
+@settings(deadline=None)
+@given(st.binary() | NOISE)
+def test_any_bytes_are_read_to_the_end(data):
+    readers.read_stream(io.BytesIO(b"x" + data))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(CASES), st.data())
+def test_any_input_may_be_cut_or_damaged(case, data):
+    at = data.draw(st.integers(0, len(case.data)))
+    damaged = case.data[:at] + data.draw(st.just(b"") | st.binary(max_size=9))
+    # What cannot be read is said in a sentence; nothing else may come out.
+    with contextlib.suppress(ValueError):
+        analysis.findings([("log", readers.read_stream(io.BytesIO(damaged)))])
+
+
+@settings(deadline=None)
+@given(NOISE | st.sampled_from(TEXTS), st.lists(st.integers(1, 3000), min_size=1, max_size=20))
+@example(LOG.encode() * 20, [4096])
+@example(b"PASSED x" * 9000 + LOG.encode() * 3, [999, 5000])
+def test_events_do_not_depend_on_how_the_bytes_arrive(data, sizes):
+    whole = events([data])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "_REGION", 1)
+        pieces, at, turn = [], 0, 0
+        while at < len(data):
+            pieces.append(data[at : at + sizes[turn % len(sizes)]])
+            at += len(pieces[-1])
+            turn += 1
+        assert events(pieces) == whole
+
+
+@settings(deadline=None)
+@given(NOISE)
+def test_what_stands_before_a_run_does_not_hide_it(noise):
+    before = b"".join(b"#" + line for line in noise.splitlines(keepends=True))
+    found = events([before + b"\n" + LOG.encode()]).events
+
+    assert [event.nodeid for event in found if event.position == 3]
+
+
+@given(st.integers(0, 2**60), st.sampled_from(["bytes", "KiB", "MiB", "GiB", "B", "kB", "GB"]))
+def test_a_printed_size_is_its_bytes(number, unit):
+    shift = {"b": 0, "B": 0, "k": 10, "K": 10, "M": 20, "G": 30}[unit[0]]
+
+    assert grammars.size(f"{number} {unit}") == number << shift
+    assert grammars.size(f"{number:,}{unit}") == number << shift
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.2.3 GiB", "one GiB", "1 XiB", "-1 GiB"])
+def test_what_is_no_size_is_none(text):
+    assert grammars.size(text) is None
+
+
+HOSTILE = [
+    b"E   " + b"Error" * 200_000,
+    b"a.b::" * 200_000 + b" out of memory",
+    b"tests/a.py::" * 100_000,
+    b"PASSED (" * 100_000,
+    b"FAILED tests/a.py::t[" + b"] - [" * 100_000,
+    b"=" * 1_000_000,
+    (b"_" * 500 + b" ") * 2_000 + b"_\n",
+    b"OOM when allocating shape" + b"dim { size: 1 } " * 50_000,
+    b"Process 1 has 1 MiB memory in use. " * 30_000 + b"CUDA out of memory",
+    b"[" * 500_000 + b"gw1] out of memory",
+    b"out\n of\n memory\n" * 50_000,
+    b"CUDA out of memory. Tried to allocate 1.00 GiB\n" * 20_000,
+]
+
+
+@pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_read_to_the_end(data):
+    # A regular expression that backtracks would not come back within a session.
+    events([data])
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def test_a_pickle_runs_nothing(capsys):
+    with pytest.raises(ValueError, match=r"holds builtins\.print, which is not read"):
+        readers.read_stream(io.BytesIO(pickle.dumps({"segments": [Evil()], "device_traces": []})))
+    assert capsys.readouterr().out == ""
