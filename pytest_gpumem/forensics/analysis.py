@@ -173,8 +173,9 @@ def _outcomes(runs: Sequence[Run]) -> dict[str, str]:
     """Return how each test ended that the logs name, by the last run's word."""
     told: dict[str, str] = {}
     for run in runs:
-        told |= {failure.nodeid: failure.kind for failure in run.failures if failure.nodeid}
         told |= {test.nodeid: test.outcome for test in run.order if test.outcome}
+        # A subtest, or a teardown, may fail within a test that passed.
+        told |= {failure.nodeid: failure.kind for failure in run.failures if failure.nodeid}
     return told
 
 

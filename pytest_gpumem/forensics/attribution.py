@@ -30,13 +30,25 @@ def resolve(run: Run) -> None:
         if test.outcome in FAILING and (test.outcome, test.nodeid) not in listed:
             entry = Summary(test.outcome, test.nodeid, "", 0)
             waiting[test.outcome, _short(test.nodeid)].append(entry)
+    _in_order(run, waiting)
     shorts = {_short(test.nodeid): test.nodeid for test in run.order}
     for failure in run.failures:
         _name(failure, run, waiting, shorts)
     for entry in [each for entries in waiting.values() for each in entries if each.line]:
-        run.failures.append(_from_summary(entry))
+        run.failures.append(_from_summary(entry, run))
     _positions(run)
     _deaths(run)
+
+
+def _in_order(run: Run, waiting: Waiting) -> None:
+    """Name the failures of --tb=line, which stand in the order of the summary."""
+    nameless = [each for each in run.failures if not each.name and each.kind == "FAILED"]
+    listed = [each for each in run.summary if each.kind == "FAILED"]
+    if nameless and len(nameless) == len(listed):
+        for failure, entry in zip(nameless, listed, strict=True):
+            failure.name, failure.nodeid = _short(entry.nodeid), entry.nodeid
+            waiting[entry.kind, failure.name].remove(entry)
+            _adopt(failure, entry)
 
 
 def _short(nodeid: str) -> str:
@@ -61,7 +73,7 @@ def _name(failure: Failure, run: Run, waiting: Waiting, shorts: dict[str, str]) 
             )
             entries.remove(chosen)
             failure.nodeid = chosen.nodeid
-            _adopt(failure, chosen.message)
+            _adopt(failure, chosen)
             break
     else:
         failure.nodeid = shorts.get(name) or _guess(failure, name)
@@ -113,8 +125,10 @@ def _guess(failure: Failure, name: str) -> str | None:
     return name
 
 
-def _adopt(failure: Failure, message: str) -> None:
+def _adopt(failure: Failure, entry: Summary) -> None:
     """Take the summary's word where the section has none."""
+    failure.subtest = entry.subtest
+    message = entry.message
     found = grammars.parse(message, raised=True) if message else None
     if found is not None and found.named and failure.seen is None and not failure.died:
         failure.seen = Seen(failure.line, found)
@@ -122,14 +136,18 @@ def _adopt(failure: Failure, message: str) -> None:
         failure.error = failure.error or message if failure.seen else message
 
 
-def _from_summary(entry: Summary) -> Failure:
-    phase = "call" if entry.kind == "FAILED" else "setup" if "::" in entry.nodeid else "collect"
+def _from_summary(entry: Summary, run: Run) -> Failure:
+    phase = "call"
+    if entry.kind == "ERROR":
+        test = run.find(entry.nodeid)
+        torn = test is not None and test.torn
+        phase = "collect" if "::" not in entry.nodeid else "teardown" if torn else "setup"
     failure = Failure(entry.line, _short(entry.nodeid), entry.kind, phase)
     failure.nodeid = entry.nodeid
     if match := _CRASHED.match(entry.message):
         failure.worker, failure.died = match[1], True
         failure.nodeid = entry.nodeid if "::" in entry.nodeid else match[2]
-    _adopt(failure, entry.message)
+    _adopt(failure, entry)
     return failure
 
 
@@ -137,12 +155,18 @@ def _positions(run: Run) -> None:
     """Find positions without -v: the k-th F of the progress is the k-th section of FAILURES."""
     if run.order or not run.letters:
         return
+    found = []
     for kind, letter in (("FAILED", "F"), ("ERROR", "E")):
-        told = [each for each in run.failures if each.kind == kind]
+        # Subtests have sections, but no letters.
+        told = [each for each in run.failures if each.kind == kind and not each.subtest]
         marked = run.marked[letter]
         if len(told) == len(marked) and not any(each.worker for each in told):
-            for failure, position in zip(told, marked, strict=True):
-                run.place(failure.nodeid, None, position, kind)
+            found += list(zip(marked, told, strict=True))
+    late = 0
+    for position, failure in sorted(found, key=lambda pair: pair[0]):
+        # A teardown's E is a second letter of the test before it.
+        late += failure.phase == "teardown"
+        run.place(failure.nodeid, None, position - late, failure.kind)
 
 
 def _deaths(run: Run) -> None:

@@ -183,25 +183,13 @@ def _own(event: OomEvent, leftovers: Sequence[Leftover]) -> Finding:
             "accumulation",
             (f"{_b(event.growth_bytes)} more allocated than at the worker's first failure",),
         )
-    if held and event.tried_bytes and held > event.tried_bytes and event.before:
-        return Finding(
-            "accumulation",
-            (
-                f"this process held {_b(held)} when {_b(event.tried_bytes)} was asked for",
-                f"{(event.position or 2) - 1} tests ran before in the same process",
-            ),
-        )
-    if (
-        held
-        and event.tried_bytes
-        and held > event.tried_bytes
-        and event.nodeid
-        and (event.position is None)
-    ):
-        return Finding(
-            "accumulation",
-            (f"this process held {_b(held)} when {_b(event.tried_bytes)} was asked for",),
-        )
+    tried = event.tried_bytes
+    # The first test of a worker cannot meet leftovers; where the position is unknown it may.
+    if held and tried and held > tried and event.nodeid and event.position != 1:
+        said = [f"this process held {_b(held)} when {_b(tried)} was asked for"]
+        if event.position:
+            said.append(f"{event.position - 1} tests ran before in the same process")
+        return Finding("accumulation", tuple(said))
     return Finding("unknown", ("this process alone filled the card",) if held else ())
 
 

@@ -214,8 +214,9 @@ def _running(runs: Sequence[Run], drafts: Sequence[Draft], kills: list[Draft]) -
 def when(each: Draft) -> tuple[int, int]:
     """Return what sorts the events of one run: the order of its tests, or of the lines."""
     test = each.test
-    rank = test.rank if test else len(each.run.order)
-    return (rank if each.run.order else 0, each.line)
+    known = each.run.order or each.run.letters
+    last = len(each.run.order) + each.run.letters.total()
+    return (test.rank if test else last if known else 0, each.line)
 
 
 def finish(drafts: Sequence[Draft]) -> tuple[OomEvent, ...]:

@@ -36,12 +36,13 @@ class Summary(NamedTuple):
     nodeid: str
     message: str
     line: int
+    subtest: bool = False
 
 
 class Test:
     """One test of a run."""
 
-    __slots__ = ("duration", "nodeid", "outcome", "position", "rank", "worker")
+    __slots__ = ("duration", "nodeid", "outcome", "position", "rank", "torn", "worker")
 
     def __init__(self, nodeid: str, worker: str | None, position: int, rank: int) -> None:
         self.nodeid = nodeid
@@ -51,6 +52,8 @@ class Test:
         self.rank = rank
         """0 for the first test of the run."""
         self.outcome: str | None = None
+        self.torn = False
+        """Whether its teardown failed after it had passed."""
         self.duration = 0.0
 
 
@@ -71,6 +74,7 @@ class Failure:
         """A message in its captured output, which counts if it has none of its own."""
         self.error = ""
         self.died = False
+        self.subtest = False
 
     def note(self, seen: Seen) -> None:
         """Keep the fullest message, and the line of the first."""

@@ -36,7 +36,7 @@ _OUTCOME = re.compile(
 _DOTS = re.compile(rf"(?:({FILE}) )?([.FEsxXRrpuPf,-]+) *({_PROGRESS})?$")
 _SUMMARY = re.compile(
     r"(FAILED|ERROR|SUBFAILED|SUBFAIL|XFAIL|XPASS|PASSED|RERUN|SKIPPED)"
-    r"(?: ?\[[\d.]+s\]|\[[^\]]*\](?: \([^)]*\))?)? "
+    r"(?: ?\[[\d.]+s\]|(?:\[[^\]]*\])? ?(?:\([^)]*\))?)? "
     rf"({FILE}(?:::\S(?:[^\[]*?\[.*?\](?=$| [A-Z-]|\[)|[^\[]*?))?)(?: - (.*))?$"
 )
 _CUT_SUMMARY = re.compile(rf"(FAILED|ERROR) ({FILE}::\S+?)(?:\.\.\.)?()$")
@@ -200,6 +200,7 @@ class Follower:
     def _outcome(self, test: Test, word: str) -> None:
         # A teardown may fail after the test passed; nothing that comes later makes it pass.
         word = _SUBTESTS.get(word, word)
+        test.torn = test.torn or (test.outcome == "PASSED" and word == "ERROR")
         if test.outcome not in FAILING or word == "FAILED":
             test.outcome = word
 
@@ -226,7 +227,8 @@ class Follower:
         kind = _SUBTESTS.get(match[1], match[1])
         if kind in FAILING:
             self._run.pytest = True
-            self._run.summary.append(Summary(kind, match[2], match[3] or "", line.number))
+            subtest = match[1] in _SUBTESTS
+            self._run.summary.append(Summary(kind, match[2], match[3] or "", line.number, subtest))
             if self._section not in {"failures", "errors"}:
                 self._failure = None
         return True
@@ -273,10 +275,12 @@ class Follower:
         failure = self._failure
         location = _LOCATION.match(body) if not self._captured else None
         if location and self._section == "failures" and not (failure and failure.name):
-            # --tb=line has no headers: each line is a failure of its own.
+            # --tb=line has no headers: a line with the place ends each failure.
             if location[3] and not location[3].startswith("in "):
-                self._fail(line, "").file = location[1].replace("\\", "/")
-                return self._raised(line, location[3])
+                failure = failure or self._fail(line, "")
+                failure.file = location[1].replace("\\", "/")
+                self._raised(line, location[3])
+                self._failure = None
             return True
         if failure is None:
             return False
@@ -347,6 +351,8 @@ class Follower:
     def _raised(self, line: Line, message: str) -> bool:
         """Take the error of the failing test from a line that shows it."""
         failure = self._failure
+        if failure is None and self._section == "failures":
+            failure = self._fail(line, "")
         stripped = message.strip()
         found = self._read(line, stripped, raised=True)
         if found and found.kind != "kill" and (found.named or found.sizes or stripped != message):
