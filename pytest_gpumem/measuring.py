@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpumem import devices, records
 from pytest_gpumem.reports import terminal
-from pytest_gpumem.state import CARDS, ITEM_MARKS, NO_MARKS, PROPERTIES, State
+from pytest_gpumem.state import (
+    CARDS,
+    GRANT,
+    HOST,
+    ITEM_MARKS,
+    LATE,
+    NO_MARKS,
+    NOTES,
+    PROPERTIES,
+    USAGE,
+    State,
+)
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.tracker import Fixture, Tracker, Usage, release_when_shared
 from pytest_gpumem.tracking.verdict import holds_memory
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
 _OOM = re.compile(r"(CUDA|HIP|XPU|MPS)( error:| driver error:| backend)? ?out of memory")
 """How torch words it where the class is a plain ``RuntimeError``."""
@@ -60,6 +73,8 @@ class Measuring:
         self._tearing_down = False
         self._errors: list[BaseException] = []
         self._keepers: dict[int, str] = {}
+        self._state = state
+        self._late: list[tuple[str, list[dict[str, Any]], dict[str, int]]] = []
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -116,7 +131,9 @@ class Measuring:
             judge=not (self._pdb and self._errors),
             keepers=self._keepers,
             passing={id(value): "the test's arguments" for value in arguments.values()},
+            fixtures=getattr(item, "fixturenames", ()),
         )
+        item.stash[USAGE] = usage
         _attach(item, usage, self._errors)
         self._errors.clear()
         self._keepers = {}
@@ -161,13 +178,48 @@ class Measuring:
             self._drop_arguments(self._item)
         self.tracker.begin_teardown(fixture)
 
+    @contextmanager
+    def late_teardowns(self, nodeid: str) -> Iterator[None]:
+        """Measure teardowns of wider fixtures after the report of the test ``nodeid`` was made."""
+        self.tracker.begin_test(nodeid)
+        before = self.tracker.reserved
+        self._tearing_down = True
+        try:
+            yield
+        finally:
+            self._tearing_down = False
+            usage = self.tracker.end_test()
+            if usage.fixtures or self.tracker.reserved != before:
+                fixtures = [records.to_plain(fixture) for fixture in usage.fixtures]
+                self._late.append((nodeid, fixtures, self.tracker.reserved))
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Tell the controller which cards this worker saw; it may be on another machine."""
+        """Tell the controller what no report told; this worker may be on another machine."""
         self.tracker.close()
         output = getattr(session.config, "workeroutput", None)
         if output is not None:
             cards = self._cards or devices.find_cards().cards
             output[CARDS] = [records.to_plain(card) for card in cards]
+            output[HOST] = platform.node()
+            output[NOTES] = [*self._state.notes, *devices.notes()]
+            output[LATE] = self._late
+
+
+class LateTeardowns:
+    """Measures what xdist's workers tear down while they wait for their next test."""
+
+    def __init__(self, measuring: Measuring) -> None:
+        self._measuring = measuring
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Measure the item of the scheduler that stands for such a wait."""
+        from pytest_gpumem.sharing.xdist_private import Sentinel
+
+        if not isinstance(item, Sentinel):
+            return (yield)
+        with self._measuring.late_teardowns(item.nodeid):
+            return (yield)
 
 
 def _shared(cards: Sequence[records.Card]) -> bool:
@@ -205,14 +257,16 @@ def _enforce(
 
 def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
-    oom = next(filter(None, map(_oom_sentence, errors)), "")
+    oom = next(filter(None, map(oom_sentence, errors)), "")
     item.user_properties[:] = [each for each in item.user_properties if each[0] not in PROPERTIES]
-    if not (usage.cards or usage.fixtures or oom):
+    grant = item.stash.get(GRANT, None)
+    if not (usage.cards or usage.fixtures or oom or grant):
         return
     record = {
         "cards": [records.to_plain(card) for card in usage.cards],
         "fixtures": [records.to_plain(fixture) for fixture in usage.fixtures],
         "oom": oom,
+        "lease": records.to_plain(grant),
     }
     values = (
         sum(card.peak for card in usage.cards),
@@ -223,7 +277,7 @@ def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) ->
     item.user_properties.extend(zip(PROPERTIES, values, strict=True))
 
 
-def _oom_sentence(error: BaseException) -> str:
+def oom_sentence(error: BaseException) -> str:
     """Return the first sentences of a card's out-of-memory error in the chain, "" without one."""
     for each in release.chain(error):
         text = str(each)

@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import marks
-from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, resolve
+from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
 from pytest_gpumem.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State, is_worker
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
     from pytest_gpumem.devices import CardsFound
     from pytest_gpumem.measuring import Memory
 
 CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
 """Carries the simulated card's file to xdist's workers, which start from the environment."""
+SIMULATED_AS = "GPUMEM_SIMULATED_AS"
+"""Carries the simulated card's name to workers on other machines, which share one there."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,14 +58,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if STATE not in config.stash:  # loaded by a conftest, after the initial hook
         _begin(config, vars(config.option))
     state = config.stash[STATE]
-    if state.settings.mode == "off":
+    settings, controller = state.settings, _is_controller(config)
+    if settings.mode == "off":
         return
-    if state.found.cards and not _is_controller(config):
+    if not is_worker(config):
+        try:
+            check_files(settings)
+        except BadSettingError as error:
+            raise pytest.UsageError(str(error)) from None
+    if state.found.cards and not controller:
         _measure(config)
-    if not is_worker(config) and (
-        state.found.cards or state.settings.json or _is_controller(config)
-    ):
+    if not is_worker(config) and (state.found.cards or settings.json or controller):
         _report(config)
+    if settings.mode == "on" and (_may_meet_cards(config) if controller else state.found.cards):
+        _share(config)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -84,11 +94,54 @@ def _measure(config: pytest.Config) -> None:
     config.pluginmanager.register(Measuring(config, config.stash[STATE]), Measuring.NAME)
 
 
+def _share(config: pytest.Config) -> None:
+    from pytest_gpumem import scheduling
+
+    state = config.stash[STATE]
+    if _is_controller(config):
+        scheduling.share_as_controller(config, state)
+    else:
+        scheduling.share(config, state)
+    if state.settings.fraction is not None and not _is_controller(config):
+        from pytest_gpumem.capping import Capping
+
+        config.pluginmanager.register(Capping(state), Capping.NAME)
+
+
+def _may_meet_cards(config: pytest.Config) -> bool:
+    """Return whether a worker of xdist may have a card: here, or on another machine."""
+    gateways = config.getoption("tx", None) or ()
+    elsewhere = any(each.rpartition("*")[2] != "popen" for each in gateways)
+    return elsewhere or bool(config.stash[STATE].found.cards)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
+    """Let VRAM limit the workers of ``-n auto``, once there is something to reckon with."""
+    wanted = yield
+    state = config.stash[STATE]
+    asked_for = "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ
+    if state.settings.mode != "on" or asked_for or not state.found.cards:
+        return wanted
+    from pytest_gpumem import scheduling
+
+    return scheduling.worker_count(config, state, wanted)
+
+
 def _report(config: pytest.Config) -> None:
     from pytest_gpumem.reporting import Reporting
 
     if not config.pluginmanager.hasplugin(Reporting.NAME):
-        config.pluginmanager.register(Reporting(config.stash[STATE]), Reporting.NAME)
+        config.pluginmanager.register(Reporting(config, config.stash[STATE]), Reporting.NAME)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    """Let the workers on each other machine share one simulated card."""
+    if config.stash[STATE].simulation is not None:
+        name = os.urandom(16).hex()
+        for spec in specs:
+            spec.env.setdefault(SIMULATED_AS, name)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -111,10 +164,19 @@ def _begin(config: pytest.Config, options: dict[str, Any]) -> None:
             state = State(settings, devices.CardsFound((), "switched off"))
         else:
             found = devices.find_cards()
+            if settings.mode == "on" and len(found.cards) > 1:
+                found = _place(found)
             state = _simulate(settings, found) if settings.simulated else State(settings, found)
     except BadSettingError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[STATE] = state
+
+
+def _place(found: CardsFound) -> CardsFound:
+    """Let a worker of xdist use another card first than its neighbour."""
+    from pytest_gpumem.sharing import workers
+
+    return found._replace(cards=tuple(workers.place(found.cards)))
 
 
 def _simulate(settings: Settings, real: CardsFound) -> State:
@@ -142,6 +204,8 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
             simulation = Simulation.attach(str(settings.simulate_card))
         except (OSError, ValueError) as error:
             raise BadSettingError(f"--gpumem-simulate-card: {error}") from None
+    elif name := os.environ.pop(SIMULATED_AS, ""):
+        simulation = Simulation.join(name, settings.simulate or 0, settings.simulate_context)
     else:
         simulation = Simulation.start(settings.simulate or 0, settings.simulate_context)
     simulation.install()

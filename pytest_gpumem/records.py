@@ -28,6 +28,8 @@ class Card(NamedTuple):
     total: int
     kind: str = "cuda"
     """The torch device type that reaches it: ``cuda``, ``xpu``, ``mps``."""
+    host: str = ""
+    """The machine it is in; empty for the one that reports."""
 
 
 class Holder(NamedTuple):
@@ -71,6 +73,10 @@ class CardUsage(NamedTuple):
     holders: tuple[Holder, ...] = ()
     note: str = ""
     """Why leftover is not (all) a leak: ``library workspace``, ``held by fixture 'model'``."""
+    extra: int = 0
+    """Bytes to set aside for it: the most that its process reserved beyond what it kept anyway."""
+    fixture_bytes: int = 0
+    """Allocated by the wider fixtures it uses: what a process without them needs on top."""
 
 
 class FixtureUsage(NamedTuple):
@@ -90,12 +96,26 @@ class FixtureUsage(NamedTuple):
     holders: tuple[Holder, ...] = ()
 
 
+class Grant(NamedTuple):
+    """Permission to use bytes of a card, as one test had it."""
+
+    cards: tuple[str, ...]
+    """UUIDs."""
+    size: int
+    """On each of the cards, beyond what its process keeps."""
+    alone: bool
+    """Whether no other test could use the cards meanwhile."""
+    waited: float
+    """Seconds before its start."""
+
+
 class RecordedTest(NamedTuple):
     """One test (or one attempt of it), with its usage on every card it touched."""
 
     nodeid: str
     outcome: str
-    """``passed``, ``failed``, ``error``, ``skipped``, ``xfailed``, ``xpassed``, ``crashed``."""
+    """``passed``, ``failed``, ``error``, ``skipped``, ``xfailed``, ``xpassed``, ``crashed``, or
+    ``rerun`` for an attempt that ran out of memory beside others and was made again alone."""
     duration: float
     worker: str
     """``gw0`` and so on; empty without xdist."""
@@ -103,6 +123,14 @@ class RecordedTest(NamedTuple):
     fixtures: tuple[FixtureUsage, ...] = ()
     oom: str = ""
     """First sentence of the out-of-memory error that failed it, else empty."""
+    start: float = 0.0
+    """When its set-up began, in seconds since the epoch by its worker's clock."""
+    lease: Grant | None = None
+    """What it was granted, None where it asked for nothing."""
+    host: str = ""
+    """Where it ran; empty for the machine that reports."""
+    broke: str = ""
+    """First sentence of the CUDA error after which its process was of no use, else empty."""
 
 
 class RunRecord(NamedTuple):
@@ -116,6 +144,8 @@ class RunRecord(NamedTuple):
     tests: tuple[RecordedTest, ...]
     notes: tuple[str, ...] = ()
     """Sentences about the run as a whole, such as what the simulation leaves out."""
+    context: int = 0
+    """What a process was taken to cost once it uses a card; 0 where nothing was shared."""
 
 
 R = TypeVar("R")
@@ -155,7 +185,8 @@ def _value(hint: Any, plain: Any) -> Any:
     """Return ``plain`` as the type ``hint`` of a record's field."""
     if typing.get_origin(hint) is tuple:
         return tuple(_value(typing.get_args(hint)[0], each) for each in plain)
-    return from_plain(hint, plain) if hasattr(hint, "_fields") else plain
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if hasattr(kind, "_fields")]
+    return from_plain(kinds[0], plain) if kinds and plain is not None else plain
 
 
 def save(run: RunRecord, path: Path) -> None:
@@ -165,10 +196,20 @@ def save(run: RunRecord, path: Path) -> None:
         OSError: when the file cannot be written; what stood there before is untouched.
 
     """
+    write_json(to_plain(run), path)
+
+
+def write_json(plain: dict[str, Any], path: Path) -> None:
+    """Write ``plain`` as JSON to ``path``, whole or not at all.
+
+    Raises:
+        OSError: when the file cannot be written; what stood there before is untouched.
+
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(to_plain(run), file, indent=1)
+            json.dump(plain, file, indent=1)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -192,3 +233,31 @@ def load(path: Path) -> RunRecord:
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
         raise ValueError(f"{str(path)!r} is not a run of schema {SCHEMA} (--gpumem-json)")
     return from_plain(RunRecord, plain)
+
+
+def merge(runs: dict[str, RunRecord]) -> RunRecord:
+    """Return the shards of one suite as one run, by the name of each.
+
+    The name takes the place of the host, so that equally named workers stay apart.
+    """
+    shards = [_of_shard(name, run) for name, run in runs.items()]
+    return RunRecord(
+        schema=SCHEMA,
+        mode=" and ".join(dict.fromkeys(run.mode for run in shards)),
+        cards=tuple(dict.fromkeys(card for run in shards for card in run.cards)),
+        simulated=any(run.simulated for run in shards),
+        workers=sum(run.workers for run in shards),
+        tests=tuple(test for run in shards for test in run.tests),
+        notes=tuple(dict.fromkeys(note for run in shards for note in run.notes)),
+        context=max(run.context for run in shards),
+    )
+
+
+def _of_shard(name: str, run: RunRecord) -> RunRecord:
+    def placed(host: str) -> str:
+        return f"{name}/{host}" if host else name
+
+    return run._replace(
+        cards=tuple(card._replace(host=placed(card.host)) for card in run.cards),
+        tests=tuple(test._replace(host=placed(test.host)) for test in run.tests),
+    )

@@ -7,6 +7,7 @@ environment and ``gpumem_NAME`` in the ini file; the mode itself is plain ``--gp
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 MODES = ("off", "track", "on")
+SCHEDULES = ("careful", "optimistic", "off")
 
 
 class Settings(NamedTuple):
@@ -32,17 +34,35 @@ class Settings(NamedTuple):
     top: int = 10
     vram_limit: int | None = None
     vram_leak_limit: int | None = None
+    schedule: str = "careful"
+    headroom: int = 64 * 2**20
+    context: int = 512 * 2**20
+    too_large: str = "fail"
+    oom: str = "retry"
+    lease_timeout: float | None = None
+    history: Path | None = None
+    fraction: float | None = None
+    """0 means by the number of workers."""
+    trace: Path | None = None
 
     @property
     def simulated(self) -> bool:
         """Whether the run uses a simulated card."""
         return self.simulate is not None or self.simulate_card is not None
 
+    @property
+    def context_cost(self) -> int:
+        """Bytes that a process is taken to cost once it uses a card."""
+        return self.simulate_context if self.simulated else self.context
 
-def _mode(text: str) -> str:
-    if text not in MODES:
-        raise ValueError(f"{text!r} is not a mode; allowed are {', '.join(MODES)}")
-    return text
+
+def _one_of(words: Sequence[str], what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is not {what}; allowed are {', '.join(words)}")
+        return text
+
+    return parse
 
 
 def _flag(text: str | bool) -> bool:
@@ -59,6 +79,30 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise ValueError(f"{text!r} is not a number of lines; allowed is 0 or more")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text!r} is not a number of seconds; allowed is 0 or more")
+    return seconds
+
+
+def _fraction(text: str) -> float:
+    if text == "auto":
+        return 0.0
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"{text!r} is not a part of a card; allowed are auto and numbers above 0 and up to 1"
+        )
+    return fraction
 
 
 def _simulated_size(text: str) -> int:
@@ -82,20 +126,44 @@ def _ram() -> int | None:
         return None
 
 
-def _new_file(text: str) -> Path:
-    """Return the path ``text`` after making sure that a file can be written there.
+def _file(text: str) -> Path:
+    return Path(text).absolute()
 
-    Checked before the first test runs, so that an hour's results are not lost at its end.
+
+def check_files(settings: Settings) -> None:
+    """Make sure that the files which the user asked for can be written.
+
+    Before the first test runs, so that an hour's results are not lost at its end. Only where they
+    will be written: a worker of xdist on another machine need not have their directories.
+
+    Raises:
+        BadSettingError: when one cannot be written, or is to be read and is of another kind.
+
     """
-    path = Path(text).absolute()
+    for field, path in (
+        ("json", settings.json),
+        ("trace", settings.trace),
+        ("history", settings.history),
+    ):
+        if path is not None:
+            problem = _why_not_written(path)
+            if field == "history" and not problem:
+                from pytest_gpumem.sharing.history import History
+
+                problem = History.load(path).problem
+            if problem:
+                raise BadSettingError(f"--gpumem-{field}: {problem}")
+
+
+def _why_not_written(path: Path) -> str:
     if path.is_dir():
-        raise ValueError(f"{text!r} is a directory; allowed is the name of a file")
+        return f"{str(path)!r} is a directory; allowed is the name of a file"
     if not path.parent.is_dir():
-        raise ValueError(f"cannot write {text!r}: there is no directory {str(path.parent)!r}")
-    # The report replaces the file by a rename, so the directory must be writable.
+        return f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}"
+    # The file is replaced by a rename, so the directory must be writable.
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {text!r}: {str(path.parent)!r} is not writable")
-    return path
+        return f"cannot write {str(path)!r}: {str(path.parent)!r} is not writable"
+    return ""
 
 
 class Option(NamedTuple):
@@ -131,7 +199,7 @@ class Option(NamedTuple):
 OPTIONS = (
     Option(
         "mode",
-        _mode,
+        _one_of(MODES, "a mode"),
         "off: do nothing; track: measure and report; on: everything (what -p gpumem means). "
         "Default: track.",
         "MODE",
@@ -156,7 +224,7 @@ OPTIONS = (
         "Use the simulated card that another run made, named by its file.",
         "FILE",
     ),
-    Option("json", _new_file, "Write the run's records to this file.", "FILE"),
+    Option("json", _file, "Write the run's records to this file.", "FILE"),
     Option("stacks", _flag, "Record where leaked tensors were allocated (slower)."),
     Option("top", _count, "Tests shown in the table of the largest peaks. Default: 10.", "N"),
     Option(
@@ -173,6 +241,60 @@ OPTIONS = (
         "otherwise.",
         "SIZE",
     ),
+    Option(
+        "schedule",
+        _one_of(SCHEDULES, "a way to schedule"),
+        "How xdist's workers get their tests in place of --dist load. careful: tests of unknown "
+        "peak run alone on the card first; optimistic: they share it, and run again alone if "
+        "they run out of memory; off: xdist schedules, and tests wait for leases. "
+        "Default: careful.",
+        "HOW",
+    ),
+    Option(
+        "headroom",
+        parse_bytes,
+        "What is never given out of a card. Default: 64MiB.",
+        "SIZE",
+    ),
+    Option(
+        "context",
+        parse_bytes,
+        "What a process is taken to cost once it uses a real card. Default: 512MiB.",
+        "SIZE",
+    ),
+    Option(
+        "too_large",
+        _one_of(("fail", "skip"), "an outcome"),
+        "fail or skip a test that asks for more than the card has. Default: fail.",
+        "OUTCOME",
+    ),
+    Option(
+        "oom",
+        _one_of(("fail", "retry"), "an answer"),
+        "When a test runs out of memory on a card that it shared. retry: run it again alone; "
+        "fail: let it fail. Default: retry.",
+        "ANSWER",
+    ),
+    Option(
+        "lease_timeout",
+        _seconds,
+        "Fail a test that waits longer than this for its lease. Default: wait.",
+        "SECONDS",
+    ),
+    Option(
+        "history",
+        _file,
+        "Keep learned peaks and durations in this file instead of in pytest's cache.",
+        "FILE",
+    ),
+    Option(
+        "fraction",
+        _fraction,
+        "Let torch's allocator in each process have this part of a card at most, or auto: an "
+        "even share beside the contexts.",
+        "PART",
+    ),
+    Option("trace", _file, "Write a trace of the run that opens in Perfetto.", "FILE"),
 )
 
 

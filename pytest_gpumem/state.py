@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_gpumem import marks
+    from pytest_gpumem import marks, records
     from pytest_gpumem.devices import CardsFound
     from pytest_gpumem.settings import Settings
     from pytest_gpumem.simulator import Simulation
+    from pytest_gpumem.tracking.tracker import Usage
 
 STATE = pytest.StashKey["State"]()
 ITEM_MARKS = pytest.StashKey["ItemMarks"]()
+USAGE: pytest.StashKey[Usage] = pytest.StashKey()
+"""What a test did, once it is over."""
+GRANT: pytest.StashKey[records.Grant] = pytest.StashKey()
+"""What a test was granted."""
 
 
 @dataclass
@@ -26,6 +31,10 @@ class State:
     simulation: Simulation | None = None
     exported: bool = False
     """Whether this process put ``CARD_VARIABLE`` into the environment."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about the run as a whole, from the plugin's parts."""
+    worker_reason: str = ""
+    """Why ``-n auto`` starts as many workers as it does."""
 
 
 @dataclass
@@ -43,7 +52,14 @@ PROPERTIES = ("gpumem_peak", "gpumem_leftover", "gpumem_leaked", "gpumem_record"
 """A test's user properties: bytes over all cards, and the whole record as JSON text."""
 USAGE_ERROR = "gpumem_usage_error"
 CARDS = "gpumem_cards"
-"""Keys under which a worker leaves things for the controller when it ends."""
+HOST = "gpumem_host"
+NOTES = "gpumem_notes"
+LATE = "gpumem_late"
+"""Keys under which a worker leaves things for the controller when it ends: ``LATE`` is what
+was torn down after its test was reported: the test, the fixtures, the bytes reserved since by
+card."""
+HISTORY = "gpumem_history"
+"""Key under which a worker finds what is known of the tests when it begins."""
 
 
 def is_worker(config: pytest.Config) -> bool:

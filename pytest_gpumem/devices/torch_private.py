@@ -168,12 +168,19 @@ def record_stacks() -> str:
     torch = sys.modules.get("torch")
     if torch is None:
         return "allocation stacks are not recorded: torch is not loaded"
-    later = getattr(torch.cuda, "_lazy_call", None)
-    if later is None or _private(RECORD) is None:
-        return f"allocation stacks are not recorded: torch {torch.__version__} cannot"
     # Recording initialises CUDA: it has to wait until the suite does.
-    later(_start_recording)
+    if _private(RECORD) is None or not when_initialised(_start_recording):
+        return f"allocation stacks are not recorded: torch {torch.__version__} cannot"
     return ""
+
+
+def when_initialised(act: Callable[[], None]) -> bool:
+    """Call ``act`` once torch has initialised CUDA, now if it has; False if it never will be."""
+    later = getattr(getattr(sys.modules.get("torch"), "cuda", None), "_lazy_call", None)
+    if later is None:
+        return False
+    later(act)
+    return True
 
 
 def _start_recording() -> None:

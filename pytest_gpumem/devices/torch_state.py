@@ -46,6 +46,18 @@ def cuda() -> Any:
     return _cuda if _cuda.is_initialized() is True else None
 
 
+def cuda_answers() -> bool:
+    """Return whether CUDA still works in this process; True where it was not initialised."""
+    module = cuda()
+    if module is None:
+        return True
+    try:
+        module.synchronize()
+    except Exception:  # whatever it is: the next call will fail likewise
+        return False
+    return True
+
+
 def accelerator() -> Any:
     """Return ``torch.accelerator`` once it is in use, on another device than CUDA, else None.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.reports import timeline
 from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
 
 _HOLDERS_SHOWN = 3
+_WAITED = 0.01
+"""Seconds from which on a lease counts as waited for."""
 
 
 def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
@@ -23,7 +26,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
         verbosity: pytest's; below 0 one line says it all, above 0 holders are not shortened.
 
     """
-    touched = [test for test in run.tests if test.cards or test.fixtures or test.oom]
+    touched = [test for test in run.tests if test.cards or test.fixtures or test.oom or test.broke]
     if not touched:
         return
     yield _summary(run, touched)
@@ -35,8 +38,11 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
     yield from _fixtures(touched)
     yield from _section("leaked", _leaks(touched, limit))
     yield from _section("out of memory", _ooms(touched))
+    yield from _section("sharing", _sharing(run, verbosity))
+    yield from _section("replaced workers", _replaced(run.tests))
     if verbosity > 0:
         yield from _section("not counted as leaked", _notes(touched))
+    yield from _section("notes", (f"  {note}" for note in run.notes if not _is_header(note)))
 
 
 def usage_lines(usage: CardUsage) -> Iterator[str]:
@@ -50,7 +56,7 @@ def usage_lines(usage: CardUsage) -> Iterator[str]:
 def _summary(run: RunRecord, touched: Sequence[RecordedTest]) -> str:
     peak = max((card.peak for test in touched for card in test.cards), default=0)
     leaks = sum(1 for test in touched if _leaked(test))
-    ooms = sum(1 for test in touched if test.oom)
+    ooms = sum(1 for test in touched if test.oom and test.outcome != "rerun")
     return (
         f"{_count(len(touched), 'test')} of {len(run.tests)} used VRAM, "
         f"highest peak {format_bytes(peak)}, "
@@ -144,9 +150,53 @@ def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]
 
 def _ooms(tests: Sequence[RecordedTest]) -> Iterator[str]:
     for test in tests:
-        if test.oom:
+        if test.oom and test.outcome != "rerun":
             yield f"  {test.nodeid}{_on(test)}"
             yield f"      {test.oom}"
+
+
+def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
+    """Show how the workers shared the cards, if there was more than one or somebody waited."""
+    leases = [(test.lease, test) for test in run.tests if test.lease is not None]
+    again = [test for test in run.tests if test.outcome == "rerun" and test.oom]
+    waited = [(lease.waited, test) for lease, test in leases if lease.waited >= _WAITED]
+    if run.workers < 2 and not again and not waited:
+        return
+    if run.workers:
+        idle = timeline.idle(run)
+        yield f"  {_count(run.workers, 'worker')}, without a test for {idle:.0%} of the time"
+    yield f"  {_count(len(leases), 'lease')}, {len(waited)} of them waited for"
+    if waited:
+        longest, test = max(waited, key=lambda each: each[0])
+        total = sum(seconds for seconds, _ in waited)
+        yield f"      {total:.1f} s in all, longest {longest:.1f} s: {test.nodeid}{_on(test)}"
+    _, end = timeline.window(run.tests)
+    found = timeline.levels(run)
+    for card in run.cards:
+        steps = found.get((card.host, card.uuid))
+        if steps and card.total:
+            where = f" on {card.host}" if card.host else ""
+            used, most = timeline.mean(steps, end), max(step.size for step in steps)
+            yield (
+                f"  {card.name}{where}: {used / card.total:.0%} used on average, "
+                f"{format_bytes(most)} of {format_bytes(card.total)} at most"
+            )
+    if again:
+        yield f"  {_count(len(again), 'test')} ran out of memory beside others and ran again alone"
+        shown = again if verbosity > 0 else again[:_HOLDERS_SHOWN]
+        yield from (f"      {test.nodeid}{_on(test)}" for test in shown)
+        if len(shown) < len(again):
+            yield f"      ... {len(again) - len(shown)} more; -v shows all"
+
+
+def _replaced(tests: Sequence[RecordedTest]) -> Iterator[str]:
+    for test in tests:
+        if test.broke:
+            yield f"  {test.worker} after {test.nodeid}: {test.broke}"
+
+
+def _is_header(note: str) -> bool:
+    return note.startswith("not simulated:")
 
 
 def _notes(tests: Sequence[RecordedTest]) -> Iterator[str]:

@@ -5,7 +5,7 @@ The file is JSON with one line per test, those seen longest ago first::
     {
      "schema": 1,
      "tests": {
-      "tests/test_a.py::test_x[1]": {"peaks": [1048576], "duration": 0.25, "runs": 1, "gpu": true}
+      "a.py::x": {"peaks": [1048576], "fixtures": 0, "duration": 0.25, "runs": 1, "gpu": true}
      }
     }
 """
@@ -19,8 +19,10 @@ import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+    from pytest_gpumem.records import CardUsage, RecordedTest
 
 SCHEMA = 1
 CAPACITY = 20_000
@@ -47,6 +49,8 @@ class Learned(NamedTuple):
     duration: float
     runs: int
     gpu: bool
+    fixtures: int = 0
+    """Bytes that the wider fixtures it uses hold: a process without them needs these as well."""
 
 
 class Expectation(NamedTuple):
@@ -58,18 +62,22 @@ class Expectation(NamedTuple):
     source: str
     """Where the peak comes from: ``mark``, ``learned``, ``family`` or ``guess``."""
     gpu: bool
+    fixtures: int = 0
+    """Bytes that a process needs on top if the wider fixtures are not set up in it."""
 
 
 class _Entry(NamedTuple):
     """One test in the file."""
 
     peaks: tuple[int, ...]
+    fixtures: int
     duration: float
     runs: int
     gpu: bool
 
     def learned(self) -> Learned:
-        return Learned(expected_peak(self.peaks), self.duration, self.runs, self.gpu)
+        peak = expected_peak(self.peaks)
+        return Learned(peak, self.duration, self.runs, self.gpu, self.fixtures)
 
 
 def module(nodeid: str) -> str:
@@ -127,14 +135,26 @@ class History:
 
         A file that cannot be used is an empty history too, with ``problem`` saying why.
         """
-        history = cls(capacity)
         try:
-            history._entries = _parse(path.read_text(encoding="utf-8"))
-            history._forget()
+            return cls.read(path.read_text(encoding="utf-8"), capacity)
         except FileNotFoundError:
-            pass
+            return cls(capacity)
         except (OSError, ValueError) as error:
+            history = cls(capacity)
             history.problem = f"the learned peaks in {str(path)!r} are ignored: {error}"
+            return history
+
+    @classmethod
+    def read(cls, text: str, capacity: int = CAPACITY) -> History:
+        """Return the history that ``text`` holds.
+
+        Raises:
+            ValueError: in one sentence, when it is none.
+
+        """
+        history = cls(capacity)
+        history._entries = _parse(text)
+        history._forget()
         return history
 
     def save(self, path: Path) -> None:
@@ -148,21 +168,24 @@ class History:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with temporary.open("w", encoding="utf-8") as file:
-                file.write(self._text())
+                file.write(self.text())
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _text(self) -> str:
+    def text(self) -> str:
+        """Return the content of the file."""
         lines = ",\n".join(
             f"  {json.dumps(nodeid)}: {json.dumps(entry._asdict())}"
             for nodeid, entry in self._entries.items()
         )
         return f'{{\n "schema": {SCHEMA},\n "tests": {{\n{lines}\n }}\n}}\n'
 
-    def note(self, nodeid: str, peak_own: int, duration: float, gpu: bool) -> None:
+    def note(
+        self, nodeid: str, peak_own: int, duration: float, gpu: bool, fixtures: int = 0
+    ) -> None:
         """Remember one run of a test.
 
         Args:
@@ -170,9 +193,31 @@ class History:
             peak_own: highest bytes while it ran, less what its process kept before it.
             duration: seconds.
             gpu: whether it used a card.
+            fixtures: bytes that the wider fixtures it uses hold.
 
         """
-        self._put(nodeid, _Entry((peak_own,) if gpu else (), duration, 1, gpu))
+        self._put(nodeid, _Entry((peak_own,) if gpu else (), fixtures, duration, 1, gpu))
+
+    def learn(self, tests: Iterable[RecordedTest]) -> None:
+        """Remember the tests of a run, by their records.
+
+        Those that did not run to their end tell nothing: skipped ones, attempts that were made
+        again, and those that took their worker with them.
+        """
+        for test in tests:
+            if test.outcome in ("skipped", "rerun", "crashed"):
+                continue
+            if test.oom:  # who knows what it wanted
+                self._put(test.nodeid, _Entry((), 0, test.duration, 1, gpu=True))
+            else:
+                self.note_usage(test.nodeid, test.cards, test.duration)
+
+    def note_usage(self, nodeid: str, cards: Sequence[CardUsage], duration: float) -> None:
+        """Remember one run of a test by what it did to the cards."""
+        peak = max((card.extra for card in cards), default=0)
+        fixtures = max((card.fixture_bytes for card in cards), default=0)
+        # A test that only tears a wider fixture down, which it does not use, has a record too.
+        self.note(nodeid, peak, duration, bool(peak or fixtures), fixtures)
 
     def merge(self, other: History) -> None:
         """Take over what ``other`` knows, as if its runs had come after this history's."""
@@ -203,8 +248,8 @@ class History:
         own = self._entries.get(nodeid)
         if own is not None:
             learned = own.learned()
-            peak = learned.peak if own.gpu else None
-            found = Expectation(peak, own.duration, "learned", own.gpu)
+            peak = learned.peak if own.peaks else None
+            found = Expectation(peak, own.duration, "learned", own.gpu, own.fixtures)
         else:
             found = self._of_kin(nodeid)
         if mark is None:
@@ -230,6 +275,7 @@ def _summary(entries: list[_Entry]) -> Expectation:
         statistics.fmean(entry.duration for entry in entries),
         "family",
         gpu=any(entry.gpu for entry in entries),
+        fixtures=max(entry.fixtures for entry in entries),
     )
 
 
@@ -237,6 +283,7 @@ def _joined(old: _Entry, new: _Entry) -> _Entry:
     """Return what two histories know of one test; the newer half of a duration counts double."""
     return _Entry(
         (old.peaks + new.peaks)[-PEAKS:],
+        new.fixtures if new.gpu else old.fixtures,
         (old.duration + new.duration) / 2,
         old.runs + new.runs,
         old.gpu or new.gpu,
@@ -267,10 +314,10 @@ def _entry(nodeid: str, plain: Any) -> _Entry:
         [plain.get(name) for name in _Entry._fields] if isinstance(plain, dict) else []
     )
     match values:
-        case [list(peaks), duration, runs, bool(gpu)] if all(
-            map(_is_count, [*peaks, runs])
+        case [list(peaks), fixtures, duration, runs, bool(gpu)] if all(
+            map(_is_count, [*peaks, fixtures, runs])
         ) and _is_seconds(duration):
-            return _Entry(tuple(peaks[-PEAKS:]), float(duration), runs, gpu)
+            return _Entry(tuple(peaks[-PEAKS:]), fixtures, float(duration), runs, gpu)
     raise ValueError(f"its entry for {nodeid!r} is none")
 
 

@@ -7,7 +7,6 @@ nobody looks again and again.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import sys
@@ -28,11 +27,12 @@ from pytest_gpumem.sharing.ledger import (
     LeaseError,
     Ledger,
     Page,
+    Vanished,
     card_key,
     entry_of,
     run_directory,
 )
-from pytest_gpumem.sharing.locks import News
+from pytest_gpumem.sharing.locks import POLL, News
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -48,12 +48,20 @@ __all__ = [
     "Want",
     "foreign_bytes",
     "gpu_lease",
+    "store",
 ]
 
 _OTHERS_EVERY = 0.25
 """Seconds between two looks at foreign processes, which give no sign when they end."""
+_LOOK_ANYWAY = 10.0
+"""Seconds after which a waiting request looks for itself: who has to wake it may be stopped."""
+_TRIES = 100
+"""How often a request is made anew while somebody removes the directory."""
 _STAND_BY = 0.002
 """Seconds that each waiting request gives the one before it to tidy up after a dead process."""
+
+
+_stores: list[LeaseStore] = []
 
 
 class TooLarge(LeaseError):  # noqa: N818  # the name says what is wrong with the request
@@ -120,9 +128,9 @@ class Lease:
 
     def release(self) -> None:
         """Give it back; once more is harmless."""
-        entry, self._entry = self._entry, None
-        if entry is not None:
-            self._store.give_back(entry)
+        if self._entry is not None:
+            self._store.give_back(self._entry)
+            self._entry = None
 
     def __enter__(self) -> Lease:
         return self
@@ -141,8 +149,8 @@ class _View(NamedTuple):
 class LeaseStore:
     """The leases of all processes that use the same directory. Any thread may use it.
 
-    ``headroom`` bytes of each card are never given out. ``others(uuid, pids)`` returns the bytes
-    of a card that processes other than ``pids`` use.
+    ``headroom`` bytes of each card are never given out; it may be set at any time.
+    ``others(uuid, pids)`` returns the bytes of a card that processes other than ``pids`` use.
     """
 
     def __init__(
@@ -153,7 +161,7 @@ class LeaseStore:
         others: Callable[[str, Collection[int]], int] | None = None,
     ) -> None:
         self._ledger = Ledger(directory or run_directory())
-        self._headroom = headroom
+        self.headroom = headroom
         self._others = others
         self._cards: dict[str, tuple[str, int]] = {}
         """By key, UUID and total of the cards that this process asked for."""
@@ -176,32 +184,46 @@ class LeaseStore:
             TooLarge: when a card does not have as much.
             LeaseTimeout: when ``timeout`` has passed.
             LeaseError: when the directory cannot be used, or when this thread would have to wait
-                while it holds a lease, which could block both for ever.
+                while it holds a lease, which could last for ever.
 
         """
         claims = {}
         for uuid, want in wants.items():
             claim, key = _claim(want), card_key(uuid)
             self._cards[key] = uuid, totals[uuid]
-            if never_fits(totals[uuid], self._headroom, claim):
+            if never_fits(totals[uuid], self.headroom, claim):
                 raise TooLarge(self._too_large(uuid, want, totals[uuid]))
             if claim.extra or claim.exclusive:  # who asks for nothing waits for nobody
                 claims[key] = claim
-        request, view = self._ask(claims, label)
-        if request.state == WAITING:
+        tries = _TRIES
+        while True:
             try:
-                view = self._wait(request, timeout, on_wait)
-            except BaseException:
-                self._withdraw(request)
-                raise
-            request = request.turned(HELD)
-        self._ledger.standing.leases[request.name] = threading.current_thread()
-        return Lease(self, request, wants, self._short(view, request))
+                request, short = self._take(claims, label, timeout, on_wait)
+                return Lease(self, request, wants, short)
+            except Vanished:
+                tries -= 1
+                if not tries:
+                    raise
+                time.sleep(POLL)
+                self._ledger.mend()
+
+    def is_shared(self, uuid: str) -> bool:
+        """Return whether another process has a lease of a card or keeps something on it."""
+        key, own = card_key(uuid), self._ledger.process
+        return any(
+            entry.process != own and entry.state != WAITING and key in entry.claims
+            for entry in self._ledger.read().entries
+        )
+
+    def held_here(self) -> bool:
+        """Return whether this thread holds a lease of this store, and so may not wait."""
+        return threading.current_thread() in list(self._ledger.leases.values())
 
     def give_back(self, entry: Entry) -> None:
         """End a lease that this process holds; ``Lease.release`` calls it."""
         if self._ledger.drop(entry):
-            self._nudge_first(self._ledger.read())
+            with suppress(Vanished):  # and with it all that waited
+                self._nudge_first(self._ledger.read())
 
     def holders(self, uuid: str) -> list[HolderInfo]:
         """Return who has leases of a card, and who waits for some, in the order of arrival."""
@@ -219,17 +241,17 @@ class LeaseStore:
 
     def set_resident(self, uuid: str, size: int) -> None:
         """Tell how many bytes of a card this process keeps while it has no lease."""
-        key, own = card_key(uuid), self._ledger.standing
-        now = entry_of(RESIDENT, 0, own.process, {key: Claim(size, 0, exclusive=False)})
-        before = own.residents.get(key)
+        key, residents = card_key(uuid), self._ledger.residents
+        now = entry_of(RESIDENT, 0, self._ledger.process, {key: Claim(size, 0, exclusive=False)})
+        before = residents.get(key)
         if now == before or (size == 0 and before is None):
             return
         with self._ledger.alone():
             if size:
-                own.residents[key] = now
+                residents[key] = now
                 self._ledger.write(now, "")
             else:
-                del own.residents[key]
+                del residents[key]
             if before is not None:
                 self._ledger.strike(before)
         self._nudge_first(self._ledger.read())
@@ -239,17 +261,33 @@ class LeaseStore:
         if self._ledger.close():
             self._nudge_first(self._ledger.read())
 
-    def _ask(self, claims: dict[str, Claim], label: str) -> tuple[Entry, _View]:
-        """Enter a request into the ledger, as held if it may start at once."""
+    def _take(
+        self,
+        claims: dict[str, Claim],
+        label: str,
+        timeout: float | None,
+        on_wait: Callable[[str], None] | None,
+    ) -> tuple[Entry, int]:
+        """Return an entry that holds ``claims``, and how many bytes of them are not there."""
         foreign = self._foreign(claims)
-        with self._ledger.alone():
-            view = _View(self._ledger.read(), foreign)
-            process = self._ledger.standing.process
-            request = entry_of(WAITING, view.page.last + 1, process, claims)
-            if self._admits(view, request):
+        request = None
+        try:
+            with self._ledger.alone():
+                view = _View(self._ledger.page(), foreign)
+                number = self._ledger.next_number(view.page)
+                request = entry_of(WAITING, number, self._ledger.process, claims)
+                if self._admits(view, request):
+                    request = request.turned(HELD)
+                self._ledger.write(request, label)
+            if request.state == WAITING:
+                view = self._wait(request, timeout, on_wait)
                 request = request.turned(HELD)
-            self._ledger.write(request, label)
-        return request, view
+            self._ledger.leases[request.name] = threading.current_thread()
+            return request, self._short(view, request)
+        except BaseException:  # Ctrl-C comes at any line
+            if request is not None:
+                self._withdraw(request)
+            raise
 
     def _wait(
         self, request: Entry, timeout: float | None, on_wait: Callable[[str], None] | None
@@ -263,7 +301,7 @@ class LeaseStore:
                 view, granted = self._look(request, news)
                 if granted:
                     return view
-                if threading.current_thread() in list(self._ledger.standing.leases.values()):
+                if self.held_here():
                     raise LeaseError(
                         "this thread holds a lease and would wait for another one, which can "
                         f"last for ever; ask for all at once: {self._explain(view, request)}"
@@ -275,14 +313,16 @@ class LeaseStore:
                     on_wait(text)
                     said = text
                 pause = self._pause(view, request, deadline)
-                news = watch.wait(pause, lambda: _STAND_BY * self._ahead(request))
+                news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
 
     def _look(self, request: Entry, news: News) -> tuple[_View, bool]:
         """Take what ``request`` waits for if it may start, and wake who else may then."""
         foreign, dead = self._foreign(request.claims), self._ledger.dead(news.dead)
         with self._ledger.alone():
             buried = self._ledger.bury(dead)
-            view = _View(self._ledger.read(), foreign)
+            view = _View(self._ledger.page(), foreign)
+            if request not in view.page.waiting:
+                raise Vanished
             if granted := self._admits(view, request):
                 self._ledger.turn(request, HELD)
         if buried:
@@ -291,20 +331,16 @@ class LeaseStore:
             self._nudge_first(view.page, behind=request.number)
         return view, granted
 
-    def _pause(self, view: _View, request: Entry, deadline: float | None) -> float | None:
-        """Return the seconds until the next look; None: until somebody wakes us."""
-        pauses = [] if deadline is None else [max(0.0, deadline - time.monotonic())]
+    def _pause(self, view: _View, request: Entry, deadline: float | None) -> float:
+        """Return the seconds until the next look, if nobody wakes us before."""
+        pause = _LOOK_ANYWAY
         if self._others is not None and self._admits(_View(view.page, {}), request):
-            pauses.append(_OTHERS_EVERY)
-        return min(pauses, default=None)
-
-    def _ahead(self, request: Entry) -> int:
-        """Return how many wait before ``request`` by now."""
-        return sum(entry.number < request.number for entry in self._ledger.read().waiting)
+            pause = _OTHERS_EVERY
+        return pause if deadline is None else min(pause, max(0.0, deadline - time.monotonic()))
 
     def _withdraw(self, request: Entry) -> None:
-        self._ledger.strike(request)
-        self._ledger.strike(request.turned(HELD))
+        for state in (WAITING, HELD):
+            self._ledger.strike(request.turned(state))
         self._nudge_first(self._ledger.read())
 
     def _admits(self, view: _View, request: Entry, *, hint: bool = False) -> bool:
@@ -313,7 +349,7 @@ class LeaseStore:
         A ``hint`` is for another process, whose headroom and cards this one may not know: it says
         yes too often rather than never.
         """
-        headroom = 0 if hint else self._headroom
+        headroom = 0 if hint else self.headroom
         for key, new in request.claims.items():
             if hint and key not in self._cards:
                 continue
@@ -361,7 +397,7 @@ class LeaseStore:
             for key, new in request.claims.items()
         )
         missing = (
-            extra - room(total, others, self._headroom, claims)
+            extra - room(total, others, self.headroom, claims)
             for extra, total, others, claims in rooms
         )
         return max([0, *missing])
@@ -369,7 +405,7 @@ class LeaseStore:
     # Words
 
     def _too_large(self, uuid: str, want: Want, total: int) -> str:
-        kept = f", of which {format_bytes(self._headroom)} are kept free" if self._headroom else ""
+        kept = f", of which {format_bytes(self.headroom)} are kept free" if self.headroom else ""
         return f"{want} asked for of card {uuid}, which has {format_bytes(total)}{kept}"
 
     def _explain(self, view: _View, request: Entry) -> str:
@@ -381,7 +417,7 @@ class LeaseStore:
 
     def _situation(self, view: _View, request: Entry, key: str) -> str:
         total, others = self._cards[key][1], view.foreign.get(key, 0)
-        free = max(0, room(total, others, self._headroom, view.page.claims[key]))
+        free = max(0, room(total, others, self.headroom, view.page.claims[key]))
         parts = [f"{format_bytes(free)} of {format_bytes(total)} are free"]
         for entry in view.page.entries:
             if key in entry.claims and entry.state != WAITING:
@@ -423,7 +459,7 @@ def gpu_lease(
 
     want = Want(parse_bytes(vram), exclusive)
     card = _card(device)
-    with _store().acquire({card.uuid: want}, {card.uuid: card.total}, _label(), timeout) as lease:
+    with store().acquire({card.uuid: want}, {card.uuid: card.total}, _label(), timeout) as lease:
         try:
             yield lease
         finally:
@@ -461,8 +497,9 @@ def _card(device: int) -> Card:
     from pytest_gpumem import devices
 
     found = devices.find_cards()
-    if not found.cards and "pynvml" not in sys.modules:
-        # A simulated card answers as soon as pynvml is there, and only then.
+    if not found.cards:
+        # A simulated card answers as soon as pynvml is there, and only then; another thread may
+        # just be importing it.
         with suppress(ImportError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("pynvml")
@@ -479,9 +516,16 @@ def _label() -> str:
     return os.environ.get("PYTEST_CURRENT_TEST") or Path(sys.argv[0]).name or "python"
 
 
-@functools.cache
-def _store() -> LeaseStore:
-    return LeaseStore(others=foreign_bytes)
+def store() -> LeaseStore:
+    """Return this process's store, which ``gpu_lease`` uses too.
+
+    Raises:
+        LeaseError: when GPUMEM_RUN_DIR is not absolute.
+
+    """
+    if not _stores:
+        _stores.append(LeaseStore(others=foreign_bytes))
+    return _stores[0]  # the same for all, also if two threads came first
 
 
 def _claim(want: Want) -> Claim:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import stat
 import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +24,19 @@ from pytest_gpumem.sharing.admission import Claim
 from pytest_gpumem.sharing.locks import FileLock, Watch, is_held
 
 HELD, WAITING, RESIDENT = "h", "w", "r"
+_BEING_REMOVED = FileNotFoundError, FileExistsError, IsADirectoryError
+"""What the kernel says of files in a directory that somebody removes at the same time."""
 _LABEL = 500
-_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "fuse.sshfs"}
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs"}
+_NETWORK |= {"fuse.sshfs", "fuse.glusterfs", "glusterfs"}
 
 
 class LeaseError(Exception):
     """Why there is no lease, in one sentence."""
+
+
+class Vanished(LeaseError):  # noqa: N818  # nobody sees it who tries again
+    """The directory, or an entry, is being removed; a new one can be made right after."""
 
 
 class Entry(NamedTuple):
@@ -75,18 +83,12 @@ class Page:
 
 
 class Standing(NamedTuple):
-    """What one process has in a ledger."""
+    """The files by which a process takes part."""
 
-    process: str
-    """Its name there."""
     alive: FileLock
     """Shows that it lives."""
     guard: FileLock
     """Lets it alone change the ledger."""
-    leases: dict[str, threading.Thread]
-    """The thread that took each of its leases, by the name of the entry; numbers are reused."""
-    residents: dict[str, Entry]
-    """What it keeps between tests, by card."""
 
 
 class Ledger:
@@ -103,18 +105,25 @@ class Ledger:
         """Have nothing to do with what is in it; a forked child begins so."""
         self._threads = threading.RLock()
         self._standing: Standing | None = None
+        self._last = 0
+        # Processes of several containers may have the same number.
+        self.process = f"{os.getpid()}.{os.urandom(4).hex()}"
+        """This process's name in it."""
+        self.leases: dict[str, threading.Thread] = {}
+        """The thread that took each of this process's leases, by the name of the entry."""
+        self.residents: dict[str, Entry] = {}
+        """What this process keeps between tests, by card."""
 
     def drop(self, entry: Entry) -> bool:
         """Strike out a lease of this process; False when it has none such, as a forked child."""
-        own = self._standing
-        if own is None or own.leases.pop(entry.name, None) is None:
+        if entry.name not in self.leases:
             return False
         self.strike(entry)
-        return True
+        return self.leases.pop(entry.name, None) is not None
 
     @property
     def standing(self) -> Standing:
-        """What this process has in it; it joins now if it has not yet.
+        """How this process takes part in it; it joins now if it has not yet.
 
         Raises:
             LeaseError: when the directory cannot be used.
@@ -140,12 +149,15 @@ class Ledger:
             guard = self.standing.guard
             try:
                 guard.acquire()
-                try:
-                    yield
-                finally:
-                    guard.release()
+                while guard.is_gone:  # as when a user logs out, or somebody cleans up
+                    self._leave()
+                    guard = self.standing.guard
+                    guard.acquire()
+                yield
             except OSError as error:
                 raise unusable(self.directory, error) from error
+            finally:
+                guard.release()
 
     def read(self) -> Page:
         """Return what it says now.
@@ -156,34 +168,65 @@ class Ledger:
         """
         _ = self.standing  # who has joined has a directory to read
         try:
-            return self._page()
+            try:
+                return self.page()
+            except FileNotFoundError:
+                self.mend()
+                _ = self.standing
+                return self.page()
         except OSError as error:
             raise unusable(self.directory, error) from error
 
-    def write(self, entry: Entry, label: str) -> None:
-        """Add an entry, whole or not at all."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        file = os.open(f"{self._queue}/{entry.name}", flags, 0o600)
+    def page(self) -> Page:
+        """Return what it says now; for where ``alone`` says what is wrong with the directory."""
+        return Page(os.listdir(self._queue))  # noqa: PTH208  # iterdir is slower
+
+    def ahead(self, request: Entry) -> int:
+        """Return how many wait before ``request``; all who wait ask at once when a process ends."""
         try:
-            os.write(file, label[:_LABEL].encode(errors="replace"))
+            names = os.listdir(self._queue)  # noqa: PTH208  # as page
         except OSError:
-            self.strike(entry)
-            raise
+            return 0
+        # Names are in the order of the queue.
+        return sum(name < request.name and name.startswith(WAITING) for name in names)
+
+    def mend(self) -> None:
+        """See to it that the next use makes a directory that is gone, or half gone."""
+        with self._threads:
+            if not self._queue.is_dir():
+                self._leave()
+
+    def next_number(self, page: Page) -> int:
+        """Return the number of a request that comes after all in ``page``; needs the lock.
+
+        This process never uses one twice, so that nothing that comes late hits a later entry.
+        """
+        self._last = max(self._last, page.last) + 1
+        return self._last
+
+    def write(self, entry: Entry, label: str) -> None:
+        """Add an entry."""
+        file = os.open(self._path(entry), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            # The name is what counts: a full disk costs the label, not the lease.
+            with suppress(OSError):
+                os.write(file, label[:_LABEL].encode(errors="replace"))
         finally:
             os.close(file)
 
     def turn(self, entry: Entry, state: str) -> None:
         """Put an entry into another state."""
-        self._path(entry).rename(self._path(entry.turned(state)))
+        os.rename(self._path(entry), self._path(entry.turned(state)))  # noqa: PTH104  # as _path
 
     def strike(self, entry: Entry) -> None:
         """Take an entry out, if it is there; needs no lock, because it can only make room."""
-        self._path(entry).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(entry))  # noqa: PTH108  # as _path
 
     def label(self, entry: Entry) -> str:
         """Return what its owner calls itself."""
         try:
-            return self._path(entry).read_text(encoding="utf-8") or "no label"
+            return Path(self._path(entry)).read_text(encoding="utf-8") or "no label"
         except OSError:
             return "gone meanwhile"
 
@@ -200,14 +243,17 @@ class Ledger:
 
     def watch(self, entry: Entry) -> Watch:
         """Return what waits for a nudge to ``entry`` or the end of any process."""
-        return Watch(self._path(entry), self._alive)
+        return Watch(Path(self._path(entry)), self._alive)
 
     def dead(self, suspects: Collection[str] | None) -> list[str]:
         """Return the processes among ``suspects`` (None: all with entries) that seem dead."""
         if suspects is None:
             suspects = {entry.process for entry in self.read().entries}
-        own = self.standing.process
-        return [each for each in suspects if each != own and not is_held(f"{self._alive}/{each}")]
+        return [
+            each
+            for each in suspects
+            if each != self.process and not is_held(f"{self._alive}/{each}")
+        ]
 
     def bury(self, dead: Collection[str]) -> bool:
         """Take out what ``dead`` processes had; return whether there were any.
@@ -216,7 +262,7 @@ class Ledger:
         """
         # Looked at again: a process that just joins has its file before it has its lock.
         dead = [each for each in dead if not is_held(self._alive / each)]
-        for entry in self._page().entries if dead else ():
+        for entry in self.page().entries if dead else ():
             if entry.process in dead:
                 self.strike(entry)
         for each in dead:
@@ -227,42 +273,50 @@ class Ledger:
         """Take everything of this process out; return whether there can have been anything."""
         if self._standing is None:
             return False
-        own = self._standing
         with self.alone():
-            for entry in self.read().entries:
-                if entry.process == own.process:
+            for entry in self.page().entries:
+                if entry.process == self.process:
                     self.strike(entry)
-            (self._alive / own.process).unlink(missing_ok=True)
-        own.alive.close()
-        own.guard.close()
-        self._standing = None
+            self.leases.clear()
+            self.residents.clear()
+            (self._alive / self.process).unlink(missing_ok=True)
+        self._leave()
         return True
 
-    def _page(self) -> Page:
-        return Page(os.listdir(self._queue))  # noqa: PTH208  # iterdir is slower
-
-    def _path(self, entry: Entry) -> Path:
-        return self._queue / entry.name
+    def _path(self, entry: Entry) -> str:
+        return f"{self._queue}/{entry.name}"  # a Path takes longer than the system call
 
     def _join(self) -> Standing:
+        """Take part, with all that this process has."""
         _refuse_network(self.directory)
-        for each in (self.directory, self._queue, self._alive):
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Anybody may make directories in /dev/shm, and links to theirs.
+        if self.directory.is_symlink() or not _is_ours(self.directory):
+            raise PermissionError(errno.EPERM, "it belongs to another user")
+        self.directory.chmod(0o700)
+        for each in (self._queue, self._alive):
             each.mkdir(mode=0o700, exist_ok=True)
-        guard = FileLock(self.directory / "lock")
-        # Processes of several containers may have the same number.
-        process = f"{os.getpid()}.{os.urandom(4).hex()}"
+        files = [FileLock(self.directory / "lock")]
         try:
-            guard.acquire()
-            alive = FileLock(self._alive / process)
-            alive.acquire()
+            files[0].acquire()
+            files.append(FileLock(self._alive / self.process))
+            files[1].acquire()
+            for entry in (*map(_entry, self.leases), *self.residents.values()):
+                self.write(entry, "")
             # Whoever waits for what the dead had takes care of them: it would have to be woken.
-            listed = {process, *(entry.process for entry in self._page().entries)}
+            listed = {self.process, *(entry.process for entry in self.page().entries)}
             self.bury({each.name for each in self._alive.iterdir()} - listed)
-            guard.release()
+            files[0].release()
         except BaseException:
-            guard.close()
+            for file in files:
+                file.close()
             raise
-        return Standing(process, alive, guard, {}, {})
+        return Standing(alive=files[1], guard=files[0])
+
+    def _leave(self) -> None:
+        own, self._standing = self._standing, None
+        for file in own or ():
+            file.close()
 
 
 @functools.cache
@@ -299,37 +353,43 @@ def _claim(state: str, text: str) -> Claim:
 
 
 def run_directory() -> Path:
-    """Return this user's directory for leases: on this machine, closed to other users.
+    """Return this user's directory for leases on this machine; who uses it makes it.
 
     Raises:
-        LeaseError: when there is none.
+        LeaseError: when GPUMEM_RUN_DIR is not absolute.
 
     """
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "-")
-    # After su it is still the directory of the user before.
-    if runtime.is_dir() and _is_ours(runtime) and os.access(runtime, os.W_OK | os.X_OK):
-        return runtime / "gpumem"
     import getpass
-    import tempfile
 
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-    directory = Path(tempfile.gettempdir()) / f"gpumem-{user}"
-    try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        # Anybody may make directories here, and links to theirs.
-        if directory.is_symlink() or not _is_ours(directory):
-            raise unusable(directory, PermissionError(errno.EPERM, "it belongs to another user"))
-        directory.chmod(0o700)
-    except OSError as error:
-        raise unusable(directory, error) from error
-    return directory
+    return _place() / f"gpumem-{user}"
+
+
+def _place() -> Path:
+    """Return where the users' directories lie.
+
+    Processes of one user must agree on it: what a session, a service or ``su`` puts into
+    XDG_RUNTIME_DIR and TMPDIR differs, /dev/shm does not, and is in memory.
+    """
+    if named := os.environ.get("GPUMEM_RUN_DIR"):
+        if not Path(named).is_absolute():
+            raise LeaseError(f"GPUMEM_RUN_DIR={named} is no absolute path")
+        return Path(named)
+    memory = Path("/dev/shm")  # noqa: S108  # the owner of our directory there is looked at
+    with suppress(OSError):
+        if memory.stat().st_mode & stat.S_ISVTX and os.access(memory, os.W_OK | os.X_OK):
+            return memory
+    import tempfile
+
+    return Path(tempfile.gettempdir())
 
 
 def unusable(directory: Path, error: OSError) -> LeaseError:
     """Return the sentence that says so."""
-    return LeaseError(
+    kind = Vanished if isinstance(error, _BEING_REMOVED) else LeaseError
+    return kind(
         f"leases cannot be kept in {directory}: {error.strerror}; "
-        "XDG_RUNTIME_DIR or TMPDIR can name another directory on this machine"
+        "GPUMEM_RUN_DIR can name another directory on this machine"
     )
 
 
@@ -341,7 +401,7 @@ def _refuse_network(directory: Path) -> None:
     """Raise where other machines' locks and changes are not seen, or not at once."""
     kind = _filesystem(directory)
     if kind in _NETWORK:
-        raise unusable(directory, OSError(errno.ENOTSUP, f"{kind} is a network file system"))
+        raise OSError(errno.ENOTSUP, f"{kind} is a network file system")
 
 
 def _filesystem(directory: Path) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +32,8 @@ _IN_ATTRIB, _IN_CLOSE_WRITE, _IN_Q_OVERFLOW = 0x4, 0x8, 0x4000
 _EVENT = struct.Struct("iIII")
 _OPEN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
 
+_forking = threading.RLock()
+"""Held where a file is opened and noted: a child forked in between would keep it for good."""
 _open_files: set[int] = set()
 _idle_watchers: list[int] = []
 
@@ -44,8 +47,14 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         # Not through a link that somebody else may have put there.
         nofollow = getattr(os, "O_NOFOLLOW", 0)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | nofollow | _OPEN, 0o600)
-        _open_files.add(self._file)
+        with _forking:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | nofollow | _OPEN, 0o600)
+            _open_files.add(self._file)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody removed the file: the lock then keeps nobody away."""
+        return os.fstat(self._file).st_nlink == 0
 
     def acquire(self) -> None:
         """Wait until the lock is this process's."""
@@ -53,7 +62,8 @@ class FileLock:
 
     def release(self) -> None:
         """Let others have the lock."""
-        _unlock(self._file)
+        if self._file in _open_files:
+            _unlock(self._file)
 
     def close(self) -> None:
         """Give the lock and its file back."""
@@ -62,6 +72,7 @@ class FileLock:
             # A child forked in C, past Python's hooks, still has the file: closing is not enough.
             _unlock(self._file)
             os.close(self._file)
+            self._file = -1  # the number may be another file's next
 
 
 def is_held(path: Path | str) -> bool:
@@ -237,10 +248,11 @@ def _take_inotify() -> int | None:
         inotify = _idle_watchers.pop()
         _events(inotify)  # what came after the last wait
         return inotify
-    found: int = _libc().inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-    if found < 0:
-        return None
-    _open_files.add(found)
+    with _forking:
+        found: int = _libc().inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if found < 0:
+            return None
+        _open_files.add(found)
     return found
 
 
@@ -257,7 +269,12 @@ def _close_in_child() -> None:
         os.close(file)
     _open_files.clear()
     _idle_watchers.clear()
+    _forking.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
+    os.register_at_fork(
+        before=_forking.acquire,
+        after_in_parent=_forking.release,
+        after_in_child=_close_in_child,
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from pytest_gpumem.sharing.planner import PlannedTest
+    from pytest_gpumem.sharing.estimates import PlannedTest
 
 
 class Portion:

@@ -11,14 +11,18 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
 - The first test that does not fit is kept for the card and may be passed by a limited number
   of smaller ones, so that none starves.
 - A GPU test of which nothing is known runs alone. One of each family goes first; its peak is
-  then expected of the others, and one of those that runs out of memory runs again alone.
+  then expected of the others.
+- A test that runs out of memory runs again, alone on its cards. A test never seen before may use
+  a card although nobody said so: if one ran beside it, and memory was short once more, it runs a
+  last time when no such test is left.
+- A test that catches its own OutOfMemoryError cannot be seen to have run out of memory: it is not
+  run again, and on the first run without marks it may have shared the card unexpectedly.
 - When no GPU test runs on a card and none fits, idle workers give back module fixtures, then
   session fixtures; after that the test runs alone whatever the numbers say.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 from collections import deque
@@ -26,7 +30,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.sharing import admission
 from pytest_gpumem.sharing.admission import Claim
-from pytest_gpumem.sharing.history import FAMILY_MARGIN, family, with_margin
+from pytest_gpumem.sharing.estimates import Estimates, PlannedTest
+from pytest_gpumem.sharing.history import family
 from pytest_gpumem.sharing.piles import Pile, Portion
 from pytest_gpumem.units import format_bytes
 
@@ -43,30 +48,24 @@ PATIENCE = 16
 """Tests that may pass one that waits for room on a card."""
 DRAIN = 4
 """Tests that must run alone, per card, for which the card stops taking others."""
-AHEAD = 0.025
-"""Seconds of CPU tests handed to a worker at once; handing out each one costs a round trip."""
+AHEAD = 0.1
+"""Seconds of CPU tests that wait at a worker; handing out each one costs a round trip."""
 AHEAD_TESTS = 16
 REPLAN = 32
 """Tests after which the number of contexts is thought over."""
-OPTIMISM = 0.8
-"""Share of the peaks seen so far that an optimistic guess covers."""
-TRUST = 8
-"""Tests' worth of weight that planned durations have against observed ones."""
 
 
-class PlannedTest(NamedTuple):
-    """One test to run, known by its index; sizes in bytes, durations in seconds."""
+CardKey = tuple[str, str]
+"""Host and UUID of a card: simulated ones and MIG slices may have equal UUIDs on two hosts."""
 
-    nodeid: str
-    gpu: bool
-    peak: int | None
-    """Expected beyond what its process keeps, on each of its cards; None when unknown."""
-    duration: float
-    group: str
-    """Its module, whose fixtures tests share."""
-    cards: int = 1
-    """Its worker's own card and the next ones in the planner's order, round."""
-    exclusive: bool = False
+
+class Grant(NamedTuple):
+    """What is set aside for a test on each of its cards."""
+
+    size: int | None
+    """Bytes beyond what its worker keeps; None: the whole card."""
+    cards: int
+    alone: bool
 
 
 class Run(NamedTuple):
@@ -74,6 +73,8 @@ class Run(NamedTuple):
 
     worker: str
     test: int
+    grant: Grant | None = None
+    """None for a test that is expected to use no card."""
 
 
 class Flush(NamedTuple):
@@ -124,12 +125,17 @@ class _Card:
         self.workers: list[_Worker] = []
         self.claims: dict[str, Claim] = {}
         """Of each process that keeps anything on the card."""
-        self.running = 0
-        """GPU tests that run on it."""
+        self.users: list[_Worker] = []
+        """Workers that run a GPU test on it."""
         self.exclusive = False
         self.contexts = 1
         """Workers that are to hold a context."""
         self.reserved: _Reservation | None = None
+
+    @property
+    def running(self) -> int:
+        """GPU tests that run on it."""
+        return len(self.users)
 
 
 class _Worker:
@@ -146,6 +152,10 @@ class _Worker:
         self.gpu: Portion | None = None
         self.using: tuple[_Card, ...] = ()
         """The cards of the GPU test it runs."""
+        self.asked = 0
+        """Bytes set aside for it on each of them."""
+        self.disturbed = False
+        """Whether a test that may use these cards unexpectedly ran at the same time."""
         self.group = ""
         """Module whose fixtures it has."""
         self.given_back = 0
@@ -172,31 +182,39 @@ class Planner:
 
     Args:
         tests: what to run; commands name tests by their index here.
-        cards: bytes of each card, by UUID.
+        cards: bytes of each card.
         context: bytes that a process keeps on a card once it used it.
         headroom: bytes of each card that are never given out.
-        others: bytes that other programs use, by UUID.
-        optimistic: guess unknown peaks from those seen so far instead of running such tests
-            alone first; a wrong guess costs a second run of the test, alone.
+        others: bytes that other programs use, by card.
+        optimistic: guess unknown peaks from those seen so far, with a small margin, instead of
+            running such tests alone first; a wrong guess costs a second run of the test, alone.
 
     """
 
     def __init__(
         self,
         tests: Sequence[PlannedTest],
-        cards: Mapping[str, int],
+        cards: Mapping[CardKey, int],
         *,
         context: int,
         headroom: int,
-        others: Mapping[str, int] | None = None,
+        others: Mapping[CardKey, int] | None = None,
         optimistic: bool = False,
     ) -> None:
         self._tests = tests
         self._context = context
         self._headroom = headroom
         self._optimistic = optimistic
+        most = max(cards.values(), default=0) - headroom - context
+        self._seen = Estimates(tests, most=max(0, most), optimistic=optimistic)
+        self._need = self._seen.need
+        self._pace = self._seen.pace
         foreign = others or {}
-        self._cards = {uuid: _Card(total, foreign.get(uuid, 0)) for uuid, total in cards.items()}
+        self._cards = {key: _Card(total, foreign.get(key, 0)) for key, total in cards.items()}
+        self._nothing = _Card(-1, 0)
+        """The card of workers that have none."""
+        self._rings: set[tuple[_Card, ...]] = set()
+        """What workers see or saw; a worker that crashed will be replaced."""
         self._workers: dict[str, _Worker] = {}
         self._asking: dict[str, _Worker] = {}
         """Workers that may be given something."""
@@ -214,25 +232,16 @@ class Planner:
         """GPU tests on several cards."""
         self._alone = Portion()
         """GPU tests that need their card for themselves."""
-        self._unscouted: dict[str, list[int]] = {}
-        """By family of unknown peak: tests that wait for the first one's peak, the last first."""
+        self._last = Portion()
+        """Of these, those that also need that no test runs which may use it unexpectedly."""
+        self._unscouted: dict[str, deque[int]] = {}
+        """By family of unknown peak: tests that wait for the first one's peak."""
         self._unscouted_time = 0.0
         self._tallest = 0
         """Largest expected peak in the GPU pile, ever."""
         self._packed = 0.0
         self._area = 0.0
         """Seconds and byte-seconds of the waiting GPU tests that may share a card."""
-        # What was seen.
-        self._family_peaks: dict[str, int] = {}
-        self._peaks: list[int] = []
-        """Sorted."""
-        self._surprising: set[str] = set()
-        """Families of CPU tests that turned out to use a card."""
-        self._retried: set[int] = set()
-        trust = TRUST * sum(test.duration for test in tests) / max(1, len(tests))
-        self._observed = [trust, trust]
-        self._expected = [trust, trust]
-        """Seconds that tests took and were expected to take: CPU tests, GPU tests."""
 
     @property
     def done(self) -> bool:
@@ -240,21 +249,36 @@ class Planner:
         return self._left == 0
 
     def retries(self, test: int) -> bool:
-        """Return whether ``test`` will run again if it is reported out of memory."""
-        return test not in self._retried
+        """Return whether ``test``, which runs, will run again if it is reported out of memory.
+
+        The first time it may have shared its cards as planned, the next time unexpectedly.
+        """
+        if test not in self._seen.ooms:
+            return True
+        return any(
+            worker.disturbed
+            for worker in self._workers.values()
+            if worker.given and worker.given[0] == test
+        )
 
     # Reports
 
-    def add_worker(self, worker: str, card: str) -> None:
-        """Let ``worker``, a process that holds nothing yet, run tests on ``card`` (UUID).
+    def add_worker(self, worker: str, cards: Sequence[CardKey]) -> None:
+        """Let ``worker``, a process that holds nothing yet, run tests.
 
         Nothing happens if it is known already.
+
+        Args:
+            worker: its name.
+            cards: those that it sees, in its order; its GPU tests run on the first ones. Cards
+                that the planner was not told of do not count.
+
         """
         if worker in self._workers:
             return
-        first = list(self._cards).index(card)
-        cards = list(self._cards.values())
-        added = _Worker(worker, (*cards[first:], *cards[:first]))
+        ring = tuple(self._cards[key] for key in cards if key in self._cards)
+        added = _Worker(worker, ring or (self._nothing,))
+        self._rings.add(added.ring)
         added.card.workers.append(added)
         self._workers[worker] = self._asking[worker] = added
         self._changed = True
@@ -288,7 +312,14 @@ class Planner:
         self._changed = True
 
     def finished(
-        self, worker: str, test: int, *, duration: float, peak: int | None, oom: bool = False
+        self,
+        worker: str,
+        test: int,
+        *,
+        duration: float,
+        peak: int | None,
+        fixtures: int = 0,
+        oom: bool = False,
     ) -> None:
         """Take note that ``test`` ended.
 
@@ -297,75 +328,86 @@ class Planner:
             test: its index.
             duration: seconds it took.
             peak: highest bytes beyond what the process kept before it; None when not known.
+            fixtures: bytes that the wider fixtures it uses hold.
             oom: whether it ran out of memory. It is planned again then, once, to run alone.
 
         """
         ran = self._workers[worker]
-        ran.given.remove(test)
+        again = oom and self.retries(test)
         gpu = bool(ran.using)
-        self._observed[gpu] += duration
-        self._expected[gpu] += self._tests[test].duration
+        if not oom:
+            self._seen.took(test, duration, gpu=gpu)
         self._until_replan -= 1
         self._asking[worker] = ran
         if oom:
             # What was expected was too little, for its relatives too.
-            self._learn(test, self._need(test))
+            self._seen.used_card(test, self._need(test), self._seen.fixtures(test))
         elif gpu or peak:
-            self._learn(test, peak)
+            self._seen.used_card(test, peak, fixtures)
+        if peak and not self._tests[test].gpu:
+            self._until_replan = 0
+        ran.given.remove(test)
         self._ended(ran, test)
-        if oom and self.retries(test):
-            self._retried.add(test)
+        if again:
+            self._seen.ooms[test] += 1
             self.requeue(test)
-
-    def _learn(self, test: int, peak: int | None) -> None:
-        """Expect ``peak`` bytes of a test's relatives."""
-        if peak is None:
-            return
-        bisect.insort(self._peaks, peak)
-        kin = family(self._tests[test].nodeid)
-        self._family_peaks[kin] = max(peak, self._family_peaks.get(kin, 0))
-        if not self._tests[test].gpu:
-            self._surprising.add(kin)
 
     def _ended(self, worker: _Worker, test: int) -> None:
         """Give back what a test had reserved, and let those go that waited for its peak."""
         self._left -= 1
         self._changed = True
         for card in worker.using:
-            card.running -= 1
+            card.users.remove(worker)
             card.exclusive = False
             self._claim(worker, card, 0)
         worker.using = ()
-        kin = family(self._tests[test].nodeid)
-        if kin in self._unscouted:
-            self._scouted(kin)
+        worker.disturbed = False
+        self._scouted(family(self._tests[test].nodeid))
 
     def _scouted(self, kin: str) -> None:
         """Let a family's tests go whose first one ended; send the next one if it told nothing."""
-        waiting = self._unscouted[kin]
-        known = kin in self._family_peaks
-        for _ in range(len(waiting) if known else min(1, len(waiting))):
-            test = waiting.pop()
-            self._unscouted_time -= self._tests[test].duration
-            self._admit(test)
-        if known or not waiting:
+        waiting = self._unscouted.get(kin)
+        if waiting is None:
+            return
+        if self._seen.scouted(kin) or not waiting:
             del self._unscouted[kin]
+            for test in waiting:
+                self._unscouted_time -= self._tests[test].duration
+                self._admit(test)
+        else:
+            test = waiting.popleft()
+            self._unscouted_time -= self._tests[test].duration
+            self._alone.add(test, self._tests[test].duration)
         if not self._unscouted:
             self._until_replan = 0
 
-    def resident(self, worker: str, size: int, card: str | None = None) -> None:
+    def resident(self, worker: str, size: int, card: CardKey | None = None) -> None:
         """Take note of what ``worker`` keeps, context included, on a card (default: its own)."""
         told = self._workers[worker]
-        where = told.card if card is None else self._cards[card]
+        where = told.card if card is None else self._cards.get(card)
+        if where is None or told.resident.get(where, 0) == size:
+            return
         told.resident[where] = size
         claim = where.claims.get(worker)
         self._claim(told, where, claim.extra if claim else 0)
         self._changed = True
 
-    def foreign(self, card: str, size: int) -> None:
-        """Take note of what other programs use of ``card`` (UUID)."""
-        self._cards[card].others = size
-        self._changed = True
+    def foreign(self, card: CardKey, size: int) -> None:
+        """Take note of what other programs use of ``card``."""
+        where = self._cards[card]
+        self._changed |= where.others != size
+        where.others = size
+
+    def used(self, card: CardKey, size: int) -> None:
+        """Take note of what anybody uses of ``card``.
+
+        While none of the run's tests uses the card, what its processes do not keep is foreign;
+        at other times nothing can be told from it.
+        """
+        where = self._cards.get(card)
+        if where is not None and not where.running and not self._disturbers(where):
+            kept = sum(claim.resident for claim in where.claims.values())
+            self.foreign(card, max(0, size - kept))
 
     def flushed(self, worker: str) -> None:
         """Take note that ``worker`` did what ``Flush`` or ``Reset`` asked."""
@@ -418,20 +460,36 @@ class Planner:
         worker.given.append(test)
         worker.group = self._tests[test].group
         worker.given_back = 0
-        out.append(Run(worker.name, test))
+        if not worker.using and not self._tests[test].seen:
+            for card in worker.ring:
+                for other in card.users:
+                    other.disturbed = True
+        out.append(Run(worker.name, test, self._grant(worker, test)))
+
+    def _grant(self, worker: _Worker, test: int) -> Grant | None:
+        if not worker.using or worker.given[0] != test:
+            return None
+        size = None if self._need(test) is None else worker.asked
+        return Grant(size, len(worker.using), worker.using[0].exclusive)
 
     def _hand_out_ahead(self, worker: _Worker, out: list[Command]) -> None:
-        """Hand out further CPU tests, unless the worker may get a GPU test next."""
+        """Hand out further CPU tests, unless the worker may get a GPU test next.
+
+        Not the last ones: another worker may be free earlier.
+        """
         if self._gpu_waits() and self._may_use(worker):
             return
         pace = self._pace(gpu=False)
-        ahead = pace * sum(self._tests[test].duration for test in worker.given)
-        while worker.cpu is not None and worker.cpu.tests:
+        first, *rest = (pace * self._tests[test].duration for test in worker.given)
+        ahead = sum(rest)
+        while worker.cpu is not None and worker.cpu.tests and len(worker.given) < AHEAD_TESTS:
             test = worker.cpu.tests[0]
-            if ahead >= AHEAD or len(worker.given) >= AHEAD_TESTS or self._surprises(test):
+            duration = pace * self._tests[test].duration
+            last = first + ahead > pace * self._cpu.time / len(self._workers)
+            if ahead + duration > AHEAD or last or not self._seen.harmless(test):
                 return
             self._run(worker, self._cpu.take(worker.cpu, test), out)
-            ahead += pace * self._tests[test].duration
+            ahead += duration
 
     def _gpu_waits(self) -> bool:
         waits = len(self._gpu) or self._alone.tests or self._wide.tests or self._big.tests
@@ -443,7 +501,7 @@ class Planner:
         while len(self._cpu):
             portion = self._cpu_portion(worker)
             test = self._cpu.take(portion, portion.tests[0])
-            if not self._surprises(test):
+            if not self._seen.surprises(test):
                 return test
             self._admit(test)
         return None
@@ -457,10 +515,6 @@ class Planner:
             worker.cpu = self._cpu.adopt(worker.group, worker.cpu)
         return worker.cpu or long
 
-    def _surprises(self, test: int) -> bool:
-        """Return whether a CPU test is of a family that turned out to use a card."""
-        return bool(self._surprising) and family(self._tests[test].nodeid) in self._surprising
-
     # Choosing a GPU test
 
     def _pick_gpu(self, worker: _Worker) -> int | None:
@@ -469,41 +523,48 @@ class Planner:
             return None
         reserved = card.reserved
         home = reserved is not None and reserved.cards[0] is card
-        if reserved and home and self._may_go(worker, reserved):
+        if reserved and home and self._may_go(worker, reserved.test):
             return self._launch(worker, _unreserve(reserved))
         if not self._closed(card):
             for portion in self._portions(worker):
+                lone = portion is self._alone or portion is self._last
+                may_go = self._may_go if lone else self._fits
                 for test in list(itertools.islice(portion.tests, LOOK)):
-                    if self._fits(worker, test):
+                    if may_go(worker, test):
                         return self._launch(worker, self._take(portion, test))
                     self._reserve(worker, portion, test)
         return self._from_elsewhere(worker)
 
-    def _may_go(self, worker: _Worker, reserved: _Reservation) -> bool:
+    def _may_go(self, worker: _Worker, test: int) -> bool:
         """Return whether a test that waits for room has it, or can never have more than now.
 
         Contexts stay: a test that does not fit beside those there are would wait in vain.
         """
-        if self._fits(worker, reserved.test):
+        if test in self._seen.ooms and any(map(self._owes, worker.card.workers)):
+            return False  # it gets all the room that there can be
+        if self._fits(worker, test):
             return True
-        if _busy(reserved.cards) or any(map(self._owes, worker.card.workers)):
+        cards = self._cards_for(worker, test)
+        if _busy(cards) or len(cards) < self._tests[test].cards:
             return False
-        need = self._need(reserved.test) or 0
-        return any(
-            need > self._capacity(card, len(card.claims)) + card.others for card in reserved.cards
-        )
+        if any(map(self._owes, worker.card.workers)):
+            return False
+        whole = self._whole(test)
+        return any(whole > self._capacity(card, len(card.claims)) + card.others for card in cards)
 
     def _may_use(self, worker: _Worker) -> bool:
         """Return whether ``worker`` has a context or may open one."""
         card = worker.card
+        if card is self._nothing:
+            return False
         holders = sum(each.kept > 0 for each in card.workers)
         if worker.kept or not holders:
             return True
         # A test of unknown peak runs alone and should find as much room as there can be.
         if holders >= card.contexts or self._unscouted:
             return False
-        tallest = self._need(self._big.tests[0]) if self._big.tests else self._tallest
-        return self._capacity(card, len(card.claims) + 1) >= (tallest or 0)
+        tallest = self._whole(self._big.tests[0]) if self._big.tests else self._tallest
+        return self._capacity(card, len(card.claims) + 1) >= tallest
 
     def _capacity(self, card: _Card, contexts: int) -> int:
         """Return the bytes for tests on ``card`` beside so many contexts."""
@@ -519,7 +580,7 @@ class Planner:
         """Yield where to look for a GPU test, best first."""
         empty = not worker.card.running
         # Where one worker does all, its module's tests come first.
-        if empty and worker.card.contexts > 1:
+        if empty and max(worker.card.contexts, len(worker.card.claims)) > 1:
             yield self._alone
         yield self._wide
         yield self._big
@@ -530,23 +591,34 @@ class Planner:
             yield worker.gpu
         if empty:
             yield self._alone
+        if self._last.tests and empty and not (len(self._cpu) or self._disturbers(worker.card)):
+            yield self._last
+
+    def _disturbers(self, card: _Card) -> bool:
+        """Return whether tests run that may use ``card`` unexpectedly."""
+        return any(
+            not self._tests[test].seen
+            for worker in self._workers.values()
+            if card in worker.ring and not worker.using
+            for test in worker.given
+        )
 
     def _take(self, portion: Portion, test: int) -> int:
         """Remove a GPU test from where it waits."""
         duration = self._tests[test].duration
-        if portion is self._alone:
+        if portion is self._alone or portion is self._last:
             return portion.take(test, duration)
         self._packed = max(0.0, self._packed - duration)
-        self._area = max(0.0, self._area - (self._need(test) or 0) * duration)
+        self._area = max(0.0, self._area - self._whole(test) * duration)
         if portion is self._wide or portion is self._big:
             return portion.take(test, duration)
         return self._gpu.take(portion, test)
 
     def _reserve(self, worker: _Worker, portion: Portion, test: int) -> None:
         """Keep cards for the first test that does not fit, so that it cannot starve."""
-        cards = worker.ring[: self._tests[test].cards]
-        wanted = self._need(test) is not None and portion is not self._alone
-        if wanted and not any(card.reserved for card in cards) and self._possible(cards, test):
+        cards = self._cards_for(worker, test)
+        shared = self._need(test) is not None and portion is not self._alone
+        if shared and not any(card.reserved for card in cards) and self._possible(cards, test):
             reservation = _Reservation(self._take(portion, test), cards)
             for card in cards:
                 card.reserved = reservation
@@ -559,12 +631,30 @@ class Planner:
                 return self._launch(worker, _unreserve(reserved))
         return None
 
+    def _cards_for(self, worker: _Worker, test: int) -> tuple[_Card, ...]:
+        """Return the cards that ``test`` would use at ``worker``; too few if there are no more."""
+        return worker.ring[: self._tests[test].cards]
+
     def _fits(self, worker: _Worker, test: int) -> bool:
-        need = self._need(test)
-        cards = worker.ring[: self._tests[test].cards]
-        if (need is None or self._tests[test].exclusive) and any(card.running for card in cards):
+        cards = self._cards_for(worker, test)
+        if len(cards) < self._tests[test].cards:
             return False
-        return all((need or 0) <= self._room(worker, card) for card in cards)
+        if (self._need(test) is None or self._tests[test].exclusive) and _busy(cards):
+            return False
+        return all(self._asks(worker, card, test) <= self._room(worker, card) for card in cards)
+
+    def _whole(self, test: int) -> int:
+        """Return what ``test`` needs in a process that keeps nothing but its context."""
+        return (self._need(test) or 0) + self._seen.fixtures(test)
+
+    def _asks(self, worker: _Worker, card: _Card, test: int) -> int:
+        """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there.
+
+        What it keeps beside its context are taken for the fixtures that the test needs, if any:
+        others would be torn down before the test's own are set up.
+        """
+        kept = self._baseline(worker, card) - self._context
+        return (self._need(test) or 0) + max(0, self._seen.fixtures(test) - kept)
 
     def _room(self, worker: _Worker, card: _Card) -> int:
         """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""
@@ -578,39 +668,30 @@ class Planner:
         """Return what ``worker`` keeps on ``card`` while it runs a test there."""
         return max(self._context, worker.resident.get(card, 0))
 
-    def _need(self, test: int) -> int | None:
-        """Return the bytes expected of a GPU test; None when it has to run alone."""
-        planned = self._tests[test]
-        if test in self._retried:
-            return None
-        if planned.peak is not None:
-            return planned.peak
-        kin = self._family_peaks.get(family(planned.nodeid))
-        if kin is not None:
-            return with_margin(kin, FAMILY_MARGIN)
-        if self._optimistic and self._peaks:
-            return self._peaks[int(OPTIMISM * (len(self._peaks) - 1))]
-        return None
-
-    def _possible(self, cards: Iterable[_Card], test: int) -> bool:
+    def _possible(self, cards: Sequence[_Card], test: int) -> bool:
         """Return whether ``test`` fits on ``cards`` when they are empty."""
-        claim = Claim(self._context, self._need(test) or 0, exclusive=False)
-        return not any(admission.never_fits(card.total, self._headroom, claim) for card in cards)
+        claim = Claim(self._context, self._whole(test), exclusive=False)
+        return len(cards) == self._tests[test].cards and not any(
+            admission.never_fits(card.total, self._headroom, claim) for card in cards
+        )
 
     # Claims
 
     def _launch(self, worker: _Worker, test: int) -> int:
         """Reserve what ``test`` needs and return it."""
-        need = self._need(test)
-        exclusive = need is None or self._tests[test].exclusive
-        worker.using = worker.ring[: self._tests[test].cards]
+        exclusive = self._need(test) is None or self._tests[test].exclusive
+        worker.asked = 0
+        worker.using = self._cards_for(worker, test)
+        worker.disturbed = exclusive and any(map(self._disturbers, worker.using))
         for card in worker.using:
             worker.resident[card] = self._baseline(worker, card)
             if card.reserved:
                 card.reserved.passed += 1
-            card.running += 1
+            card.users.append(worker)
             card.exclusive = exclusive
-            self._claim(worker, card, need or 0)
+            asked = self._asks(worker, card, test)
+            worker.asked = max(worker.asked, asked)
+            self._claim(worker, card, asked)
         return test
 
     def _claim(self, worker: _Worker, card: _Card, extra: int) -> None:
@@ -626,7 +707,9 @@ class Planner:
 
     def _ask_back(self, worker: _Worker, out: list[Command]) -> bool:
         """Let a worker give back its fixtures if they keep a GPU test from a card's room."""
-        if worker.card.running or not self._owes(worker) or not self._gpu_waits():
+        if worker.card.running or not self._owes(worker):
+            return False
+        if not self._gpu_waits() and not self._last.tests:
             return False
         out.append((Reset if worker.given_back else Flush)(worker.name))
         worker.given_back += 1
@@ -640,41 +723,33 @@ class Planner:
     def _last_resort(self, worker: _Worker, out: list[Command]) -> int | None:
         """Return a GPU test to run alone although it does not fit, when all else was tried.
 
-        Tests that can never run on a card that has workers are given up.
+        Tests that can never run are given up.
         """
-        if not self._may_use(worker) or not all(
-            each.idle and not self._owes(each) for each in worker.card.workers
-        ):
+        able = self._may_use(worker) or worker.card is self._nothing
+        if not able or not all(each.idle and not self._owes(each) for each in worker.card.workers):
             return None
         reserved = worker.card.reserved
         if reserved and reserved.cards[0] is worker.card and not _busy(reserved.cards):
             return self._launch(worker, _unreserve(reserved))
         for portion in self._portions(worker):
             for test in list(itertools.islice(portion.tests, LOOK)):
-                cards = worker.ring[: self._tests[test].cards]
+                cards = self._cards_for(worker, test)
                 if self._possible(cards, test) and not _busy(cards):
                     return self._launch(worker, self._take(portion, test))
-                if not self._possible_anywhere(test, staffed=True):
+                if not self._possible_anywhere(test):
                     self._give_up(self._take(portion, test), out)
         return None
 
-    def _possible_anywhere(self, test: int, *, staffed: bool) -> bool:
-        """Return whether some cards, with workers if ``staffed``, are large enough for ``test``."""
-        ring = list(self._cards.values())
+    def _possible_anywhere(self, test: int) -> bool:
+        """Return whether ``test`` fits on the empty cards of some worker."""
         count = self._tests[test].cards
-        if count > len(ring):
-            return False
-        return any(
-            self._possible((ring[first:] + ring[:first])[:count], test)
-            for first, card in enumerate(ring)
-            if card.workers or not staffed
-        )
+        return any(self._possible(ring[:count], test) for ring in self._rings)
 
     def _give_up(self, test: int, out: list[Command]) -> None:
         planned = self._tests[test]
         largest = max((card.total for card in self._cards.values()), default=0)
         why = (
-            f"{planned.nodeid} needs {format_bytes(self._need(test) or 0)} on {planned.cards} "
+            f"{planned.nodeid} needs {format_bytes(self._whole(test))} on {planned.cards} "
             f"card(s), beside a context of {format_bytes(self._context)} and a headroom of "
             f"{format_bytes(self._headroom)}; there are {len(self._cards)} card(s), "
             f"the largest of {format_bytes(largest)}"
@@ -682,6 +757,7 @@ class Planner:
         out.append(Fail(test, why))
         self._left -= 1
         self._changed = True
+        self._scouted(family(planned.nodeid))
 
     # Sorting tests by how they have to run
 
@@ -693,30 +769,36 @@ class Planner:
         for test, planned in enumerate(self._tests):
             if not planned.gpu:
                 on_cpu.append(test)
-            elif not self._possible_anywhere(test, staffed=False):
+            elif not self._possible_anywhere(test):
                 self._give_up(test, out)
-            elif planned.peak is None and not planned.exclusive and not self._optimistic:
-                self._wait_for_scout(test)
-            elif planned.exclusive or planned.cards > 1:
+            elif self._lone(test) or planned.cards > 1:
                 self._admit(test)
             else:
                 shared.append(test)
-        for waiting in self._unscouted.values():
-            waiting.reverse()
         for test in shared:
             self._packed += self._tests[test].duration
-            self._area += (self._need(test) or 0) * self._tests[test].duration
+            self._area += self._whole(test) * self._tests[test].duration
         self._fill(on_cpu, shared)
 
-    def _wait_for_scout(self, test: int) -> None:
-        """Let the first test of a family go alone, and the others wait for its peak."""
-        kin = family(self._tests[test].nodeid)
-        if kin in self._unscouted:
+    def _lone(self, test: int) -> bool:
+        """Return whether ``test`` must have its cards for itself, if nothing more is learned."""
+        unknown = self._need(test) is None and not self._optimistic
+        return unknown or self._tests[test].exclusive or test in self._seen.ooms
+
+    def _run_alone(self, test: int) -> None:
+        """Let ``test`` run alone, or wait for the peak of one of its family that does."""
+        planned, ooms = self._tests[test], self._seen.ooms[test]
+        kin = family(planned.nodeid)
+        scout = not (self._optimistic or planned.exclusive or self._seen.scouted(kin))
+        if ooms > 1:
+            self._last.add(test, planned.duration)
+        elif self._need(test) is None and scout and not ooms and kin in self._unscouted:
             self._unscouted[kin].append(test)
-            self._unscouted_time += self._tests[test].duration
+            self._unscouted_time += planned.duration
         else:
-            self._unscouted[kin] = []
-            self._alone.add(test, self._tests[test].duration)
+            self._alone.add(test, planned.duration)
+            if self._need(test) is None and scout:
+                self._unscouted.setdefault(kin, deque())
 
     def _fill(self, on_cpu: Sequence[int], shared: Sequence[int]) -> None:
         """Pile up the tests that run as they come."""
@@ -729,8 +811,9 @@ class Planner:
         self._cpu = Pile(self._tests, later={test.group for test in self._tests if test.gpu})
         self._cpu.fill(on_cpu, long)
         self._replan()
-        room = min(self._capacity(card, card.contexts) for card in self._cards.values())
-        need = {test: self._need(test) or 0 for test in shared}
+        rooms = (self._capacity(card, card.contexts) for card in self._cards.values())
+        room = min(rooms, default=0)
+        need = {test: self._whole(test) for test in shared}
         for test in sorted(shared, key=lambda test: -need[test]):
             if need[test] <= room:
                 self._tallest = need[test]
@@ -741,29 +824,32 @@ class Planner:
     def _admit(self, test: int) -> None:
         """Put one test where it belongs."""
         planned = self._tests[test]
-        need = self._need(test)
-        if not (planned.gpu or test in self._retried or self._surprises(test)):
+        whole = self._whole(test)
+        if not self._seen.on_card(test):
             self._cpu.add(test)
-        elif need is None or planned.exclusive or need > self._roomiest():
-            self._alone.add(test, planned.duration)
+        elif self._lone(test) or whole > self._roomiest():
+            self._run_alone(test)
         else:
             self._packed += planned.duration
-            self._area += need * planned.duration
+            self._area += whole * planned.duration
             if planned.cards > 1:
                 self._wide.add(test, planned.duration)
             else:
                 self._gpu.add(test)
-                self._tallest = max(self._tallest, need)
+                self._tallest = max(self._tallest, whole)
 
     def _roomiest(self) -> int:
-        """Return the bytes for tests on the card that has most, beside the contexts there are."""
-        return max(self._capacity(card, max(1, len(card.claims))) for card in self._cards.values())
+        """Return the bytes for tests on the card that has most, beside the contexts there are.
+
+        What other programs use now they may give back.
+        """
+        rooms = (
+            self._capacity(card, max(1, len(card.claims))) + card.others
+            for card in self._cards.values()
+        )
+        return max(rooms, default=0)
 
     # How many contexts
-
-    def _pace(self, *, gpu: bool) -> float:
-        """Return how long tests take, as a ratio to what was expected."""
-        return self._observed[gpu] / self._expected[gpu] if self._expected[gpu] else 1.0
 
     def _replan(self) -> None:
         """Choose how many workers of each card hold a context."""

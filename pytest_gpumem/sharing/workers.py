@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -184,13 +186,19 @@ def place(cards: Sequence[Card]) -> list[Card]:
     ``cards``, the visible ones in CUDA's order, is changed: tests that use two cards see two.
     Returns the cards in their new order.
     """
-    slot = os.environ.get(SLOT, "")
+    # Taken out: what a test starts is not a worker.
+    slot = os.environ.pop(SLOT, "")
     if not slot.isdecimal() or len(cards) < 2 or any(card.kind != "cuda" for card in cards):
         return list(cards)
     first = int(slot) % len(cards)
     turned = [*cards[first:], *cards[:first]]
     os.environ[VISIBLE] = ",".join(card.uuid for card in turned)
     return turned
+
+
+def host_name() -> str:
+    """Return the name of this machine, by which its cards are told from those of others."""
+    return platform.node()
 
 
 def tell_cards(cards: Iterable[Card]) -> list[tuple[str, int, int, int]]:
@@ -217,20 +225,44 @@ class Holdings:
     def __init__(self, context: int) -> None:
         self._context = context
         self._read: dict[str, tuple[int, int]] = {}
+        """By card: what is kept, and what was reserved when that was found out."""
 
-    def __call__(self) -> dict[str, tuple[int, int]]:
-        """Return by card its resident bytes, context included, and the reserved ones of them."""
+    def __call__(self) -> dict[str, int]:
+        """Return the bytes that this process keeps by card, its context included."""
         for allocator in devices.allocators():
             for index, now in enumerate(allocator.read()):
                 if now.reserved_peak:
                     self._update(allocator.card(index), now.reserved)
-        return dict(self._read)
+        return {uuid: kept for uuid, (kept, _) in self._read.items()}
 
     def _update(self, card: Card, reserved: int) -> None:
         # The driver takes a millisecond to answer, so it is asked only when something changed.
-        if self._read.get(card.uuid, (0, -1))[1] != reserved:
-            driver = devices.process_bytes(card).get(os.getpid())
-            self._read[card.uuid] = (driver or self._context + reserved, reserved)
+        if self._read.get(card.uuid, (0, -1))[1] == reserved:
+            return
+        told = devices.process_bytes(card).get(os.getpid())
+        # In a container the driver's pids are the host's: this one may be a stranger's.
+        known = told is not None and told >= reserved
+        self._read[card.uuid] = (told if told and known else self._context + reserved, reserved)
+
+
+class CardUse:
+    """What anybody uses of the cards, looked at now and then."""
+
+    EVERY = 1.0
+    """Seconds between two looks."""
+
+    def __init__(self, cards: Sequence[Card]) -> None:
+        self._cards = cards
+        self._looked = 0.0
+
+    def __call__(self) -> dict[str, int]:
+        """Return the bytes in use by card; empty when it is too early to look again."""
+        now = time.monotonic()
+        if now - self._looked < self.EVERY:
+            return {}
+        self._looked = now
+        readings = ((card.uuid, devices.driver_reading(card)) for card in self._cards)
+        return {uuid: reading.used for uuid, reading in readings if reading is not None}
 
 
 def give_back() -> None:

@@ -9,7 +9,8 @@ tears the rest down when the next item is known.
 What is used beyond the public interfaces, tried with pytest 8.4 and 9.2 and xdist 3.8:
 ``session.items`` is appended to, ``SetupState.teardown_exact`` is called, ``CaptureManager``
 captures its output, ``WorkerInteractor.sendevent`` carries messages as answers to a "steal" that
-nobody asked for, and ``WorkerInteractor.item_index`` says whose report it is. ``why_not`` tries
+nobody asked for, ``WorkerController.sendcommand`` and ``WorkerInteractor.handle_command`` carry
+one command more, and ``WorkerInteractor.item_index`` says whose report it is. ``why_not`` tries
 what can be tried before a run rests on it.
 """
 
@@ -32,6 +33,12 @@ keep session fixtures only, keep nothing."""
 
 ASKED = "gpumem_sentinels"
 """Key in ``workerinput`` by which the controller asks for sentinels and messages."""
+
+GRANTS = "gpumem_grants"
+"""Command by which the controller tells what it has set aside for the tests it hands out."""
+
+Granted = tuple[int | None, int, bool]
+"""Bytes beyond what the process keeps (None: the whole card), cards, alone or not."""
 
 
 def kept(chain: Sequence[Any], sentinel: int) -> Sequence[Any]:
@@ -74,8 +81,9 @@ class Worker:
         config: pytest's configuration in the worker.
         hello: returns what the controller must know before it schedules, from the items: plain
             builtin values.
-        holding: returns by card (UUID) the bytes this process keeps on it, context included, and
-            those of them that its allocator reserves; nothing of cards it has not used. Cheap.
+        holding: returns by card (UUID) the bytes this process keeps on it, context included;
+            nothing of cards it has not used. Cheap.
+        used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
         is_oom: tells whether an exception is the card's running out of memory.
 
@@ -86,15 +94,22 @@ class Worker:
         config: pytest.Config,
         *,
         hello: Callable[[Sequence[pytest.Item]], Mapping[str, Any]],
-        holding: Callable[[], Mapping[str, tuple[int, int]]],
+        holding: Callable[[], Mapping[str, int]],
+        used: Callable[[], Mapping[str, int]],
         release: Callable[[], None],
         is_oom: Callable[[BaseException], bool],
     ) -> None:
         self._interactor = _interactor(config)
         self._hello = hello
         self.holding = holding
+        self.used = used
         self.release = release
         self.is_oom = is_oom
+        self._grants: dict[int, Granted] = {}
+
+    def granted(self) -> Granted | None:
+        """Return what was set aside for the test that begins now, once; None if nothing."""
+        return self._grants.pop(self._interactor.item_index, None)
 
     def send(self, **message: Any) -> None:
         """Send builtin values to the controller's scheduler; works over any gateway."""
@@ -103,14 +118,27 @@ class Worker:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Introduce this worker; first, because xdist's own message starts the scheduling."""
-        self.send(hello=dict(self._hello(session.items)))
+        self.send(hello=dict(self._hello(session.items)), holding=dict(self.holding()))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Bring the sentinels in, now that the collection has been reported without them."""
+        self._listen()
         # Registered now, as the last of all: its hooks are called before any other plugin's.
         stage = Stage(self, self._interactor, session)
         session.config.pluginmanager.register(stage, "gpumem-stage")
+
+    def _listen(self) -> None:
+        """Take note of grants; xdist begins to listen in a moment, and passes over them."""
+        others = self._interactor.handle_command
+
+        def handle(command: Any) -> None:
+            if isinstance(command, tuple) and command[0] == GRANTS:
+                self._grants.update(command[1]["grants"])
+            else:
+                others(command)
+
+        self._interactor.handle_command = handle
 
 
 class Stage:
@@ -125,7 +153,7 @@ class Stage:
         self.spoiled = False
         """Whether its set-up ran out of memory: nothing stays set up behind it."""
         self._index = 0
-        self._told: Mapping[str, tuple[int, int]] = {}
+        self._told: Mapping[str, int] = {}
         for place, name in enumerate(SENTINELS):
             sentinel: Sentinel = Sentinel.from_parent(session, name=f"gpumem-{name}")
             sentinel.place, sentinel.stage = place, self
@@ -149,21 +177,12 @@ class Stage:
 
     def _tear_down(self, previous: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Tear down what ``nextitem`` does not need; an error is the previous test's."""
-        state = self._session._setupstate
-        with _captured(previous):
-            call = pytest.CallInfo.from_call(
-                lambda: state.teardown_exact(nextitem),
-                when="teardown",
-                reraise=(pytest.exit.Exception, KeyboardInterrupt),
-            )
-        if call.excinfo is None:
-            return
-        report = previous.ihook.pytest_runtest_makereport(item=previous, call=call)
-        report.user_properties = []  # sent with the test's own teardown
-        # xdist checks that a report is of the item that it believes to be running.
-        running, self._interactor.item_index = self._interactor.item_index, self._index
-        previous.ihook.pytest_runtest_logreport(report=report)
-        self._interactor.item_index = running
+        report = tear_down(previous, nextitem)
+        if report is not None:
+            # xdist checks that a report is of the item that it believes to be running.
+            running, self._interactor.item_index = self._interactor.item_index, self._index
+            previous.ihook.pytest_runtest_logreport(report=report)
+            self._interactor.item_index = running
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
@@ -187,10 +206,29 @@ class Stage:
         self._tell()
 
     def _tell(self) -> None:
-        holding = self._worker.holding()
-        if holding != self._told:
+        holding, used = self._worker.holding(), self._worker.used()
+        if holding != self._told or used:
             self._told = holding
-            self._worker.send(holding=dict(holding))
+            self._worker.send(holding=dict(holding), used=dict(used))
+
+
+def tear_down(item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport | None:
+    """Tear down what ``nextitem`` does not need, after the teardown of ``item``.
+
+    Returns the report of an error, which is the test's.
+    """
+    state = item.session._setupstate
+    with _captured(item):
+        call = pytest.CallInfo.from_call(
+            lambda: state.teardown_exact(nextitem),
+            when="teardown",
+            reraise=(pytest.exit.Exception, KeyboardInterrupt),
+        )
+    if call.excinfo is None:
+        return None
+    report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
+    report.user_properties = []  # sent with the test's own teardown
+    return report
 
 
 def _interactor(config: pytest.Config) -> Any:
@@ -210,6 +248,11 @@ def _captured(item: pytest.Item) -> Iterator[None]:
     manager = item.config.pluginmanager.getplugin("capturemanager")
     with contextlib.nullcontext() if manager is None else manager.item_capture("teardown", item):
         yield
+
+
+def send_grants(node: Any, grants: Mapping[int, Granted]) -> None:
+    """Tell a worker what is set aside for tests that it will be handed next."""
+    node.sendcommand(GRANTS, grants=dict(grants))
 
 
 def difference(first: Sequence[str], other: Sequence[str], names: tuple[str, str]) -> str:
@@ -268,11 +311,14 @@ def _look_at_xdist() -> None:
     from _pytest.capture import CaptureManager
     from xdist.dsession import DSession  # type: ignore[import-untyped]  # xdist marks no types
     from xdist.remote import WorkerInteractor  # type: ignore[import-untyped]
+    from xdist.workermanage import WorkerController  # type: ignore[import-untyped]
 
     for function, names in (
         (WorkerInteractor.run_one_test, {"item_index", "nextitem_index", "items", "sendevent"}),
         (WorkerInteractor.pytest_runtest_logreport, {"item_index"}),
         (WorkerInteractor.sendevent, {"channel", "send"}),
+        (WorkerInteractor.pytest_runtestloop, {"handle_command", "setcallback"}),
+        (WorkerController.sendcommand, {"channel", "send"}),
         (DSession.worker_unscheduled, {"remove_pending_tests_from_node"}),
         (DSession.worker_testreport, {"pytest_runtest_logreport"}),
         (CaptureManager.item_capture, set()),

@@ -18,13 +18,10 @@ import pytest
 
 from pytest_gpumem.sharing import planner as plans
 from pytest_gpumem.sharing import workers, xdist_private
+from pytest_gpumem.sharing.estimates import PlannedTest
 
 if TYPE_CHECKING:
     from pytest_gpumem.sharing.history import Expectation
-
-
-NO_CARD = ""
-"""Stands for the card of workers that have none: it has no bytes."""
 
 
 class SchedulerSettings(NamedTuple):
@@ -56,6 +53,15 @@ class Node(Protocol):
     def notify_inproc(self, eventname: str, **kwargs: object) -> None: ...  # noqa: D102
 
 
+class Taken(NamedTuple):
+    """What a test took, on the card where that is most; bytes."""
+
+    peak: int = 0
+    """Beyond what its process kept before it."""
+    fixtures: int = 0
+    """What the wider fixtures that it uses hold."""
+
+
 @dataclass
 class _Worker:
     """What the scheduler knows of one worker."""
@@ -67,10 +73,12 @@ class _Worker:
     """Indexes sent and not complete, sentinels among them, in the order they run."""
     last: int | None = None
     """The test that it completed last."""
-    reserved: dict[str, int] = field(default_factory=dict)
-    """What its allocator kept reserved after that, by card."""
-    peak: int = 0
-    """What the running test took beyond it, on the card where that is most."""
+    reported: bool = False
+    """Whether the running test has been torn down and reported, but is not complete."""
+    holding: dict[str, int] = field(default_factory=dict)
+    """What it keeps, by card."""
+    taken: Taken = Taken()  # noqa: RUF009  # a named tuple
+    """What the running test took."""
     oom: bool = False
     """Whether the running test shall be tried again because it shared the card."""
 
@@ -80,9 +88,14 @@ class _Worker:
         return gateway
 
     @property
-    def card(self) -> str:
-        cards = self.hello["cards"] if self.hello else ()
-        return str(cards[0][0]) if cards else NO_CARD
+    def host(self) -> str:
+        return str(self.hello.get("host", "")) if self.hello else ""
+
+    @property
+    def cards(self) -> list[plans.CardKey]:
+        """Those that it sees, in CUDA's order."""
+        told = self.hello["cards"] if self.hello else ()
+        return [(self.host, str(card[0])) for card in told]
 
 
 class GpumemScheduling:
@@ -168,7 +181,7 @@ class GpumemScheduling:
         ready = [worker for worker in self._workers.values() if worker.collection is not None]
         if self._planner is not None:
             for worker in ready:
-                self._planner.add_worker(worker.name, worker.card)
+                self._join(self._planner, worker)
             self._obey()
         elif self._collections_agree(ready) and ready[0].collection:
             self._collection = ready[0].collection
@@ -177,19 +190,29 @@ class GpumemScheduling:
 
     def mark_test_complete(self, node: Node, item_index: int, duration: float = 0) -> None:
         """Take note of a test, or of a sentinel that has been passed."""
-        worker = self._workers[node]
-        worker.sent.remove(item_index)
-        planner, place = self._planner, item_index - len(self._collection)
+        self._complete(self._workers[node], item_index, duration)
+        if self._planner is not None:
+            self._obey()
+
+    def _complete(self, worker: _Worker, index: int, duration: float) -> None:
+        worker.sent.remove(index)
+        planner, place = self._planner, index - len(self._collection)
         if planner is None or place == xdist_private.IDLE:
             return
         if place > xdist_private.IDLE:
             planner.flushed(worker.name)
         else:
+            took = worker.taken
             planner.finished(
-                worker.name, item_index, duration=duration, peak=worker.peak, oom=worker.oom
+                worker.name,
+                index,
+                duration=duration,
+                peak=took.peak,
+                fixtures=took.fixtures,
+                oom=worker.oom,
             )
-            worker.last, worker.peak, worker.oom = item_index, 0, False
-        self._obey()
+            worker.last, worker.taken = index, Taken()
+            worker.oom = worker.reported = False
 
     def remove_pending_tests_from_node(self, node: Node, indices: Mapping[str, Any]) -> None:
         """Read a worker's message: xdist's answer to a "steal" is the one free channel."""
@@ -197,18 +220,32 @@ class GpumemScheduling:
         if worker is None:
             return
         worker.hello = indices.get("hello", worker.hello)
-        for card, (resident, reserved) in indices.get("holding", {}).items():
-            worker.reserved[card] = reserved
-            if self._planner is not None:
-                self._planner.resident(worker.name, resident, card)
+        planner = self._planner
+        for uuid, size in indices.get("holding", {}).items():
+            worker.holding[uuid] = size
+            if planner is not None:
+                planner.resident(worker.name, size, (worker.host, uuid))
+        for uuid, used in indices.get("used", {}).items():
+            if planner is not None:
+                planner.used((worker.host, uuid), used)
+        if planner is not None:
+            self._obey()
 
     def remove_node(self, node: Node) -> str | None:
-        """Forget a worker that ended or crashed; return the test that crashed it, if one did."""
+        """Forget a worker that ended or crashed; return the test that crashed it, if one did.
+
+        None did if the worker ended after it had reported all of one test and before it was
+        given the next: so it ends on purpose when its CUDA context is broken.
+        """
         worker, planner = self._workers.pop(node), self._planner
         if planner is None or worker.collection is None:
             return None
+        if worker.reported:
+            self._complete(worker, worker.sent[0], 0.0)
+            crashed = None
+        else:
+            crashed = self._running(worker)
         given = planner.remove_worker(worker.name)
-        crashed = self._running(worker)
         if given is not None and given != crashed:
             planner.requeue(given)
         self._obey()
@@ -235,21 +272,31 @@ class GpumemScheduling:
         worker = self._workers.get(node)
         if worker is None:
             return
+        running = worker.sent[0] if worker.sent else None
+        if report.when == "teardown" and running == getattr(report, "item_index", None):
+            outcome: str = report.outcome
+            worker.reported = outcome != "rerun"  # as rerunfailures calls it: it runs once more
         if getattr(report, "gpumem_oom", False):
             worker.oom = self._planner is not None and self._planner.retries(report.item_index)
             if not worker.oom:
                 report.outcome = "failed"
-        for card, peak in reserved_peaks(report.user_properties):
-            worker.peak = max(worker.peak, peak - worker.reserved.get(card, 0))
+        if report.when == "teardown":
+            worker.taken = taken(report.user_properties)
 
     # What the planner says
 
     def _plan(self, ready: Sequence[_Worker]) -> None:
         hellos = [worker.hello for worker in ready if worker.hello is not None]
         totals, others = cards_of(hellos)
+        kept = self._settings.context + self._settings.headroom
+        most = max(totals.values(), default=0) - kept
         self._planner = plans.Planner(
             planned_tests(
-                self._collection, hellos[0]["needs"], self._expect, any_card=any(totals.values())
+                self._collection,
+                hellos[0]["needs"],
+                self._expect,
+                most=most,
+                any_card=bool(totals),
             ),
             totals,
             context=self._settings.context,
@@ -258,13 +305,19 @@ class GpumemScheduling:
             optimistic=self._settings.optimistic,
         )
         for worker in ready:
-            self._planner.add_worker(worker.name, worker.card)
+            self._join(self._planner, worker)
+
+    def _join(self, planner: plans.Planner, worker: _Worker) -> None:
+        planner.add_worker(worker.name, worker.cards)
+        for uuid, size in worker.holding.items():
+            planner.resident(worker.name, size, (worker.host, uuid))
 
     def _obey(self) -> None:
         """Carry out what the planner wants now."""
         assert self._planner is not None  # noqa: S101  # callers have planned
         by_name = {worker.name: worker for worker in self._workers.values()}
         queues: dict[str, list[int]] = {}
+        grants: dict[str, dict[int, xdist_private.Granted]] = {}
         end = len(self._collection)
         for command in self._planner.commands():
             if isinstance(command, plans.Fail):
@@ -273,17 +326,21 @@ class GpumemScheduling:
                 by_name[command.worker].node.shutdown()
             elif isinstance(command, plans.Run):
                 queues.setdefault(command.worker, []).append(command.test)
+                if command.grant is not None:
+                    size, cards, alone = command.grant
+                    grants.setdefault(command.worker, {})[command.test] = size, cards, alone
             else:
                 reset = isinstance(command, plans.Reset)
                 sentinel = xdist_private.RESET if reset else xdist_private.FLUSH
                 queues.setdefault(command.worker, []).append(end + sentinel)
         for name, indexes in queues.items():
-            self._send(by_name[name], [*indexes, end + xdist_private.IDLE])
-
-    def _send(self, worker: _Worker, indexes: list[int]) -> None:
-        if not worker.node.shutting_down:
-            worker.sent.extend(indexes)
-            worker.node.send_runtest_some(indexes)
+            worker = by_name[name]
+            if not worker.node.shutting_down:
+                if name in grants:
+                    xdist_private.send_grants(worker.node, grants[name])
+                indexes.append(end + xdist_private.IDLE)
+                worker.sent.extend(indexes)
+                worker.node.send_runtest_some(indexes)
 
     def _report_failure(self, command: plans.Fail) -> None:
         """Report a test that can never run, as if a worker had."""
@@ -325,61 +382,68 @@ def planned_tests(
     needs: Iterable[tuple[int, int | None, int, bool]],
     expect: Callable[[str, int | None], Expectation],
     *,
+    most: int,
     any_card: bool,
-) -> list[plans.PlannedTest]:
+) -> list[PlannedTest]:
     """Return the collected tests with what is expected of them.
 
     ``needs`` are the marked tests: index, bytes (None: not said), cards, exclusive. Without any
-    card they are tests like others, which find out for themselves.
+    card they are tests like others, which find out for themselves. ``most`` are the bytes that a
+    test can have: only a mark may ask for more, an estimate with its margin may not.
     """
     marked = {need[0]: need for need in needs}
     planned = []
     for index, nodeid in enumerate(collection):
         _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
         expected = expect(nodeid, vram)
+        peak, fixtures = expected.peak, expected.fixtures
+        if peak is not None and expected.source != "mark":
+            peak = min(peak, max(0, most))
+            fixtures = min(fixtures, max(0, most - peak))
         planned.append(
-            plans.PlannedTest(
+            PlannedTest(
                 nodeid=nodeid,
                 gpu=any_card and (expected.gpu or index in marked),
-                peak=expected.peak,
+                peak=peak,
                 duration=expected.duration,
                 group=nodeid.split("::")[0],
                 cards=cards,
                 exclusive=exclusive,
+                seen=expected.source == "learned",
+                fixtures=fixtures,
             )
         )
     return planned
 
 
-def cards_of(hellos: Iterable[Mapping[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+def cards_of(
+    hellos: Iterable[Mapping[str, Any]],
+) -> tuple[dict[plans.CardKey, int], dict[plans.CardKey, int]]:
     """Return each card's total, and what others than these workers use of it, in bytes.
 
-    Each worker told of its cards (uuid, total, used, own): used by anybody, used by itself.
+    Each worker told of its host and cards (uuid, total, used, own): used by anybody, used by
+    itself.
     """
-    totals: dict[str, int] = {}
-    used: dict[str, int] = {}
-    own: dict[str, int] = {}
+    totals: dict[plans.CardKey, int] = {}
+    used: dict[plans.CardKey, int] = {}
+    own: dict[plans.CardKey, int] = {}
     for hello in hellos:
-        if not hello["cards"]:
-            totals[NO_CARD] = used[NO_CARD] = own[NO_CARD] = 0
         for uuid, total, by_all, by_it in hello["cards"]:
-            totals[uuid] = total
-            used[uuid] = max(used.get(uuid, 0), by_all)
-            own[uuid] = own.get(uuid, 0) + by_it
-    return totals, {uuid: max(0, used[uuid] - own[uuid]) for uuid in totals}
+            card = hello.get("host", ""), uuid
+            totals[card] = total
+            used[card] = max(used.get(card, 0), by_all)
+            own[card] = own.get(card, 0) + by_it
+    return totals, {card: max(0, used[card] - own[card]) for card in totals}
 
 
-def reserved_peaks(properties: Iterable[tuple[str, object]]) -> list[tuple[str, int]]:
-    """Return what a test made its allocator reserve at most, as (card, bytes), from its report.
-
-    A wider fixture's set-up has a peak of its own.
-    """
+def taken(properties: Iterable[tuple[str, object]]) -> Taken:
+    """Return what a test took, from its report."""
     text = dict(properties).get("gpumem_record")
-    if not isinstance(text, str):
-        return []
-    record = json.loads(text)
-    peaks = [(usage["card"], usage["reserved_peak"]) for usage in record["cards"]]
-    return peaks + [(fixture["card"], fixture["peak"]) for fixture in record["fixtures"]]
+    cards = json.loads(text)["cards"] if isinstance(text, str) else ()
+    return Taken(
+        max((usage["extra"] for usage in cards), default=0),
+        max((usage["fixture_bytes"] for usage in cards), default=0),
+    )
 
 
 class Controller:
@@ -389,6 +453,7 @@ class Controller:
         config: pytest's configuration in the controller.
         expect: as for ``GpumemScheduling``.
         settings: as for ``GpumemScheduling``.
+        why_not: why another scheduler than ours shall decide; looked for if not given.
 
     """
 
@@ -397,13 +462,14 @@ class Controller:
         config: pytest.Config,
         expect: Callable[[str, int | None], Expectation],
         settings: SchedulerSettings,
+        why_not: str | None = None,
     ) -> None:
         self.config = config
         self._expect = expect
         self._settings = settings
         self._expected_workers = 0
         self._scheduler: GpumemScheduling | None = None
-        self._why_not: str | None = None
+        self._why_not = why_not
 
     @property
     def why_not(self) -> str:
@@ -433,13 +499,8 @@ class Controller:
         ``workerinput``; a replacement inherits its predecessor's.
         """
         self._expected_workers = len(specs)
-        if not self.why_not:
-            for spec, slot in zip(specs, workers.slots(specs), strict=True):
-                spec.env.setdefault(workers.SLOT, str(slot))
-
-    def pytest_configure_node(self, node: Node) -> None:
-        """Ask the worker for sentinels."""
-        node.workerinput[xdist_private.ASKED] = not self.why_not
+        for spec, slot in zip(specs, workers.slots(specs), strict=True):
+            spec.env.setdefault(workers.SLOT, str(slot))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config) -> GpumemScheduling | None:
@@ -456,52 +517,3 @@ class Controller:
         """Read what a test took, and settle its outcome, before anybody else sees the report."""
         if self._scheduler is not None:
             self._scheduler.take_report(report)
-
-    def pytest_report_teststatus(
-        self, report: pytest.TestReport | pytest.CollectReport
-    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-        """Show a test that will be tried again as rerunfailures does."""
-        outcome: str = report.outcome
-        if outcome != "rerun" or not hasattr(report, "gpumem_oom"):
-            return None
-        return "rerun", "R", ("RERUN", {"yellow": True})
-
-
-def controller_plugin(
-    config: pytest.Config,
-    expect: Callable[[str, int | None], Expectation],
-    settings: SchedulerSettings,
-) -> Controller:
-    """Return the plugin to register in xdist's controller."""
-    return Controller(config, expect, settings)
-
-
-def worker_plugin(
-    config: pytest.Config,
-    *,
-    needs: Callable[[Sequence[pytest.Item]], list[tuple[int, int | None, int, bool]]],
-    cards: Callable[[], list[tuple[str, int, int, int]]],
-    holding: Callable[[], Mapping[str, tuple[int, int]]],
-    release: Callable[[], None],
-    is_oom: Callable[[BaseException], bool],
-) -> xdist_private.Worker | None:
-    """Return the plugin to register in an xdist worker, None when the controller wants none.
-
-    Args:
-        config: pytest's configuration in the worker.
-        needs: the marked tests among the items: index, bytes or None, cards, exclusive.
-        cards: the worker's cards in CUDA's order: UUID, total, used by all, used by this process.
-        holding: see ``xdist_private.Worker``, as are ``release`` and ``is_oom``.
-        release: gives cached VRAM back.
-        is_oom: tells an out-of-memory error.
-
-    """
-    if not getattr(config, "workerinput", {}).get(xdist_private.ASKED, False):
-        return None
-    return xdist_private.Worker(
-        config,
-        hello=lambda items: {"needs": needs(items), "cards": cards()},
-        holding=holding,
-        release=release,
-        is_oom=is_oom,
-    )

@@ -47,6 +47,30 @@ class Simulation:
         return cls(card, directory)
 
     @classmethod
+    def join(cls, name: str, total: int, context: int) -> Simulation:
+        """Open the card that is called ``name`` on this machine; the first one makes it.
+
+        For processes that start at the same time and have no common parent here. ``name`` must
+        not be guessable: the file may lie where anybody can write.
+
+        Raises:
+            ValueError: when the sizes make no sense.
+
+        """
+        directory = Path(_private_directory() or tempfile.gettempdir()) / f"gpumem-{name}"
+        if directory.exists():
+            return cls.attach(str(directory / "card"))
+        own = cls.start(total, context)
+        own.card.close()
+        made = Path(own.path).parent
+        try:
+            made.rename(directory)
+        except OSError:  # somebody else was faster
+            shutil.rmtree(made)
+            return cls.attach(str(directory / "card"))
+        return cls(SharedCard.open(directory / "card"), directory)
+
+    @classmethod
     def attach(cls, path: str) -> Simulation:
         """Open the card that another process started.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -114,6 +114,29 @@ class Test(Owner):
 
     baselines: dict[str, int] = field(default_factory=dict)
     fixtures: list[Fixture] = field(default_factory=list)
+    reserved_before: dict[str, int] = field(default_factory=dict)
+    reserved_peak: dict[str, int] = field(default_factory=dict)
+    """By card, whoever was charged."""
+    found: list[Fixture] = field(default_factory=list)
+    """Wider fixtures that were set up when it began."""
+    set_up: list[Fixture] = field(default_factory=list)
+    """Wider fixtures that were set up in it."""
+
+    def to_set_aside(self, uuid: str) -> int:
+        """Return the bytes to set aside for the test: what it made its process reserve.
+
+        What wider fixtures keep from now on is not the test's. A test that lives on cached blocks
+        reserves nothing, and would without them: so it is no less than what it allocated.
+        """
+        taken = self.reserved_peak.get(uuid, 0) - self.reserved_before.get(uuid, 0)
+        account = self.accounts.get(uuid, Account())
+        allocated = account.peak - self.baselines.get(uuid, 0)
+        return max(0, allocated, taken - _held(self.set_up, uuid))
+
+    def fixture_bytes(self, uuid: str, names: Collection[str]) -> int:
+        """Return what the wider fixtures among ``names`` hold."""
+        used = [fixture for fixture in (*self.found, *self.set_up) if fixture.name in names]
+        return _held(used, uuid)
 
     def pay_back(self) -> None:
         """Credit the fixtures torn down in the test with what came back after their teardown.
@@ -135,6 +158,12 @@ class Test(Owner):
             if fixture.wide and fixture.torn_down:
                 found |= fixture.kept()
         return found
+
+
+def _held(fixtures: Iterable[Fixture], uuid: str) -> int:
+    """Return what the set-ups of ``fixtures`` took of a card."""
+    accounts = (fixture.set_up.get(uuid) for fixture in fixtures)
+    return sum(max(0, account.delta) for account in accounts if account is not None)
 
 
 @dataclass(frozen=True)
@@ -184,6 +213,8 @@ class Tracker:
         self._outside = Owner("outside of tests", "session")
         self._owners: list[Owner] = [self._outside]
         self._test: Test | None = None
+        self._standing: list[Fixture] = []
+        """Wider fixtures that are set up."""
         self._tensors = TensorLedger(root)
         self._reading = False
         self._stacks_wanted = stacks
@@ -199,6 +230,11 @@ class Tracker:
         """Bytes allocated now, over all cards."""
         self.boundary()
         return sum(meter.last.allocated for meter in self._meters.values())
+
+    @property
+    def reserved(self) -> dict[str, int]:
+        """Bytes reserved at the last boundary, by card."""
+        return {meter.card.uuid: meter.last.reserved for meter in self._meters.values()}
 
     def close(self) -> None:
         """Stop watching."""
@@ -243,6 +279,9 @@ class Tracker:
             # The suite may set these counters back.
             account.retries += max(0, now.retries - before.retries)
             account.ooms += max(0, now.ooms - before.ooms)
+        if self._test is not None:
+            highest, uuid = self._test.reserved_peak, meter.card.uuid
+            highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
         if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
             allocator.reset_peak(index)
 
@@ -267,15 +306,16 @@ class Tracker:
             # Taken at import or between tests: not to be laid at a later test's door.
             self._tensors.remember("outside of tests")
         self._outside.accounts.clear()
-        self._test = Test(nodeid)
+        self._test = Test(nodeid, found=list(self._standing))
         self._owners = [self._test]
         for meter in self._meters.values():
             self._test.baselines[meter.card.uuid] = meter.last.allocated
+            self._test.reserved_before[meter.card.uuid] = meter.last.reserved
 
     def usage(self) -> tuple[CardUsage, ...]:
         """Return what the running test did so far; nothing is judged or cleaned."""
         self.boundary()
-        return self._card_usages(self._test, {}) if self._test is not None else ()
+        return self._card_usages(self._test, {}, ()) if self._test is not None else ()
 
     def anything_stayed(self) -> bool:
         """Whether the running test, or a fixture torn down in it, keeps memory at this moment."""
@@ -292,6 +332,7 @@ class Tracker:
         judge: bool = True,
         keepers: Mapping[int, str] | None = None,
         passing: Mapping[int, str] | None = None,
+        fixtures: Collection[str] = (),
     ) -> Usage:
         """Stop measuring, find out what stayed, and return the test's usage.
 
@@ -303,6 +344,7 @@ class Tracker:
                 where something below them is a leak, that is more use than their own holders.
             passing: identities of objects that will be dropped in a moment, and what to call
                 them; what they hold is no leak.
+            fixtures: names of the fixtures that the test uses.
 
         """
         test = self._test
@@ -314,9 +356,14 @@ class Tracker:
             self._give_back(errors)
             if self.anything_stayed():
                 verdicts = self._judge(test, keepers or {}, passing or {})
-        self._read_processes()
-        usage = Usage(self._card_usages(test, verdicts), _fixture_usages(test, verdicts))
+        elif judge and self._standing:
+            # They may pin a wider fixture's value beyond its teardown.
+            for error in errors:
+                release.clear_frames(error)
         self._release_caches()
+        self._read_processes()
+        cards = self._card_usages(test, verdicts, fixtures)
+        usage = Usage(cards, _fixture_usages(test, verdicts))
         self._test = None
         self._owners = [self._outside]
         return usage
@@ -346,7 +393,9 @@ class Tracker:
         }
         return self._tensors.judge(test.stayed(), cards, keepers, passing, test.name)
 
-    def _card_usages(self, test: Test, verdicts: Verdicts) -> tuple[CardUsage, ...]:
+    def _card_usages(
+        self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
+    ) -> tuple[CardUsage, ...]:
         usages = []
         for meter in self._meters.values():
             uuid = meter.card.uuid
@@ -371,6 +420,8 @@ class Tracker:
                     leaked=verdict.leaked,
                     holders=verdict.holders,
                     note=verdict.note,
+                    extra=test.to_set_aside(uuid),
+                    fixture_bytes=test.fixture_bytes(uuid, fixtures),
                 )
             )
         return tuple(usages)
@@ -422,6 +473,9 @@ class Tracker:
         fixture.set_up = {uuid: replace(account) for uuid, account in fixture.accounts.items()}
         if fixture.wide:
             fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
+        holds = any(account.delta > 0 for account in fixture.set_up.values())
+        if fixture.wide and holds:
+            self._standing.append(fixture)
         test = self._test
         if test is None:
             return
@@ -429,6 +483,8 @@ class Tracker:
             test.fixtures.append(fixture)
             if fixture.wide:
                 self._tensors.remember(fixture.name)
+        if fixture.wide and holds:
+            test.set_up.append(fixture)
         if fixture.wide:
             # What is there and is not the test's own is what it starts from.
             for meter in self._meters.values():
@@ -443,6 +499,8 @@ class Tracker:
         """
         self._end_teardowns()
         fixture.torn_down = True
+        if fixture in self._standing:
+            self._standing.remove(fixture)
         self._owners.append(fixture)
         self._tensors.drop_fixture(fixture.roots)
         if self._test is not None and fixture not in self._test.fixtures and fixture.set_up:

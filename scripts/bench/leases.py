@@ -1,7 +1,8 @@
-"""What a lease costs, beside ``filelock.FileLock`` and a polled SQLite table in the same run.
+"""What a lease costs, beside ``flock(2)``, ``filelock.FileLock`` and a polled SQLite table.
 
 Uncontended: take and give back, one process. Hand-over: N processes ask again at once for a card
-that each holds for 2 ms; the time from one's release to the next one's grant. Jain's index over the
+that each holds for 2 ms; the time from one's release to another one's grant, and how often it was
+another one's (who polls often takes it again itself). Jain's index over the
 leases that each got says how fair it was: 1 is even, 1/N is one process taking all. Burn: CPU of N
 processes that wait, in percent of one core, all together.
 
@@ -54,6 +55,21 @@ def leases(directory: Path) -> Take:
     return lambda: store.acquire({CARD: Want()}, {CARD: UNITS}, "bench")
 
 
+def flock(directory: Path) -> Take:
+    """Return the floor: the kernel's own blocking lock, without an order, timeout or ledger."""
+    file = os.open(directory / "flock", os.O_RDWR | os.O_CREAT)
+
+    @contextmanager
+    def take() -> Iterator[None]:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+    return take
+
+
 def filelock(directory: Path) -> Take:
     """Return filelock's, with its default of polling every 50 ms."""
     from filelock import FileLock
@@ -66,7 +82,8 @@ def sqlite(directory: Path) -> Take:
     import sqlite3
 
     connection = sqlite3.connect(directory / "sqlite", timeout=60, isolation_level=None)
-    connection.execute("PRAGMA journal_mode=WAL")
+    if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):  # else it waits for nobody
+        connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=OFF")
     connection.execute("CREATE TABLE IF NOT EXISTS queue (number INTEGER PRIMARY KEY)")
 
@@ -85,6 +102,7 @@ def sqlite(directory: Path) -> Take:
 
 STORES: dict[str, Callable[[Path], Take]] = {
     "leases": leases,
+    "flock(2)": flock,
     "filelock": filelock,
     "SQLite": sqlite,
 }
@@ -97,6 +115,8 @@ class Row(NamedTuple):
     processes: int
     p50_us: float
     p99_us: float
+    passed_on: float
+    """Share of the leases that went to another process."""
     jain: float
     burn: float
 
@@ -181,20 +201,23 @@ def contended(store: str, directory: Path, processes: int, seconds: float) -> Ro
     """Return the hand-over, fairness and burn of ``processes`` that want the same card."""
     # A table keeps what processes that were killed had in it.
     contest, wait_room = (Path(tempfile.mkdtemp(dir=directory)) for _ in range(2))
+    STORES[store](contest)  # it is there before all want it
     with children(processes, contend, store, contest, seconds) as connections:
         for connection in connections:
             connection.recv()
         for connection in connections:
             connection.send("go")
         held = [connection.recv() for connection in connections]
-    order = sorted(itertools.chain.from_iterable(held))
-    gaps = [(after[0] - before[1]) / 1e3 for before, after in itertools.pairwise(order)]
+    order = sorted((*times, who) for who, each in enumerate(held) for times in each)
+    pairs = list(itertools.pairwise(order))
+    gaps = [(after[0] - before[1]) / 1e3 for before, after in pairs if before[2] != after[2]]
     counts = [len(each) for each in held]
     return Row(
         store,
         processes,
         statistics.median(gaps),
         statistics.quantiles(gaps, n=100)[98],
+        len(gaps) / len(pairs),
         sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts)),
         burn(store, wait_room, processes, seconds),
     )
@@ -221,21 +244,21 @@ def burn(store: str, directory: Path, processes: int, seconds: float) -> float:
 # Kills
 
 
-def holder(connection: Connection, directory: Path) -> None:
+def holder(connection: Connection, store: str, directory: Path) -> None:
     """Wait for the whole card, tell when it was granted, and keep it."""
-    take = STORES["leases"](directory)
+    take = STORES[store](directory)
     connection.send(os.getpid())
     with take():
         connection.send(time.monotonic_ns())
         signal.pause()
 
 
-def recovery_ms(directory: Path, processes: int, rounds: int) -> list[float]:
+def recovery_ms(store: str, directory: Path, processes: int, rounds: int) -> list[float]:
     """Return the milliseconds from each SIGKILL of the holder to the next one's grant."""
     found: list[float] = []
     running = {
         connection: process
-        for process, connection in (start(holder, directory) for _ in range(processes))
+        for process, connection in (start(holder, store, directory) for _ in range(processes))
     }
     killed = 0
     try:
@@ -246,13 +269,13 @@ def recovery_ms(directory: Path, processes: int, rounds: int) -> list[float]:
                     continue
                 if killed:
                     found.append((told - killed) / 1e6)
-                time.sleep(0.05)  # the others have settled in the queue
+                process, connection = start(holder, store, directory)
+                running[connection] = process
+                time.sleep(0.1)  # all have settled in the queue
                 victim = running.pop(ready)
                 killed = time.monotonic_ns()
                 victim.kill()
                 victim.join()
-                process, connection = start(holder, directory)
-                running[connection] = process
     finally:
         for process in running.values():
             process.kill()
@@ -289,6 +312,8 @@ class Killed(NamedTuple):
     """What came of killing processes at random."""
 
     kills: int
+    holders: int
+    """How many were killed because they held a lease; the others were any, most of them waited."""
     leases: int
     granted_twice: int
     starved: int
@@ -303,7 +328,10 @@ class Killed(NamedTuple):
 
 
 def kill_at_random(directory: Path, kills: int, processes: int = 8, seed: int = 0) -> Killed:
-    """Kill a random process every few milliseconds; each is replaced by a new one."""
+    """Kill a random process every few milliseconds, every other time one that has a lease.
+
+    Each is replaced by a new one.
+    """
     chance = random.Random(seed)  # noqa: S311  # no secrets
     card = directory / "card"
     card.touch()
@@ -313,7 +341,7 @@ def kill_at_random(directory: Path, kills: int, processes: int = 8, seed: int = 
         return connection, process
 
     running = dict(new() for _ in range(processes))
-    granted = twice = done = 0
+    granted = twice = done = holders = 0
     last = time.monotonic()
     longest, next_kill = 0.0, last + 0.5
     try:
@@ -325,7 +353,10 @@ def kill_at_random(directory: Path, kills: int, processes: int = 8, seed: int = 
                     longest = max(longest, time.monotonic() - last)
                     last = time.monotonic()
             if time.monotonic() >= next_kill:
-                victim = chance.choice(list(running))
+                pids = pids_of_holders(directory)
+                holding = [each for each in running if running[each].pid in pids]
+                holders += (one_of_them := bool(holding) and chance.random() < 0.5)
+                victim = chance.choice(holding if one_of_them else list(running))
                 running[victim].kill()
                 running.pop(victim).join()
                 victim.close()
@@ -339,7 +370,14 @@ def kill_at_random(directory: Path, kills: int, processes: int = 8, seed: int = 
             process.join()
     LeaseStore(directory / "leases").holders(CARD)  # takes out what the last ones left
     leaked = list((directory / "leases" / "queue").iterdir())
-    return Killed(done, granted, twice, starved, len(leaked), longest)
+    return Killed(done, holders, granted, twice, starved, len(leaked), longest)
+
+
+def pids_of_holders(directory: Path) -> set[int]:
+    """Return the processes that have a lease now."""
+    queue = directory / "leases" / "queue"
+    names = [each.name for each in queue.iterdir()] if queue.exists() else []
+    return {int(name.split("-")[2].partition(".")[0]) for name in names if name.startswith("h")}
 
 
 def count_starved(connections: Sequence[Connection]) -> int:
@@ -375,25 +413,29 @@ def main(argv: list[str] | None = None) -> int:
         print("| store | take and give back (us) |\n|---|---:|")
         for store in available:
             print(f"| {store} | {uncontended_us(store, directory):.0f} |")
-        print("\n| store | processes | hand-over p50 (us) | p99 (us) | Jain | burn (% of a core) |")
-        print("|---|---:|---:|---:|---:|---:|")
+        print("\n| store | processes | hand-over p50 (us) | p99 (us) | passed on | Jain | burn |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
         for processes in options.processes:
             for store in available:
                 row = contended(store, directory, processes, options.seconds)
                 print(
                     f"| {row.store} | {row.processes} | {row.p50_us:.0f} | {row.p99_us:.0f} "
-                    f"| {row.jain:.3f} | {row.burn:.2f} |",
+                    f"| {row.passed_on:.0%} | {row.jain:.3f} | {row.burn:.2f} % |",
                     flush=True,
                 )
     with tempfile.TemporaryDirectory(dir=options.directory or run_directory().parent) as name:
-        times = recovery_ms(Path(name), 16, 40)
+        print(
+            "\n| SIGKILL of the holder to the next grant, 16 processes | p50 (ms) "
+            "| longest of 100 |"
+        )
+        print("|---|---:|---:|")
+        for store in ("leases", "flock(2)"):
+            times = recovery_ms(store, Path(name), 16, 100)
+            print(f"| {store} | {statistics.median(times):.1f} | {max(times):.1f} |")
         killed = kill_at_random(Path(name), options.kills)
     print(
-        f"\nSIGKILL of the holder to the next grant, 16 processes: {statistics.median(times):.2f}"
-    )
-    print(f"ms median, {max(times):.2f} ms longest of {len(times)}.")
-    print(
-        f"{killed.kills} random SIGKILLs: {killed.leases} leases, {killed.granted_twice} granted "
+        f"\n{killed.kills} random SIGKILLs, {killed.holders} of them aimed at holders: "
+        f"{killed.leases} leases, {killed.granted_twice} granted "
         f"twice, {killed.starved} processes starved, {killed.leaked} entries leaked, longest time "
         f"without a grant {killed.longest * 1e3:.0f} ms."
     )

@@ -74,7 +74,7 @@ def test_both_at_once(i, tmp_path_factory):
             break
         time.sleep(0.01)
 """
-    finished = run(source, "-n", "2")
+    finished = run(source, "-n", "2", "--gpumem=track")
 
     assert sorted(outcomes(finished).values()) == ["failed", "passed"], finished.output
     assert re.search(r"Process \d+ has 2\.38 GiB memory in use", finished.output)

@@ -40,7 +40,7 @@ def test_a_run_that_touched_no_card_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "gpumem report: error: cannot read '{path}': No such file or directory\n"),
+        (None, "gpumem report: error: '{path}': No such file or directory\n"),
         ("{}", "gpumem report: error: '{path}' is not a run of schema 1 (--gpumem-json)\n"),
     ],
 )
@@ -51,6 +51,45 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, capsys, text, sentence):
 
     assert cli.main(["report", str(path)]) == 2
     assert capsys.readouterr().err == sentence.format(path=path)
+
+
+def test_shards_are_joined_and_teach(tmp_path, capsys):
+    learned = USAGE._replace(extra=2**21)
+    for shard, nodeid in (("one", "test_x.py::test_a"), ("two", "test_y.py::test_b")):
+        tests = (RecordedTest(nodeid, "passed", 0.5, "gw0", (learned,), start=10.0),)
+        records.save(RUN._replace(tests=tests, workers=1), tmp_path / f"{shard}.json")
+    shards = [str(tmp_path / "one.json"), str(tmp_path / "two.json")]
+    history = tmp_path / "history.json"
+    arguments = ["merge", *shards, "--output", str(tmp_path / "all.json")]
+
+    assert cli.main(["report", *arguments, "--history", str(history)]) == 0
+    assert "2 tests of 2 used VRAM" in capsys.readouterr().out
+    run = records.load(tmp_path / "all.json")
+    assert [(test.host, test.worker) for test in run.tests] == [("one", "gw0"), ("two", "gw0")]
+    assert [card.host for card in run.cards] == ["one", "two"]
+    assert run.workers == 2
+
+    assert cli.main(["report", "--history", str(history)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == ["2.2", "0.0", "0.50", "1", "test_x.py::test_a"]
+    assert cli.main(["report", "--history", str(history), "--json"]) == 0
+    assert capsys.readouterr().out == history.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "0 runs given; allowed are one, merge and several, or --history"),
+        (["merge"], "merge: no run given; allowed are one or more RUN.json"),
+        (["--history", "no.json"], "there is no history 'no.json'"),
+        (["a.json", "b.json"], "2 runs given"),
+    ],
+)
+def test_reports_of_nothing_are_one_sentence(arguments, sentence, capsys):
+    assert cli.main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"gpumem report: error: {sentence}")
+    assert error.count("\n") == 1
 
 
 def test_doctor_names_the_versions_and_why_there_is_no_card(capsys, monkeypatch):

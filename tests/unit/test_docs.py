@@ -77,13 +77,12 @@ def test_every_option_is_in_the_reference():
 
 
 def test_every_field_of_the_records_is_in_the_json_document():
-    import dataclasses
-
     from pytest_gpumem import records
 
     document = (ROOT / "docs" / "json.md").read_text()
-    kinds = [kind for kind in vars(records).values() if dataclasses.is_dataclass(kind)]
-    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    kinds = [kind for kind in vars(records).values() if hasattr(kind, "_fields")]
+    fields = {field for kind in kinds for field in kind._fields}
+    assert len(fields) > 40
     assert sorted(name for name in fields if f"`{name}`" not in document) == []
 
 

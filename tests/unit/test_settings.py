@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, resolve
+from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
 
 # A text other than the default for every option, and what it means.
 EXAMPLES = {
@@ -16,6 +16,15 @@ EXAMPLES = {
     "top": ("3", 3),
     "vram_limit": ("2GiB", 2**31),
     "vram_leak_limit": ("0B", 0),
+    "schedule": ("optimistic", "optimistic"),
+    "headroom": ("0B", 0),
+    "context": ("300MiB", 300 * 2**20),
+    "too_large": ("skip", "skip"),
+    "oom": ("fail", "fail"),
+    "lease_timeout": ("2.5", 2.5),
+    "history": ("history.json", None),
+    "fraction": ("auto", 0.0),
+    "trace": ("trace.json", None),
 }
 
 
@@ -64,7 +73,6 @@ def test_asking_for_the_plugin_turns_it_on_unless_the_mode_is_given():
         ("simulate_anyway", "perhaps", "'perhaps' is neither true nor false"),
         ("top", "ten", "'ten' is not a number of lines"),
         ("vram_limit", "much", "'much' is not a size"),
-        ("json", "no/such/place/run.json", "there is no directory"),
     ],
 )
 @pytest.mark.parametrize("place", ["cli", "env", "ini"])
@@ -80,9 +88,22 @@ def test_a_bad_value_is_one_sentence_that_names_its_place(field, value, sentence
     assert "\n" not in str(caught.value)
 
 
-def test_a_json_path_that_is_a_directory_is_refused(tmp_path):
-    with pytest.raises(BadSettingError, match="is a directory"):
-        settings({"gpumem_json": str(tmp_path)})
+@pytest.mark.parametrize("field", ["json", "trace", "history"])
+def test_a_file_that_cannot_be_written_is_refused(field, tmp_path):
+    option = next(option for option in OPTIONS if option.field == field)
+    for value, sentence in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "no" / "run.json", "there is no directory"),
+    ):
+        with pytest.raises(BadSettingError, match=f"^{option.flag}: .*{sentence}"):
+            check_files(settings({option.dest: str(value)}))
+    check_files(settings({option.dest: str(tmp_path / "new.json")}))
+
+
+def test_a_file_that_is_no_history_is_not_replaced_by_one(tmp_path):
+    (tmp_path / "poem.txt").write_text("Whose woods these are")
+    with pytest.raises(BadSettingError, match=r"poem\.txt' are ignored: it is not JSON"):
+        check_files(settings({"gpumem_history": str(tmp_path / "poem.txt")}))
 
 
 def test_a_card_too_small_for_one_context_is_refused():

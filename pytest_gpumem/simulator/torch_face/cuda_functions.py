@@ -171,6 +171,7 @@ def _allocation(memory: CardMemory) -> Functions:
         "_cuda_cudaCachingAllocator_set_allocator_settings": _nothing,
         "_cuda_cudaCachingAllocator_enable": _nothing,
         "_cuda_cudaCachingAllocator_is_enabled": lambda: True,
+        "_cuda_hasPrimaryContext": lambda _device: memory.card.joined,
         "_cuda_setMemoryMetadata": _nothing,
         "_cuda_getMemoryMetadata": str,
     }

@@ -104,7 +104,7 @@ def test_a_worker_s_death_is_explained_by_another_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "data", "sentence"),
     [
-        ("none", None, "cannot read '{path}': No such file or directory"),
+        ("none", None, "'{path}': No such file or directory"),
         ("x.json", b'{"schema": 99, "tests": []}', "'{path}' is not a run of schema 1"),
         ("x.pickle", b"\x80\x04garbage", "'{path}' is no memory snapshot"),
         ("x.html", b'<html><p data-jsonblob="{}">', "'{path}' is a damaged report of pytest-html"),

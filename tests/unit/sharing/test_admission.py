@@ -101,30 +101,43 @@ def passing(total, claims, new, ahead):
 
 
 def starts(rule, total, arrivals):
-    """Return when each request starts; ``arrivals`` are (time, claim, duration)."""
+    """Return when each request starts; ``arrivals`` are (time, claim by card, duration)."""
     started, running_until = {}, {}
     for now in range(400):
-        for index, (time, claim, duration) in enumerate(arrivals):
+        for index, (time, claims, duration) in enumerate(arrivals):
             held = [arrivals[each][1] for each, end in running_until.items() if end > now]
             ahead = [
                 other
                 for earlier, (time, other, _) in enumerate(arrivals[:index])
                 if time <= now and earlier not in started
             ]
-            if time <= now and index not in started and rule(total, held, claim, ahead):
+            if (
+                time <= now
+                and index not in started
+                and all(
+                    rule(total, on(card, held), claim, on(card, ahead))
+                    for card, claim in claims.items()
+                )
+            ):
                 started[index], running_until[index] = now, now + duration
     return started
+
+
+def on(card, requests):
+    return [claims[card] for claims in requests if card in claims]
 
 
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 9), st.builds(Claim, st.just(0), SIZES, st.booleans()), st.integers(1, 9)
+            st.integers(0, 9),
+            st.dictionaries(st.sampled_from("AB"), REQUESTS, min_size=1),
+            st.integers(1, 9),
         ),
         max_size=9,
     ).map(lambda arrivals: sorted(arrivals, key=lambda each: each[0]))
 )
-def test_nobody_starts_later_than_first_come_first_served(arrivals):
+def test_nobody_starts_later_than_first_come_first_served_on_one_card_or_two(arrivals):
     early = starts(passing, 20, arrivals)
     late = starts(strict, 20, arrivals)
 

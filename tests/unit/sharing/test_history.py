@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpumem.records import CardUsage, RecordedTest
 from pytest_gpumem.sharing import history as histories
-from pytest_gpumem.sharing.history import History, Learned, family, module
+from pytest_gpumem.sharing.history import History, Learned, expected_peak, family, module
 
 nodeids = st.text(min_size=1, max_size=20) | st.builds(
     "tests/{}.py::test_{}[{}]".format,
@@ -96,7 +97,9 @@ def test_no_file_is_an_empty_history_without_a_word(tmp_path) -> None:
 def test_the_file_has_one_line_per_test(tmp_path) -> None:
     history_of([("a.py::x", 10, 0.5, True), ("a.py::y", 0, 1.0, False)]).save(tmp_path / "h.json")
     lines = (tmp_path / "h.json").read_text().splitlines()
-    assert lines[3] == '  "a.py::x": {"peaks": [10], "duration": 0.5, "runs": 1, "gpu": true},'
+    assert lines[3] == (
+        '  "a.py::x": {"peaks": [10], "fixtures": 0, "duration": 0.5, "runs": 1, "gpu": true},'
+    )
     assert len(lines) == 7
 
 
@@ -148,18 +151,48 @@ def test_one_outlier_in_eight_is_forgotten() -> None:
 
 def test_a_mark_counts_before_what_was_learned_and_that_before_the_family() -> None:
     history = history_of([("a.py::x[1]", 100, 2.0, True), ("a.py::y", 500, 4.0, True)])
-    assert history.expect("a.py::x[1]", 7) == (7, 2.0, "mark", True)
-    assert history.expect("a.py::x[1]") == (110, 2.0, "learned", True)
-    assert history.expect("a.py::x[2]") == (130, 2.0, "family", True)
-    assert history.expect("a.py::z") == (650, 3.0, "family", True)
-    assert history.expect("b.py::z") == (None, histories.DURATION, "guess", False)
-    assert history.expect("b.py::z", 7) == (7, histories.DURATION, "mark", True)
+    assert history.expect("a.py::x[1]", 7)[:4] == (7, 2.0, "mark", True)
+    assert history.expect("a.py::x[1]")[:4] == (110, 2.0, "learned", True)
+    assert history.expect("a.py::x[2]")[:4] == (130, 2.0, "family", True)
+    assert history.expect("a.py::z")[:4] == (650, 3.0, "family", True)
+    assert history.expect("b.py::z")[:4] == (None, histories.DURATION, "guess", False)
+    assert history.expect("b.py::z", 7)[:4] == (7, histories.DURATION, "mark", True)
+
+
+def test_what_fixtures_hold_is_expected_too_but_is_part_of_a_mark() -> None:
+    history = History()
+    history.note("a.py::x", 10, 1.0, gpu=True, fixtures=70)
+    assert history.expect("a.py::x").fixtures == 70
+    assert history.expect("a.py::y").fixtures == 70
+    assert history.expect("a.py::x", 7).fixtures == 0
+    history.note("a.py::x", 10, 1.0, gpu=True, fixtures=20)
+    assert history["a.py::x"].fixtures == 20
+
+
+def test_a_run_teaches_by_the_tests_that_came_to_their_end() -> None:
+    usage = CardUsage("GPU-1", 5, 9, 0, 8, 12, 0, 0, None, extra=7, fixture_bytes=3)
+    run = [
+        RecordedTest("a.py::x", "rerun", 9.0, "gw0", (usage._replace(extra=1),)),
+        RecordedTest("a.py::x", "passed", 2.0, "gw0", (usage,)),
+        RecordedTest("a.py::y", "failed", 3.0, "gw1"),
+        RecordedTest("a.py::z", "skipped", 0.0, "gw1"),
+        RecordedTest("a.py::w", "crashed", 0.0, "gw1"),
+        RecordedTest("a.py::v", "failed", 1.0, "gw1", (usage,), oom="CUDA out of memory"),
+    ]
+    history = History()
+    history.learn(run)
+    assert dict(history) == {
+        "a.py::x": (expected_peak([7]), 2.0, 1, True, 3),
+        "a.py::y": (0, 3.0, 1, False, 0),
+        "a.py::v": (0, 1.0, 1, True, 0),
+    }
+    assert history.expect("a.py::v") == (None, 1.0, "learned", True, 0)
 
 
 def test_a_test_that_never_used_a_card_has_a_duration_and_no_peak() -> None:
     history = history_of([("a.py::x", 0, 2.0, False)])
-    assert history.expect("a.py::x") == (None, 2.0, "learned", False)
-    assert history.expect("a.py::y") == (None, 2.0, "family", False)
+    assert history.expect("a.py::x")[:4] == (None, 2.0, "learned", False)
+    assert history.expect("a.py::y")[:4] == (None, 2.0, "family", False)
 
 
 def test_what_is_noted_later_changes_what_is_expected_of_relatives() -> None:

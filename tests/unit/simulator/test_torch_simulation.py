@@ -113,3 +113,14 @@ def test_torchscript_still_compiles_and_runs(simulation):
         "print(m.cuda()(torch.ones(1, 2, device='cuda')).is_cuda)"
     )
     assert run(script) == ["True"]
+
+
+def test_processes_without_a_common_parent_join_one_card_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    first = Simulation.join("abc", 2**30, 2**20)
+    second = Simulation.join("abc", 2**30, 2**20)
+
+    assert first.card.uuid == second.card.uuid
+    assert [each.name for each in tmp_path.iterdir()] == ["gpumem-abc"]
+    first.close()
+    assert list(tmp_path.iterdir()) == []

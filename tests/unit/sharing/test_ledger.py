@@ -52,12 +52,14 @@ def test_the_key_of_a_card_is_the_end_of_its_uuid():
 def test_who_joins_clears_what_is_idle_and_leaves_the_rest_to_those_who_wait(ledgers, tmp_path):
     idle, asked = ledgers(), ledgers()
     assert idle.standing
-    entry = entry_of(WAITING, 1, asked.standing.process, {"key": Claim(0, 1, exclusive=False)})
+    assert asked.standing
+    entry = entry_of(WAITING, 1, asked.process, {"key": Claim(0, 1, exclusive=False)})
     asked.write(entry, "asked")
     die(idle)
     die(asked)
     new = ledgers()
-    left = {entry.process, new.standing.process}
+    assert new.standing
+    left = {entry.process, new.process}
     assert {path.name for path in (tmp_path / "alive").iterdir()} == left
     assert new.read().entries == [entry]
     assert new.dead(None) == [entry.process]
@@ -67,7 +69,8 @@ def test_who_joins_clears_what_is_idle_and_leaves_the_rest_to_those_who_wait(led
 
 def test_a_living_process_is_not_buried(ledgers):
     one, other = ledgers(), ledgers()
-    entry = entry_of(HELD, 1, one.standing.process, {})
+    assert one.standing
+    entry = entry_of(HELD, 1, one.process, {})
     one.write(entry, "living")
     assert not other.bury([entry.process])
     assert other.label(entry) == "living"

@@ -17,14 +17,36 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pytest_gpumem.sharing import ledger, locks
+from pytest_gpumem.sharing import lease, ledger, locks
 from pytest_gpumem.sharing.admission import Claim, may_start
 from pytest_gpumem.sharing.lease import LeaseError, LeaseStore, LeaseTimeout, TooLarge, Want
+from pytest_gpumem.simulator import Simulation
 from pytest_gpumem.units import SIZE_FORM
 
 A, B = "GPU-aaaaaaaa-0000-0000-0000-00000000000a", "GPU-bbbbbbbb-0000-0000-0000-00000000000b"
 TOTALS = {A: 1000, B: 1000}
-PATIENCE = 20
+PATIENCE = 60
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc"]
+CONTAINERS = (
+    shutil.which("unshare")
+    and not subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode
+)
+
+
+@pytest.fixture(autouse=True)
+def nobody_looks_anyway(monkeypatch):
+    """Let a wake-up that is lost show."""
+    monkeypatch.setattr(lease, "_LOOK_ANYWAY", 10.0 * PATIENCE)
+
+
+def output(code, *words, before=(), **environment):
+    """Run a program and return the lines that it prints."""
+    command = [*before, sys.executable, "-c", code, *words]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    return done.stdout.splitlines()
 
 
 @pytest.fixture
@@ -191,7 +213,7 @@ def test_a_waiting_request_tells_what_it_waits_for(store):
 def test_a_request_that_gives_up_lets_those_behind_it_start(store):
     first = store.acquire({A: Want(600)}, TOTALS, "first")
     big = Asking(store, {A: Want()}, "big", timeout=0.3)
-    until(lambda: waiting(store) == ["big"])
+    until(lambda: big.said)  # and not that it waits: on a busy machine it has given up by then
     small = Asking(store, {A: Want(300)}, "small")
     assert small.granted().size == 300
     big.join(PATIENCE)
@@ -204,7 +226,37 @@ def test_a_thread_that_holds_a_lease_is_not_let_wait_for_another(store):
         store.acquire({A: Want(400)}, TOTALS, "fits").release()
         with pytest.raises(LeaseError, match="this thread holds a lease and would wait"):
             store.acquire({A: Want(500)}, TOTALS, "inner")
+        assert store.held_here()
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(store.held_here()))
+        thread.start()
+        thread.join(PATIENCE)
+        assert elsewhere == [False]
+    assert not store.held_here()
     assert store.holders(A) == []
+
+
+def test_an_exception_that_ends_a_wait_leaves_no_trace(store):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    first = Asking(store, {A: Want()}, "first").granted()
+    with pytest.raises(KeyboardInterrupt):
+        store.acquire({A: Want()}, TOTALS, "second", None, interrupted)
+    assert [holder.label for holder in store.holders(A)] == ["first"]
+    first.release()
+
+
+def test_the_clock_on_the_wall_is_not_asked(store, monkeypatch):
+    def jump():
+        raise AssertionError
+
+    monkeypatch.setattr(time, "time", jump)
+    first = store.acquire({A: Want(600)}, TOTALS, "first")
+    second = Asking(store, {A: Want(600)}, "second")
+    until(lambda: waiting(store) == ["second"])
+    first.release()
+    second.granted()
 
 
 def test_what_others_keep_between_tests_is_not_given_out(store, stores):
@@ -281,13 +333,24 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from pytest_gpumem.sharing.lease import LeaseStore, Want
 
+from pytest_gpumem.sharing import lease as leases, locks
+
 A, TOTALS = sys.argv[2], {sys.argv[2]: 1000}
+leases._LOOK_ANYWAY = 1e6
+if "polling" in sys.argv:
+    locks._take_inotify = lambda: None
 store = LeaseStore(Path(sys.argv[1]))
 
 def take(size, label="member"):
     global lease
-    lease = store.acquire({A: Want(size)}, TOTALS, label, 20)
+    lease = store.acquire({A: Want(size)}, TOTALS, label)
     return lease.size
+
+def take_until_interrupted():
+    try:
+        take(None)
+    except KeyboardInterrupt:
+        return "interrupted"
 
 def fork():
     child = os.fork()
@@ -297,14 +360,47 @@ def fork():
     os.close(1)
     signal.pause()
 
+def fork_and_exit():
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+    else:
+        os.close(1)
+        sys.exit()
+
+def fork_beside_a_thread():
+    # Joining opens files that no child may keep.
+    done = threading.Event()
+
+    def join():
+        while not done.is_set():
+            LeaseStore(Path(sys.argv[1])).acquire({A: Want(1)}, TOTALS, "join").release()
+
+    def fork():
+        for _ in range(20):
+            child = os.fork()
+            if not child:
+                store.acquire({A: Want(1)}, TOTALS, "child").release()
+                os._exit(0)
+            statuses.append(os.waitpid(child, 0)[1])
+
+    statuses = []
+    threads = [threading.Thread(target=join), threading.Thread(target=fork)]
+    for thread in threads:
+        thread.start()
+    threads[1].join()
+    done.set()
+    threads[0].join()
+    return statuses
+
 for line in sys.stdin:
-    print(eval(line), flush=True)
+    print(repr(eval(line)), flush=True)
 """
 
 
 class Member:
-    def __init__(self, directory):
-        command = [sys.executable, "-c", MEMBER, str(directory), A]
+    def __init__(self, directory, *words, before=()):
+        command = [*before, sys.executable, "-c", MEMBER, str(directory), A, *words]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -330,8 +426,8 @@ class Member:
 def member(tmp_path):
     with contextlib.ExitStack() as stack:
 
-        def make():
-            made = Member(tmp_path / "run")
+        def make(*words, **options):
+            made = Member(tmp_path / "run", *words, **options)
             stack.callback(made.kill)
             return made
 
@@ -356,6 +452,48 @@ def test_a_killed_holder_gives_way(store, member):
     other.kill()
     assert mine.granted()
     assert [holder.label for holder in store.holders(A)] == ["mine"]
+
+
+def test_where_nothing_wakes_anybody_processes_look_again_and_again(member, monkeypatch, stores):
+    monkeypatch.setattr(locks, "_take_inotify", lambda: None)
+    killed, other, store = member("polling"), member("polling"), stores()
+    killed.ask("take(700)")
+    other.tell("take(600)")
+    until(lambda: waiting(store) == ["member"])
+    killed.kill()
+    assert other.answer() == 600
+    mine = Asking(store, {A: Want(600)}, "mine")
+    until(lambda: waiting(store) == ["mine"])
+    assert other.ask("lease.release()") is None
+    mine.granted()
+
+
+def test_ctrl_c_ends_a_wait_and_leaves_no_trace(store, member):
+    first = store.acquire({A: Want(500)}, TOTALS, "first")
+    other = member()
+    other.tell("take_until_interrupted()")
+    until(lambda: waiting(store) == ["member"])
+    other.process.send_signal(signal.SIGINT)
+    assert other.answer() == "interrupted"
+    assert waiting(store) == []
+    first.release()
+    assert other.ask("take(1000)") == 1000
+
+
+@pytest.mark.skipif(not CONTAINERS, reason="needs Linux namespaces")
+def test_containers_that_share_the_directory_share_the_card(store, member):
+    """Each counts its processes from 1, and sees none of the others'."""
+    one, other = member(before=UNSHARE), member(before=UNSHARE)
+    assert one.ask("(os.getpid(), take(700, 'one'))") == (1, 700)
+    other.tell("(os.getpid(), take(400, 'other'))")
+    until(lambda: waiting(store) == ["other"])
+    mine = Asking(store, {A: Want(None)}, "mine")
+    until(lambda: waiting(store) == ["other", "mine"])
+    one.kill()  # and with unshare its namespace, which nobody else can look into
+    assert other.answer() == (1, 400)
+    other.kill()
+    mine.granted()
+    assert [holder.pid for holder in store.holders(A)] == [os.getpid()]
 
 
 def test_a_killed_holder_gives_way_to_whom_it_can(store, member):
@@ -408,6 +546,36 @@ def test_a_forked_child_neither_keeps_nor_gives_back_its_parents_lease(store, me
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_that_ends_gives_nothing_back(store, member):
+    other = member()
+    other.ask("take(700)")
+    assert other.ask("fork_and_exit()") is None
+    assert [holder.size for holder in store.holders(A)] == [700]
+    late = Asking(store, {A: Want(600)}, timeout=0)
+    late.join(PATIENCE)
+    assert late.lease is None
+
+
+def test_a_program_that_a_holder_started_does_not_keep_its_lease(store, member):
+    other = member()
+    other.ask("take(700)")
+    child = other.ask("__import__('subprocess').Popen(['sleep', '600'], stdout=2).pid")
+    try:
+        other.kill()
+        assert Asking(store, {A: Want()}).granted()
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_children_forked_while_threads_join_take_leases_and_keep_none(store, member):
+    other = member()
+    assert set(other.ask("fork_beside_a_thread()")) == {0}
+    assert store.holders(A) == []
+
+
 def _has_open(pid, word):
     links = Path(f"/proc/{pid}/fd")
     with contextlib.suppress(OSError):
@@ -431,7 +599,7 @@ def test_a_forked_child_takes_leases_of_its_own(store, member):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and record locks")
 def test_kills_at_random_double_lose_and_leave_nothing():
-    soak = Path(__file__).with_name("lease_kills.py")
+    soak = Path(__file__).parents[2] / "soak" / "lease_kills.py"
     command = [sys.executable, soak, "--kills", "30", "--processes", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -446,7 +614,7 @@ def test_an_unusable_directory_is_one_sentence(tmp_path):
         LeaseStore(tmp_path / "file" / "run").acquire({A: Want(1)}, TOTALS, "")
     assert str(caught.value) == (
         f"leases cannot be kept in {tmp_path / 'file' / 'run'}: Not a directory; "
-        "XDG_RUNTIME_DIR or TMPDIR can name another directory on this machine"
+        "GPUMEM_RUN_DIR can name another directory on this machine"
     )
 
 
@@ -461,70 +629,250 @@ def test_the_file_system_of_a_directory_is_that_of_the_mount_it_lies_in():
     assert ledger._filesystem(Path("/proc/self/no/such")) == "proc"
 
 
-def test_the_directory_is_the_users_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert ledger.run_directory() == tmp_path / "gpumem"
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "no such"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_the_directory_is_the_users_own_in_memory_or_where_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPUMEM_RUN_DIR", str(tmp_path / "named"))
     directory = ledger.run_directory()
-    assert directory.parent == tmp_path
+    assert directory.parent == tmp_path / "named"
+    LeaseStore(directory).acquire({A: Want(1)}, TOTALS, "", 0)
     assert directory.stat().st_mode & 0o777 == 0o700
-    directory.chmod(0o755)
-    assert ledger.run_directory().stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("GPUMEM_RUN_DIR")
+    # What differs between a session, a service and a job does not matter.
+    before = ledger.run_directory()
+    for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    if before.parent == Path("/dev/shm"):  # noqa: S108  # nothing is written there
+        assert ledger.run_directory() == before
 
 
-def test_a_directory_that_is_a_link_of_somebodys_is_refused(tmp_path, monkeypatch):
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    own = ledger.run_directory()
-    own.rmdir()
-    own.symlink_to(tmp_path)
-    with pytest.raises(LeaseError, match="it belongs to another user"):
+def test_a_directory_named_by_a_relative_path_is_refused(monkeypatch):
+    monkeypatch.setenv("GPUMEM_RUN_DIR", "run")
+    with pytest.raises(LeaseError, match="GPUMEM_RUN_DIR=run is no absolute path"):
         ledger.run_directory()
+
+
+def test_a_directory_open_to_others_is_closed(tmp_path):
+    (tmp_path / "run").mkdir(mode=0o755)
+    LeaseStore(tmp_path / "run").acquire({A: Want(1)}, TOTALS, "", 0)
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_that_is_a_link_of_somebodys_is_refused(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path)
+    with pytest.raises(LeaseError, match="it belongs to another user"):
+        LeaseStore(tmp_path / "run").acquire({A: Want(1)}, TOTALS, "")
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives away")
+def test_a_directory_of_another_user_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    os.chown(tmp_path / "run", 4711, 4711)
+    with pytest.raises(LeaseError, match="it belongs to another user"):
+        LeaseStore(tmp_path / "run").acquire({A: Want(1)}, TOTALS, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="directories are removed as POSIX has it")
+def test_what_a_process_has_is_entered_again_when_the_directory_was_removed(
+    store, stores, tmp_path
+):
+    """As systemd removes what a user has in memory when he logs out."""
+    held = store.acquire({A: Want(600)}, TOTALS, "held")
+    store.set_resident(B, 300)
+    shutil.rmtree(tmp_path / "run")
+    assert [holder.size for holder in store.holders(A)] == [600]
+    late = Asking(stores(), {A: Want(500)}, timeout=0)
+    late.join(PATIENCE)
+    assert isinstance(late.error, LeaseTimeout)
+    assert store.acquire({B: Want(700)}, TOTALS, "", 0).short == 0
+    held.release()
+    assert store.holders(A) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="directories are removed as POSIX has it")
+def test_a_request_whose_directory_is_removed_is_made_again(store, stores, tmp_path):
+    first = stores().acquire({A: Want(600)}, TOTALS, "first")
+    waiter = Asking(store, {A: Want(500)}, "waiting")
+    until(lambda: waiting(store) == ["waiting"])
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)  # it is made anew meanwhile
+    assert waiter.granted()  # nobody can know of the first until its process looks
+    first.release()
+
+
+NO_SPACE = """
+import resource, sys
+from pathlib import Path
+from pytest_gpumem.sharing.lease import LeaseStore, Want
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+store = LeaseStore(Path(sys.argv[1]))
+with store.acquire({"GPU-a": Want(1)}, {"GPU-a": 1}, "label"):
+    print(store.holders("GPU-a")[0].label)
+print(store.holders("GPU-a"))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
+def test_a_full_disk_costs_the_label_not_the_lease(tmp_path):
+    assert output(NO_SPACE, tmp_path / "run") == ["no label", "[]"]
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+from pytest_gpumem.sharing.lease import LeaseError, LeaseStore, Want
+
+try:
+    LeaseStore(Path(sys.argv[1])).acquire({"GPU-a": Want(1)}, {"GPU-a": 1}, "label")
+except LeaseError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not CONTAINERS, reason="needs Linux namespaces")
+def test_a_read_only_directory_is_one_sentence(tmp_path):
+    mount = ["unshare", "--mount", "sh", "-c"]
+    mount += ['mount -t tmpfs -o ro,mode=0700 none "$0" && exec "$@"', tmp_path]
+    (said,) = output(READ_ONLY, tmp_path / "run", before=mount)
+    assert f"leases cannot be kept in {tmp_path}/run: Read-only file system; " in said
 
 
 # gpu_lease
 
 ON_SIMULATED_CARD = """
-import os, sys
+import asyncio, os, subprocess, sys, threading
+from pytest_gpumem import LeaseError, LeaseTimeout, TooLarge, gpu_lease
+from pytest_gpumem.sharing.lease import store
 from pytest_gpumem.simulator import Simulation
-from pytest_gpumem.sharing.lease import gpu_lease, _store
 
-simulation = Simulation.start(2**30, 2**20)
+simulation = Simulation.attach(sys.argv[2]) if sys.argv[2:] else Simulation.start(2**30, 2**20)
 simulation.install()
+
+def held():
+    return [holder.size >> 20 for holder in store().holders(simulation.card.uuid)]
+
+def take(size, **options):
+    with gpu_lease(size, **options):
+        return held()
+
 try:
-    with gpu_lease("300 MiB") as lease:
-        assert lease.card == simulation.card.uuid
-        print(*_store().holders(lease.card)[0][1:])
-    print(*_store().holders(lease.card))
-    for wrong in ({"vram": "2GiB"}, {"device": 3}, {"vram": "much"}):
-        try:
-            with gpu_lease(**wrong):
-                pass
-        except Exception as error:
-            print(type(error).__name__, str(error).replace(lease.card, "UUID"))
+    SCRIPT
 finally:
     simulation.close()
 """
 
 
+def on_simulated_card(script, directory, **environment):
+    code = ON_SIMULATED_CARD.replace("SCRIPT", script.strip().replace("\n", "\n    "))
+    return output(code, code, GPUMEM_RUN_DIR=str(directory), **environment)
+
+
 def test_gpu_lease_works_on_the_simulated_card(tmp_path):
-    environment = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path), "PYTEST_CURRENT_TEST": "a::b"}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_SIMULATED_CARD],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stderr == ""
-    assert done.stdout.splitlines() == [
+    script = """
+with gpu_lease("300 MiB") as lease:
+    assert lease.card == simulation.card.uuid
+    print(*store().holders(lease.card)[0][1:])
+print(held())
+for wrong in ({"vram": "2GiB"}, {"device": 3}, {"vram": "much"}):
+    try:
+        take(wrong.pop("vram", 1), **wrong)
+    except (TooLarge, ValueError) as error:
+        print(type(error).__name__, str(error).replace(lease.card, "UUID"))
+"""
+    assert on_simulated_card(script, tmp_path, PYTEST_CURRENT_TEST="a::b") == [
         "a::b 314572800 False False",
-        "",
+        "[]",
         "TooLarge 2.00 GiB asked for of card UUID, which has 1.00 GiB",
         "ValueError there is no device 3; allowed is 0 to 0",
         f"ValueError 'much' is not a size; allowed is {SIZE_FORM}",
     ]
+
+
+def test_gpu_lease_works_in_threads_and_in_asyncio(tmp_path):
+    script = """
+def work(number):
+    for _ in range(5):
+        sums.append(sum(take("400 MiB", timeout=60)[:2]))
+
+async def main():
+    await asyncio.gather(*(asyncio.to_thread(work, number) for number in range(4)))
+    with gpu_lease("1GiB"):
+        print(held())
+
+sums = []
+threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+asyncio.run(main())
+print(len(sums), max(sums) <= 1024, held())
+"""
+    assert on_simulated_card(script, tmp_path) == ["[1024]", "40 True []"]
+
+
+def test_gpu_lease_works_in_a_subprocess_and_is_not_the_parents(tmp_path):
+    script = """
+if sys.argv[2:]:
+    print(take("200 MiB"), flush=True)
+    try:
+        take("600 MiB", timeout=0)
+    except LeaseTimeout as error:
+        print("600.00 MiB of card" in str(error))
+        print("held by pid %d (parent)" % os.getppid() in str(error))
+else:
+    os.environ["PYTEST_CURRENT_TEST"] = "parent"
+    with gpu_lease("500 MiB"):
+        subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[1], simulation.path])
+"""
+    assert on_simulated_card(script, tmp_path) == ["[500, 200]", "True", "True"]
+
+
+CONFTEST = """
+import os, pytest
+from pytest_gpumem.simulator import Simulation
+
+simulation = Simulation.attach(os.environ["CARD"])
+simulation.install()
+"""
+SUITE = """
+import os, time, pytest
+from pathlib import Path
+from pytest_gpumem import gpu_lease
+
+alone = Path(os.environ["CARD"]).with_name("alone")
+
+@pytest.mark.parametrize("number", range(10))
+def test_that_takes_more_than_half_of_the_card(number):
+    with gpu_lease("600 MiB", timeout=60):
+        alone.touch(exist_ok=False)
+        time.sleep(0.01)
+        alone.unlink()
+"""
+
+
+def test_two_pytest_runs_share_a_card(tmp_path):
+    simulation = Simulation.start(2**30, 2**20)
+    environment = os.environ | {"CARD": simulation.path, "GPUMEM_RUN_DIR": str(tmp_path / "run")}
+    environment = {name: value for name, value in environment.items() if "PYTEST_" not in name}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:gpumem", "-p", "no:cacheprovider"]
+    runs = []
+    try:
+        for name in ("one", "other"):
+            suite = tmp_path / name
+            suite.mkdir()
+            (suite / "pytest.ini").write_text("[pytest]")
+            (suite / "conftest.py").write_text(CONFTEST)
+            (suite / "test_suite.py").write_text(SUITE)
+            run = subprocess.Popen(
+                command, cwd=suite, env=environment, stdout=subprocess.PIPE, text=True
+            )
+            runs.append(run)
+        for run in runs:
+            said, _ = run.communicate(timeout=PATIENCE)
+            assert "10 passed" in said
+    finally:
+        for run in runs:
+            run.kill()
+        simulation.close()
 
 
 # Any order of events

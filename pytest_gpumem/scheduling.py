@@ -1,0 +1,185 @@
+"""Puts the sharing of cards into a run: what is known of the tests, who schedules, who leases."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_gpumem import devices
+from pytest_gpumem.leasing import Leasing, Need
+from pytest_gpumem.measuring import LateTeardowns, Measuring, oom_sentence
+from pytest_gpumem.replacing import Replacing
+from pytest_gpumem.sharing import workers, xdist_private
+from pytest_gpumem.sharing.history import History
+from pytest_gpumem.state import HISTORY, ITEM_MARKS, NO_MARKS, State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    import pytest
+
+    from pytest_gpumem.records import RunRecord
+    from pytest_gpumem.sharing.xdist_scheduler import Controller
+
+
+def history_path(config: pytest.Config, state: State) -> Path | None:
+    """Return the file of learned peaks and durations, None where pytest keeps no cache.
+
+    The one that ``config.cache.mkdir("gpumem")`` leads to; ``-n auto`` needs it before there is
+    a ``config.cache``.
+    """
+    if state.settings.history is not None:
+        return state.settings.history
+    try:
+        cache = os.path.expandvars(config.getini("cache_dir"))
+    except ValueError:  # -p no:cacheprovider
+        return None
+    return config.rootpath / Path(cache).expanduser() / "d" / "gpumem" / "history.json"
+
+
+def load_history(config: pytest.Config, state: State) -> History:
+    """Return what earlier runs taught; a file that cannot be used is a note of the run."""
+    path = history_path(config, state)
+    history = History() if path is None else History.load(path)
+    if history.problem and history.problem not in state.notes:
+        state.notes.append(history.problem)
+    return history
+
+
+def save_history(config: pytest.Config, state: State, run: RunRecord) -> None:
+    """Add what a run taught.
+
+    Read again and not kept from the beginning: another run may have ended meanwhile.
+
+    Raises:
+        OSError: when the file cannot be written.
+
+    """
+    path = history_path(config, state)
+    if path is None or not any(test.cards for test in run.tests):
+        return
+    if state.settings.history is None:
+        config.cache.mkdir("gpumem")  # with the files by which others know a cache
+    history = History.load(path)
+    history.learn(run.tests)
+    history.save(path)
+
+
+def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
+    """Return how many workers ``-n auto`` starts where xdist would start ``wanted``."""
+    settings = state.settings
+    if state.simulation is not None:
+        free = [state.simulation.card.free()]
+    else:
+        readings = map(devices.driver_reading, state.found.cards)
+        free = [reading.free for reading in readings if reading is not None]
+    count = workers.worker_count(
+        wanted,
+        workers.host(),
+        free,
+        (learned for _, learned in load_history(config, state)),
+        context=settings.context_cost,
+        headroom=settings.headroom,
+        scheduled=settings.schedule != "off" and config.getoption("dist") in ("no", "load"),
+    )
+    if count is None:
+        return wanted
+    state.worker_reason = count.reason
+    return count.workers
+
+
+def share_as_controller(config: pytest.Config, state: State) -> None:
+    """Let xdist's workers share the cards."""
+    from pytest_gpumem.sharing import xdist_scheduler
+
+    settings, history = state.settings, load_history(config, state)
+    controller = xdist_scheduler.Controller(
+        config,
+        history.expect,
+        xdist_scheduler.SchedulerSettings(
+            context=settings.context_cost,
+            headroom=settings.headroom,
+            optimistic=settings.schedule == "optimistic",
+            skip_too_large=settings.too_large == "skip",
+        ),
+        why_not="--gpumem-schedule=off" if settings.schedule == "off" else None,
+    )
+    config.pluginmanager.register(controller, "gpumem-scheduler")
+    config.pluginmanager.register(Sharing(state, controller, history), Sharing.NAME)
+
+
+def share(config: pytest.Config, state: State) -> None:
+    """Let this process, which runs tests, share the cards with others."""
+    given = getattr(config, "workerinput", None)
+    if given is None:
+        leasing = Leasing(config, state, load_history(config, state))
+    elif xdist_private.ASKED in given:
+        leasing = _scheduled(config, state)
+    else:
+        known = given.get(HISTORY)
+        leasing = Leasing(config, state, History.read(known) if known else History())
+    config.pluginmanager.register(leasing, Leasing.NAME)
+    if given is not None:
+        config.pluginmanager.register(Replacing(), Replacing.NAME)
+
+
+def _scheduled(config: pytest.Config, state: State) -> Leasing:
+    holdings = workers.Holdings(state.settings.context_cost)
+    retry = state.settings.oom == "retry"
+    worker = xdist_private.Worker(
+        config,
+        hello=lambda items: {
+            "host": workers.host_name(),
+            "needs": _needs(items),
+            "cards": workers.tell_cards(state.found.cards),
+        },
+        holding=holdings,
+        used=workers.CardUse(state.found.cards),
+        release=workers.give_back,
+        is_oom=lambda error: retry and bool(oom_sentence(error)),
+    )
+    config.pluginmanager.register(worker, "gpumem-worker")
+    measuring = config.pluginmanager.getplugin(Measuring.NAME)
+    if measuring is not None:
+        config.pluginmanager.register(LateTeardowns(measuring), "gpumem-late-teardowns")
+
+    def granted() -> Need | None:
+        grant = worker.granted()
+        return None if grant is None else Need(*grant)
+
+    return Leasing(config, state, History(), granted)
+
+
+def _needs(items: Sequence[pytest.Item]) -> list[tuple[int, int | None, int, bool]]:
+    """Return what the marks of the tests say: index, bytes, cards, alone."""
+    marked = (
+        (index, item.stash.get(ITEM_MARKS, NO_MARKS).need) for index, item in enumerate(items)
+    )
+    return [(index, *need) for index, need in marked if need is not None]
+
+
+class Sharing:
+    """Tells the workers what is known, and the user who decides."""
+
+    NAME = "gpumem-sharing"
+
+    def __init__(self, state: State, controller: Controller, history: History) -> None:
+        self._state = state
+        self._controller = controller
+        self._history = history
+
+    def pytest_report_header(self) -> list[str]:
+        """Say how many workers there are and why, and who schedules."""
+        lines = [self._state.worker_reason] if self._state.worker_reason else []
+        if self._controller.why_not:
+            lines.append(f"xdist schedules, tests wait for leases: {self._controller.why_not}")
+        return [f"gpumem: {line}" for line in lines]
+
+    def pytest_configure_node(self, node: Any) -> None:
+        """Ask a worker to obey the scheduler, or else tell it what is known of the tests."""
+        if self._controller.why_not:
+            node.workerinput[HISTORY] = self._history.text()
+        else:
+            node.workerinput[xdist_private.ASKED] = True

@@ -1,0 +1,442 @@
+"""Several processes on one simulated card: leases, retries, what is learned and told."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from harness import MODES, SIMULATE, run_pytest, write_suite
+
+from pytest_gpumem.sharing.history import History
+from pytest_gpumem.simulator.card import SharedCard
+from pytest_gpumem.units import parse_bytes
+
+MIB = 2**20
+CARD = parse_bytes("3.81GiB")
+HEAVY = """
+import time
+
+@pytest.mark.gpu(vram="2GiB")
+@pytest.mark.parametrize("i", range(2))
+def test_heavy(i):
+    x = take(2000 * 1024)
+    time.sleep(0.3)
+"""
+BY_FILE = ("-n", "2", "--dist", "loadfile")
+WITHOUT_TORCH = Path(__file__).parents[2] / "scripts" / "bench" / "without_torch.py"
+PLUGINS = ("-p", "xdist", "-p", "timeout")
+NO_OTHERS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+TAKE = """
+import os, time
+import pytest
+from without_torch import ALLOCATOR
+
+class take:
+    def __init__(self, kib=64):
+        self.size = kib * 1024
+        ALLOCATOR.take(self.size)
+
+    def __del__(self):
+        if ALLOCATOR.shared.joined:
+            ALLOCATOR.give(self.size)
+
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a suite on a card without torch, whose import would be most of the time."""
+
+    def _run(source, *arguments, **files):
+        for name in ("card", "card.lock"):
+            (tmp_path / name).unlink(missing_ok=True)
+        SharedCard.create(tmp_path / "card", total=CARD, context=384 * MIB).close()
+        write_suite(tmp_path, test_it=TAKE + source, **files)
+        (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+        shutil.copy(WITHOUT_TORCH, tmp_path)
+        card = f"--gpumem-simulate-card={tmp_path / 'card'}"
+        return run_pytest(
+            tmp_path,
+            *PLUGINS,
+            *("-p", "gpumem", card, "--gpumem-json=run.json"),
+            *arguments,
+            env=NO_OTHERS | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")},
+        )
+
+    return _run
+
+
+@pytest.fixture
+def run_torch(tmp_path):
+    """Run a suite that uses torch on the simulated card."""
+
+    def _run(source, *arguments):
+        take = "def take(kib=64): return torch.zeros(kib * 1024, dtype=torch.uint8, device='cuda')"
+        write_suite(tmp_path, test_it=f"import pytest, torch\n\n{take}\n{source}")
+        return run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json", *arguments)
+
+    return _run
+
+
+def grants(finished):
+    return [test.lease for test in finished.record.tests if test.lease is not None]
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_test_that_uses_the_card_holds_a_lease(run, mode):
+    finished = run(HEAVY + "\ndef test_cpu(): pass\n", *MODES[mode])
+
+    assert finished.outcomes == {"passed": 3}, finished.output
+    for i in range(2):
+        grant = finished.test(f"test_heavy[{i}]").lease
+        assert grant.size >= 2048 * MIB
+        assert not grant.alone
+
+
+@pytest.mark.parametrize("arguments", [("-n", "2"), BY_FILE], ids=["scheduled", "by file"])
+def test_what_does_not_fit_together_does_not_run_together(run, arguments):
+    other = "import os\nimport pytest\nfrom test_it import take\n" + HEAVY
+    finished = run(HEAVY, *arguments, test_other=other)
+
+    assert finished.outcomes == {"passed": 4}, finished.output
+    spans = sorted((test.start, test.start + test.duration) for test in finished.record.tests)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert "out of memory" not in finished.section.replace("0 failures out of memory", "")
+
+
+def test_two_runs_share_a_card(tmp_path):
+    card = SharedCard.create(tmp_path / "card", total=CARD, context=384 * MIB)
+    body = """
+        @pytest.mark.gpu(vram="2GiB")
+        @pytest.mark.parametrize("i", range(5))
+        def test_heavy(i):
+            x = take(2000 * 1024)
+            time.sleep(0.2)
+    """
+    write_suite(tmp_path, test_it=TAKE + textwrap.dedent(body))
+    shutil.copy(WITHOUT_TORCH, tmp_path)
+    command = [sys.executable, "-m", "pytest", "-p", "gpumem", "-p", "no:cacheprovider"]
+    command += [f"--gpumem-simulate-card={tmp_path / 'card'}"]
+    running = [
+        subprocess.Popen(
+            [*command, f"--gpumem-json={name}.json"],
+            cwd=tmp_path,
+            env=os.environ | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    outputs = [each.communicate(timeout=120)[0] for each in running]
+    card.close()
+
+    assert [each.returncode for each in running] == [0, 0], outputs
+
+
+LIARS = """
+import time
+
+def wait_for(name):
+    deadline = time.monotonic() + 30
+    while not os.path.exists(name) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+def first():
+    x = take(2000 * 1024)
+    open("taken", "w").close()
+    wait_for("failed")
+    time.sleep(0.2)
+
+def second():
+    wait_for("taken")
+    try:
+        x = take(2000 * 1024)
+    except RuntimeError:
+        open("failed", "w").close()
+        raise
+"""
+SECOND = {
+    "call": """
+@pytest.mark.gpu(vram="100MiB")
+def test_second(): second()
+""",
+    "set-up": """
+@pytest.fixture(scope="module")
+def model(): second()
+
+@pytest.mark.gpu(vram="100MiB")
+def test_second(model): pass
+""",
+    "unittest": """
+import unittest
+
+class Test(unittest.TestCase):
+    @pytest.mark.gpu(vram="100MiB")
+    def test_second(self): second()
+""",
+}
+
+
+@pytest.mark.parametrize("where", list(SECOND))
+@pytest.mark.parametrize("arguments", [("-n", "2"), (*BY_FILE, "-x")], ids=["scheduled", "by file"])
+def test_a_wrong_estimate_costs_a_retry_and_not_a_failure(run, where, arguments):
+    liar = '@pytest.mark.gpu(vram="100MiB")\ndef test_first(): first()\n'
+    other = "import os\nimport pytest\nfrom test_it import first, second\n" + SECOND[where]
+    finished = run(LIARS + liar, *arguments, test_other=other)
+
+    assert finished.outcomes == {"passed": 2, "rerun": 1}, finished.output
+    attempts = [t for t in finished.record.tests if t.nodeid.endswith("test_second")]
+    assert [each.outcome for each in attempts] == ["rerun", "passed"]
+    assert attempts[1].lease.alone
+    assert "1 test ran out of memory beside others and ran again alone" in finished.section
+
+
+@pytest.mark.parametrize("arguments", [("-n", "2"), BY_FILE], ids=["scheduled", "by file"])
+def test_who_wants_failures_gets_failures(run, arguments):
+    liar = '@pytest.mark.gpu(vram="100MiB")\ndef test_first(): first()\n'
+    other = "import os\nimport pytest\nfrom test_it import second\n" + SECOND["call"]
+    finished = run(LIARS + liar, "--gpumem-oom=fail", *arguments, test_other=other)
+
+    assert finished.outcomes == {"passed": 1, "failed": 1}, finished.output
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("mode", ["plain", "n2", "by file"])
+def test_a_test_larger_than_the_card_is_told_and_not_awaited(run, skip, mode):
+    source = """
+@pytest.mark.gpu(vram="5GiB")
+def test_vast(): raise SystemError("ran")
+
+@pytest.mark.gpu(count=2)
+def test_wide(): raise SystemError("ran")
+
+@pytest.mark.gpu(vram="1GiB")
+def test_fits(): take(1000 * 1024)
+"""
+    arguments = MODES.get(mode, BY_FILE)
+    finished = run(source, f"--gpumem-too-large={'skip' if skip else 'fail'}", "-rs", *arguments)
+
+    assert finished.outcomes == {"passed": 1, "skipped" if skip else "error": 2}, finished.output
+    assert "5.00 GiB" in finished.output
+    assert "3.81 GiB" in finished.output
+    assert "SystemError" not in finished.output
+
+
+def test_waiting_is_not_on_the_clock_of_pytest_timeout(run):
+    source = """
+import time
+
+@pytest.mark.timeout(2)
+@pytest.mark.gpu(exclusive=True)
+@pytest.mark.parametrize("i", range(3))
+def test_slow(i):
+    time.sleep(0.8)
+"""
+    other = "import pytest\n" + source
+    finished = run(source, *BY_FILE, test_other=other)
+
+    assert finished.outcomes == {"passed": 6}, finished.output
+    assert max(grant.waited for grant in grants(finished)) > 0.5
+
+
+@pytest.fixture
+def held_card(tmp_path):
+    """A card of which another process holds everything; its file."""
+    path = tmp_path / "card"
+    card = SharedCard.create(path, total=CARD, context=384 * MIB)
+    code = """
+        import sys
+        from pytest_gpumem.sharing.lease import LeaseStore, Want
+        with LeaseStore().acquire({sys.argv[1]: Want()}, {sys.argv[1]: 2**32}, "the neighbour"):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), card.uuid],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    yield path
+    holder.communicate()
+    card.close()
+
+
+WAITS = "import pytest\n\n@pytest.mark.gpu(vram='1GiB')\ndef test_a(): pass\n"
+
+
+def test_a_test_that_waits_too_long_names_the_holder(tmp_path, held_card):
+    write_suite(tmp_path, test_it=WAITS)
+    arguments = (f"--gpumem-simulate-card={held_card}", "--gpumem-lease-timeout=0.3")
+    finished = run_pytest(tmp_path, "-p", "gpumem", *arguments)
+
+    assert finished.outcomes == {"error": 1}, finished.output
+    assert "no lease within 0.3 s" in finished.output
+    assert "(the neighbour)" in finished.output
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "1", "--gpumem-schedule=off")])
+def test_a_test_that_waits_for_long_says_what_for(tmp_path, held_card, arguments):
+    write_suite(
+        tmp_path,
+        test_it=WAITS,
+        conftest="from pytest_gpumem import leasing\nleasing.TELL_AFTER = 0.2\n",
+    )
+    card = (f"--gpumem-simulate-card={held_card}", "--gpumem-lease-timeout=1.5")
+    finished = run_pytest(tmp_path, "-p", "gpumem", *card, *arguments)
+
+    assert "gpumem: test_it.py::test_a waits for " in finished.output
+    assert finished.output.count("(the neighbour)") >= 2
+
+
+def test_a_test_within_a_lease_of_the_suites_own_takes_none(run):
+    source = """
+from pytest_gpumem import gpu_lease
+
+@pytest.fixture(scope="module")
+def reserved():
+    with gpu_lease("1GiB"):
+        yield
+
+@pytest.mark.gpu(vram="1GiB")
+@pytest.mark.parametrize("i", range(2))
+def test_a(reserved, i): take(1000 * 1024)
+"""
+    finished = run(source)
+
+    assert finished.outcomes == {"passed": 2}, finished.output
+    assert len(grants(finished)) == 1  # the first one's set-up took the suite's own
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_run_teaches_the_next_one(run, tmp_path, mode):
+    source = """
+@pytest.fixture(scope="module")
+def model(): return take(300 * 1024)
+
+@pytest.mark.parametrize("i", range(2))
+def test_a(model, i): x = take(100 * 1024)
+
+def test_cpu(): pass
+"""
+    first = run(source, f"--gpumem-history={tmp_path / 'h.json'}", *MODES[mode])
+    history = History.load(tmp_path / "h.json")
+    second = run(source, f"--gpumem-history={tmp_path / 'h.json'}", *MODES[mode])
+
+    assert first.outcomes == second.outcomes == {"passed": 3}, first.output + second.output
+    assert len(history) == 3
+    for i in range(2):
+        assert 100 * MIB <= history[f"test_it.py::test_a[{i}]"].peak < 150 * MIB
+        assert history[f"test_it.py::test_a[{i}]"].fixtures == 300 * MIB
+    assert not history["test_it.py::test_cpu"].gpu
+    assert len(grants(second)) == 2
+    assert History.load(tmp_path / "h.json")["test_it.py::test_cpu"].runs == 2
+
+
+def test_peaks_are_kept_in_pytests_cache_and_a_broken_file_is_told(run, tmp_path):
+    run("def test_a(): take()\n")
+    kept = tmp_path.with_name(f"{tmp_path.name}-cache") / "d" / "gpumem" / "history.json"
+    assert dict(History.load(kept))["test_it.py::test_a"].runs == 1
+    kept.write_text("{}")
+    finished = run("def test_a(): take()\n")
+
+    assert finished.outcomes == {"passed": 1}
+    assert "history.json' are ignored: it is not a history of schema 1" in finished.section
+
+
+def test_measuring_alone_writes_no_history(run, tmp_path):
+    run("def test_a(): take()\n", "--gpumem=track")
+
+    assert not (tmp_path.with_name(f"{tmp_path.name}-cache") / "d" / "gpumem").exists()
+
+
+def test_auto_says_how_many_workers_and_why(run):
+    source = "@pytest.mark.parametrize('i', range(2))\ndef test_a(i): take(1500 * 1024)\n"
+    run(source)
+    finished = run(source, "-n", "auto", "--maxprocesses=8")
+
+    assert "gpumem: 1 worker: " in finished.output or "gpumem: 2 workers: " in finished.output
+
+
+def test_the_trace_has_a_lane_for_each_worker_and_a_counter_for_the_card(run, tmp_path):
+    finished = run(HEAVY, "-n", "2", "--gpumem-trace=trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+    stretches = [each for each in trace if each["ph"] == "X" and each.get("cat") == "passed"]
+    assert sorted(each["name"] for each in stretches) == [
+        "test_it.py::test_heavy[0]",
+        "test_it.py::test_heavy[1]",
+    ]
+    assert all(each["dur"] >= 300_000 for each in stretches)
+    lanes = {each["args"]["name"] for each in trace if each["name"] == "thread_name"}
+    assert lanes <= {"gw0", "gw1"}
+    counts = [each["args"]["used"] for each in trace if each["ph"] == "C"]
+    assert 2384 <= max(counts) < 3900
+    assert finished.status == 0
+
+
+BREAK = """
+def lost(): raise RuntimeError("CUDA error: device-side assert triggered")
+
+@pytest.mark.gpu(vram="1MiB")
+def test_0_breaks():
+    take()
+    torch.cuda.synchronize = lost
+    raise RuntimeError("CUDA error: device-side assert triggered\\nCompile with TORCH_USE_CUDA_DSA")
+
+@pytest.mark.parametrize("i", range(4))
+def test_good(i):
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [("-n", "1"), ("-n", "2", "--reruns=1"), ("-n", "1", "--gpumem-schedule=off")]
+)
+def test_a_worker_whose_context_is_broken_is_replaced(run_torch, arguments):
+    finished = run_torch(BREAK, *arguments)
+
+    rerun = {"rerun": 1} if "--reruns=1" in arguments else {}
+    assert finished.outcomes == {"failed": 1, "passed": 4} | rerun, finished.output
+    assert "replaced workers" in finished.section
+    assert "after test_it.py::test_0_breaks: CUDA error: device-side assert" in finished.section
+
+
+def test_a_cuda_error_that_passes_leaves_the_worker_alone(run_torch):
+    finished = run_torch(BREAK.replace("torch.cuda.synchronize = lost", ""), "-n", "1")
+
+    assert finished.outcomes == {"failed": 1, "passed": 4}
+    assert "replaced workers" not in finished.section
+
+
+def test_a_memory_fraction_holds_and_is_set_again(run_torch):
+    source = """
+def test_first():
+    with pytest.raises(torch.OutOfMemoryError):
+        take(1500 * 1024)
+def test_greedy(): torch.cuda.set_per_process_memory_fraction(1.0)
+def test_after(): assert torch.cuda.get_per_process_memory_fraction() == 0.25
+"""
+    finished = run_torch(source, "--gpumem-fraction=0.25")
+
+    assert finished.outcomes == {"passed": 3}, finished.output
+    assert (
+        "test_it.py::test_greedy changed the memory fraction to 1; it was set to 0.25 again"
+        in finished.section
+    )
+
+
+def test_an_even_fraction_leaves_room_for_the_contexts(run_torch):
+    source = "def test_a():\n    take()\n    print(torch.cuda.get_per_process_memory_fraction())\n"
+    finished = run_torch(source, "--gpumem-fraction=auto", "-n", "2", "-rP")
+
+    assert "0.39337" in finished.output, finished.output
