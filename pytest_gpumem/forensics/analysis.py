@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.forensics.records import OomEvent
     from pytest_gpumem.forensics.runs import Run
+    from pytest_gpumem.records import RunRecord
 
 _SIGNATURES_KEPT = 200
 _EXAMPLES = 5
@@ -73,6 +74,11 @@ def analyze_oom_sequence(log: str | Path) -> OomSequence:
             SequenceTest(test.nodeid, test.position, test.worker, test.outcome) for test in tests
         ),
     )
+
+
+def of_record(run: RunRecord, name: str = "") -> Findings:
+    """Return what the records of a run tell; ``name`` stands where a file's would."""
+    return findings([(name, [readers.of_record(run)])])
 
 
 def findings(logs: Sequence[tuple[str, list[Run]]], notes: Sequence[str] = ()) -> Findings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.units import format_bytes
@@ -115,9 +116,13 @@ def _mps(
 
 
 def _without_free(event: OomEvent, leftovers: Sequence[Leftover]) -> Finding:
-    if leftovers:
-        return _own(event, leftovers)
-    return Finding("unknown", ("the message has no figures of the card",))
+    if not leftovers:
+        return Finding("unknown", ("the message has no figures of the card",))
+    need = (event.allocated_bytes or 0) + (_sane(event.tried_bytes) or 0)
+    left = sum(each.size for each in leftovers)
+    if event.total_bytes and need - left > event.total_bytes:
+        return Finding("unknown", (f"{_b(need)} was needed, {_b(left)} of it left by others",))
+    return _own(event, leftovers)
 
 
 def _on_card(
@@ -238,7 +243,7 @@ def _pieces(event: OomEvent) -> Iterator[str]:
 
 
 def _accumulated(event: OomEvent) -> Iterator[str]:
-    tests = " ".join([*event.before, event.nodeid] if event.nodeid else [])
+    tests = shlex.join([*event.before, event.nodeid] if event.nodeid else [])
     yield f"pytest -p gpumem --gpumem-stacks {tests}".rstrip() + "  # names who holds what"
     yield '@pytest.mark.vram_leak_limit("0B")  # on the tests that ran before'
     yield "gc.collect(); torch.cuda.empty_cache()  # after deleting the models, in the fixture"
@@ -264,7 +269,7 @@ def _fraction(event: OomEvent) -> Iterator[str]:
 
 def _driver(event: OomEvent) -> Iterator[str]:
     if event.nodeid:
-        yield f"pytest -p gpumem {event.nodeid}  # alone: does it still fail?"
+        yield f"pytest -p gpumem {shlex.quote(event.nodeid)}  # alone: does it still fail?"
     yield "nvidia-smi  # what others hold, and whether the driver is healthy"
 
 
@@ -275,7 +280,7 @@ def _ram(event: OomEvent) -> Iterator[str]:
 
 
 def _unknown(event: OomEvent) -> Iterator[str]:
-    test = f" {event.nodeid}" if event.nodeid else ""
+    test = f" {shlex.quote(event.nodeid)}" if event.nodeid else ""
     yield f"pytest -p gpumem --gpumem-json run.json{test}  # measures who holds what"
 
 

@@ -83,13 +83,16 @@ def explain_deaths(drafts: Sequence[Draft], kills: list[Draft]) -> None:
 
 def _failures(path: str, number: int, run: Run) -> list[Draft]:
     drafts: list[Draft] = []
-    kept: dict[tuple[str | None, str], Draft] = {}
+    kept: dict[tuple[str | None, str, str], Draft] = {}
     for failure in run.failures:
         seen = failure.seen or failure.aside
         if seen is None and (not failure.died or run.faulted):
             continue
         # A wider fixture's error is kept and raised again for each test that needs it.
-        key = (failure.worker, seen.message.text.strip()) if seen else (None, "")
+        # Where the text has little to be known by, fixtures of other files may fail alike.
+        telling = seen is not None and len(seen.message.printed) > 1
+        place = "" if telling else (failure.nodeid or "").partition("::")[0]
+        key = (failure.worker, place, seen.message.text.strip() if seen else "")
         if failure.phase == "setup" and key in kept:
             kept[key].felled += 1
             continue
@@ -229,7 +232,8 @@ def finish(drafts: Sequence[Draft]) -> tuple[OomEvent, ...]:
         if event.allocated_bytes is not None:
             first = held.setdefault((each.file, each.number, each.worker), event.allocated_bytes)
             event = event._replace(growth_bytes=event.allocated_bytes - first)
-        if message is not None and message.sizes and each.nodeid:
+        # What was asked for alone is no state.
+        if message is not None and len(message.printed) > 1 and each.nodeid:
             key = (each.file, each.number, each.worker, message.text.strip())
             same = texts.setdefault(key, len(events))
             event = event._replace(cascade_of=same if same < len(events) else None)

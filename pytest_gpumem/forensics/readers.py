@@ -315,13 +315,13 @@ def _json(stream: IO[bytes]) -> list[Run]:
         raise ValueError(f"is not a run of schema {records.SCHEMA} (--gpumem-json)")
     try:
         recorded = records.from_plain(records.RunRecord, plain)
-        return [_recorded(recorded)]
+        return [of_record(recorded)]
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"is a damaged run: {error}") from None
 
 
-def _recorded(recorded: records.RunRecord) -> Run:
-    """Turn our own records of a run into what a log of it would tell."""
+def of_record(recorded: records.RunRecord) -> Run:
+    """Return what a log of the recorded run would tell."""
     run = Run()
     run.pytest = run.ended = True
     totals = {card.uuid: card.total for card in recorded.cards}
@@ -335,7 +335,9 @@ def _recorded(recorded: records.RunRecord) -> Run:
         "crashed": "FAILED",
     }
     for number, each in enumerate(recorded.tests, 1):
-        worker = each.worker or None
+        if each.outcome == "rerun":
+            continue  # it was made again alone, and that attempt counts
+        worker = "/".join(filter(None, (each.host, each.worker))) or None
         test = run.test(each.nodeid, worker)
         test.outcome = words.get(each.outcome, "FAILED")
         test.duration += each.duration
