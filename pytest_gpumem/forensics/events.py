@@ -92,7 +92,7 @@ def _failures(path: str, number: int, run: Run) -> list[Draft]:
         # Where the text has little to be known by, fixtures of other files may fail alike.
         telling = seen is not None and len(seen.message.printed) > 1
         place = "" if telling else (failure.nodeid or "").partition("::")[0]
-        key = (failure.worker, place, seen.message.text.strip() if seen else "")
+        key = (failure.worker, place, _state(seen.message) if seen else "")
         if failure.phase == "setup" and key in kept:
             kept[key].felled += 1
             continue
@@ -100,6 +100,13 @@ def _failures(path: str, number: int, run: Run) -> list[Draft]:
         if failure.phase == "setup":
             kept[key] = drafts[-1]
     return drafts
+
+
+def _state(message: Message) -> str:
+    """Return what two tellings of one error have in common, wherever they were cut."""
+    if len(message.printed) < 2:
+        return message.text.strip()
+    return f"{message.backend} {message.device} {sorted(message.printed.items())}"
 
 
 def _failed(path: str, number: int, run: Run, failure: Failure, seen: Seen | None) -> Draft:
@@ -234,7 +241,7 @@ def finish(drafts: Sequence[Draft]) -> tuple[OomEvent, ...]:
             event = event._replace(growth_bytes=event.allocated_bytes - first)
         # What was asked for alone is no state.
         if message is not None and len(message.printed) > 1 and each.nodeid:
-            key = (each.file, each.number, each.worker, message.text.strip())
+            key = (each.file, each.number, each.worker, _state(message))
             same = texts.setdefault(key, len(events))
             event = event._replace(cascade_of=same if same < len(events) else None)
         limit = message is not None and message.limit

@@ -8,6 +8,7 @@ can matter. Only the lines around them are decoded and read.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -224,14 +225,51 @@ class Text(NamedTuple):
     """Without escapes only."""
 
 
-def read(raw: bytes) -> Text:
-    """Return the text of one line, whatever its encoding."""
+def carrier(text: str) -> re.Pattern[str] | None:
+    """Return what a carrier that nobody foresaw puts before each line, as a pytest banner shows it.
+
+    Numbers in it may differ from line to line, and with them the space before them.
+    """
+    match = _BANNER.match(text)
+    if match is None or _QUOTED.match(match[1]):
+        return None
+    known = match[1].lstrip()
+    parts = (r"\d+" if part.isdecimal() else re.escape(part) for part in re.split(r"(\d+)", known))
+    return re.compile(r"\s*" + "".join(parts) if known else re.escape(match[1]))
+
+
+_BANNER = re.compile(
+    r"([^=]{1,200}?)(?:={3,} (?:test session starts|FAILURES|ERRORS|short test summary info) ={3,}"
+    r"|(?<=[^\w.])[.FEsxX]{5,} *\[ *\d+%\])$"
+)
+_QUOTED = re.compile(r"\s*(?:E |[>|]|#(?!\d))")
+
+
+def _of_json(text: str) -> str:
+    """Return the text that a line of JSON logs wraps."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    for key in ("log", "message", "msg", "textPayload"):
+        told = record.get(key)
+        if isinstance(told, str):
+            return _ESCAPES.sub("", told.strip("\r\n").partition("\n")[0]).rstrip()
+    return text
+
+
+def read(raw: bytes, learned: re.Pattern[str] | None = None) -> Text:
+    """Return the text of one line, whatever its encoding, without what was learned of a carrier."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:
         text = raw.decode("cp1252", errors="replace")
     whole = _ESCAPES.sub("", text).rstrip()
+    if whole.startswith('{"') and whole.endswith("}"):
+        whole = _of_json(whole)
     body, level, rank = whole, "", ""
+    if learned is not None and (match := learned.match(body)):
+        body = body[match.end() :]
     for _ in range(8):
         if not _ANY_PREFIX.match(body):
             break

@@ -34,6 +34,7 @@ _OUTCOME = re.compile(
     rf"(?:^|(?<=[^\w.])|(?<=\w))({_WORDS})(?: \([^()]{{0,200}}\))? *({_PROGRESS})?(?: [\d.]+s)?$"
 )
 _DOTS = re.compile(rf"(?:({FILE}) )?([.FEsxXRrpuPf,-]+) *({_PROGRESS})?$")
+_UNCARRIED = re.compile(r"=|[.FEsxX]+ *\[")
 _SUMMARY = re.compile(
     r"(FAILED|ERROR|SUBFAILED|SUBFAIL|XFAIL|XPASS|PASSED|RERUN|SKIPPED)"
     r"(?: ?\[[\d.]+s\]|(?:\[[^\]]*\])? ?(?:\([^)]*\))?)? "
@@ -81,6 +82,8 @@ class Follower:
         """``progress``, ``failures``, ``errors``, ``short`` (the summary), ``other``, or none."""
         self._failure: Failure | None = None
         self._captured = False
+        self._carrier: re.Pattern[str] | None = None
+        """What stands before each line, where a banner has shown it."""
         # Each takes the line, or leaves it to the next.
         self._steps: tuple[Callable[[Line, Text], bool], ...] = (
             self._banner,
@@ -100,7 +103,12 @@ class Follower:
     def follow(self, found: Iterable[Line]) -> list[Run]:
         """Read the lines and return the runs."""
         for line in found:
-            text = lines.read(line.raw)
+            text = lines.read(line.raw, self._carrier)
+            if text.body.endswith(("===", "%]")) and not (
+                self._run.pytest or _UNCARRIED.match(text.body)
+            ):
+                self._carrier = lines.carrier(text.whole) or self._carrier
+                text = lines.read(line.raw, self._carrier)
             any(step(line, text) for step in self._steps)
         for run in self.runs:
             resolve(run)
@@ -206,12 +214,13 @@ class Follower:
 
     def _dots(self, body: str) -> bool:
         run = self._run
-        if self._section not in {"", "progress"} or run.ended:
+        if self._section not in {"", "progress"}:
             return False
         match = _DOTS.match(body)
         if match is None or not (match[1] or match[3]):
             return False
-        run.pytest = True
+        self._resume()
+        run = self._run
         file = match[1] or next(reversed(run.letters), ("", ""))[0]
         for number, letter in enumerate(match[2], run.letters.total() + 1):
             run.letters[file, letter] += 1
@@ -375,7 +384,7 @@ class Follower:
         if found.kind == "kill":
             self._run.kills.append(Kill(line.number, found, found.pid))
             return True
-        if level in _SURVIVED or (not raised and grammars.HANDLED.search(_soon(line))):
+        if level in _SURVIVED or (not raised and grammars.HANDLED.search(self._soon(line))):
             return True
         seen = Seen(line.number, found, rank or None)
         if self._failure is not None and self._captured:
@@ -415,6 +424,10 @@ class Follower:
                 run.subjects[name] |= {what} if what else set()
         return True
 
+    def _soon(self, line: Line) -> str:
+        """Return the two lines that follow, where a program says that it tries again."""
+        return "\n".join(text.body for text in _following(line, 2, self._carrier))
+
     def _read(self, line: Line, body: str, *, raised: bool) -> Message | None:
         """Parse a message, with the lines that it was wrapped onto."""
         if body[:1].isspace():
@@ -425,14 +438,14 @@ class Follower:
             message is None or message.complete or body.endswith(("...", "\N{HORIZONTAL ELLIPSIS}"))
         ):
             return message
-        for text in _joined(line, body):
+        for text in _joined(line, body, self._carrier):
             other = grammars.parse(text, raised=raised or message is not None)
             if other is not None and other.figures > (message.figures if message else -1):
                 message = other
         return message
 
 
-def _following(line: Line, limit: int) -> Iterator[Text]:
+def _following(line: Line, limit: int, carrier: re.Pattern[str] | None) -> Iterator[Text]:
     """Return the next ``limit`` lines, one by one: most who ask need the first only."""
     at = line.end
     for _ in range(limit):
@@ -444,26 +457,31 @@ def _following(line: Line, limit: int) -> Iterator[Text]:
                 return
         end = line.buffer.find(b"\n", start, line.window)
         at = end if end >= 0 else line.window
-        yield lines.read(line.buffer[start : min(at, start + 4096)].rstrip(b"\r"))
+        yield lines.read(line.buffer[start : min(at, start + 4096)].rstrip(b"\r"), carrier)
 
 
-def _soon(line: Line) -> str:
-    """Return the two lines that follow, where a program says that it tries again."""
-    return "\n".join(text.body for text in _following(line, 2))
+def _joined(line: Line, body: str, carrier: re.Pattern[str] | None) -> tuple[str, ...]:
+    """Return ``body`` with the lines that go on with it, joined in each way they may have been cut.
 
-
-def _joined(line: Line, body: str) -> tuple[str, ...]:
-    """Return ``body`` with the lines that go on with it: joined by a space, and by nothing."""
+    At a width, where spaces may have gone at the end of a line; at spaces; anywhere.
+    """
     parts = [body]
-    for text in _following(line, 10):
+    widths = [len(lines.read(line.raw, carrier).whole)]
+    for text in _following(line, 10, carrier):
         part = text.body
         if match := _ERROR_LINE.match(part):
             part = match[1]
         if not part.strip() or _NEW.match(part) or _NEW.match(text.body):
             break
         parts.append(part)
+        widths.append(len(text.whole))
         if grammars.ENDS.search(" ".join(parts)):
             break
     if len(parts) == 1:
         return ()
-    return " ".join(each.strip() for each in parts), "".join(parts)
+    width = max(widths[:-1])
+    padded = "".join(
+        part + " " * (width - own) for part, own in zip(parts, widths[:-1] + [width], strict=True)
+    )
+    cut = (padded,) if min(widths[:-1]) >= width - 2 else ()
+    return *cut, " ".join(each.strip() for each in parts), "".join(parts)
