@@ -44,6 +44,8 @@ _ANCHORS = rb"|".join(
         rb"\.(?:py|md|rst|txt|ya?ml|json|ipynb)ANSI::|\.pyANSI:\d+: ",
         rb"\[gw\d+\]|'gw\d+'",
         rb" _+[ \r]*ANSI[ \r]*$",
+        # The same within JSON.
+        rb" _+ *(?:\\[rn])+\"|[Kk]illed(?:\\[rn])+\"",
         rb"={2,}ANSI \S",
         rb"-ANSI Captured ",
         rb"\d%\]|\[ *\d+/\d+\]",
@@ -193,6 +195,8 @@ _PREFIXES = tuple(
             r"[\w.-]{1,60}(?:-\d+)? +\| ",
             r"> (?=\S)",
             r"\| (?=\S)|INTERNALERROR> ",
+            # The gutter of an exception group.
+            r" {2,}\| (?=[A-Za-z_][\w.]{0,80}(?:Error|Exception): )",
             r"##\[\w+\] ?|::\w+(?: [^:]*)?::",
             r"<\d{1,3}>",
             rf"{_LEVELS} +\S+:\S+\.py:\d+ ",
@@ -230,7 +234,7 @@ def carrier(text: str) -> re.Pattern[str] | None:
 
     Numbers in it may differ from line to line, and with them the space before them.
     """
-    match = _BANNER.match(text)
+    match = _BANNER.match(text) if len(text) < 1000 else None
     if match is None or _QUOTED.match(match[1]):
         return None
     known = match[1].lstrip()
@@ -240,7 +244,8 @@ def carrier(text: str) -> re.Pattern[str] | None:
 
 _BANNER = re.compile(
     r"([^=]{1,200}?)(?:={3,} (?:test session starts|FAILURES|ERRORS|short test summary info) ={3,}"
-    r"|(?<=[^\w.])[.FEsxX]{5,} *\[ *\d+%\])$"
+    r"|(?<=[^\w.])[.FEsxX]{5,} *\[ *\d+%\]"
+    r"|(?<=[^\w./:])[^\s:=]\S*\.py::\S.* (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) *\[ *\d+%\])$"
 )
 _QUOTED = re.compile(r"\s*(?:E |[>|]|#(?!\d))")
 

@@ -34,7 +34,7 @@ _OUTCOME = re.compile(
     rf"(?:^|(?<=[^\w.])|(?<=\w))({_WORDS})(?: \([^()]{{0,200}}\))? *({_PROGRESS})?(?: [\d.]+s)?$"
 )
 _DOTS = re.compile(rf"(?:({FILE}) )?([.FEsxXRrpuPf,-]+) *({_PROGRESS})?$")
-_UNCARRIED = re.compile(r"=|[.FEsxX]+ *\[")
+_UNCARRIED = re.compile(r"=|[.FEsxX]+ *\[|\S+\.py(?:::| )|\[gw\d")
 _SUMMARY = re.compile(
     r"(FAILED|ERROR|SUBFAILED|SUBFAIL|XFAIL|XPASS|PASSED|RERUN|SKIPPED)"
     r"(?: ?\[[\d.]+s\]|(?:\[[^\]]*\])? ?(?:\([^)]*\))?)? "
@@ -481,7 +481,7 @@ def _joined(line: Line, body: str, carrier: re.Pattern[str] | None) -> tuple[str
         return ()
     width = max(widths[:-1])
     padded = "".join(
-        part + " " * (width - own) for part, own in zip(parts, widths[:-1] + [width], strict=True)
+        part + " " * (width - own) for part, own in zip(parts, [*widths[:-1], width], strict=True)
     )
     cut = (padded,) if min(widths[:-1]) >= width - 2 else ()
     return *cut, " ".join(each.strip() for each in parts), "".join(parts)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
 
 import pytest
@@ -77,6 +78,57 @@ def test_a_printed_size_is_its_bytes(number, unit):
 @pytest.mark.parametrize("text", ["", "GiB", "1.2.3 GiB", "one GiB", "1 XiB", "-1 GiB"])
 def test_what_is_no_size_is_none(text):
     assert grammars.size(text) is None
+
+
+CARRIERS = {
+    "kubectl": "[pod/tests-x7k2/main] {line}",
+    "containerd": "2025-11-07T16:05:{second:02}.123456789Z stdout F {line}",
+    "airflow": "[2025-11-07, 16:05:{second:02} UTC] {{subprocess.py:106}} INFO - {line}",
+    "teamcity": "[16:05:{second:02}] :\t [Step 1/2] {line}",
+    "jenkins": "16:05:{second:02}  {line}",
+    "docker build": "#12 {second}.110 {line}",
+    "dagger": "12: [{second}.1s] {line}",
+    "numbered": "{number:>6}\t{line}",
+    "indented": "    {line}",
+    "nobody's": "<{number}!> ~ {line}",
+}
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("carrier", CARRIERS.values(), ids=CARRIERS)
+def test_what_a_carrier_puts_before_each_line_is_learned(carrier, quiet):
+    log = LOG[LOG.index("\n") + 1 :] if quiet else LOG
+    carried = [
+        carrier.format(line=line, number=number, second=number % 60)
+        for number, line in enumerate(log.splitlines())
+    ]
+
+    found = events(["\n".join(carried).encode()])
+
+    assert found.events
+    assert found == events([log.encode()])
+
+
+def test_lines_of_json_are_read_as_what_they_carry():
+    carried = [json.dumps({"log": f"{line}\n", "stream": "stdout"}) for line in LOG.splitlines()]
+
+    assert events(["\n".join(carried).encode()]) == events([LOG.encode()])
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 132])
+def test_a_log_wrapped_at_a_width_tells_the_same_figures(width):
+    wrapped = [
+        line[at : at + width]
+        for line in LOG.splitlines()
+        for at in range(0, max(1, len(line)), width)
+    ]
+    figures = [
+        [(event.nodeid, event.tried_bytes, event.free_bytes, event.allocated_bytes,
+          event.reserved_unallocated_bytes, event.processes) for event in events([log]).events]
+        for log in ("\n".join(wrapped).encode(), LOG.encode())
+    ]  # fmt: skip
+
+    assert figures[0] == figures[1]
 
 
 HOSTILE = [
