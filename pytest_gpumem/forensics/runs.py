@@ -122,6 +122,10 @@ class Run:
         for test in self.named[nodeid]:
             if test.worker == worker:
                 return test
+            if worker is not None and test.worker is None and test.outcome is None:
+                # xdist names a test when it begins, and its worker when it has ended.
+                test.worker, test.position = worker, next(self._positions[worker])
+                return test
         test = Test(nodeid, worker, next(self._positions[worker]), len(self.order))
         self.named[nodeid].append(test)
         self.order.append(test)

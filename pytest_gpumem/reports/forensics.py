@@ -38,7 +38,7 @@ def sections(found: Findings, top: int) -> Iterator[Section]:
         yield _causes(found.events)
         yield _table(
             "Out of memory",
-            ("test", "worker", ">place", "cause", ">tried", ">free", ">allocated", ">line"),
+            ("test", "worker", ">place", ">cause", ">tried", ">line"),
             [_event_row(event) for event in found.events],
             top,
         )
@@ -160,14 +160,13 @@ def _causes(events: Sequence[OomEvent]) -> Section:
 
 
 def _event_row(event: OomEvent) -> tuple[str, ...]:
-    sizes = (event.tried_bytes, event.free_bytes, event.allocated_bytes)
     felled = f" (+{event.felled - 1})" if event.felled > 1 else ""
     return (
         f"{event.nodeid or '-'}{felled}",
         event.worker or "",
         str(event.position or ""),
         event.cause if event.confirmed else f"{event.cause}?",
-        *("" if size is None else format_bytes(size) for size in sizes),
+        "" if event.tried_bytes is None else format_bytes(event.tried_bytes),
         str(event.line or ""),
     )
 

@@ -162,3 +162,20 @@ def test_a_pickle_runs_nothing(capsys):
     with pytest.raises(ValueError, match=r"holds builtins\.print, which is not read"):
         readers.read_stream(io.BytesIO(pickle.dumps({"segments": [Evil()], "device_traces": []})))
     assert capsys.readouterr().out == ""
+
+
+def test_a_test_that_xdist_names_twice_is_one():
+    log = (
+        "=== test session starts ===\n"
+        "a.py::test_x \nb.py::test_y \n"
+        "[gw1] [ 50%] PASSED b.py::test_y \nb.py::test_z \n"
+        "[gw0] [ 75%] PASSED a.py::test_x \n"
+        "[gw1] [100%] FAILED b.py::test_z \n"
+        "=== 1 failed, 2 passed in 1.00s ===\n"
+    )
+    (run,) = Follower().follow(lines.scan([log.encode()]))
+
+    assert [(test.nodeid, test.worker, test.position) for test in run.order] == [
+        ("a.py::test_x", "gw0", 1), ("b.py::test_y", "gw1", 1), ("b.py::test_z", "gw1", 2),
+    ]  # fmt: skip
+    assert sum(place.tests for place in analysis.findings([("log", [run])]).by_file) == 3
