@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from html import escape
 from pathlib import Path
 
@@ -78,6 +80,16 @@ def test_a_run_without_tests_has_a_page(tmp_path, capsys):
     records.save(run()._replace(tests=(), cards=()), tmp_path / "run.json")
 
     assert cli.main(["report", str(tmp_path / "run.json"), "--html", str(tmp_path / "p.html")]) == 0
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["plain", "xdist"])
+def test_a_run_writes_its_page_where_it_is_asked_to(tmp_path, options):
+    (tmp_path / "test_it.py").write_text("def test_x(): ...\n")
+    command = [sys.executable, "-m", "pytest", "-p", "gpumem", "-q", "--gpumem-html=p.html"]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, check=False)
+
+    assert done.returncode == 0, done.stdout
+    assert "test_it.py::test_x" in (tmp_path / "p.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture
