@@ -105,6 +105,9 @@ def _write(lines: Iterator[str], output: Path | None) -> None:
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         temporary.replace(output)
+    except OSError as error:
+        error.filename = str(output)  # the name that the user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
