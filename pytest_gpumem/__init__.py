@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from pytest_gpumem.archive.store import ArchiveStore
     from pytest_gpumem.archive.tree import allow_subclass
+    from pytest_gpumem.forensics.analysis import analyze_oom_sequence
     from pytest_gpumem.sharing.lease import LeaseError, LeaseTimeout, TooLarge, gpu_lease
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "UnknownVersionError",
     "WrongKeyError",
     "allow_subclass",
+    "analyze_oom_sequence",
     "get_gpu_consolidator",
     "gpu_lease",
 ]
@@ -70,6 +72,7 @@ _HOMES = {
     ),
     "pytest_gpumem.archive.store": ("ArchiveStore",),
     "pytest_gpumem.archive.tree": ("allow_subclass",),
+    "pytest_gpumem.forensics.analysis": ("analyze_oom_sequence",),
     "pytest_gpumem.sharing.lease": ("LeaseError", "LeaseTimeout", "TooLarge", "gpu_lease"),
 }
 """Where each public name lives; it is imported when it is first asked for."""

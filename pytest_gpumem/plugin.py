@@ -69,7 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(str(error)) from None
     if state.found.cards and not controller:
         _measure(config)
-    if not is_worker(config) and (state.found.cards or settings.json or controller):
+    files = settings.json or settings.trace or settings.html
+    if not is_worker(config) and (state.found.cards or files or controller):
         _report(config)
     if settings.mode == "on" and (_may_meet_cards(config) if controller else state.found.cards):
         _share(config)

@@ -7,6 +7,7 @@ environment and ``gpumem_NAME`` in the ini file; the mode itself is plain ``--gp
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -49,6 +50,7 @@ class Settings(NamedTuple):
     fraction: float | None = None
     """0 means by the number of workers."""
     trace: Path | None = None
+    html: Path | None = None
 
     @property
     def simulated(self) -> bool:
@@ -148,10 +150,13 @@ def check_files(settings: Settings) -> None:
     for field, path in (
         ("json", settings.json),
         ("trace", settings.trace),
+        ("html", settings.html),
         ("history", settings.history),
     ):
         if path is not None:
             problem = _why_not_written(path)
+            if field == "html" and importlib.util.find_spec("plotly") is None:
+                problem = "plotly is not installed; pip install 'pytest-gpumem[html]' has it"
             if field == "history" and not problem:
                 from pytest_gpumem.sharing.history import History
 
@@ -331,6 +336,7 @@ OPTIONS = (
         "PART",
     ),
     Option("trace", _file, "Write a trace of the run that opens in Perfetto.", "FILE"),
+    Option("html", _file, "Write a report of the run as one page.", "FILE"),
 )
 
 

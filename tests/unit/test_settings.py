@@ -29,6 +29,7 @@ EXAMPLES = {
     "history": ("history.json", None),
     "fraction": ("auto", 0.0),
     "trace": ("trace.json", None),
+    "html": ("page.html", None),
 }
 
 
@@ -95,7 +96,7 @@ def test_a_bad_value_is_one_sentence_that_names_its_place(field, value, sentence
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["json", "trace", "history"])
+@pytest.mark.parametrize("field", ["json", "trace", "html", "history"])
 def test_a_file_that_cannot_be_written_is_refused(field, tmp_path):
     option = next(option for option in OPTIONS if option.field == field)
     for value, sentence in (
