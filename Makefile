@@ -19,7 +19,7 @@ help:
 	@echo "make test       all tests on pytest 9, those of the plugin's core also on pytest 8"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      overhead against bare pytest, pytest-memray and pytest-monitor"
-	@echo "make soak       property tests with many more examples; all of torch's operators"
+	@echo "make soak       property tests with many more examples; all of torch's operators; other packages' suites"
 	@echo "make gpu-check  the real-GPU suite; prints its figures as Markdown"
 	@echo "make wheel      the wheel, into dist/"
 	@echo "make clean      remove everything that make built"
@@ -43,12 +43,13 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.peers
 	$(BIN)/python scripts/bench/overhead.py --peers $(VENV)/peers --pytest8 $(VENV)/pytest8 $(ARGS)
 
-soak: $(VENV)/.wheel $(VENV)/.pytest8
+soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(PIP) --group soak
 	HF_HUB_OFFLINE=1 $(ON_PYTEST8) tests/plugin
 	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
 	$(BIN)/python tests/soak/opinfo_campaign.py
 	$(BIN)/python tests/soak/lease_kills.py
+	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours
 
 gpu-check: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/gpu_check.py $(ARGS)
@@ -81,4 +82,9 @@ $(VENV)/.pytest8: | $(VENV)/.ready
 
 $(VENV)/.peers: | $(VENV)/.ready
 	$(PIP) --target $(VENV)/peers --group bench
+	touch $@
+
+# Beside the venv: in it, they would take part in every other test.
+$(VENV)/.neighbours: pyproject.toml | $(VENV)/.ready
+	$(PIP) --target $(VENV)/neighbours --group neighbours
 	touch $@
