@@ -56,6 +56,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/opinfo_campaign.py
 	$(BIN)/python tests/soak/lease_kills.py
 	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours
+	$(BIN)/python tests/soak/archive_kills.py
 
 gpu-check: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/gpu_check.py $(ARGS)

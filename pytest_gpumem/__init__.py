@@ -6,27 +6,86 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_gpumem.archive.consolidator import (
+        Consolidation,
+        GpuConsolidator,
+        get_gpu_consolidator,
+    )
+    from pytest_gpumem.archive.errors import (
+        ArchiveError,
+        DamagedError,
+        DiskError,
+        KeyRefusedError,
+        MismatchError,
+        NotFoundError,
+        QuotaError,
+        StateRefusedError,
+        UnknownVersionError,
+        WrongKeyError,
+    )
+    from pytest_gpumem.archive.store import ArchiveStore
+    from pytest_gpumem.archive.tree import allow_subclass
+    from pytest_gpumem.forensics.analysis import analyze_oom_sequence
     from pytest_gpumem.sharing.lease import LeaseError, LeaseTimeout, TooLarge, gpu_lease
 
-__all__ = ["LeaseError", "LeaseTimeout", "TooLarge", "gpu_lease"]
+__all__ = [
+    "ArchiveError",
+    "ArchiveStore",
+    "Consolidation",
+    "DamagedError",
+    "DiskError",
+    "GpuConsolidator",
+    "KeyRefusedError",
+    "LeaseError",
+    "LeaseTimeout",
+    "MismatchError",
+    "NotFoundError",
+    "QuotaError",
+    "StateRefusedError",
+    "TooLarge",
+    "UnknownVersionError",
+    "WrongKeyError",
+    "allow_subclass",
+    "analyze_oom_sequence",
+    "get_gpu_consolidator",
+    "gpu_lease",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LeaseError": "pytest_gpumem.sharing.lease",
-    "LeaseTimeout": "pytest_gpumem.sharing.lease",
-    "TooLarge": "pytest_gpumem.sharing.lease",
-    "gpu_lease": "pytest_gpumem.sharing.lease",
+    "pytest_gpumem.archive.consolidator": (
+        "Consolidation",
+        "GpuConsolidator",
+        "get_gpu_consolidator",
+    ),
+    "pytest_gpumem.archive.errors": (
+        "ArchiveError",
+        "DamagedError",
+        "DiskError",
+        "KeyRefusedError",
+        "MismatchError",
+        "NotFoundError",
+        "QuotaError",
+        "StateRefusedError",
+        "UnknownVersionError",
+        "WrongKeyError",
+    ),
+    "pytest_gpumem.archive.store": ("ArchiveStore",),
+    "pytest_gpumem.archive.tree": ("allow_subclass",),
+    "pytest_gpumem.forensics.analysis": ("analyze_oom_sequence",),
+    "pytest_gpumem.sharing.lease": ("LeaseError", "LeaseTimeout", "TooLarge", "gpu_lease"),
 }
 """Where each public name lives; it is imported when it is first asked for."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = found
-    return found
+    for home, names in _HOMES.items():
+        if name in names:
+            found = getattr(importlib.import_module(home), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})

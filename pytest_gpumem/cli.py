@@ -1,18 +1,20 @@
-"""The ``gpumem`` command: what this machine has, and what runs left behind."""
+"""The ``gpumem`` command: what this machine has, what runs left behind, and archives."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gpumem import __version__, devices, records
+from pytest_gpumem import __version__, doctor, groups, monitoring, records
+from pytest_gpumem.archive import cli as archive
+from pytest_gpumem.forensics import cli as forensics
 from pytest_gpumem.reports import terminal
-from pytest_gpumem.units import format_bytes, format_mib
+from pytest_gpumem.sharing.ledger import LeaseError
+from pytest_gpumem.units import format_mib
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -21,22 +23,31 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 for input that cannot be used."""
+    """Run the command and return its exit status: 0, or 2 for input that cannot be used.
+
+    ``gpumem compare`` returns 1 when a threshold is missed.
+    """
     parser = argparse.ArgumentParser(prog="gpumem", description=__doc__)
     parser.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("doctor", help="Say which cards and versions pytest would find here.")
+    doctor.add(commands)
     _add_report(commands.add_parser("report", help="Show, join or learn from finished runs."))
+    archive.add_parser(commands)
+    forensics.add_forensics(commands)
+    forensics.add_compare(commands)
+    groups.add(commands)
+    monitoring.add(commands)
     chosen = parser.parse_args(arguments)
     try:
-        lines = _doctor() if chosen.command == "doctor" else _report(chosen)
-        for line in lines:
+        if hasattr(chosen, "run_command"):
+            return int(chosen.run_command(chosen))
+        for line in archive.run(chosen) if chosen.command == "archive" else _report(chosen):
             sys.stdout.write(f"{line}\n")
     except BrokenPipeError:  # whoever reads has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # until the end
     except OSError as error:
         return _fail(chosen.command, f"{error.filename!r}: {error.strerror}")
-    except ValueError as error:
+    except (ValueError, LeaseError) as error:
         return _fail(chosen.command, str(error))
     return 0
 
@@ -48,7 +59,7 @@ def _fail(command: str, sentence: str) -> int:
 
 def _add_report(report: argparse.ArgumentParser) -> None:
     report.usage = (
-        "gpumem report RUN.json\n"
+        "gpumem report RUN.json [--html FILE]\n"
         "       gpumem report merge RUN.json ... [--output FILE] [--history FILE]\n"
         "       gpumem report --history [FILE] [--json]"
     )
@@ -70,6 +81,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         help="Show what was learned; with merge: add what the runs teach. "
         "Default: the file in pytest's cache here.",
     )
+    report.add_argument("--html", type=Path, metavar="FILE", help="Write the run as a page.")
     report.add_argument("--json", action="store_true", help="Show what was learned as JSON.")
 
 
@@ -80,12 +92,25 @@ def _report(chosen: argparse.Namespace) -> Iterator[str]:
         yield from _history(chosen)
     elif len(chosen.runs) == 1:
         run = records.load(Path(chosen.runs[0]))
+        if chosen.html is not None:
+            _save_page(run, chosen.runs[0], chosen.html)
+            yield f"written: {chosen.html}"
+            return
         shown = list(terminal.lines(run, chosen.top, chosen.verbose))
         yield from shown or ["no test touched a card"]
     else:
         raise ValueError(
             f"{len(chosen.runs)} runs given; allowed are one, merge and several, or --history"
         )
+
+
+def _save_page(run: records.RunRecord, name: str, path: Path) -> None:
+    from pytest_gpumem.forensics import analysis
+    from pytest_gpumem.reports import page
+
+    if importlib.util.find_spec("plotly") is None:
+        raise ValueError("--html: plotly is not installed; pip install 'pytest-gpumem[html]'")
+    page.save(run, analysis.of_record(run, name), path)
 
 
 def _merge(chosen: argparse.Namespace) -> Iterator[str]:
@@ -129,28 +154,6 @@ def _load_history(path: Path) -> History:
     if history.problem:
         raise ValueError(history.problem)
     return history
-
-
-def _doctor() -> Iterator[str]:
-    yield f"python        {platform.python_version()} on {platform.platform()}"
-    for name in ("pytest-gpumem", "pytest", "pytest-xdist", "torch", "nvidia-ml-py"):
-        yield f"{name:<13} {_version(name)}"
-    found = devices.find_cards()
-    if not found.cards:
-        yield f"card          none: {found.why_none}"
-    for card in found.cards:
-        reading = devices.driver_reading(card)
-        free = f", {format_bytes(reading.free)} free" if reading else ""
-        yield f"card          {card.name} ({card.uuid}), {format_bytes(card.total)}{free}"
-    if found.note:
-        yield f"note          {found.note}"
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

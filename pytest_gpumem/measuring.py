@@ -283,5 +283,6 @@ def oom_sentence(error: BaseException) -> str:
         text = str(each)
         named = type(each).__name__ == "OutOfMemoryError"
         if named or (isinstance(each, RuntimeError) and _OOM.match(text)):
-            return ". ".join(text.split(". ")[:2])
+            # torch.AcceleratorError goes on with lines of general advice.
+            return ". ".join(text.partition("\n")[0].split(". ")[:2])
     return ""

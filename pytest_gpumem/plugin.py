@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpumem import marks
+from pytest_gpumem import consolidating, marks
 from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
 from pytest_gpumem.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State, is_worker
 from pytest_gpumem.units import format_bytes
@@ -58,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if STATE not in config.stash:  # loaded by a conftest, after the initial hook
         _begin(config, vars(config.option))
     state = config.stash[STATE]
+    config.pluginmanager.register(consolidating, consolidating.NAME)
     settings, controller = state.settings, _is_controller(config)
     if settings.mode == "off":
         return
@@ -68,7 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(str(error)) from None
     if state.found.cards and not controller:
         _measure(config)
-    if not is_worker(config) and (state.found.cards or settings.json or controller):
+    files = settings.json or settings.trace or settings.html
+    if not is_worker(config) and (state.found.cards or files or controller):
         _report(config)
     if settings.mode == "on" and (_may_meet_cards(config) if controller else state.found.cards):
         _share(config)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem.devices import torch_state
+from pytest_gpumem.measuring import oom_sentence
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class Replacing:
         report = yield
         if call.excinfo is not None and not self._broke:
             sentence = cuda_sentence(call.excinfo.value)
-            if sentence and not torch_state.cuda_answers():
+            # A card that is too full for a context is not a context that is lost.
+            full = oom_sentence(call.excinfo.value)
+            if sentence and not full and not torch_state.cuda_answers():
                 self._broke = sentence
         if self._broke:
             report.gpumem_broke = self._broke  # type: ignore[attr-defined]  # travels with it

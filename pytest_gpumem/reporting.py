@@ -142,6 +142,8 @@ class Reporting:
             self._write("--gpumem-json", settings.json, lambda path: records.save(run, path))
         if settings.trace is not None:
             self._write("--gpumem-trace", settings.trace, lambda path: trace.save(run, path))
+        if settings.html is not None:
+            self._write("--gpumem-html", settings.html, lambda path: _save_page(run, path))
         if settings.mode == "on":
             self._learn(run)
         if self._failures and session.exitstatus == pytest.ExitCode.OK:
@@ -183,6 +185,13 @@ class Reporting:
         """Fill the column."""
         peak = dict(report.user_properties).get("gpumem_peak")
         cells.insert(2, f"<td>{format_mib(peak) if isinstance(peak, int) else ''}</td>")
+
+
+def _save_page(run: records.RunRecord, path: Path) -> None:
+    from pytest_gpumem.forensics import analysis
+    from pytest_gpumem.reports import page
+
+    page.save(run, analysis.of_record(run), path)
 
 
 def _outcome(report: pytest.TestReport, before: str) -> str:

@@ -32,6 +32,8 @@ def history_path(config: pytest.Config, state: State) -> Path | None:
     """
     if state.settings.history is not None:
         return state.settings.history
+    if config.pluginmanager.is_blocked("cacheprovider"):
+        return None  # whose setting may be known all the same
     try:
         cache = os.path.expandvars(config.getini("cache_dir"))
     except ValueError:  # -p no:cacheprovider

@@ -7,8 +7,10 @@ environment and ``gpumem_NAME`` in the ini file; the mode itself is plain ``--gp
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +36,10 @@ class Settings(NamedTuple):
     top: int = 10
     vram_limit: int | None = None
     vram_leak_limit: int | None = None
+    archive: Path | None = None
+    archive_key_file: Path | None = None
+    archive_quota: int | None = None
+    consolidate_above: float = 0.85
     schedule: str = "careful"
     headroom: int = 64 * 2**20
     context: int = 512 * 2**20
@@ -44,6 +50,7 @@ class Settings(NamedTuple):
     fraction: float | None = None
     """0 means by the number of workers."""
     trace: Path | None = None
+    html: Path | None = None
 
     @property
     def simulated(self) -> bool:
@@ -143,10 +150,13 @@ def check_files(settings: Settings) -> None:
     for field, path in (
         ("json", settings.json),
         ("trace", settings.trace),
+        ("html", settings.html),
         ("history", settings.history),
     ):
         if path is not None:
             problem = _why_not_written(path)
+            if field == "html" and importlib.util.find_spec("plotly") is None:
+                problem = "plotly is not installed; pip install 'pytest-gpumem[html]' has it"
             if field == "history" and not problem:
                 from pytest_gpumem.sharing.history import History
 
@@ -164,6 +174,18 @@ def _why_not_written(path: Path) -> str:
     if not os.access(path.parent, os.W_OK):
         return f"cannot write {str(path)!r}: {str(path.parent)!r} is not writable"
     return ""
+
+
+def _place(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _share(text: str) -> float:
+    """Return the part of 1 that a text like ``85%`` names."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", text, re.ASCII)
+    if match is None or not 0 < float(match[1]) <= 100:
+        raise ValueError(f"{text!r} is not a part; allowed is more than 0% and up to 100%")
+    return float(match[1]) / 100
 
 
 class Option(NamedTuple):
@@ -242,6 +264,25 @@ OPTIONS = (
         "SIZE",
     ),
     Option(
+        "archive",
+        _place,
+        "The store of archived model state. Default: gpumem/archive in the user's data directory.",
+        "DIR",
+    ),
+    Option(
+        "archive_key_file",
+        _place,
+        "The key file of the archives. Default: gpumem/archive.key in the user's config directory.",
+        "FILE",
+    ),
+    Option("archive_quota", parse_bytes, "Most that the archives may take on the disk.", "SIZE"),
+    Option(
+        "consolidate_above",
+        _share,
+        "Consolidate registered models when more than this part of a card is used. Default: 85%.",
+        "PERCENT",
+    ),
+    Option(
         "schedule",
         _one_of(SCHEDULES, "a way to schedule"),
         "How xdist's workers get their tests in place of --dist load. careful: tests of unknown "
@@ -295,6 +336,7 @@ OPTIONS = (
         "PART",
     ),
     Option("trace", _file, "Write a trace of the run that opens in Perfetto.", "FILE"),
+    Option("html", _file, "Write a report of the run as one page.", "FILE"),
 )
 
 

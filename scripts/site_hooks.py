@@ -6,7 +6,12 @@ import re
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Give blocks that are files (```` ```python NAME.py ````) their name as a title."""
+    """Give blocks that are files (```` ```python NAME.py ````) their name as a title.
+
+    What is linked outside of the documents is not on the site: its name stays, without the link.
+    """
+    elsewhere = r"\[([^]]+)\]\(\.\./(?:tests|scripts|pytest_gpumem)/[^)]*\)"
+    markdown = re.sub(elsewhere, r"`\1`", markdown)
     return re.sub(r"^```(\w+) (\S+)$", r'```\1 title="\2"', markdown, flags=re.MULTILINE)
 
 

@@ -105,7 +105,9 @@ def _card(uuid: str) -> Card:
     """Return the card NVML knows as ``uuid``."""
     reading = nvml.memory(uuid)
     # Without a figure of its own the GPU shares the host's memory (GB10, Jetson).
-    return Card(uuid, nvml.name(uuid), reading.total if reading else _host_memory())
+    # What the driver keeps for itself (0.6 GiB of an H200) is nobody's; torch does not count it.
+    total = reading.total - reading.reserved if reading else _host_memory()
+    return Card(uuid, nvml.name(uuid), total)
 
 
 def _host_memory() -> int:

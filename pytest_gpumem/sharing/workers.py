@@ -231,8 +231,10 @@ class Holdings:
         """Return the bytes that this process keeps by card, its context included."""
         for allocator in devices.allocators():
             for index, now in enumerate(allocator.read()):
-                if now.reserved_peak:
-                    self._update(allocator.card(index), now.reserved)
+                card = allocator.card(index)
+                # A peak is forgotten with what it was the peak of; the context stays.
+                if now.reserved_peak or card.uuid in self._read:
+                    self._update(card, now.reserved)
         return {uuid: kept for uuid, (kept, _) in self._read.items()}
 
     def _update(self, card: Card, reserved: int) -> None:

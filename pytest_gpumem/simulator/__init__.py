@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from os import environ
+from contextlib import suppress
+from os import environ, getuid
 from pathlib import Path
 
 from pytest_gpumem.simulator.card import SharedCard
@@ -79,6 +80,17 @@ class Simulation:
 
         """
         return cls(SharedCard.open(Path(path)))
+
+    @staticmethod
+    def card_files() -> list[Path]:
+        """Return the files of the cards that this user's runs have made and not yet removed."""
+        found = []
+        place = Path(_private_directory() or tempfile.gettempdir())
+        for path in sorted(place.glob("gpumem-*/card")):
+            with suppress(OSError):
+                if path.stat().st_uid == getuid():
+                    found.append(path)
+        return found
 
     @property
     def path(self) -> str:

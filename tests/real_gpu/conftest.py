@@ -18,6 +18,8 @@ from pytest_gpumem.records import RunRecord, from_plain
 
 REHEARSAL = "GPUMEM_SIMULATE" in os.environ
 HERE = Path(__file__).parent
+TIMEOUT = 60
+"""Seconds that one suite may take."""
 
 
 def _has_card():
@@ -68,11 +70,13 @@ def run_suite(tmp_path, environment):
             [*command, *args],
             cwd=tmp_path,
             env=environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT,
             text=True,
             check=False,
         )
-        assert records.exists(), done.stdout + done.stderr
+        assert records.exists(), done.stdout
         sys.stdout.write(done.stdout)  # pytest shows it where the outer test fails
         return from_plain(RunRecord, json.loads(records.read_text()))
 

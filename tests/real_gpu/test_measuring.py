@@ -107,7 +107,8 @@ def test_failing_test_gives_its_tensors_back(usages, figure):
 
 
 def test_out_of_memory_is_recorded_and_the_card_is_usable_after(run_suite, figure):
-    fails, recovers = run_suite("""
+    # Another program on the card would be a reason to try again.
+    source = """
         import torch
 
         def test_too_large():
@@ -117,7 +118,8 @@ def test_out_of_memory_is_recorded_and_the_card_is_usable_after(run_suite, figur
         def test_after():
             total = torch.cuda.get_device_properties(0).total_memory
             torch.empty(total // 2, dtype=torch.uint8, device="cuda")
-        """).tests
+        """
+    fails, recovers = run_suite(source, "--gpumem-oom=fail").tests
 
     figure("message of an out-of-memory error", fails.oom)
     assert (fails.outcome, recovers.outcome) == ("failed", "passed")

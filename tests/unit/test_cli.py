@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpumem import cli, records
+from pytest_gpumem import cli, devices, records
 from pytest_gpumem.records import Card, CardUsage, RecordedTest, RunRecord
 
 USAGE = CardUsage("GPU-1", 2**20, 3 * 2**20, 0, 2**21, 2**22, 0, 0, None)
@@ -94,7 +94,7 @@ def test_reports_of_nothing_are_one_sentence(arguments, sentence, capsys):
 
 def test_doctor_names_the_versions_and_why_there_is_no_card(capsys, monkeypatch):
     monkeypatch.setattr(
-        cli.devices, "find_cards", lambda: cli.devices.CardsFound((), "nothing is plugged in")
+        devices, "find_cards", lambda: devices.CardsFound((), "nothing is plugged in")
     )
 
     assert cli.main(["doctor"]) == 0

@@ -65,7 +65,8 @@ def test_examples_print_what_the_documents_show(blocks, tmp_path):
             done = subprocess.run(
                 [sys.executable, "-m", COMMANDS[program], *arguments],
                 cwd=tmp_path,
-                env=environment | {"COLUMNS": "100"},
+                # Keys and archives of the examples are not the user's.
+                env=environment | {"COLUMNS": "100", "XDG_CONFIG_HOME": str(tmp_path / "config")},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -16,6 +16,10 @@ EXAMPLES = {
     "top": ("3", 3),
     "vram_limit": ("2GiB", 2**31),
     "vram_leak_limit": ("0B", 0),
+    "archive": ("store", None),
+    "archive_key_file": ("key", None),
+    "archive_quota": ("20GiB", 20 * 2**30),
+    "consolidate_above": ("70%", 0.7),
     "schedule": ("optimistic", "optimistic"),
     "headroom": ("0B", 0),
     "context": ("300MiB", 300 * 2**20),
@@ -25,6 +29,7 @@ EXAMPLES = {
     "history": ("history.json", None),
     "fraction": ("auto", 0.0),
     "trace": ("trace.json", None),
+    "html": ("page.html", None),
 }
 
 
@@ -73,6 +78,9 @@ def test_asking_for_the_plugin_turns_it_on_unless_the_mode_is_given():
         ("simulate_anyway", "perhaps", "'perhaps' is neither true nor false"),
         ("top", "ten", "'ten' is not a number of lines"),
         ("vram_limit", "much", "'much' is not a size"),
+        ("archive_quota", "all", "'all' is not a size"),
+        ("consolidate_above", "0%", "'0%' is not a part; allowed is more than 0% and up to 100%"),
+        ("consolidate_above", "0.85", "'0.85' is not a part"),
     ],
 )
 @pytest.mark.parametrize("place", ["cli", "env", "ini"])
@@ -88,7 +96,7 @@ def test_a_bad_value_is_one_sentence_that_names_its_place(field, value, sentence
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["json", "trace", "history"])
+@pytest.mark.parametrize("field", ["json", "trace", "html", "history"])
 def test_a_file_that_cannot_be_written_is_refused(field, tmp_path):
     option = next(option for option in OPTIONS if option.field == field)
     for value, sentence in (

@@ -22,10 +22,10 @@ def uuids() -> list[str]:
     return [card.uuid for card in find_cards().cards]
 
 
-def test_one_card_is_found_by_uuid_name_and_total(driver: FakeDriver) -> None:
-    driver.boards = [FakeBoard(A, name="NVIDIA Fake 100", total=16 * GIB)]
+def test_one_card_is_found_by_uuid_name_and_what_programs_may_use(driver: FakeDriver) -> None:
+    driver.boards = [FakeBoard(A, name="NVIDIA Fake 100", total=16 * GIB, reserved=GIB // 2)]
     found = find_cards()
-    assert found.cards == (Card(A, "NVIDIA Fake 100", 16 * GIB, "cuda"),)
+    assert found.cards == (Card(A, "NVIDIA Fake 100", 15 * GIB + GIB // 2, "cuda"),)
     assert (found.why_none, found.note) == ("", "")
 
 
@@ -96,7 +96,7 @@ def test_once_torch_has_initialised_cuda_its_order_is_the_truth(
     driver.boards = [FakeBoard(A, name="Fake 4090"), FakeBoard(B, name="Fake 100")]
     cuda.stats, cuda.uuids = [stats(), stats()], [B[4:], A[4:]]
     found = find_cards()
-    assert [(card.uuid, card.total) for card in found.cards] == [(B, 16 * GIB), (A, 16 * GIB)]
+    assert [card.uuid for card in found.cards] == [B, A]
     assert found.note == ""
 
 

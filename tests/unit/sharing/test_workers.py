@@ -213,10 +213,10 @@ class FakeAllocator:
     """Two cards, of which the first is in use."""
 
     def __init__(self):
-        self.reserved = 5
+        self.reserved, self.reserved_peak = 5, 9
 
     def read(self):
-        used = AllocatorReading(1, 1, self.reserved, 9, 0, 0)
+        used = AllocatorReading(1, 1, self.reserved, self.reserved_peak, 0, 0)
         return used, AllocatorReading(0, 0, 0, 0, 0, 0)
 
     def card(self, index):
@@ -274,6 +274,14 @@ def test_the_driver_is_asked_only_when_something_changed(driver, allocator):
     give_back()
     assert holdings() == {"GPU-a": 51}
     assert len(asked) == 2
+
+
+def test_what_was_given_back_is_not_kept_though_its_peak_is_forgotten(driver, allocator):
+    holdings = Holdings(context=50)
+    holdings()
+    allocator.reserved = allocator.reserved_peak = 0
+
+    assert holdings() == {"GPU-a": 50}
 
 
 def test_without_an_active_framework_nothing_is_kept():

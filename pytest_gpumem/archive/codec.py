@@ -1,0 +1,223 @@
+"""Chunks of tensor bytes, made smaller: exponents apart from mantissas, each coded if it pays.
+
+The exponents of trained weights take few values, their mantissas are noise. So a chunk is split
+into planes, one for each byte of an element, and only a plane that shrinks is coded. The coder is
+zstd with a hash table too small to find false matches: what remains is a fast Huffman coder that
+still folds runs. ``docs/archive-format.md`` describes the bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from typing import Any, Final
+
+import numpy as np
+
+from pytest_gpumem.archive.errors import DamagedError
+
+Bytes = Any
+"""A ``uint8`` array. Below Python 3.12 types cannot say that arrays are buffers."""
+
+CHUNK: Final = 2**20
+"""Most bytes of a chunk before coding."""
+ALIGN: Final = 16
+"""Every chunk is a multiple of this long."""
+SLACK: Final = 64
+"""Most bytes by which a coded chunk may be longer than the chunk."""
+
+KINDS: Final = {"1": 1, "2": 2, "4": 4, "8": 8, "r2": 2, "r4": 4}
+"""Bytes of an element. ``r``: bfloat16 and float32, whose exponent begins in the middle of a
+byte: the upper 16 bits of each element are rotated left by one, which moves it into the top one.
+"""
+
+_STORED, _PLANES = 0, 1
+_ZSTD = 1
+_PLANE = struct.Struct("<BI")
+_SAMPLE = 4096
+_WORTH = 0.97
+"""A plane is coded only if a sample of it shrinks to this."""
+
+
+class Coder:
+    """Codes chunks; for one thread at a time."""
+
+    def __init__(self) -> None:
+        import zstandard
+
+        self._zstd = zstandard
+        parameters = zstandard.ZstdCompressionParameters(
+            strategy=zstandard.STRATEGY_FAST,
+            hash_log=6,
+            chain_log=6,
+            search_log=1,
+            min_match=7,
+            target_length=0,
+            window_log=20,
+        )
+        self._entropy = zstandard.ZstdCompressor(compression_params=parameters)
+        self._matches = zstandard.ZstdCompressor(level=1)
+        self._decoder = zstandard.ZstdDecompressor()
+        self._planes = np.empty(CHUNK, np.uint8)
+        self._wide = np.empty(CHUNK // 4, np.uint32)
+        self._halves = (np.empty(CHUNK // 2, np.uint16), np.empty(CHUNK // 2, np.uint16))
+        self._spare = np.empty(CHUNK // 2, np.uint16)
+
+    def encode(self, chunk: Bytes, kind: str, out: Bytes) -> int:
+        """Write the coded ``chunk`` to ``out`` and return its length, at most 1 more than it had.
+
+        ``out`` has room for ``SLACK`` bytes more than the chunk.
+        """
+        width = KINDS[kind]
+        size = len(chunk)
+        if width == 1:
+            planes = [chunk]
+        else:
+            planes = list(self._planes[:size].reshape(width, -1))
+            self._split(chunk, kind, planes)
+        coded = [self._shrink(plane) for plane in planes]
+        parts = [
+            plane if smaller is None else smaller
+            for plane, smaller in zip(planes, coded, strict=True)
+        ]
+        at = 1 + _PLANE.size * width
+        if at + sum(map(len, parts)) > size:
+            out[0] = _STORED
+            out[1 : 1 + size] = chunk
+            return 1 + size
+        out[0] = _PLANES
+        for number, part in enumerate(parts):
+            how = _STORED if coded[number] is None else _ZSTD
+            _PLANE.pack_into(out, 1 + _PLANE.size * number, how, len(part))
+            out[at : at + len(part)] = np.frombuffer(part, np.uint8)
+            at += len(part)
+        return at
+
+    def _shrink(self, plane: Bytes) -> bytes | None:
+        """Return the coded plane, None where that is not worth it."""
+        size = len(plane)
+        sample = plane
+        if size > 8 * _SAMPLE:
+            step = size // 4
+            sample = np.concatenate(
+                [plane[at : at + _SAMPLE] for at in range(0, size - step + 1, step)]
+            )
+        entropy = len(self._entropy.compress(sample))
+        matches = len(self._matches.compress(sample)) if entropy < len(sample) / 2 else entropy
+        if min(entropy, matches) > _WORTH * len(sample):
+            return None
+        coder = self._matches if matches < 0.9 * entropy else self._entropy
+        coded: bytes = coder.compress(plane)
+        return coded if len(coded) < size else None
+
+    def decode(self, coded: Bytes, kind: str, out: Bytes) -> None:
+        """Write the chunk that ``coded`` holds to ``out``, which has exactly its length.
+
+        Raises:
+            DamagedError: when that is not what it holds. Allocates no more than a chunk before
+                it knows.
+
+        """
+        width = KINDS[kind]
+        size = len(out)
+        if len(coded) == 1 + size and coded[0] == _STORED:
+            out[:] = coded[1:]
+            return
+        at = 1 + _PLANE.size * width
+        if len(coded) < at or coded[0] != _PLANES:
+            raise DamagedError("a chunk is coded in an unknown way")
+        planes: list[Bytes] = []
+        for number in range(width):
+            how, length = _PLANE.unpack_from(coded, 1 + _PLANE.size * number)
+            planes.append(self._plane(coded[at : at + length], how, length, size // width))
+            at += length
+        if at != len(coded):
+            raise DamagedError("a chunk is longer than its planes")
+        if width == 1:
+            out[:] = planes[0]
+        else:
+            self._merge(planes, kind, out)
+
+    def _plane(self, part: Bytes, how: int, length: int, size: int) -> Bytes:
+        if len(part) != length or how not in {_STORED, _ZSTD}:
+            raise DamagedError("a chunk is shorter than its planes")
+        if how == _STORED:
+            if length != size:
+                raise DamagedError("a plane has the wrong length")
+            return part
+        try:
+            # A frame of some bytes may announce gigabytes: the announcement is looked at first.
+            if self._zstd.frame_content_size(part) == size:
+                plane = self._decoder.decompress(part, allow_extra_data=False)
+                if len(plane) == size:
+                    return np.frombuffer(plane, np.uint8)
+        except self._zstd.ZstdError:
+            pass
+        raise DamagedError("a plane does not decode")
+
+    def _split(self, chunk: Bytes, kind: str, planes: list[Bytes]) -> None:
+        if kind == "8":
+            planes_of = chunk.reshape(-1, 8)
+            for number, plane in enumerate(planes):
+                plane[:] = planes_of[:, number]
+        elif kind in {"2", "r2"}:
+            self._split_half(chunk.view(np.uint16), planes, rotate=kind == "r2")
+        else:
+            words = chunk.view(np.uint32)
+            count = len(words)
+            low, high = (half[:count] for half in self._halves)
+            np.copyto(low, words, casting="unsafe")
+            np.right_shift(words, 16, out=self._wide[:count])
+            np.copyto(high, self._wide[:count], casting="unsafe")
+            self._split_half(low, planes[:2], rotate=False)
+            self._split_half(high, planes[2:], rotate=kind == "r4")
+
+    def _split_half(self, words: Any, planes: list[Bytes], *, rotate: bool) -> None:
+        """Split 16-bit words into their lower and upper bytes."""
+        spare = self._spare[: len(words)]
+        if rotate:
+            turned = self._halves[1][: len(words)]  # may be ``words`` itself
+            np.right_shift(words, 15, out=spare)
+            np.left_shift(words, 1, out=turned)
+            words = np.bitwise_or(turned, spare, out=turned)
+        np.copyto(planes[0], words, casting="unsafe")
+        np.right_shift(words, 8, out=spare)
+        np.copyto(planes[1], spare, casting="unsafe")
+
+    def _merge(self, planes: list[Bytes], kind: str, out: Bytes) -> None:
+        if kind == "8":
+            whole = out.reshape(-1, 8)
+            for number, plane in enumerate(planes):
+                whole[:, number] = plane
+        elif kind in {"2", "r2"}:
+            self._merge_half(planes, out.view(np.uint16), rotate=kind == "r2")
+        else:
+            words = out.view(np.uint32)
+            count = len(words)
+            half = self._halves[0][:count]
+            self._merge_half(planes[2:], half, rotate=kind == "r4")
+            np.copyto(words, half)
+            np.left_shift(words, 16, out=words)
+            self._merge_half(planes[:2], half, rotate=False)
+            np.bitwise_or(words, half, out=words)
+
+    def _merge_half(self, planes: list[Bytes], words: Any, *, rotate: bool) -> None:
+        spare = self._spare[: len(words)]
+        np.copyto(words, planes[1])
+        np.left_shift(words, 8, out=words)
+        np.bitwise_or(words, planes[0], out=words)
+        if rotate:
+            np.left_shift(words, 15, out=spare)
+            np.right_shift(words, 1, out=words)
+            np.bitwise_or(words, spare, out=words)
+
+
+_local = threading.local()
+
+
+def coder() -> Coder:
+    """Return this thread's coder."""
+    found: Coder | None = getattr(_local, "coder", None)
+    if found is None:
+        found = _local.coder = Coder()
+    return found

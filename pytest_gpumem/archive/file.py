@@ -1,0 +1,302 @@
+"""The file of one state: header, sealed chunks, sealed index; see ``docs/archive-format.md``."""
+
+from __future__ import annotations
+
+import functools
+import hmac
+import itertools
+import json
+import mmap
+import queue
+import struct
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from pytest_gpumem.archive import codec, fill, memory, sealing, tree
+from pytest_gpumem.archive.disk import NewFile, OldFile
+from pytest_gpumem.archive.errors import DamagedError, StateRefusedError
+from pytest_gpumem.archive.sealing import CHUNK, HEADER, INDEX, STATE, TAG, Seal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from pathlib import Path
+
+    from pytest_gpumem.archive.memory import Chunk
+
+_TRAILER = struct.Struct("<Q8s")
+_END = b"GPUMEM.\n"
+_INDEX = struct.Struct("<QI")
+LONGEST_INDEX: Final = 64 * 2**20
+"""Most bytes of an index, for reading one must not take memory without bound."""
+_AHEAD = 6
+"""Chunks that are coded and wait to be written."""
+
+
+class Packed:
+    """A state taken apart and ready to be written.
+
+    Raises:
+        StateRefusedError: see ``tree.take_apart``.
+
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.parts = tree.take_apart(state)
+        blocks = self.parts.blocks
+        runs = [
+            (kind, [block.size for block in group])
+            for kind, group in itertools.groupby(blocks, lambda block: block.kind)
+        ]
+        layout = memory.Layout(runs)
+        places = [memory.Place(block.storage, block.offset, block.size) for block in blocks]
+        self.memory = memory.Memory(layout, places)
+        described = {"tree": self.parts.tree, "tensors": self.parts.records, "blocks": runs}
+        text = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
+        # Python's strings may hold lone surrogates.
+        self.description = text.encode("utf-8", "surrogatepass")
+        if len(self.description) > LONGEST_INDEX:
+            raise StateRefusedError(
+                f"cannot archive the state: its {len(self.parts.records)} tensors and other values "
+                f"take {len(self.description)} bytes to describe; allowed are {LONGEST_INDEX}"
+            )
+
+    def fingerprint(self, secret: bytes) -> str:
+        """Return 64 hexadecimal digits that only the same state has, for one ``secret``.
+
+        An AES-GCM tag over each chunk (GMAC, a universal hash, 10 times as fast as SHA-256), then
+        HMAC-SHA-256 over the tags. Equal nonces are harmless: no tag leaves this function.
+        """
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        mac = AESGCM(sealing.derive(secret, b"", b"pytest-gpumem content chunks", 32))
+        key = sealing.derive(secret, b"", b"pytest-gpumem content", 32)
+        nonce = bytes(12)
+
+        def tag(chunk: Chunk) -> bytes:
+            return mac.encrypt(nonce, b"", memoryview(self.memory.gather(chunk)))
+
+        whole = hmac.new(key, digestmod="sha256")
+        whole.update(struct.pack("<Q", len(self.description)) + self.description)
+        for each in memory.in_order(tag, self.memory.layout.chunks):
+            whole.update(each)
+        return whole.hexdigest()
+
+
+def write(
+    new: NewFile,
+    secret: bytes,
+    packed: Packed,
+    progress: Callable[[int], None],
+    name: str = "",
+) -> None:
+    """Write a state and wait until it is on the disk; ``progress`` gets bytes of the state.
+
+    It can be read under the same ``name`` alone, so that no file passes for another.
+
+    Raises:
+        OSError: the system would not.
+
+    """
+    import zstandard
+
+    seal = Seal.new(secret, STATE, name)
+    new.take(HEADER)[:] = seal.header
+    spare: queue.SimpleQueue[codec.Bytes] = queue.SimpleQueue()
+    for _ in range(_AHEAD + 2):
+        spare.put(np.empty(codec.CHUNK + codec.SLACK, np.uint8))
+
+    def code(chunk: Chunk) -> tuple[codec.Bytes, int]:
+        out = spare.get()
+        return out, codec.coder().encode(packed.memory.gather(chunk), chunk.kind, out)
+
+    lengths = []
+    chunks = packed.memory.layout.chunks
+    for chunk, (out, length) in zip(chunks, memory.in_order(code, chunks, _AHEAD), strict=True):
+        seal.close(CHUNK, chunk.number, out[:length], new.take(length + TAG))
+        spare.put(out)
+        lengths.append(length + TAG)
+        progress(chunk.size)
+    index = _INDEX.pack(len(packed.description), len(lengths))
+    index += struct.pack(f"<{len(lengths)}I", *lengths)
+    index += zstandard.ZstdCompressor(level=3).compress(packed.description)
+    sealed = bytearray(len(index) + TAG)
+    seal.close(INDEX, 0, index, sealed)
+    sealed += _TRAILER.pack(len(sealed), _END)
+    for at in range(0, len(sealed), codec.CHUNK):
+        part = sealed[at : at + codec.CHUNK]
+        new.take(len(part))[:] = part
+    new.finish()
+
+
+class Reader:
+    """Reads the file of one state; its tensors one by one, or all of them.
+
+    Raises:
+        DamagedError: from every method, when the file is not what was written.
+        OSError: the system would not read.
+
+    """
+
+    def __init__(self, path: Path, secret: bytes, name: str = "", *, direct: bool = False) -> None:
+        self._file = OldFile(path, direct=direct)
+        try:
+            self._open(secret, name)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self, secret: bytes, name: str) -> None:
+        self._seal = Seal.of(secret, STATE, bytes(self._file.read(0, HEADER)), name)
+        body = self._file.size - _TRAILER.size
+        if body < HEADER:
+            raise DamagedError("it is too short to be an archive")
+        length, end = _TRAILER.unpack(self._file.read(body, _TRAILER.size))
+        if end != _END or not _INDEX.size + TAG <= length <= body - HEADER:
+            raise DamagedError("it is truncated, or its end is damaged")
+        index = bytearray(length - TAG)
+        self._seal.open(INDEX, 0, self._file.read(body - length, length), index)
+        described, lengths = _read_index(index)
+        self.tree, self.records, runs = described["tree"], described["tensors"], described["blocks"]
+        with tree.checked():
+            self.layout = memory.Layout([(kind, sizes) for kind, sizes in runs])
+        self._places = list(itertools.accumulate(lengths, initial=HEADER))
+        if len(lengths) != len(self.layout.chunks) or self._places[-1] != body - length:
+            raise DamagedError("its chunks are not all there")
+        for sealed, chunk in zip(lengths, self.layout.chunks, strict=True):
+            if not TAG < sealed <= chunk.size + codec.SLACK + TAG:
+                raise DamagedError("a chunk has an impossible length")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the state."""
+        return sum(self.layout.sizes)
+
+    def _opened(self, chunk: Chunk) -> codec.Bytes:
+        """Return a chunk, authenticated and still coded, in this thread's scratch memory."""
+        scratch = _scratch()
+        start, end = self._places[chunk.number], self._places[chunk.number + 1]
+        sealed = self._file.read(start, end - start, scratch.sealed)
+        if len(sealed) != end - start:
+            raise DamagedError("it is truncated")
+        out = scratch.coded[: end - start - TAG]
+        self._seal.open(CHUNK, chunk.number, sealed, out)
+        return out
+
+    def authenticate(
+        self, chunks: Sequence[Chunk] | None = None, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Read chunks, all if not said otherwise, and make sure that they are what was written."""
+        chunks = self.layout.chunks if chunks is None else chunks
+        for chunk, _ in zip(chunks, memory.in_order(self._opened, chunks), strict=True):
+            if progress is not None:
+                progress(chunk.size)
+
+    def _fill(self, places: Sequence[memory.Place | None], chunks: Sequence[Chunk]) -> None:
+        filled = memory.Memory(self.layout, places)
+
+        def fill_one(chunk: Chunk) -> None:
+            coded = self._opened(chunk)
+            decode = functools.partial(codec.coder().decode, coded, chunk.kind)
+            filled.scatter(chunk, decode)
+
+        for _ in memory.in_order(fill_one, chunks):
+            pass
+
+    def get(self, path: Sequence[Hashable] = (), device: str = "cpu") -> Any:
+        """Return the state, or what ``path`` leads to in it, in new memory on ``device``.
+
+        Raises:
+            KeyError: with the first key that is not there.
+
+        """
+        node = tree.at_path(self.tree, path)
+        with tree.checked():
+            return self._builder(tree.reach(node, self.records), device).value(node)
+
+    def _builder(self, records: Iterable[int], device: str) -> tree.Builder:
+        """Return a builder of these tensors, with their content read."""
+        import torch
+
+        sizes = self.layout.sizes
+        blocks = tree.blocks_of(records, self.records, sizes)
+        storages = {
+            block: torch.empty(sizes[block], dtype=torch.uint8, device=device).untyped_storage()
+            for block in blocks
+        }
+        places: list[memory.Place | None] = [None] * len(sizes)
+        for block, storage in storages.items():
+            places[block] = memory.Place(storage, 0, sizes[block])
+        self._fill(places, self.layout.chunks_of(blocks))
+        return tree.Builder(self.records, sizes, storages, device=device)
+
+    def get_into(self, target: Any, path: Sequence[Hashable] = ()) -> Any:
+        """Return the state, or what ``path`` leads to in it, with the tensors of ``target``.
+
+        ``target`` is built like it. All that is read is authenticated before the first byte of
+        it changes.
+
+        Raises:
+            MismatchError: ``target`` is not built like it.
+            KeyError: with the first key of ``path`` that is not there.
+
+        """
+        import torch
+
+        node = tree.at_path(self.tree, path)
+        with tree.checked():
+            pairs = fill.pairs(self.records, node, target)
+            blocks = fill.direct(self.records, self.layout.sizes, pairs)
+        taken = {pair.record: pair.tensor for pair in pairs}
+        if blocks is None:
+            reached = tree.reach([["T", number] for number in taken], self.records)
+            copies = self._builder(reached, "cpu")
+            sources = [copies.tensor(pair.record) for pair in pairs]
+            for pair, source in zip(pairs, sources, strict=True):
+                fill.copy(source, pair.tensor)
+        else:
+            chunks = self.layout.chunks_of(blocks)
+            self.authenticate(chunks)
+            places: list[memory.Place | None] = [None] * len(self.layout.sizes)
+            for number, block in blocks.items():
+                places[number] = memory.Place(block.storage, block.offset, block.size)
+            self._fill(places, chunks)
+            torch.autograd.graph.increment_version([pair.tensor for pair in pairs])
+        return tree.Builder(self.records, self.layout.sizes, {}, built=taken).value(node)
+
+
+def _read_index(index: bytearray) -> tuple[dict[str, Any], tuple[int, ...]]:
+    import zstandard
+
+    size, count = _INDEX.unpack_from(index)
+    frame = memoryview(index)[_INDEX.size + 4 * count :]
+    if size > LONGEST_INDEX or _INDEX.size + 4 * count > len(index):
+        raise DamagedError("its index has an impossible length")
+    lengths = struct.unpack_from(f"<{count}I", index, _INDEX.size)
+    try:
+        if zstandard.frame_content_size(frame) != size:
+            raise DamagedError("its index has the wrong length")
+        text = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        described = json.loads(text.decode("utf-8", "surrogatepass"))
+    except (zstandard.ZstdError, ValueError, RecursionError) as error:
+        raise DamagedError(f"its index cannot be read: {error}") from None
+    if len(text) != size or set(described) != {"tree", "tensors", "blocks"}:
+        raise DamagedError("its index is not one")
+    return described, lengths
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        longest = codec.CHUNK + codec.SLACK + TAG
+        self.sealed = mmap.mmap(-1, longest + 3 * mmap.PAGESIZE)
+        self.coded = np.empty(longest, np.uint8)
+
+
+@functools.cache
+def _scratch() -> _Scratch:
+    return _Scratch()

@@ -1,0 +1,1 @@
+"""What went wrong: message grammars, log readers, sequence analysis, comparison."""

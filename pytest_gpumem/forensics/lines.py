@@ -1,0 +1,292 @@
+"""Finds the few lines of a log that matter, at the speed of one pass over its bytes.
+
+A log may have gigabytes and say something in a thousand lines. One regular expression of RE2,
+which is linear in the text whatever the text is, finds the anchors: words without which no line
+can matter. Only the lines around them are decoded and read.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+WINDOW = 1 << 16
+"""Bytes on either side of an anchor that can be read as its context."""
+_REGION = 1 << 22
+_LONG = 1 << 14
+"""Longer lines are read in part, from a little before the anchor."""
+
+_ANSI = rb"(?:\x1b?\[[\d;]*m)*"
+_ANCHORS = rb"|".join(
+    part.replace(b"~", rb"(?:\s|\x1b\[[\d;]*m)+").replace(b"ANSI", _ANSI)
+    for part in (
+        # Memory.
+        rb"(?i:out[~_]*of[~_]*memory)".replace(b"[~_]*", rb"(?:\s|_|\x1b\[[\d;]*m)*"),
+        rb"(?i:tried~to~allocate)",
+        rb"reserved~by~PyTorch",
+        rb"(?i:ailed~to~(?:CUDA~)?(?:allocate|calloc))",
+        rb"OOM~when~allocating",
+        rb"ALLOC_FAILED|STATUS_NOT_INITIALIZED",
+        rb"CPUAllocator|posix_memalign\(",
+        rb"ool~size~exceeded|cudaErrorMemoryAllocation|UR_RESULT_ERROR_OUT_OF",
+        rb"Free~memory~on~device|No~available~memory~for",
+        rb"nable~to~allocate|could~not~be~allocated|nforce~allocating",
+        rb"NVML_SUCCESS ==",
+        # The host.
+        rb"[Kk]illed(?:\s|ANSI$)|(?:[Cc]ode|status|exited?|Error)[ :=\"']+137",
+        rb"invoked oom|oom[-_]kill|oom_reaper|OOMKilled",
+        # pytest's lines.
+        rb"\.(?:py|md|rst|txt|ya?ml|json|ipynb)ANSI::|\.pyANSI:\d+: ",
+        rb"\[gw\d+\]|'gw\d+'",
+        rb" _+[ \r]*ANSI[ \r]*$",
+        # The same within JSON.
+        rb" _+ *(?:\\[rn])+\"|[Kk]illed(?:\\[rn])+\"",
+        rb"={2,}ANSI \S",
+        rb"-ANSI Captured ",
+        rb"\d%\]|\[ *\d+/\d+\]",
+        rb" (?:passed|failed|errors?|skipped|\w+ed|warnings?|rerun|ran)ANSI in \d",
+        rb"testMethod=|python3? \S+\.py [\w.]+ANSI\s",
+        rb"would~exceed~allowed|low~on~memory|EANSI {2,}ANSI(?:MemoryError|\| )",
+        rb"EANSI {2,}ANSI[\w.]+(?:Error|Exception|Exit|Failed|Warning|Timeout)\w*:",
+        rb"EANSI {2,}ANSI(?:assert |Failed: )",
+        rb"(?:ERROR|FAIL): \w+ \(|Ran \d+ tests? in ",
+        rb"ERROR|CRITICAL|FAILED|SUBFAIL",
+        rb"object has no attribute '",
+        rb"Fatal Python error|terminate called",
+    )
+)
+
+
+@functools.cache
+def _anchors() -> Any:
+    """Return the compiled anchors; compiled late, for their engine is slow to import."""
+    import re2
+
+    options = re2.Options()
+    options.max_mem = 256 << 20
+    return re2.compile(b"(?m)" + _ANCHORS, options)
+
+
+class Line(NamedTuple):
+    """A line that holds an anchor."""
+
+    number: int
+    raw: bytes
+    buffer: bytes
+    """The line's surroundings; what follows the line stands in it from ``end`` to ``window``."""
+    end: int
+    window: int
+
+
+def scan(chunks: Iterable[bytes]) -> Iterator[Line]:
+    """Return the lines that hold an anchor, the same ones however ``chunks`` are cut.
+
+    Memory stays that of a region and its windows.
+    """
+    number, position = 1, 0
+    for region in _regions(chunks):
+        buffer, begin, limit, base = region
+        counted = begin
+        # A region may begin within a line too long for the last one, of which a part was told.
+        for start, end, at in _hits(buffer, max(begin, position - base), limit):
+            number += buffer.count(b"\n", counted, start)
+            counted = max(start, counted)
+            yield Line(number, buffer[max(start, position - base) : end], buffer, end, at + WINDOW)
+            position = base + max(end, at + 1)
+        number += buffer.count(b"\n", counted, limit)
+
+
+class _Region(NamedTuple):
+    """A part of the log, with a window of context on either side."""
+
+    buffer: bytes
+    begin: int
+    limit: int
+    base: int
+    """Where the buffer begins in the log."""
+
+
+def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
+    """Return the log in regions that begin where a line begins, unless lines are too long."""
+    buffer, begin, base = b"", 0, 0
+    for more in _gather(chunks):
+        buffer += more
+        limit = len(buffer)
+        if more:
+            limit -= WINDOW
+            limit = buffer.rfind(b"\n", begin, max(limit, begin)) + 1 or limit
+        if limit > begin:
+            yield _Region(buffer, begin, limit, base)
+            cut = max(0, limit - WINDOW)
+            buffer, begin, base = buffer[cut:], limit - cut, base + cut
+
+
+def _hits(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int, int]]:
+    """Return where each line with an anchor starts and ends, and where its anchor is."""
+    search = _anchors().search
+    while position < limit:
+        match = search(buffer, position)
+        if match is None or match.start() >= limit:
+            return
+        at = match.start()
+        start, end = _line(buffer, at)
+        yield start, end, at
+        position = max(end, at + 1)
+
+
+def _gather(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Return larger pieces, without the NULs of text in UTF-16, and an empty one at the end."""
+    held: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        held.append(chunk.replace(b"\0", b"") if b"\0" in chunk else chunk)
+        size += len(chunk)
+        if size >= _REGION and (joined := b"".join(held)):
+            yield joined
+            held, size = [], 0
+    yield from filter(None, [b"".join(held)])
+    yield b""
+
+
+def _line(buffer: bytes, at: int) -> tuple[int, int]:
+    """Return where the line around ``at`` starts and ends; carriage returns end lines too."""
+    low, high = max(0, at - WINDOW), min(len(buffer), at + WINDOW)
+    start = max(buffer.rfind(b"\n", low, at), low - 1) + 1
+    start = max(buffer.rfind(b"\r", start, at), start - 1) + 1
+    end = buffer.find(b"\n", at, high)
+    end = high if end < 0 else end
+    stop = buffer.find(b"\r", at, end)
+    end = end if stop < 0 else stop
+    if end - start > _LONG:
+        start = max(start, at - 2048)
+        end = min(end, start + _LONG)
+    return start, end
+
+
+_ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|_[^\x07\x1b]*\x07|[@-Z\\-_])"
+    # Colours whose escape character was lost on the way.
+    r"|\[(?:\d{1,3}(?:;\d{1,3})*)m"
+)
+_LEVELS = r"(?P<level>TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL)"
+_PREFIXES = tuple(
+    map(
+        re.compile,
+        (
+            r"\ufeff",
+            r"[^\t]{1,120}\t[^\t]{1,120}\t\ufeff?(?=\d{4}-)",
+            r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,:]\d+)?(?:Z| ?[+-]\d\d:?\d\d)?\]?:? ?",
+            # GitLab's stream and its number.
+            r"\d\d[OE][+ ]? ?(?=\S)",
+            r"\[?\d\d:\d\d:\d\d(?:[.,]\d+)?\]?:? ?",
+            r"\[?[A-Z][a-z]{2} (?:[A-Z][a-z]{2} )?[ \d]\d \d\d:\d\d:\d\d(?:\.\d+)?(?: \d{4})?\]? ",
+            r"[\w.-]+ (?:kernel|[\w.-]+\[\d+\]): ",
+            r"\[ *\d+\.\d{3,}\] ?(?:\[ *[TC]\d+\] )?",
+            r"\[(?P<rank>rank\d+)\]:? ?",
+            r"\[(?:default)?(?P<local>\d+)\]: ?",
+            r"(?P<task>\d{1,4}): (?=\S)",
+            r"\((?:\w+ )?\w+ (?:pid|ip|rank)=[^)]{1,80}\)(?: \[repeated[^\]]*\])? ",
+            r"\([A-Z]\w+_?\w*(?: pid=\d+)?\) ",
+            r"[\w.-]{1,60}(?:-\d+)? +\| ",
+            r"> (?=\S)",
+            r"\| (?=\S)|INTERNALERROR> ",
+            # The gutter of an exception group.
+            r" {2,}\| (?=[A-Za-z_][\w.]{0,80}(?:Error|Exception): )",
+            r"##\[\w+\] ?|::\w+(?: [^:]*)?::",
+            r"<\d{1,3}>",
+            rf"{_LEVELS} +\S+:\S+\.py:\d+ ",
+            rf"{_LEVELS}(?: \d\d-\d\d \d\d:\d\d:\d\d)? \[[^\]\s]+:\d+\] ",
+            rf"\[{_LEVELS}\] ?(?:\[[^\]]*\] ?)?",
+            rf"{_LEVELS}:[\w.]+:",
+            rf"(?:- )?(?:[\w.]+ - )?{_LEVELS} +- (?:[\w.]+ - )?",
+            rf"{_LEVELS} +\| (?:\S+:\S+:\d+ - )?",
+            r"(?P<low>WARNING|INFO|DEBUG): ",
+            r"\[?[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d* ?[\w./-]+:\d+\] ",
+            r"(?:: )?[IWEF] (?:external/)?[\w./-]+:\d+\] ",
+            r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ",
+            r'\{"(?:log|message|msg)": ?"',
+        ),
+    )
+)
+_ANY_PREFIX = re.compile("|".join(re.sub(r"\?P<\w+>", "?:", each.pattern) for each in _PREFIXES))
+
+
+class Text(NamedTuple):
+    """A line as its program wrote it."""
+
+    body: str
+    """Without escapes and without what the carrier put before it; indentation stays."""
+    level: str
+    """Of a log record, else empty."""
+    rank: str
+    """``rank1`` where the carrier names it, else empty."""
+    whole: str
+    """Without escapes only."""
+
+
+def carrier(text: str) -> re.Pattern[str] | None:
+    """Return what a carrier that nobody foresaw puts before each line, as a pytest banner shows it.
+
+    Numbers in it may differ from line to line, and with them the space before them.
+    """
+    match = _BANNER.match(text) if len(text) < 1000 else None
+    if match is None or _QUOTED.match(match[1]):
+        return None
+    known = match[1].lstrip()
+    parts = (r"\d+" if part.isdecimal() else re.escape(part) for part in re.split(r"(\d+)", known))
+    return re.compile(r"\s*" + "".join(parts) if known else re.escape(match[1]))
+
+
+_BANNER = re.compile(
+    r"([^=]{1,200}?)(?:={3,} (?:test session starts|FAILURES|ERRORS|short test summary info) ={3,}"
+    r"|(?<=[^\w.])[.FEsxX]{5,} *\[ *\d+%\]"
+    r"|(?<=[^\w./:])[^\s:=]\S*\.py::\S.* (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) *\[ *\d+%\])$"
+)
+_QUOTED = re.compile(r"\s*(?:E |[>|]|#(?!\d))")
+
+
+def _of_json(text: str) -> str:
+    """Return the text that a line of JSON logs wraps."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    for key in ("log", "message", "msg", "textPayload"):
+        told = record.get(key)
+        if isinstance(told, str):
+            return _ESCAPES.sub("", told.strip("\r\n").partition("\n")[0]).rstrip()
+    return text
+
+
+def read(raw: bytes, learned: re.Pattern[str] | None = None) -> Text:
+    """Return the text of one line, whatever its encoding, without what was learned of a carrier."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252", errors="replace")
+    whole = _ESCAPES.sub("", text).rstrip()
+    if whole.startswith('{"') and whole.endswith("}"):
+        whole = _of_json(whole)
+    body, level, rank = whole, "", ""
+    if learned is not None and (match := learned.match(body)):
+        body = body[match.end() :]
+    for _ in range(8):
+        if not _ANY_PREFIX.match(body):
+            break
+        for prefix in _PREFIXES:
+            match = prefix.match(body)
+            if match is not None and match.end():
+                break
+        else:
+            break
+        found = match.groupdict()
+        level = found.get("level") or found.get("low") or level
+        number = found.get("local") or found.get("task")
+        rank = found.get("rank") or (f"rank{number}" if number else rank)
+        body = body[match.end() :]
+    return Text(body, level, rank, whole)

@@ -1,0 +1,487 @@
+"""Follows a log line by line: which tests ran where and in what order, and what felled them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.forensics import grammars, lines
+from pytest_gpumem.forensics.attribution import resolve
+from pytest_gpumem.forensics.runs import FAILING, Failure, Kill, Run, Seen, Summary, Test
+from pytest_gpumem.forensics.signatures import signature, subject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from pytest_gpumem.forensics.grammars import Message
+    from pytest_gpumem.forensics.lines import Line, Text
+
+_LOGGED_KEPT = 1000
+_SURVIVED = {"TRACE", "DEBUG", "INFO", "NOTICE", "WARNING", "WARN"}
+"""Levels of log records: who logs a failure as less than an error goes on."""
+
+FILE = r"[^\s:=]\S*?\.(?:py|md|rst|txt|ya?ml|json|ipynb)"
+_WORDS = r"PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|RERUN|SUBPASSED|SUBPASS|SUBFAILED|SUBFAIL"
+_SUBTESTS = {"SUBFAIL": "FAILED", "SUBFAILED": "FAILED"}
+_PROGRESS = r"\[ *(?:\d+%|\d+/\d+)\]"
+_BANNER = re.compile(r"={2,} (.+?) ={2,}$|=+ (.*\bin \d.*?) =+$")
+_RULE = re.compile(r"_+ (.+?) _+$")
+_CAPTURED = re.compile(r"-+ ?Captured (?:std\w+|log)\b")
+_WORKER_LINE = re.compile(r"\[(gw\d+)\] \w+ -- Python ")
+_XDIST = re.compile(rf"\[(gw\d+)\] (?:{_PROGRESS} )?({_WORDS}) ({FILE}(?:::.*)?)$")
+_BEGUN = re.compile(rf"({FILE}::\w[^\s\[]*(?:\[.*?\](?=\s|$))?)(?: (.*))?$")
+_OUTCOME = re.compile(
+    rf"(?:^|(?<=[^\w.])|(?<=\w))({_WORDS})(?: \([^()]{{0,200}}\))? *({_PROGRESS})?(?: [\d.]+s)?$"
+)
+_DOTS = re.compile(rf"(?:({FILE}) )?([.FEsxXRrpuPf,-]+) *({_PROGRESS})?$")
+_UNCARRIED = re.compile(r"=|[.FEsxX]+ *\[|\S+\.py(?:::| )|\[gw\d")
+_SUMMARY = re.compile(
+    r"(FAILED|ERROR|SUBFAILED|SUBFAIL|XFAIL|XPASS|PASSED|RERUN|SKIPPED)"
+    r"(?: ?\[[\d.]+s\]|(?:\[[^\]]*\])? ?(?:\([^)]*\))?)? "
+    rf"({FILE}(?:::\S(?:[^\[]*?\[.*?\](?=$| [A-Z-]|\[)|[^\[]*?))?)(?: - (.*))?$"
+)
+_CUT_SUMMARY = re.compile(rf"(FAILED|ERROR) ({FILE}::\S+?)(?:\.\.\.)?()$")
+_DURATION = re.compile(rf"([\d.]+)s (?:setup|call|teardown) +({FILE}::.*)$")
+_TALLY = re.compile(
+    r"(\d+) (passed|failed|skipped|deselected|xfailed|xpassed|errors?|warnings?|rerun)\b"
+)
+_TOOK = re.compile(r"\bin (\d+(?:\.\d+)?)s\b")
+_NO_TESTS = re.compile(r"no tests (?:ran|collected)")
+_LOCATION = re.compile(rf"({FILE}):(\d+): (\S.*)?")
+_SELF = re.compile(r"self = <([\w.]+)\.(\w+) testMethod=(\w+)>")
+_UNITTEST = re.compile(r"(?:ERROR|FAIL): (\w+) \(([\w.]+)\)")
+_UNITTEST_TOTAL = re.compile(r"Ran (\d+) tests? in ([\d.]+)s")
+_REPEAT = re.compile(r"(?:\w+=\S+ )*python3? (\S+\.py) (?:\w+\.)?(\w+)$")
+_CRASH = re.compile(r"worker '(gw\d+)' crashed while running '(.+?)'?$")
+_DOWN = re.compile(r"\[(gw\d+)\] node down: ")
+_ERROR_LINE = re.compile(r"E {2,}(.*)")
+_WHAT = re.compile(
+    r"(?:(.*?)\s*terminate called after throwing an instance of .*|\s*what\(\): +(.*))$"
+)
+_EXCEPTION = re.compile(
+    r"(?:[A-Za-z_]\w{0,80}\.){0,12}\w{0,80}"
+    r"(?:Error|Exception|Exit|Failed|Warning|Timeout)\w{0,80}: "
+)
+_FATAL = re.compile(r"Fatal Python error: (.*)")
+_NOT_MEMORY = re.compile(r"Segmentation fault|Illegal instruction|Bus error|stack overflow")
+_PHASE = re.compile(r"ERROR (?:at (setup|teardown) of|(collecting)) (.+)")
+_NAME = re.compile(r"[\w.:<>/\\ ()-]+(?:\[.*)?")
+# Where a new thing begins, a message that was wrapped has ended.
+_NEW = re.compile(
+    rf"(?:[=_-]{{3,}}|{FILE}:[\d:]|FAILED |ERROR |PASSED |SKIPPED |\[gw\d|Traceback |File |"
+    r"frame #|>|.{0,80}\bout of memory\b|During handling|The above exception|\d+ passed|\d+ failed)"
+)
+
+
+class Follower:
+    """Reads the lines of one log in order and keeps its runs."""
+
+    def __init__(self) -> None:
+        self.runs = [Run()]
+        self._section = ""
+        """``progress``, ``failures``, ``errors``, ``short`` (the summary), ``other``, or none."""
+        self._failure: Failure | None = None
+        self._captured = False
+        self._carrier: re.Pattern[str] | None = None
+        """What stands before each line, where a banner has shown it."""
+        # Each takes the line, or leaves it to the next.
+        self._steps: tuple[Callable[[Line, Text], bool], ...] = (
+            self._banner,
+            self._progress,
+            self._summary,
+            self._header,
+            self._detail,
+            self._death,
+            self._memory,
+            self._logged,
+        )
+
+    @property
+    def _run(self) -> Run:
+        return self.runs[-1]
+
+    def follow(self, found: Iterable[Line]) -> list[Run]:
+        """Read the lines and return the runs."""
+        for line in found:
+            text = lines.read(line.raw, self._carrier)
+            if text.body.endswith(("===", "%]")) and not (
+                self._run.pytest or _UNCARRIED.match(text.body)
+            ):
+                self._carrier = lines.carrier(text.whole) or self._carrier
+                text = lines.read(line.raw, self._carrier)
+            any(step(line, text) for step in self._steps)
+        for run in self.runs:
+            resolve(run)
+        return self.runs
+
+    def _banner(self, line: Line, text: Text) -> bool:
+        """Read a line that begins or ends a section or a run."""
+        body = text.body
+        if not body.startswith("="):
+            # -q prints the last line bare.
+            last = _TOOK.search(body) and (_TALLY.match(body) or _NO_TESTS.match(body))
+            if last:
+                self._end(line, body)
+            return last is not None
+        match = _BANNER.match(body)
+        if match is None:
+            return False
+        title = match[1] or match[2]
+        self._failure, self._captured = None, False
+        if title.startswith("test session starts"):
+            if self._run.pytest or self._run.loose or self._run.kills:
+                self.runs.append(Run())
+            self._run.pytest = True
+            self._section = "progress"
+        elif _TOOK.search(title) and (_TALLY.search(title) or _NO_TESTS.search(title)):
+            self._end(line, title)
+        elif title in {"FAILURES", "ERRORS", "short test summary info"}:
+            self._resume()
+            self._section = title.split()[0].lower()
+        else:
+            # PASSES, XFAILURES, warnings, slowest durations, our own section ...
+            self._section = "other"
+        return True
+
+    def _resume(self) -> None:
+        """Make sure that what comes belongs to a pytest run that has not ended."""
+        if self._run.ended:
+            self.runs.append(Run())
+        self._run.pytest = True
+
+    def _end(self, line: Line, text: str) -> None:
+        run = self._run
+        for number, word in _TALLY.findall(text):
+            run.tally["error" if word == "errors" else word] += int(number)
+        took = _TOOK.search(text)
+        run.duration += float(took[1]) if took else 0.0
+        run.ended = run.pytest = True
+        run.end_line = line.number
+        run.current = None
+        self._section, self._failure = "", None
+
+    def _progress(self, line: Line, text: Text) -> bool:
+        """Read a line that tells that a test began or ended."""
+        body = text.body
+        if "::" not in body and "]" not in body:
+            return self._dots(body)
+        if match := _XDIST.match(body):
+            self._resume()
+            self._section = "progress"
+            if "::" in match[3]:
+                self._outcome(self._run.test(match[3], match[1]), match[2])
+            return True
+        if match := _DURATION.match(body.lstrip()):
+            if test := self._run.find(match[2]):
+                test.duration += float(match[1])
+            return True
+        if self._section in {"failures", "errors", "short", "other"}:
+            return False
+        # With -s a test's output stands between its name and its outcome.
+        at = max(0, len(body) - 300)
+        ended = _OUTCOME.search(body, at)
+        begun = _BEGUN.match(body[: ended.start()].rstrip() if ended else body)
+        if ended and begun:
+            self._resume()
+            self._section = "progress"
+            self._outcome(self._run.test(begun[1]), ended[1])
+            self._run.current = None
+            return True
+        if ended and ended[2] and self._run.current is not None:
+            self._outcome(self._run.current, ended[1])
+            self._run.current = None
+            return True
+        return self._dots(body) or (begun is not None and self._begin(line, begun))
+
+    def _begin(self, line: Line, begun: re.Match[str]) -> bool:
+        """Enter a test whose nodeid stands alone, or before what it prints."""
+        if self._section != "progress":
+            return False
+        if not self._run.distributed:
+            self._run.current = self._run.test(begun[1])
+            if begun[2] and not (crashed := _WHAT.match(begun[2])):
+                self._loose(line, begun[2])
+            elif begun[2] and crashed:
+                return True
+        return True
+
+    def _outcome(self, test: Test, word: str) -> None:
+        # A teardown may fail after the test passed; nothing that comes later makes it pass.
+        word = _SUBTESTS.get(word, word)
+        test.torn = test.torn or (test.outcome == "PASSED" and word == "ERROR")
+        if test.outcome not in FAILING or word == "FAILED":
+            test.outcome = word
+
+    def _dots(self, body: str) -> bool:
+        run = self._run
+        if self._section not in {"", "progress"}:
+            return False
+        match = _DOTS.match(body)
+        if match is None or not (match[1] or match[3]):
+            return False
+        self._resume()
+        run = self._run
+        file = match[1] or next(reversed(run.letters), ("", ""))[0]
+        for number, letter in enumerate(match[2], run.letters.total() + 1):
+            run.letters[file, letter] += 1
+            if letter in run.marked:
+                run.marked[letter].append(number)
+        return True
+
+    def _summary(self, line: Line, text: Text) -> bool:
+        body = text.body
+        match = body[:1].isupper() and (_SUMMARY.match(body) or _CUT_SUMMARY.match(body))
+        if not match:
+            return False
+        kind = _SUBTESTS.get(match[1], match[1])
+        if kind in FAILING:
+            self._run.pytest = True
+            subtest = match[1] in _SUBTESTS
+            self._run.summary.append(Summary(kind, match[2], match[3] or "", line.number, subtest))
+            if self._section not in {"failures", "errors"}:
+                self._failure = None
+        return True
+
+    def _header(self, line: Line, text: Text) -> bool:
+        """Read the line that names the test of a section."""
+        match = text.body.startswith("_") and _RULE.match(text.body)
+        if not match or not match[1].strip("_ "):
+            return False
+        if self._section in {"other", "short"}:
+            return True
+        name, phase = match[1], "call"
+        kind = "ERROR" if self._section == "errors" else "FAILED"
+        if where := _PHASE.match(name):
+            kind, phase, name = "ERROR", where[1] or "collect", where[3]
+        if self._section not in {"failures", "errors"}:
+            # The log begins within a section, or it is no header at all.
+            if not _NAME.fullmatch(name):
+                return True
+            self._section = "errors" if where else "failures"
+        self._fail(line, name, kind, phase)
+        return True
+
+    def _fail(self, line: Line, name: str, kind: str = "FAILED", phase: str = "call") -> Failure:
+        self._failure = Failure(line.number, name, kind, phase)
+        self._captured = False
+        self._run.failures.append(self._failure)
+        return self._failure
+
+    def _detail(self, line: Line, text: Text) -> bool:
+        """Read what a failing test's section says about the test itself."""
+        body = text.body
+        if match := _UNITTEST.match(body):
+            # Python 3.11 on: "test_step (mod.Class.test_step)".
+            owner = match[2].removesuffix(f".{match[1]}")
+            self._section = "failures"
+            self._fail(line, f"{owner}.{match[1]}")
+            return True
+        if match := _UNITTEST_TOTAL.match(body):
+            self._run.tally["tests"] += int(match[1])
+            self._run.duration += float(match[2])
+            self._failure, self._section = None, ""
+            return True
+        failure = self._failure
+        location = _LOCATION.match(body) if not self._captured else None
+        if location and self._section == "failures" and not (failure and failure.name):
+            # --tb=line has no headers: a line with the place ends each failure.
+            if location[3] and not location[3].startswith("in "):
+                failure = failure or self._fail(line, "")
+                failure.file = location[1].replace("\\", "/")
+                self._raised(line, location[3])
+                self._failure = None
+            return True
+        if failure is None:
+            return False
+        if match := _WORKER_LINE.match(body):
+            failure.worker = match[1]
+        elif _CAPTURED.match(body):
+            self._captured = True
+        elif match := _REPEAT.match(body.lstrip()):
+            failure.file = match[1]
+        elif self._captured:
+            return False
+        elif match := _SELF.search(body):
+            failure.name = failure.name or f"{match[2]}.{match[3]}"
+            failure.file = failure.file or f"{match[1].replace('.', '/')}.py"
+        elif location:
+            if failure.file is None and "site-packages" not in location[1]:
+                failure.file = location[1].replace("\\", "/")
+        else:
+            return False
+        return True
+
+    def _death(self, line: Line, text: Text) -> bool:
+        """Read a line that tells of the end of a worker or of a process."""
+        run = self._run
+        if match := _CRASH.search(text.body):
+            worker, nodeid = match[1], match[2].rstrip("'")
+            if any(each.died and each.nodeid == nodeid for each in run.failures):
+                return True
+            failure = self._failure
+            if failure is None or self._section != "failures":
+                failure = self._fail(line, nodeid)
+            failure.name = failure.nodeid = nodeid
+            failure.worker, failure.died = worker, True
+            return True
+        if match := _DOWN.match(text.body):
+            run.down.setdefault(match[1], line.number)
+            run.pytest = True
+            return True
+        if match := _FATAL.search(text.body):
+            run.faulted = run.faulted or _NOT_MEMORY.search(match[1]) is not None
+            return True
+        return False
+
+    def _memory(self, line: Line, text: Text) -> bool:
+        """Read a line that may tell that memory ran out."""
+        if self._section == "other":
+            return True
+        body = text.body
+        failure = self._failure
+        if (match := _ERROR_LINE.match(body)) and not self._captured:
+            return self._raised(line, match[1].removeprefix("| "))
+        if match := _WHAT.match(body):
+            # An abort: "what()" tells why, and nobody catches it.
+            if match[1] and (begun := _BEGUN.match(match[1])):
+                self._resume()
+                self._run.current = self._run.test(begun[1])
+            return self._loose(line, match[2] or "", rank=text.rank, raised=True)
+        if failure is not None and not self._captured and self._section in {"failures", "errors"}:
+            # Source lines are indented; --tb=native prints the error at the margin.
+            found = self._read(line, body, raised=True)
+            if found and found.named and found.kind != "kill":
+                failure.note(Seen(line.number, found))
+                failure.error = body
+                return True
+            return self._kill(line, body)
+        return self._loose(line, body, text.level, text.rank) or self._kill(line, body)
+
+    def _raised(self, line: Line, message: str) -> bool:
+        """Take the error of the failing test from a line that shows it."""
+        failure = self._failure
+        if failure is None and self._section == "failures":
+            failure = self._fail(line, "")
+        stripped = message.strip()
+        found = self._read(line, stripped, raised=True)
+        if found and found.kind != "kill" and (found.named or found.sizes or stripped != message):
+            failure = failure or self._fail(line, "")
+            failure.note(Seen(line.number, found))
+            failure.error = stripped
+            return True
+        if failure is not None and (_EXCEPTION.match(stripped) or stripped.startswith("assert ")):
+            failure.error = stripped
+            return True
+        return False
+
+    def _loose(
+        self, line: Line, body: str, level: str = "", rank: str = "", *, raised: bool = False
+    ) -> bool:
+        """Keep a message outside of failures; how the test ends decides what it meant."""
+        found = self._read(line, body, raised=raised)
+        if found is None:
+            return False
+        if found.kind == "kill":
+            self._run.kills.append(Kill(line.number, found, found.pid))
+            return True
+        if level in _SURVIVED or (not raised and grammars.HANDLED.search(self._soon(line))):
+            return True
+        seen = Seen(line.number, found, rank or None)
+        if self._failure is not None and self._captured:
+            if found.named or raised:
+                self._failure.aside = self._failure.aside or seen
+        elif found.named or raised or found.sizes:
+            self._run.loose.append((seen, self._run.current))
+        return True
+
+    def _kill(self, line: Line, body: str) -> bool:
+        if self._captured:
+            return False
+        # kubectl indents what it describes.
+        found = grammars.parse(body.strip()) if body[:1].isspace() else None
+        if found is not None and found.kind == "kill":
+            self._run.kills.append(Kill(line.number, found, found.pid))
+            return True
+        match = grammars.PROBABLE_KILL.fullmatch(body)
+        if match is None:
+            return False
+        pid = match["pid"]
+        self._run.kills.append(Kill(line.number, None, int(pid) if pid else None))
+        return True
+
+    def _logged(self, line: Line, text: Text) -> bool:
+        """Count the errors in lines of logs."""
+        del line
+        body = text.body
+        what = subject(body)
+        if text.level not in {"ERROR", "CRITICAL", "FATAL"} and what is None:
+            return False
+        if body and not body.startswith(("E ", ">", "FAILED", "ERROR ")):
+            run = self._run
+            name = signature(body[:400])
+            if name in run.logged or len(run.logged) < _LOGGED_KEPT:
+                run.logged[name] += 1
+                run.subjects[name] |= {what} if what else set()
+        return True
+
+    def _soon(self, line: Line) -> str:
+        """Return the two lines that follow, where a program says that it tries again."""
+        return "\n".join(text.body for text in _following(line, 2, self._carrier))
+
+    def _read(self, line: Line, body: str, *, raised: bool) -> Message | None:
+        """Parse a message, with the lines that it was wrapped onto."""
+        if body[:1].isspace():
+            return None
+        message = grammars.parse(body, raised=raised)
+        broken = message is None and "emory" not in body and _EXCEPTION.match(body) is not None
+        if not broken and (
+            message is None or message.complete or body.endswith(("...", "\N{HORIZONTAL ELLIPSIS}"))
+        ):
+            return message
+        for text in _joined(line, body, self._carrier):
+            other = grammars.parse(text, raised=raised or message is not None)
+            if other is not None and other.figures > (message.figures if message else -1):
+                message = other
+        return message
+
+
+def _following(line: Line, limit: int, carrier: re.Pattern[str] | None) -> Iterator[Text]:
+    """Return the next ``limit`` lines, one by one: most who ask need the first only."""
+    at = line.end
+    for _ in range(limit):
+        start = line.buffer.find(b"\n", at, line.window) + 1
+        if not start:
+            # Carriage returns alone, or the end.
+            start = line.buffer.find(b"\r", at, line.window) + 1
+            if not start:
+                return
+        end = line.buffer.find(b"\n", start, line.window)
+        at = end if end >= 0 else line.window
+        yield lines.read(line.buffer[start : min(at, start + 4096)].rstrip(b"\r"), carrier)
+
+
+def _joined(line: Line, body: str, carrier: re.Pattern[str] | None) -> tuple[str, ...]:
+    """Return ``body`` with the lines that go on with it, joined in each way they may have been cut.
+
+    At a width, where spaces may have gone at the end of a line; at spaces; anywhere.
+    """
+    parts = [body]
+    widths = [len(lines.read(line.raw, carrier).whole)]
+    for text in _following(line, 10, carrier):
+        part = text.body
+        if match := _ERROR_LINE.match(part):
+            part = match[1]
+        if not part.strip() or _NEW.match(part) or _NEW.match(text.body):
+            break
+        parts.append(part)
+        widths.append(len(text.whole))
+        if grammars.ENDS.search(" ".join(parts)):
+            break
+    if len(parts) == 1:
+        return ()
+    width = max(widths[:-1])
+    padded = "".join(
+        part + " " * (width - own) for part, own in zip(parts, [*widths[:-1], width], strict=True)
+    )
+    cut = (padded,) if min(widths[:-1]) >= width - 2 else ()
+    return *cut, " ".join(each.strip() for each in parts), "".join(parts)

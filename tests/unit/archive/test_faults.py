@@ -1,0 +1,239 @@
+"""Disks that are full, broken or read-only, and processes that are killed in the middle."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kills import names, state
+from states import same
+
+from pytest_gpumem.archive import consolidator, disk
+from pytest_gpumem.archive.errors import ArchiveError, DiskError
+from pytest_gpumem.archive.store import ArchiveStore
+
+KEY = b"k" * 32
+CALLS = ("open", "pwrite", "fsync", "ftruncate", "preadv", "fstat", "close")
+
+
+class Fault:
+    """Lets the Nth call of a function of ``os`` that a store makes fail, once or from then on."""
+
+    def __init__(self, monkeypatch, name):
+        self.at, self.lasting, self.count, self.error = None, False, 0, errno.ENOSPC
+        real = getattr(os, name)
+
+        def call(*arguments, **more):
+            self.count += 1
+            if self.at is not None and (
+                self.count == self.at or (self.lasting and self.count > self.at)
+            ):
+                if name == "close":
+                    real(*arguments)
+                raise OSError(self.error, os.strerror(self.error))
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(disk.os, name, call)
+
+    def arm(self, at, error, *, lasting):
+        self.at, self.error, self.lasting, self.count = at, error, lasting, 0
+
+    def disarm(self):
+        self.at = None
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+def test_a_system_call_that_fails_is_one_error_and_the_store_stays_whole(
+    tmp_path, monkeypatch, call, lasting
+):
+    fault = Fault(monkeypatch, call)
+    store = ArchiveStore(tmp_path, key=KEY)
+    kept = store.put(state(0, 100))
+    # How many such calls a put makes.
+    fault.arm(None, 0, lasting=False)
+    store.delete(store.put(state(1)))
+    calls = fault.count
+    before = names(tmp_path)
+    assert calls or call == "fstat"
+
+    for at in {1, 2, 3, calls // 2, calls - 1, calls} - {0}:
+        for error in (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EROFS):
+            fault.arm(at, error, lasting=lasting)
+            failure = ""
+            try:
+                store.put(state(1))
+            except DiskError as raised:
+                failure = str(raised)
+            fault.disarm()
+            assert not failure or re.search(f"cannot write .*{os.strerror(error)}", failure)
+            for entry in store.entries():
+                if entry.id != kept:
+                    store.delete(entry.id)
+            ArchiveStore(tmp_path, key=KEY)
+            assert names(tmp_path) == before
+    same(store.get(kept), state(0, 100))
+
+
+@pytest.mark.parametrize("most", [1, 4096, 100_001])
+def test_short_writes_and_reads_lose_nothing(tmp_path, monkeypatch, most):
+    pwrite, preadv = os.pwrite, os.preadv
+    if most > 1:
+        monkeypatch.setattr(
+            disk.os, "pwrite", lambda file, data, at: pwrite(file, memoryview(data)[:most], at)
+        )
+    monkeypatch.setattr(
+        disk.os, "preadv", lambda file, views, at: preadv(file, [views[0][: max(most, 1000)]], at)
+    )
+    store = ArchiveStore(tmp_path, key=KEY)
+
+    same(store.get(store.put(state(1, 1_500_000))), state(1, 1_500_000))
+
+
+def test_a_write_that_does_nothing_is_an_error(tmp_path, monkeypatch):
+    store = ArchiveStore(tmp_path, key=KEY)
+    monkeypatch.setattr(disk.os, "pwrite", lambda file, data, at: 0)
+
+    with pytest.raises(DiskError, match="the system wrote nothing"):
+        store.put(state(1, 100))
+
+
+def test_what_the_disk_changed_is_found_before_the_state_counts_as_archived(tmp_path, monkeypatch):
+    store = ArchiveStore(tmp_path, key=KEY)
+    pwrite = os.pwrite
+
+    def lying(file, data, at):
+        changed = bytearray(data)
+        changed[len(changed) // 2] ^= 1
+        return pwrite(file, changed, at)
+
+    before = names(tmp_path)
+    monkeypatch.setattr(disk.os, "pwrite", lying)
+    with pytest.raises(ArchiveError):
+        store.put(state(1, 100_000))
+    assert names(tmp_path) == before
+
+
+def test_a_file_system_without_direct_access_works_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_DIRECT", 0)
+    store = ArchiveStore(tmp_path, key=KEY)
+
+    same(store.get(store.put(state(1))), state(1))
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a tmpfs")  # noqa: PTH112, S108
+def test_a_tmpfs_works_too(tmp_path):
+    folder = f"/dev/shm/gpumem-archive-{os.getpid()}"  # noqa: S108
+    try:
+        store = ArchiveStore(folder, key=KEY)
+        same(store.get(store.put(state(1))), state(1))
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_limit_on_file_sizes_is_one_error_and_the_model_stays(tmp_path):
+    code = """
+import resource, signal, sys, torch
+from pytest_gpumem import ArchiveStore, GpuConsolidator
+store = ArchiveStore(sys.argv[1], key=b"k" * 32)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 2**20, 3 * 2**20))
+model = torch.nn.Linear(1500, 1500)
+done = GpuConsolidator(store).consolidate_gpu_memory([{"data": model}])
+print(done.refused, model.weight.shape, store.entries())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert "File too large" in done.stdout
+    assert done.stdout.rstrip().endswith("torch.Size([1500, 1500]) []")
+    assert names(tmp_path) == ["key", "key-copy", "lock"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_is_read_only_is_one_error(tmp_path):
+    store = ArchiveStore(tmp_path / "store", key=KEY)
+    (tmp_path / "store" / "entries").chmod(0o500)
+
+    with pytest.raises(DiskError, match=r"cannot write .*: Permission denied"):
+        store.put([1])
+
+
+def test_a_store_that_is_a_file_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(DiskError, match="cannot use the store"):
+        ArchiveStore(tmp_path / "file", key=KEY)
+
+
+def test_what_a_dead_writer_left_is_gone_after_the_next_start(tmp_path):
+    store = ArchiveStore(tmp_path, key=KEY)
+    kept = store.put(state(1, 100))
+    orphan = store.put(state(2, 100))
+    before = names(tmp_path)
+    content = store.entry(orphan).content
+    sealed = (tmp_path / "states" / content).read_bytes()
+    store.delete(orphan)
+    # Killed when the state had its name and the entry had not.
+    (tmp_path / "states" / content).write_bytes(sealed)
+    for place in ("states", "entries", "."):
+        (tmp_path / place / f"{disk.TEMPORARY}0123").write_bytes(b"part")
+
+    again = ArchiveStore(tmp_path, key=KEY)
+    assert len(names(tmp_path)) == len(before) - 2
+    same(again.get(kept), state(1, 100))
+
+
+def test_nothing_of_a_living_writer_is_tidied_away(tmp_path):
+    store = ArchiveStore(tmp_path, key=KEY)
+    with store._locked(alone=False):
+        (tmp_path / "states" / f"{disk.TEMPORARY}0123").write_bytes(b"part")
+        ArchiveStore(tmp_path, key=KEY)
+        assert (tmp_path / "states" / f"{disk.TEMPORARY}0123").exists()
+
+
+@pytest.fixture(scope="module")
+def killed():
+    """Return what was said of processes that were killed, in a process without threads to fork."""
+    calls = "openat,flock,fcntl,pwrite64,ftruncate,fsync,preadv2,rename,unlink,close"
+    program = Path(__file__).parents[2] / "soak" / "archive_kills.py"
+    done = subprocess.run(
+        [sys.executable, program, "--kills=30", f"--calls={calls}", "--seed=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_kill_at_any_instant_leaves_the_old_or_the_new(killed):
+    assert "at random: Killed(kills=30, " in killed
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_kill_at_any_system_call_leaves_the_old_or_the_new(killed):
+    (count,) = re.findall(r"at (\d+) system calls: Killed\(kills=\1, ", killed)
+    assert int(count) > 20
+
+
+def test_a_consolidator_whose_disk_fails_says_so_and_goes_on(tmp_path, monkeypatch):
+    store = ArchiveStore(tmp_path, key=KEY)
+    fault = Fault(monkeypatch, "fsync")
+    fault.arm(1, errno.EIO, lasting=True)
+    here = consolidator.GpuConsolidator(store)
+    tensor = torch.ones(100)
+    done = here.consolidate_gpu_memory([{"data": {"w": tensor}}])
+
+    assert len(done.refused) == 1
+    assert "Input/output error" in done.refused[0]
+    assert torch.equal(tensor, torch.ones(100))
+    fault.disarm()
+    assert len(here.consolidate_gpu_memory([{"data": {"w": tensor}}]).ids) == 1

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict, namedtuple
+
+import pytest
+import states
+import torch
+from hypothesis import given, settings
+from states import DTYPES, QUANTIZED, same, shared, tensors_of
+
+from pytest_gpumem.archive import disk, file, tree
+from pytest_gpumem.archive.errors import StateRefusedError
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+SECRET = b"s" * 32
+
+
+@pytest.fixture(scope="module")
+def keep(tmp_path_factory):
+    """Return what an archive makes of a state, in new memory or with the tensors of ``into``."""
+    folder = tmp_path_factory.mktemp("archive")
+
+    def _keep(state, into=None, path=()):
+        new = disk.NewFile(folder / "state")
+        try:
+            file.write(new, SECRET, file.Packed(state), lambda _: None)
+            new.publish()
+        finally:
+            new.close()
+        reader = file.Reader(folder / "state", SECRET)
+        try:
+            return reader.get(path) if into is None else reader.get_into(into, path)
+        finally:
+            reader.close()
+
+    return _keep
+
+
+@settings(deadline=None, max_examples=max(150, settings().max_examples))
+@given(box=states.states())
+def test_every_state_comes_back_bit_for_bit(keep, box):
+    back = keep(box.state)
+
+    same(box.state, back)
+    mine, theirs = tensors_of(box.state), tensors_of(back)
+    assert shared(mine) == shared(theirs)
+    for (a, b), (c, d) in zip(
+        itertools.combinations(mine, 2), itertools.combinations(theirs, 2), strict=True
+    ):
+        assert (a is b) == (c is d)
+
+
+@settings(deadline=None, max_examples=max(100, settings().max_examples))
+@given(box=states.states())
+def test_every_state_comes_back_into_its_own_tensors(keep, box):
+    tensors = tensors_of(box.state)
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage()
+        for each in tensors
+        if not each.is_meta
+    }
+    before = {at: states.raw_storage(each).clone() for at, each in storages.items()}
+
+    found = keep(box.state, into=box.state)
+    same(box.state, found)
+    assert all(one is other for one, other in zip(tensors, tensors_of(found), strict=True))
+    for at, storage in storages.items():
+        assert torch.equal(states.raw_storage(storage), before[at])
+
+
+@pytest.mark.parametrize("dtype", [each for each in DTYPES if each not in QUANTIZED], ids=str)
+@pytest.mark.parametrize("elements", [0, 5, 300_001])
+def test_every_dtype_comes_back_at_every_size(keep, dtype, elements):
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    data = torch.randint(0, 256, (elements * itemsize,), dtype=torch.uint8)
+    tensor = torch.empty(0, dtype=dtype).set_(data.untyped_storage(), 0, (elements,), (1,))
+
+    back = keep({"x": tensor})["x"]
+    assert back.dtype == dtype
+    assert back.shape == tensor.shape
+    assert torch.equal(data, states.raw_storage(back.untyped_storage()))
+
+
+def quantized():
+    values = torch.randn(4, 6)
+    scales, zeros = torch.rand(4) + 0.1, torch.zeros(4)
+    for dtype in (torch.qint8, torch.quint8, torch.qint32):
+        yield torch.quantize_per_tensor(values, 0.1, 2, dtype)
+        yield torch.quantize_per_tensor(values, 0.1, 2, dtype).t()
+    yield torch.quantize_per_channel(values, scales, zeros.long(), 0, torch.qint8)
+    for dtype in (torch.qint8, torch.quint4x2, torch.quint2x4):
+        yield torch.quantize_per_channel(values, scales, zeros, 0, dtype)
+
+
+@pytest.mark.parametrize("number", range(10))
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_tensors_come_back(keep, number):
+    tensor = list(quantized())[number]
+    back = keep([tensor])[0]
+
+    same(tensor, back)
+    if tensor.dtype not in states.SUB_BYTE:
+        assert torch.equal(tensor.dequantize(), back.dequantize())
+    if tensor.qscheme() != torch.per_tensor_affine:
+        assert torch.equal(tensor.q_per_channel_scales(), back.q_per_channel_scales())
+        assert tensor.q_per_channel_axis() == back.q_per_channel_axis()
+
+
+def sparse():
+    dense = torch.tensor([[0.0, 2, 0, 0], [3, 0, 0, float("nan")], [0, 0, 0, 0], [1, 0, 5, 0]])
+    indices = torch.tensor([[0, 0, 1], [2, 2, 0]])
+    yield "coo, coalesced", dense.to_sparse()
+    yield (
+        "coo, not coalesced",
+        torch.sparse_coo_tensor(indices, torch.randn(3, 2), (2, 3, 2), check_invariants=True),
+    )
+    yield "csr", dense.to_sparse_csr()
+    yield "csc", dense.to_sparse_csc()
+    yield "bsr", dense.to_sparse_bsr((2, 2))
+    yield "bsc", dense.to_sparse_bsc((2, 2))
+    yield "coo, empty", torch.zeros(3, 0).to_sparse()
+
+
+SPARSE = ["coo, coalesced", "coo, not coalesced", "csr", "csc", "bsr", "bsc", "coo, empty"]
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_tensors_come_back(keep, kind):
+    tensor = dict(sparse())[kind]
+    back = keep({"s": tensor})["s"]
+
+    same(tensor, back)
+    if "coo" in kind:
+        assert tensor.is_coalesced() == back.is_coalesced()
+
+
+def test_tied_weights_stay_tied_and_a_slice_does_not_take_its_storage_along(keep):
+    model = torch.nn.Linear(8, 8, bias=False)
+    big = torch.zeros(2**22)
+    state = {
+        "a": model.weight,
+        "again": model.weight,
+        "view": model.weight.detach()[2:],
+        "s": big[5:9],
+    }
+    packed = file.Packed(state)
+    assert packed.parts.size == 8 * 8 * 4 + 4 * 4 + 4  # the slice from a multiple of 16 on
+
+    back = keep(state)
+    assert back["a"] is back["again"]
+    with torch.no_grad():
+        back["a"][3, 3] = 7
+    assert back["view"][1, 3] == 7
+
+
+def test_a_state_dict_keeps_the_versions_of_its_modules(keep):
+    state = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)).state_dict()
+    back = keep(state)
+
+    assert type(back) is OrderedDict
+    assert back._metadata == state._metadata
+
+
+def test_gradients_and_attributes_come_along(keep):
+    parameter = torch.nn.Parameter(torch.randn(3))
+    (parameter * 2).sum().backward()
+    parameter.tag = {"rows": [1, 2]}
+    back = keep([parameter])[0]
+
+    assert torch.equal(back.grad, parameter.grad)
+    assert back.tag == {"rows": [1, 2]}
+
+
+class Pair(torch.Tensor):
+    """A tensor of two."""
+
+    @staticmethod
+    def __new__(cls, one, two, note):
+        return torch.Tensor._make_wrapper_subclass(cls, one.shape, dtype=one.dtype)
+
+    def __init__(self, one, two, note):
+        self.one, self.two, self.note = one, two, note
+
+    def __tensor_flatten__(self):
+        return ["one", "two"], {"note": self.note}
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Pair(inner["one"], inner["two"], context["note"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Pair(args[0].one, args[0].two, args[0].note)
+        raise NotImplementedError(func)
+
+
+def test_a_subclass_is_refused_until_it_is_allowed(keep, monkeypatch):
+    monkeypatch.setattr(tree, "_allowed", set())
+    one = torch.randn(3)
+    state = {"w": torch.nn.Parameter(Pair(one, torch.randn(3), "n")), "tied": one}
+    with pytest.raises(StateRefusedError, match=r"\['w'\]: a tensor of the class .*Pair; allow"):
+        keep(state)
+
+    tree.allow_subclass(Pair)
+    back = keep(state)
+    assert isinstance(back["w"], Pair)
+    assert isinstance(back["w"], torch.nn.Parameter)
+    assert back["w"].note == "n"
+    same(back["w"].two, state["w"].two)
+    assert back["w"].one.data_ptr() == back["tied"].data_ptr()
+
+
+Point = namedtuple("Point", "x y")
+
+
+class Text(str):
+    __slots__ = ()
+
+
+LOOP = []
+LOOP.append(LOOP)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ({"a": [1, object()]}, r"state\['a'\]\[1\]: a builtins.object; allowed are tensors"),
+        ({"p": Point(1, 2)}, r"state\['p'\]: a .*Point"),
+        (Text("x"), "state: a .*Text"),
+        ({"s": {1, 2}}, "a builtins.set"),
+        (LOOP, "more than 100 containers inside one another"),
+        ({"x": torch.ones(2, requires_grad=True) * 2}, r"a graph behind it; detach\(\) it"),
+        ({torch.ones(2): 1}, "a tensor as a key"),
+        ({"m": torch.ones(3).to_mkldnn()}, "layout _mkldnn; give its to_dense"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_kept_is_refused_by_name(keep, state, sentence):
+    with pytest.raises(StateRefusedError, match=sentence):
+        keep(state)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused(keep):
+    with pytest.raises(StateRefusedError, match="a nested tensor"):
+        keep([torch.nested.nested_tensor([torch.ones(2)])])
+
+
+def test_an_emptied_tensor_is_refused(keep):
+    tensor = torch.ones(4)
+    tensor.untyped_storage().resize_(0)
+
+    with pytest.raises(StateRefusedError, match="not in memory"):
+        keep([tensor])
+
+
+def test_an_optimizer_continues_bit_by_bit_where_it_stopped(keep):
+    def steps(model, optimizer, count):
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(4, 16, generator=generator)).square().sum().backward()
+            optimizer.step()
+
+    def made():
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True)
+
+    model, optimizer = made()
+    steps(model, optimizer, 3)
+    back = keep({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    steps(model, optimizer, 10)
+
+    other, other_optimizer = made()
+    other.load_state_dict(back["model"])
+    other_optimizer.load_state_dict(back["optimizer"])
+    steps(other, other_optimizer, 10)
+    same(model.state_dict(), other.state_dict())
+    same(optimizer.state_dict(), other_optimizer.state_dict())
+
+
+@pytest.mark.parametrize("path", [(), ("b",), ("b", 1), ("a",)])
+def test_a_part_of_a_state_is_read_alone(keep, path):
+    state = {"a": torch.randn(400_000), "b": [torch.arange(3), torch.randn(5).t()], "c": 1}
+    wanted = state
+    for key in path:
+        wanted = wanted[key]
+
+    same(wanted, keep(state, path=path))
+
+
+@pytest.mark.parametrize("path", [("z",), ("b", 2), ("b", "x"), ("c", 0), ("b", -1)])
+def test_a_path_that_leads_nowhere_is_a_key_error(keep, path):
+    with pytest.raises(KeyError):
+        keep({"b": [1, 2], "c": 1}, path=path)
