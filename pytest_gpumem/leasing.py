@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 TELL_AFTER = 10.0
 """Seconds that a test waits before the terminal is told what for."""
+PATIENCE = 5.0
+"""Seconds that a test which the scheduler sent waits for what nobody will give back."""
 ANY = marks.Need(vram=None, cards=1, exclusive=False)
 """What a test without a mark asks for."""
 _SOMETHING = 1
@@ -215,16 +217,38 @@ class Leasing:
         wants = {card.uuid: self._want(need, card, held) for card in cards}
         begun = time.monotonic()
         with _Telling(lambda text: self._say(f"{item.nodeid} waits for {text}")) as telling:
-            self._lease = self._open().acquire(
-                wants,
-                {card.uuid: card.total for card in cards},
-                item.nodeid,
-                self._settings.lease_timeout,
-                telling.on_wait,
-            )
+            self._lease = self._wait(item, wants, telling)
+        if self._lease is None:
+            return
         size = min(wants[card.uuid].size or card.total for card in cards)
         waited = time.monotonic() - begun
         item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, waited)
+
+    def _wait(
+        self, item: pytest.Item, wants: Mapping[str, Want], telling: _Telling
+    ) -> Lease | None:
+        """Return a lease, None to go on without one.
+
+        A test that the scheduler sent waits for other runs' tests, but not for long for what is
+        merely kept on the card: the scheduler, which knew of it, waits for this test, and then
+        nobody would ever give anything back.
+        """
+        timeout, store_ = self._settings.lease_timeout, self._open()
+        totals = {card.uuid: card.total for card in self._cards}
+        patience = timeout if self._granted is None else min(PATIENCE, timeout or PATIENCE)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                return store_.acquire(wants, totals, item.nodeid, patience, telling.on_wait)
+            except LeaseTimeout:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+                if not any(
+                    not holder.waiting and holder.pid != os.getpid()
+                    for uuid in wants
+                    for holder in store_.holders(uuid)
+                ):
+                    return None
 
     def _give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""

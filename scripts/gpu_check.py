@@ -32,6 +32,7 @@ class Figures:
         for name, value in report.user_properties:
             if name == "figure" and report.when == "call" and isinstance(value, list):
                 self.rows.append((value[0], value[1]))
+                print(f"{value[0]}: {value[1]}", file=sys.stderr, flush=True)
 
 
 def card_line() -> str | None:

@@ -547,10 +547,8 @@ class Planner:
         cards = self._cards_for(worker, test)
         if _busy(cards) or len(cards) < self._tests[test].cards:
             return False
-        if any(map(self._owes, worker.card.workers)):
-            return False
-        whole = self._whole(test)
-        return any(whole > self._capacity(card, len(card.claims)) + card.others for card in cards)
+        # What other programs hold may be theirs for good: waiting for it could last for ever.
+        return not any(map(self._owes, worker.card.workers))
 
     def _may_use(self, worker: _Worker) -> bool:
         """Return whether ``worker`` has a context or may open one."""

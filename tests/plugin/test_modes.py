@@ -164,7 +164,10 @@ def test_marks_and_options_explain_themselves(tmp_path):
     marks = run_pytest(tmp_path, "--markers").output
     options = run_pytest(tmp_path, "--help").output
 
-    assert "@pytest.mark.gpu(vram=None, count=1, exclusive=False): Say that the test" in marks
+    assert (
+        "@pytest.mark.gpu(vram=None, count=1, exclusive=False, fallback=None): Say that the test"
+        in marks
+    )
     assert "--gpumem-simulate=SIZE" in options
     assert "GPU memory (pytest-gpumem)" in options
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
-from harness import MODES
+from harness import MODES, run_pytest, write_suite
 
 
 def outcomes(finished):
@@ -224,3 +226,37 @@ def test_a_run_that_touched_no_card_shows_no_section(run):
 
     assert "GPU memory =" not in finished.output
     assert outcomes(finished) == {"test_a": "passed"}
+
+
+HOG = """
+import sys
+from pytest_gpumem.simulator import Simulation
+card = Simulation.start(2 * 2**30, 2**20)
+card.install()
+import torch
+kept = torch.empty(1500, 2**20, dtype=torch.uint8, device="cuda")
+print(card.path, flush=True)
+sys.stdin.read()
+card.close()
+"""
+
+
+def test_what_another_program_keeps_for_good_is_not_waited_for_without_end(tmp_path):
+    hog = subprocess.Popen(
+        [sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    card = hog.stdout.readline().strip()
+    source = """
+import pytest, torch
+
+@pytest.mark.gpu(vram="1GiB")  # more than is left; it takes less
+@pytest.mark.parametrize("i", range(2))
+def test_it(i):
+    torch.ones(100, 2**20, dtype=torch.uint8, device="cuda")
+"""
+    write_suite(tmp_path, test_it=source)
+    arguments = ["--gpumem-simulate-card", card, "--gpumem-simulate-context=1MiB"]
+    finished = run_pytest(tmp_path, "-p", "gpumem", "-p", "xdist", "-n2", *arguments)
+    hog.communicate()
+
+    assert finished.outcomes == {"passed": 2}, finished.output

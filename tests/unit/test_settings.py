@@ -30,6 +30,10 @@ EXAMPLES = {
     "fraction": ("auto", 0.0),
     "trace": ("trace.json", None),
     "html": ("page.html", None),
+    "route_full": ("90%", 0.9),
+    "route_busy": ("60%", 0.6),
+    "route_large": ("1GiB", 2**30),
+    "embedding_model": ("models/small", "models/small"),
 }
 
 
