@@ -4,25 +4,27 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 ON_PYTEST8 = PYTHONPATH=$(abspath $(VENV)/pytest8) $(BIN)/python -m pytest -n 2
-# What touches most of pytest; the rest runs on pytest 8 in `make soak`.
-CORE = kinds.py runs.py scheduler.py sharing.py hosts.py
+# What touches most of pytest; everything runs on pytest 8 in `make soak`.
+CORE = kinds.py runs.py
 PIP := $(BIN)/python -m pip install -qq
 PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name py.typed) pyproject.toml README.md LICENSE
 
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help demo test test-pytest9 test-pytest8 lint bench soak gpu-check wheel clean
+.PHONY: help demo test test-pytest9 test-pytest8 lint docs bench soak gpu-check wheel package-check clean
 
 help:
-	@echo "make demo       the demo suite, on the GPU or on a simulated one"
-	@echo "make test       all tests on pytest 9, those of the plugin's core also on pytest 8"
-	@echo "make lint       ruff and mypy"
-	@echo "make bench      overhead against bare pytest, pytest-memray and pytest-monitor"
-	@echo "make soak       property tests with many more examples; all of torch's operators"
-	@echo "make gpu-check  the real-GPU suite; prints its figures as Markdown"
-	@echo "make wheel      the wheel, into dist/"
-	@echo "make clean      remove everything that make built"
+	@echo "make demo           the demo suite, on the GPU or on a simulated one"
+	@echo "make test           all tests on pytest 9, those of the plugin's core also on pytest 8"
+	@echo "make lint           ruff and mypy"
+	@echo "make docs           the documentation as pages, into build/site"
+	@echo "make bench          overhead against bare pytest, pytest-memray and pytest-monitor"
+	@echo "make soak           property tests with many more examples; all of torch's operators; other packages' suites"
+	@echo "make gpu-check      the real-GPU suite; prints its figures as Markdown"
+	@echo "make wheel          the wheel, into dist/"
+	@echo "make package-check  build wheel and sdist, judge them, try them in empty environments"
+	@echo "make clean          remove everything that make built"
 
 demo: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
@@ -40,21 +42,29 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The variable silences a notice about another program.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.peers
 	$(BIN)/python scripts/bench/overhead.py --peers $(VENV)/peers --pytest8 $(VENV)/pytest8 $(ARGS)
 
-soak: $(VENV)/.wheel $(VENV)/.pytest8
+soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(PIP) --group soak
 	HF_HUB_OFFLINE=1 $(ON_PYTEST8) tests/plugin
 	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
 	$(BIN)/python tests/soak/opinfo_campaign.py
 	$(BIN)/python tests/soak/lease_kills.py
+	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours
 	$(BIN)/python tests/soak/archive_kills.py
 
 gpu-check: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/gpu_check.py $(ARGS)
 
 wheel: $(VENV)/.wheel
+
+package-check: $(VENV)/.package
+	$(BIN)/python scripts/check_package.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -82,4 +92,13 @@ $(VENV)/.pytest8: | $(VENV)/.ready
 
 $(VENV)/.peers: | $(VENV)/.ready
 	$(PIP) --target $(VENV)/peers --group bench
+	touch $@
+
+$(VENV)/.docs $(VENV)/.package: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
+	$(PIP) --group $*
+	touch $@
+
+# Beside the venv: in it, they would take part in every other test.
+$(VENV)/.neighbours: pyproject.toml | $(VENV)/.ready
+	$(PIP) --target $(VENV)/neighbours --group neighbours
 	touch $@

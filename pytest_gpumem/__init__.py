@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from pytest_gpumem.archive.store import ArchiveStore
     from pytest_gpumem.archive.tree import allow_subclass
     from pytest_gpumem.forensics.analysis import analyze_oom_sequence
+    from pytest_gpumem.routing.model_pool import ModelPool
+    from pytest_gpumem.routing.placing import load_sentence_transformer
+    from pytest_gpumem.routing.resource_manager import (
+        HybridResourceManager,
+        get_resource_manager,
+        get_sentence_transformer_device,
+    )
     from pytest_gpumem.sharing.lease import LeaseError, LeaseTimeout, TooLarge, gpu_lease
 
 __all__ = [
@@ -35,10 +42,12 @@ __all__ = [
     "DamagedError",
     "DiskError",
     "GpuConsolidator",
+    "HybridResourceManager",
     "KeyRefusedError",
     "LeaseError",
     "LeaseTimeout",
     "MismatchError",
+    "ModelPool",
     "NotFoundError",
     "QuotaError",
     "StateRefusedError",
@@ -48,7 +57,10 @@ __all__ = [
     "allow_subclass",
     "analyze_oom_sequence",
     "get_gpu_consolidator",
+    "get_resource_manager",
+    "get_sentence_transformer_device",
     "gpu_lease",
+    "load_sentence_transformer",
 ]
 __version__ = "0.1.0"
 
@@ -73,6 +85,13 @@ _HOMES = {
     "pytest_gpumem.archive.store": ("ArchiveStore",),
     "pytest_gpumem.archive.tree": ("allow_subclass",),
     "pytest_gpumem.forensics.analysis": ("analyze_oom_sequence",),
+    "pytest_gpumem.routing.model_pool": ("ModelPool",),
+    "pytest_gpumem.routing.placing": ("load_sentence_transformer",),
+    "pytest_gpumem.routing.resource_manager": (
+        "HybridResourceManager",
+        "get_resource_manager",
+        "get_sentence_transformer_device",
+    ),
     "pytest_gpumem.sharing.lease": ("LeaseError", "LeaseTimeout", "TooLarge", "gpu_lease"),
 }
 """Where each public name lives; it is imported when it is first asked for."""

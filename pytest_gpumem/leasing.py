@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_gpumem import devices, marks
-from pytest_gpumem.measuring import oom_sentence
 from pytest_gpumem.records import Grant
+from pytest_gpumem.routed import may_fall_back
 from pytest_gpumem.sharing.history import DURATION
 from pytest_gpumem.sharing.lease import (
     Lease,
@@ -26,12 +26,14 @@ from pytest_gpumem.sharing.lease import (
 )
 from pytest_gpumem.sharing.workers import Holdings
 from pytest_gpumem.sharing.xdist_private import tear_down
-from pytest_gpumem.state import GRANT, ITEM_MARKS, NO_MARKS, USAGE, State
+from pytest_gpumem.state import GRANT, ITEM_MARKS, NO_MARKS, STEP, USAGE, State
+from pytest_gpumem.tracking import release
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
+    from pytest_gpumem.archive.consolidator import GpuConsolidator
     from pytest_gpumem.records import Card
     from pytest_gpumem.sharing.history import History
 
@@ -87,12 +89,13 @@ class Leasing:
         """Whether there are no leases on this machine."""
         self._lease: Lease | None = None
         self._refusal = ""
-        self._lacked_room = False
-        """Whether the test ran out of memory on a card that it shared."""
+        self._next = ""
+        """Of the ladder, the step to take with a test that ran out of memory: a further attempt,
+        see ``RecordedTest.step``."""
+        self._step = ""
+        """The step that is being taken."""
         self._spoiled = False
-        """Whether its set-up did: wider fixtures that failed would fail it again."""
-        self._alone = False
-        """Whether it runs again because of that."""
+        """Whether its set-up ran out: wider fixtures that failed would fail it again."""
 
     # Around a test
 
@@ -101,7 +104,7 @@ class Leasing:
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
-        """Hold a lease while the test runs; run it again, alone, if it lacked room."""
+        """Hold a lease while the test runs; run it again if it ran out of memory."""
         self._take(item)
         try:
             result = yield
@@ -109,16 +112,31 @@ class Leasing:
             self._give_back()
         if self._granted is None:
             self._learn(item)
-        if self._lacked_room:
-            self._lacked_room, self._alone = False, True
+        if self._next:
+            before, self._step, self._next = self._step, self._next, ""
             try:
-                report = tear_down(item, None) if self._spoiled else None
-                if report is not None:
-                    item.ihook.pytest_runtest_logreport(report=report)
-                item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+                self._climb(item, nextitem)
             finally:
-                self._alone = False
+                self._step = before
         return result
+
+    def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Run a test again, on the next step of the ladder."""
+        report = tear_down(item, None) if self._spoiled else None
+        if report is not None:
+            item.ihook.pytest_runtest_logreport(report=report)
+        consolidator = _consolidator()
+        if consolidator is not None and not consolidator.idle:
+            done = consolidator.consolidate_gpu_memory(process_context=item.name)
+            item.user_properties.append(("gpumem_consolidated", str(done)))
+        item.user_properties[:] = [each for each in item.user_properties if each[0] != STEP]
+        item.user_properties.append((STEP, self._step))
+        manager = sys.modules.get("pytest_gpumem.routing.resource_manager")
+        banned = nullcontext()
+        if self._step == "cpu" and manager is not None:
+            banned = manager.shared.ban("it ran out of memory on the card")
+        with banned:
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
@@ -131,27 +149,31 @@ class Leasing:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
-        self, call: pytest.CallInfo[Any]
+        self, item: pytest.Item, call: pytest.CallInfo[Any]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Call running out of memory beside others an attempt, and no failure.
-
-        Where the controller schedules, it decides.
-        """
+        """Call running out of memory an attempt, and no failure, if there is a next step."""
         report = yield
-        if self._granted is not None or not report.failed or call.excinfo is None:
+        if not report.failed or call.excinfo is None or call.when == "teardown":
             return report
-        if oom_sentence(call.excinfo.value) and self._may_try_again():
-            self._lacked_room, self._spoiled = True, report.when == "setup"
+        if release.oom_sentence(call.excinfo.value) and (step := self._next_step(item)):
+            self._next, self._spoiled = step, report.when == "setup"
             report.outcome = "rerun"  # type: ignore[assignment]  # as rerunfailures calls it
         return report
 
-    def _may_try_again(self) -> bool:
-        """Return whether others are on the card, so that being alone would help."""
-        if self._alone or self._settings.oom != "retry":
-            return False
-        if self._lease is not None and self._lease.exclusive:
-            return False
-        return any(map(self._is_shared, self._cards))
+    def _next_step(self, item: pytest.Item) -> str:
+        """Return what to try with a test that ran out of memory; "" for nothing."""
+        answer, lease = self._settings.oom, self._lease
+        if answer == "fail" or self._step == "cpu":
+            return ""
+        alone = lease is not None and lease.exclusive
+        if self._granted is not None and not alone and not self._step:
+            return ""  # the controller sees to it that the test is alone
+        if not self._step and not alone and any(map(self._is_shared, self._cards)):
+            return "alone"
+        consolidator = _consolidator()
+        if self._step != "released" and consolidator is not None and not consolidator.idle:
+            return "released"
+        return "cpu" if answer == "cpu" and may_fall_back(item) else ""
 
     def _is_shared(self, card: Card) -> bool:
         if set(devices.process_bytes(card)) - {os.getpid()}:
@@ -232,11 +254,13 @@ class Leasing:
         marked = item.stash.get(ITEM_MARKS, NO_MARKS)
         if marked.off:
             return None
+        asked = marked.need or ANY
+        if self._step == "cpu":
+            return None
+        if self._step:
+            return Need(None, asked.cards)
         if self._granted is not None:
             return self._granted()
-        asked = marked.need or ANY
-        if self._alone:
-            return Need(None, asked.cards)
         expected = self._history.expect(item.nodeid, asked.vram)
         if expected.peak is not None:
             return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
@@ -282,6 +306,12 @@ class Leasing:
         with shown:
             sys.stderr.write(f"\ngpumem: {text}\n")
             sys.stderr.flush()
+
+
+def _consolidator() -> GpuConsolidator | None:
+    """Return the process's consolidator, if anybody has used it."""
+    module = sys.modules.get("pytest_gpumem.archive.consolidator")
+    return module.get_gpu_consolidator() if module is not None else None
 
 
 class _Telling:

@@ -16,20 +16,28 @@ if TYPE_CHECKING:
 
 
 class Need(NamedTuple):
-    """What a test asks of the cards: bytes (None: not said), how many cards, alone or not."""
+    """What a test asks: bytes (None: not said), how many cards, alone or not, where else."""
 
     vram: int | None
     cards: int
     exclusive: bool
+    fallback: str | None = None
 
 
-def gpu(vram: str | int | None = None, count: int = 1, exclusive: bool = False) -> Need:
-    """Say that the test uses VRAM: its expected peak, how many cards, whether it must be alone."""
+def gpu(
+    vram: str | int | None = None,
+    count: int = 1,
+    exclusive: bool = False,
+    fallback: str | None = None,
+) -> Need:
+    """Say that the test uses VRAM: its expected peak, how many cards, alone, or "cpu" would do."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"count={count!r} is not a number of cards; allowed is 1 or more")
     if not isinstance(exclusive, bool):
         raise ValueError(f"exclusive={exclusive!r} is neither True nor False")
-    return Need(None if vram is None else _size("vram", vram), count, exclusive)
+    if fallback not in (None, "cpu"):
+        raise ValueError(f"fallback={fallback!r} is no device to fall back to; allowed is 'cpu'")
+    return Need(None if vram is None else _size("vram", vram), count, exclusive, fallback)
 
 
 def vram_limit(limit: str | int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,6 @@ from pytest_gpumem.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-_OOM = re.compile(r"(CUDA|HIP|XPU|MPS)( error:| driver error:| backend)? ?out of memory")
 """How torch words it where the class is a plain ``RuntimeError``."""
 
 
@@ -257,7 +255,7 @@ def _enforce(
 
 def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
-    oom = next(filter(None, map(oom_sentence, errors)), "")
+    oom = next(filter(None, map(release.oom_sentence, errors)), "")
     item.user_properties[:] = [each for each in item.user_properties if each[0] not in PROPERTIES]
     grant = item.stash.get(GRANT, None)
     if not (usage.cards or usage.fixtures or oom or grant):
@@ -275,14 +273,3 @@ def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) ->
         json.dumps(record),
     )
     item.user_properties.extend(zip(PROPERTIES, values, strict=True))
-
-
-def oom_sentence(error: BaseException) -> str:
-    """Return the first sentences of a card's out-of-memory error in the chain, "" without one."""
-    for each in release.chain(error):
-        text = str(each)
-        named = type(each).__name__ == "OutOfMemoryError"
-        if named or (isinstance(each, RuntimeError) and _OOM.match(text)):
-            # torch.AcceleratorError goes on with lines of general advice.
-            return ". ".join(text.partition("\n")[0].split(". ")[:2])
-    return ""

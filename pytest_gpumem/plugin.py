@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpumem import consolidating, marks
+from pytest_gpumem import consolidating, marks, routed
 from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
 from pytest_gpumem.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State, is_worker
 from pytest_gpumem.units import format_bytes
@@ -29,10 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Register every option with its ini twin."""
     group = parser.getgroup("gpumem", "GPU memory (pytest-gpumem)")
     for option in OPTIONS:
+        text = option.help.replace("%", "%%")  # argparse formats it
         # Defaults are None, so that the environment and the ini file can be told from "not given".
         if option.metavar is None:
             group.addoption(
-                option.flag, dest=option.dest, action="store_true", default=None, help=option.help
+                option.flag, dest=option.dest, action="store_true", default=None, help=text
             )
         else:
             group.addoption(
@@ -40,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                 dest=option.dest,
                 default=None,
                 metavar=option.metavar,
-                help=option.help,
+                help=text,
             )
         parser.addini(option.dest, f"Twin of {option.flag} and {option.env}.", default="")
 
@@ -59,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         _begin(config, vars(config.option))
     state = config.stash[STATE]
     config.pluginmanager.register(consolidating, consolidating.NAME)
+    config.pluginmanager.register(routed, routed.NAME)
     settings, controller = state.settings, _is_controller(config)
     if settings.mode == "off":
         return

@@ -109,6 +109,18 @@ class Grant(NamedTuple):
     """Seconds before its start."""
 
 
+class Route(NamedTuple):
+    """Where a task was sent."""
+
+    task: str
+    """Its kind."""
+    size: int
+    """Bytes it was said to need; 0 when not said."""
+    device: str
+    """``cuda`` or ``cpu``."""
+    reason: str
+
+
 class RecordedTest(NamedTuple):
     """One test (or one attempt of it), with its usage on every card it touched."""
 
@@ -131,6 +143,11 @@ class RecordedTest(NamedTuple):
     """Where it ran; empty for the machine that reports."""
     broke: str = ""
     """First sentence of the CUDA error after which its process was of no use, else empty."""
+    routes: tuple[Route, ...] = ()
+    """Where its tasks were sent."""
+    step: str = ""
+    """Why this is a further attempt after one ran out of memory: ``alone`` on the card,
+    ``released`` after model state was consolidated, or on the ``cpu``."""
 
 
 class RunRecord(NamedTuple):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem.devices import torch_state
-from pytest_gpumem.measuring import oom_sentence
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Replacing:
         if call.excinfo is not None and not self._broke:
             sentence = cuda_sentence(call.excinfo.value)
             # A card that is too full for a context is not a context that is lost.
-            full = oom_sentence(call.excinfo.value)
+            full = release.oom_sentence(call.excinfo.value)
             if sentence and not full and not torch_state.cuda_answers():
                 self._broke = sentence
         if self._broke:

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpumem import devices, records
 from pytest_gpumem.reports import terminal, trace
-from pytest_gpumem.state import CARDS, HOST, LATE, NOTES, USAGE_ERROR, State
+from pytest_gpumem.state import CARDS, HOST, LATE, NOTES, ROUTES, STEP, USAGE_ERROR, State
 from pytest_gpumem.units import format_mib
 
 if TYPE_CHECKING:
@@ -214,7 +214,13 @@ def _record(report: pytest.TestReport, worker: str, phases: _Phases) -> records.
         start=phases.start,
         broke=phases.broke,
     )
-    text = dict(report.user_properties).get("gpumem_record")
+    told = dict(report.user_properties)
+    routes, step = told.get(ROUTES), told.get(STEP)
+    if isinstance(routes, str):
+        own = own._replace(routes=tuple(records.Route(*each) for each in json.loads(routes)))
+    if isinstance(step, str):
+        own = own._replace(step=step)
+    text = told.get("gpumem_record")
     if not isinstance(text, str):
         return own
     usage = json.loads(text)

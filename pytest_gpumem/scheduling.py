@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
 from pytest_gpumem.leasing import Leasing, Need
-from pytest_gpumem.measuring import LateTeardowns, Measuring, oom_sentence
+from pytest_gpumem.measuring import LateTeardowns, Measuring
 from pytest_gpumem.replacing import Replacing
 from pytest_gpumem.sharing import workers, xdist_private
 from pytest_gpumem.sharing.history import History
 from pytest_gpumem.state import HISTORY, ITEM_MARKS, NO_MARKS, State
+from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,7 +130,7 @@ def share(config: pytest.Config, state: State) -> None:
 
 def _scheduled(config: pytest.Config, state: State) -> Leasing:
     holdings = workers.Holdings(state.settings.context_cost)
-    retry = state.settings.oom == "retry"
+    retry = state.settings.oom != "fail"
     worker = xdist_private.Worker(
         config,
         hello=lambda items: {
@@ -139,8 +140,8 @@ def _scheduled(config: pytest.Config, state: State) -> Leasing:
         },
         holding=holdings,
         used=workers.CardUse(state.found.cards),
-        release=workers.give_back,
-        is_oom=lambda error: retry and bool(oom_sentence(error)),
+        release=_give_back,
+        is_oom=lambda error: retry and bool(release.oom_sentence(error)),
     )
     config.pluginmanager.register(worker, "gpumem-worker")
     measuring = config.pluginmanager.getplugin(Measuring.NAME)
@@ -154,12 +155,24 @@ def _scheduled(config: pytest.Config, state: State) -> Leasing:
     return Leasing(config, state, History(), granted)
 
 
+def _give_back() -> None:
+    """Free what nobody uses now: models that are registered, and what fixtures left behind."""
+    from pytest_gpumem.archive.consolidator import get_gpu_consolidator
+
+    consolidator = get_gpu_consolidator()
+    if not consolidator.idle:
+        consolidator.consolidate_gpu_memory(process_context="wanted by another worker")
+    workers.give_back()
+
+
 def _needs(items: Sequence[pytest.Item]) -> list[tuple[int, int | None, int, bool]]:
     """Return what the marks of the tests say: index, bytes, cards, alone."""
     marked = (
         (index, item.stash.get(ITEM_MARKS, NO_MARKS).need) for index, item in enumerate(items)
     )
-    return [(index, *need) for index, need in marked if need is not None]
+    return [
+        (index, need.vram, need.cards, need.exclusive) for index, need in marked if need is not None
+    ]
 
 
 class Sharing:

@@ -44,13 +44,17 @@ class Settings(NamedTuple):
     headroom: int = 64 * 2**20
     context: int = 512 * 2**20
     too_large: str = "fail"
-    oom: str = "retry"
+    oom: str = "cpu"
     lease_timeout: float | None = None
     history: Path | None = None
     fraction: float | None = None
     """0 means by the number of workers."""
     trace: Path | None = None
     html: Path | None = None
+    route_full: float = 0.85
+    route_busy: float = 0.70
+    route_large: int = 200 * 2**20
+    embedding_model: str = "all-MiniLM-L6-v2"
 
     @property
     def simulated(self) -> bool:
@@ -283,6 +287,30 @@ OPTIONS = (
         "PERCENT",
     ),
     Option(
+        "route_full",
+        _share,
+        "Send tasks to the CPU when more than this part of a card is used. Default: 85%.",
+        "PERCENT",
+    ),
+    Option(
+        "route_busy",
+        _share,
+        "Send large tasks to the CPU when more than this part is used. Default: 70%.",
+        "PERCENT",
+    ),
+    Option(
+        "route_large",
+        parse_bytes,
+        "What a large task wants more than. Default: 200MiB.",
+        "SIZE",
+    ),
+    Option(
+        "embedding_model",
+        str,
+        "Name or path of the model of the fixture embedding_model. Default: all-MiniLM-L6-v2.",
+        "MODEL",
+    ),
+    Option(
         "schedule",
         _one_of(SCHEDULES, "a way to schedule"),
         "How xdist's workers get their tests in place of --dist load. careful: tests of unknown "
@@ -311,9 +339,10 @@ OPTIONS = (
     ),
     Option(
         "oom",
-        _one_of(("fail", "retry"), "an answer"),
-        "When a test runs out of memory on a card that it shared. retry: run it again alone; "
-        "fail: let it fail. Default: retry.",
+        _one_of(("fail", "retry", "cpu"), "an answer"),
+        "When a test runs out of memory. fail: let it fail; retry: run it again, alone on the "
+        "card and with model state consolidated; cpu: and then on the CPU, if it asked where "
+        "to work. Default: cpu.",
         "ANSWER",
     ),
     Option(

@@ -125,6 +125,17 @@ class GpuConsolidator:
             item = {"type": type, "metadata": metadata or {}}
             self._registered[id(data)] = (self._reference(data), item)
 
+    def forget(self, data: Any) -> None:
+        """Do not consolidate ``data`` of your own accord any more; one that sleeps sleeps on."""
+        with self._mutex:
+            self._registered.pop(id(data), None)
+
+    def sleeping_bytes(self, data: Any) -> int:
+        """Return the bytes that waking ``data`` takes; 0 if it is awake."""
+        with self._mutex:
+            sleeper = self._asleep.get(id(data))
+            return self.store.entry(sleeper.id).size if sleeper is not None else 0
+
     def _reference(self, data: Any) -> Callable[[], Any]:
         try:
             return weakref.ref(data, functools.partial(self._forget, id(data)))

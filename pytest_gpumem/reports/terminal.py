@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.reports import timeline
@@ -13,6 +15,12 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
 
 _HOLDERS_SHOWN = 3
+_STEPS = {
+    "alone": "alone on the card",
+    "released": "after consolidating model state",
+    "cpu": "on the CPU",
+}
+"""Of the ladder."""
 _WAITED = 0.01
 """Seconds from which on a lease counts as waited for."""
 
@@ -39,6 +47,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
     yield from _section("leaked", _leaks(touched, limit))
     yield from _section("out of memory", _ooms(touched))
     yield from _section("sharing", _sharing(run, verbosity))
+    yield from _section("routing", _routing(run.tests))
     yield from _section("replaced workers", _replaced(run.tests))
     if verbosity > 0:
         yield from _section("not counted as leaked", _notes(touched))
@@ -187,6 +196,25 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
         yield from (f"      {test.nodeid}{_on(test)}" for test in shown)
         if len(shown) < len(again):
             yield f"      ... {len(again) - len(shown)} more; -v shows all"
+
+
+def _routing(tests: Sequence[RecordedTest]) -> Iterator[str]:
+    """Show where tasks were sent and why, and the steps that were taken after an OOM."""
+    routes = [route for test in tests for route in test.routes]
+    if routes:
+        on_cpu = [route for route in routes if route.device == "cpu"]
+        yield (
+            f"  {_count(len(routes), 'task')}: {len(routes) - len(on_cpu)} to the card, "
+            f"{len(on_cpu)} to the CPU"
+        )
+        reasons = Counter(re.sub(r"\d[\d.]*( [KMG]iB|%)?", "N", each.reason) for each in on_cpu)
+        for reason, number in reasons.most_common(_HOLDERS_SHOWN):
+            yield f"      {number} x {reason}"
+    steps = Counter(test.step for test in tests if test.step)
+    for step, text in _STEPS.items():
+        if steps[step]:
+            good = sum(test.step == step and test.outcome == "passed" for test in tests)
+            yield f"  {_count(steps[step], 'attempt')} {text}, {good} passed"
 
 
 def _replaced(tests: Sequence[RecordedTest]) -> Iterator[str]:

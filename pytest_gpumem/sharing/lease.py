@@ -219,6 +219,23 @@ class LeaseStore:
         """Return whether this thread holds a lease of this store, and so may not wait."""
         return threading.current_thread() in list(self._ledger.leases.values())
 
+    def granted_here(self, uuid: str) -> int | None:
+        """Return the bytes of a card that this thread's leases are for; None: the whole card."""
+        key, size, current = card_key(uuid), 0, threading.current_thread()
+        names = {name for name, thread in list(self._ledger.leases.items()) if thread is current}
+        for entry in self._ledger.read().entries if names else ():
+            claim = entry.claims.get(key)
+            if entry.name in names and claim is not None:
+                if claim.exclusive and not claim.extra:
+                    return None
+                size += claim.extra
+        return size
+
+    def resident(self, uuid: str) -> int:
+        """Return the bytes of a card that this process said it keeps without a lease."""
+        told = self._ledger.residents.get(card_key(uuid))
+        return told.claims[card_key(uuid)].resident if told is not None else 0
+
     def give_back(self, entry: Entry) -> None:
         """End a lease that this process holds; ``Lease.release`` calls it."""
         if self._ledger.drop(entry):

@@ -232,8 +232,9 @@ class Holdings:
         for allocator in devices.allocators():
             for index, now in enumerate(allocator.read()):
                 card = allocator.card(index)
-                # A peak is forgotten with what it was the peak of; the context stays.
-                if now.reserved_peak or card.uuid in self._read:
+                # A peak is forgotten with what it was the peak of, and a process whose first
+                # request failed has none; the context stays.
+                if now.reserved_peak or now.ooms or card.uuid in self._read:
                     self._update(card, now.reserved)
         return {uuid: kept for uuid, (kept, _) in self._read.items()}
 

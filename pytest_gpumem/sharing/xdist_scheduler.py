@@ -124,6 +124,9 @@ class GpumemScheduling:
         self._settings = settings
         self._expected_workers = expected_workers
         self._workers: dict[Node, _Worker] = {}
+        self._collected = 0
+        """Workers that have collected. One that then ended counts: with an argument that does not
+        exist each collects nothing and ends, and the last would wait for the others."""
         self._collection: list[str] = []
         self._planner: plans.Planner | None = None
 
@@ -137,10 +140,7 @@ class GpumemScheduling:
     @property
     def collection_is_completed(self) -> bool:
         """Whether as many workers as there should be have collected."""
-        if self._planner is not None:
-            return True
-        collected = sum(worker.collection is not None for worker in self._workers.values())
-        return collected >= self._expected_workers
+        return self._planner is not None or self._collected >= self._expected_workers
 
     @property
     def has_pending(self) -> bool:
@@ -175,6 +175,7 @@ class GpumemScheduling:
         # A replacement that collected other tests stays without any.
         if self._planner is None or list(collection) == self._collection:
             worker.collection = list(collection)
+            self._collected += 1
 
     def schedule(self) -> None:
         """Start the planner when all have collected, later let replacements join it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 import sys
 import types
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+_OOM = re.compile(r"(CUDA|HIP|XPU|MPS)( error:| driver error:| backend)? ?out of memory")
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
@@ -75,6 +77,17 @@ def collect(above: Callable[[], bool]) -> None:
         if not above():
             return
         gc.collect(generation)
+
+
+def oom_sentence(error: BaseException) -> str:
+    """Return the first sentences of a card's out-of-memory error in the chain, "" without one."""
+    for each in chain(error):
+        text = str(each)
+        named = type(each).__name__ == "OutOfMemoryError"
+        if named or (isinstance(each, RuntimeError) and _OOM.match(text)):
+            # torch.AcceleratorError goes on with lines of general advice.
+            return ". ".join(text.partition("\n")[0].split(". ")[:2])
+    return ""
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

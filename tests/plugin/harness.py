@@ -61,7 +61,9 @@ class Run:
         return found[0] if found else ""
 
 
-def run_pytest(directory: Path, *arguments: str, env: dict[str, str] | None = None) -> Run:
+def run_pytest(
+    directory: Path, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
+) -> Run:
     """Run pytest in ``directory``; its own plugins only, so that ours is what differs."""
     clean = {
         name: value
@@ -76,7 +78,7 @@ def run_pytest(directory: Path, *arguments: str, env: dict[str, str] | None = No
         env=clean | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | (env or {}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     return Run(done.returncode, done.stdout + done.stderr, directory)

@@ -28,9 +28,9 @@ def main():
         folder = Path(directory) / "random"
         folder.mkdir()
         found = [kills.kill_at_random(folder, options.kills, options.seed)]
-        print(f"seed {options.seed}, at random: {found[0]}")  # noqa: T201  # a program for people
+        print(f"seed {options.seed}, at random: {found[0]}")
         if kills.STRACE is None:
-            print("at system calls: not done, there is no strace")  # noqa: T201  # see above
+            print("at system calls: not done, there is no strace")
         else:
             folder = Path(directory) / "calls"
             folder.mkdir()
@@ -43,7 +43,7 @@ def main():
                 if wanted is None or call in wanted
             ]
             found.append(kills.kill_at_calls(folder, calls))
-            print(f"at {len(calls)} system calls: {found[1]}")  # noqa: T201  # see above
+            print(f"at {len(calls)} system calls: {found[1]}")
     return 0 if all(each.kills and each.unfinished and not each.faults for each in found) else 1
 
 

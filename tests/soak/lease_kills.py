@@ -26,7 +26,7 @@ def main():
         killed = leases.kill_at_random(
             Path(directory), options.kills, options.processes, options.seed
         )
-    print(f"seed {options.seed}: {killed}")  # noqa: T201  # a program for people
+    print(f"seed {options.seed}: {killed}")
     return 0 if killed.faultless and killed.kills == options.kills else 1
 
 

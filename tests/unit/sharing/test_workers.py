@@ -213,10 +213,10 @@ class FakeAllocator:
     """Two cards, of which the first is in use."""
 
     def __init__(self):
-        self.reserved, self.reserved_peak = 5, 9
+        self.reserved, self.reserved_peak, self.ooms = 5, 9, 0
 
     def read(self):
-        used = AllocatorReading(1, 1, self.reserved, self.reserved_peak, 0, 0)
+        used = AllocatorReading(1, 1, self.reserved, self.reserved_peak, 0, self.ooms)
         return used, AllocatorReading(0, 0, 0, 0, 0, 0)
 
     def card(self, index):
@@ -282,6 +282,13 @@ def test_what_was_given_back_is_not_kept_though_its_peak_is_forgotten(driver, al
     allocator.reserved = allocator.reserved_peak = 0
 
     assert holdings() == {"GPU-a": 50}
+
+
+def test_a_process_whose_first_request_failed_keeps_a_context(driver, allocator):
+    allocator.reserved = allocator.reserved_peak = 0
+    allocator.ooms = 1
+
+    assert Holdings(context=50)() == {"GPU-a": 50}
 
 
 def test_without_an_active_framework_nothing_is_kept():

@@ -1,0 +1,384 @@
+"""Models that are loaded once per process and shared; those not in use sleep under pressure."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpumem import devices
+from pytest_gpumem.archive.consolidator import GpuConsolidator, get_gpu_consolidator
+from pytest_gpumem.archive.errors import ArchiveError
+from pytest_gpumem.routing import placing
+from pytest_gpumem.routing.resource_manager import CPU, shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_log = logging.getLogger("pytest_gpumem")
+
+
+class Freed(NamedTuple):
+    """By how many bytes the figures fell."""
+
+    allocated: int
+    """Of this process's allocator."""
+    driver: int | None
+    """Of the cards, every process counted; None where the driver does not tell."""
+
+
+class _Framework(NamedTuple):
+    """How objects that are no torch modules are taken apart and put together."""
+
+    kind: type
+    save: Callable[[Any], Any]
+    load: Callable[[Any], Any]
+
+
+class _Entry:
+    """One model of the pool."""
+
+    def __init__(self, name: str, load: Callable[[], Any], *, weak: bool) -> None:
+        self.name = name
+        self.load = load
+        self.weak = weak
+        self.mutex = threading.RLock()
+        self.model: Any = None
+        self.reference: Callable[[], Any] = lambda: None
+        self.used = 0
+        self.pins = 0
+        self.archived: tuple[str, Callable[[Any], Any]] | None = None
+        """Of an object of another framework that was taken apart: its state, and how it is made
+        of that."""
+        self.banned = False
+        """Whether it is on the CPU only because nothing might go to the card."""
+
+
+class LazyModel:
+    """Stands for a model of a pool; whatever is asked of it is asked of the model."""
+
+    def __init__(self, pool: ModelPool, name: str) -> None:
+        object.__setattr__(self, "_gpumem", (pool, name))
+
+    def __getattr__(self, attribute: str) -> Any:
+        pool, name = object.__getattribute__(self, "_gpumem")
+        return getattr(pool.get(name), attribute)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        pool, name = object.__getattribute__(self, "_gpumem")
+        setattr(pool.get(name), attribute, value)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call the model."""
+        pool, name = object.__getattribute__(self, "_gpumem")
+        return pool.get(name)(*arguments, **options)
+
+    def __repr__(self) -> str:
+        return f"<shared model {object.__getattribute__(self, '_gpumem')[1]!r}>"
+
+
+class ModelPool:
+    """Loads each model once and lends it to whoever asks; any thread may.
+
+    A model that nobody pinned may be consolidated when the card fills up: by another model of
+    this pool that needs room (least recently used first), after a test, or when the scheduler
+    needs the memory for another worker. It comes back when it is used, where there is room.
+
+    Args:
+        consolidator: takes models off the card; None: the process's own.
+
+    """
+
+    def __init__(self, consolidator: GpuConsolidator | None = None) -> None:
+        self._consolidator = consolidator
+        self._entries: dict[str, _Entry] = {}
+        self._frameworks: list[_Framework] = []
+        self._mutex = threading.RLock()
+        self._clock = 0
+
+    @property
+    def consolidator(self) -> GpuConsolidator:
+        """What takes models off the card."""
+        return self._consolidator or get_gpu_consolidator()
+
+    def register_framework(
+        self, kind: type, *, save: Callable[[Any], Any], load: Callable[[Any], Any]
+    ) -> None:
+        """Let objects of ``kind``, which are no torch modules, be consolidated too.
+
+        ``save`` returns an object's state (nested dicts, lists and tuples of tensors and plain
+        values) and lets go of its memory; ``load`` returns an object made from such a state.
+        """
+        self._frameworks.insert(0, _Framework(kind, save, load))
+
+    def get(self, name: str, load: Callable[[], Any] | None = None, *, weak: bool = False) -> Any:
+        """Return the model ``name``, awake; loaded by ``load`` when it is first asked for.
+
+        Args:
+            name: of the model; for the pool any text will do if ``load`` is given.
+            load: returns the model, on the CPU; None: a sentence transformer of that name.
+            weak: keep the model only as long as somebody else does.
+
+        """
+        with self._mutex:
+            entry = self._entries.get(name)
+            if entry is None:
+                entry = _Entry(name, load or (lambda: _sentence_transformer(name)), weak=weak)
+                self._entries[name] = entry
+            self._clock += 1
+            entry.used = self._clock
+        with entry.mutex:
+            model = entry.model if entry.model is not None else entry.reference()
+            try:
+                return self._load(entry) if model is None else self._wake(entry, model)
+            except BaseException:
+                if entry.model is None and entry.archived is None:
+                    with self._mutex:
+                        self._entries.pop(name, None)
+                raise
+
+    @contextmanager
+    def use(self, name: str, load: Callable[[], Any] | None = None) -> Iterator[Any]:
+        """Yield the model ``name``, which is not consolidated meanwhile."""
+        model = self.get(name, load)
+        self.pin(name)
+        try:
+            yield self.get(name, load)  # it may have been consolidated before it was pinned
+        finally:
+            del model
+            self.unpin(name)
+
+    def pin(self, name: str) -> None:
+        """Keep a model where it is until ``unpin``, which has to be called as often.
+
+        Raises:
+            KeyError: when the pool has no such model.
+
+        """
+        entry = self._entry(name)
+        with entry.mutex:
+            entry.pins += 1
+            self.consolidator.forget(entry.model if entry.model is not None else entry.reference())
+
+    def unpin(self, name: str) -> None:
+        """Let a model be consolidated again."""
+        entry = self._entry(name)
+        with entry.mutex:
+            entry.pins = max(0, entry.pins - 1)
+            model = entry.model if entry.model is not None else entry.reference()
+            if model is not None:
+                self._register(entry, model)
+
+    def attach(
+        self,
+        target: Any,
+        attribute: str,
+        name: str,
+        load: Callable[[], Any] | None = None,
+    ) -> Any:
+        """Give ``target``, an object or a class, the model ``name`` as an attribute; return it.
+
+        The model is loaded when it is first used. An attribute that is there and not None stays.
+
+        Raises:
+            AttributeError: when ``target`` takes no such attribute.
+
+        """
+        if getattr(target, attribute, None) is None:
+            if load is not None:
+                with self._mutex:
+                    self._entries.setdefault(name, _Entry(name, load, weak=False))
+            setattr(target, attribute, LazyModel(self, name))
+        return target
+
+    def consolidate(self, wanted: int = 0) -> int:
+        """Take models off the card, least recently used first; return the bytes that freed.
+
+        ``wanted`` bytes suffice; 0: all that can go.
+        """
+        freed = 0
+        with self._mutex:
+            entries = sorted(self._entries.values(), key=lambda entry: entry.used)
+        for entry in entries:
+            # Whoever holds it is loading or waking it just now.
+            if not entry.mutex.acquire(blocking=False):
+                continue
+            try:
+                freed += self._consolidate(entry)
+            finally:
+                entry.mutex.release()
+            if wanted and freed >= wanted:
+                break
+        return freed
+
+    def unload(self, name: str) -> Freed:
+        """Let go of a model and free its VRAM; once more is harmless.
+
+        If somebody else still refers to it, it moves to the CPU.
+        """
+        with self._mutex:
+            entry = self._entries.pop(name, None)
+        before = _readings()
+        if entry is not None:
+            with entry.mutex:
+                model = entry.model if entry.model is not None else entry.reference()
+                self._let_go(entry, model)
+                try:
+                    reference = weakref.ref(model)
+                except TypeError:
+                    reference = None
+                entry.model = model = None
+                gc.collect()
+                model = reference() if reference is not None else None
+                if model is not None and _is_module(model):
+                    model.to(CPU)
+                    self.consolidator.restore(model)
+                del model
+        for allocator in devices.allocators():
+            allocator.release_cached()
+        after = _readings()
+        driver = None if before[1] is None or after[1] is None else before[1] - after[1]
+        return Freed(before[0] - after[0], driver)
+
+    def clear(self) -> None:
+        """Unload every model."""
+        for name in list(self):
+            self.unload(name)
+
+    def __iter__(self) -> Iterator[str]:
+        with self._mutex:
+            return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            known = ", ".join(self) or "none"
+            raise KeyError(f"the pool has no model {name!r}; it has {known}") from None
+
+    def _load(self, entry: _Entry) -> Any:
+        if entry.archived is not None:
+            name, put_together = entry.archived
+            entry.model = put_together(self.consolidator.store.get(name))
+            entry.archived = None
+            return entry.model
+        model = entry.load()
+        if _is_module(model):
+            self._place(entry, model)
+        entry.reference = _reference(model)
+        if not entry.weak:
+            entry.model = model
+        self._register(entry, model)
+        return model
+
+    def _wake(self, entry: _Entry, model: Any) -> Any:
+        if not _is_module(model):
+            return model
+        asleep = self.consolidator.sleeping_bytes(model)
+        if shared.banned and not entry.banned:
+            model.to(CPU)  # empty, or for this attempt
+            entry.banned = True
+            self.consolidator.restore(model)
+        elif asleep:
+            if placing.room_for(asleep, "model", self._make_room_for(entry)) == CPU:
+                model.to(CPU)
+            self.consolidator.restore(model)
+        elif entry.banned and not shared.banned:
+            entry.banned = False
+            self._place(entry, model)
+        return model
+
+    def _place(self, entry: _Entry, model: Any) -> None:
+        entry.banned = bool(shared.banned)
+        make_room = self._make_room_for(entry)
+        device = placing.room_for(placing.size_of(model), "model", make_room)
+        placing.place(model, device, lambda: make_room(0))
+
+    def _make_room_for(self, entry: _Entry) -> Callable[[int], bool]:
+        def make_room(size: int) -> bool:
+            entry.pins += 1  # its lock is this thread's, and would let it in again
+            try:
+                return self.consolidate(size) > 0
+            finally:
+                entry.pins -= 1
+
+        return make_room
+
+    def _register(self, entry: _Entry, model: Any) -> None:
+        if not entry.pins and _is_module(model):
+            self.consolidator.register(model, type="model", metadata={"model_name": entry.name})
+
+    def _consolidate(self, entry: _Entry) -> int:
+        model = entry.model if entry.model is not None else entry.reference()
+        if entry.pins or model is None:
+            return 0
+        framework = self._framework(model)
+        if framework is not None:
+            return self._take_apart(entry, framework)
+        if not _is_module(model) or self.consolidator.sleeping_bytes(model):
+            return 0
+        item = {"data": model, "type": "model", "metadata": {"model_name": entry.name}}
+        if all(each.device.type in {CPU, "meta"} for each in model.parameters()):
+            return 0
+        done = self.consolidator.consolidate_gpu_memory([item], process_context="model pool")
+        for refusal in done.refused:
+            _log.warning("%s stays on the card: %s", entry.name, refusal)
+        return max(0, done.freed_allocator)
+
+    def _take_apart(self, entry: _Entry, framework: _Framework) -> int:
+        before = _readings()[0]
+        try:
+            state = framework.save(entry.model)
+            name = self.consolidator.store.put(
+                state, type="model", context="model pool", metadata={"model_name": entry.name}
+            )
+            entry.archived = name, framework.load
+        except ArchiveError as error:
+            _log.warning("%s stays on the card: %s", entry.name, error)
+            return 0
+        entry.model, entry.reference = None, lambda: None
+        del state
+        gc.collect()
+        for allocator in devices.allocators():
+            allocator.release_cached()
+        return max(0, before - _readings()[0])
+
+    def _framework(self, model: Any) -> _Framework | None:
+        return next((each for each in self._frameworks if isinstance(model, each.kind)), None)
+
+    def _let_go(self, entry: _Entry, model: Any) -> None:
+        entry.archived = None
+        if model is not None:
+            self.consolidator.forget(model)
+
+
+def _sentence_transformer(name: str) -> Any:
+    return placing.load_sentence_transformer(name, device=CPU)
+
+
+def _is_module(model: Any) -> bool:
+    return hasattr(model, "parameters") and hasattr(model, "to")
+
+
+def _reference(model: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(model)
+    except TypeError:
+        return lambda: model
+
+
+def _readings() -> tuple[int, int | None]:
+    allocated = sum(each.allocated for one in devices.allocators() for each in one.read())
+    told = [devices.driver_reading(card) for card in devices.find_cards().cards]
+    if not told or None in told:
+        return allocated, None
+    return allocated, sum(reading.used for reading in told if reading is not None)

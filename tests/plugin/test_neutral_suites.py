@@ -1,0 +1,39 @@
+"""Suites that know nothing of the plugin end the same with it; `make soak` tries large ones."""
+
+from __future__ import annotations
+
+import pytest
+from harness import SIMULATE, run_pytest
+from neutral import NEIGHBOURS, NO_AUTOLOAD, OURS, differences, write_habits
+
+INSTALLED = ("rerunfailures", "timeout", "asyncio", "html")
+"""Those of the other plugins that the tests install anyway."""
+
+
+@pytest.mark.parametrize("way", OURS)
+def test_every_outcome_is_the_same_beside_other_plugins(tmp_path, way):
+    write_habits(tmp_path)
+    plugins = [argument for name in INSTALLED for argument in NEIGHBOURS[name]]
+
+    (difference,) = differences(tmp_path, ["-p", "xdist", *plugins], {way: OURS[way]}, NO_AUTOLOAD)
+    assert difference.compared > 30
+    assert difference.tests == {}, difference.output
+
+
+def test_a_suite_that_ships_in_a_package_ends_the_same(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    suite = ["--pyargs", "numpy.lib.tests.test_twodim_base"]
+
+    (difference,) = differences(tmp_path, suite, {"on": SIMULATE}, NO_AUTOLOAD)
+    assert difference.compared > 30
+    assert difference.tests == {}, difference.output
+
+
+def test_an_argument_that_does_not_exist_is_told_as_xdist_tells_it(tmp_path):
+    plugins = ["-p", "xdist", "-n", "2", "nowhere.py"]
+    write_habits(tmp_path)
+    bare = run_pytest(tmp_path, "-p", "no:gpumem", *plugins, env=NO_AUTOLOAD)
+    ours = run_pytest(tmp_path, *SIMULATE, *plugins, env=NO_AUTOLOAD)
+
+    assert ours.status == bare.status, ours.output
+    assert "INTERNALERROR" not in ours.output

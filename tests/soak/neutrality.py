@@ -1,0 +1,96 @@
+"""Suites of other packages, and other plugins, end the same with the plugin and without it.
+
+Each suite runs without the plugin and then as it is used: installed only (``track``), asked for
+(``on``), on a simulated card, and with two workers under the plugin's scheduler. Outcomes are
+compared test by test through JUnit XML. A test that differs is run again without the plugin: one
+whose outcome changes there too is not counted.
+
+``--neighbours`` names the directory where the plugins of the dependency group ``neighbours`` are
+installed (``pip install --target``); without it only those of the group ``test`` are tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
+
+from neutral import NEIGHBOURS, NO_AUTOLOAD, OURS, TRACK, Difference, differences, write_habits
+
+SUITES = {
+    "numpy": ("numpy.lib", "numpy.linalg", "numpy.ma", "numpy.fft", "numpy.polynomial"),
+    "numpy core": ("numpy._core", "-m", "not slow"),
+    "scipy": ("scipy.fft", "scipy.cluster", "scipy.constants", "scipy.io"),
+    "networkx": ("networkx.classes", "networkx.utils", "networkx.generators"),
+    "torch": ("torch.fx.passes.tests.test_pass_manager",),
+}
+"""Suites that ship inside packages which the tests install anyway."""
+
+
+def main() -> int:
+    """Run the comparisons and return 1 if anything differs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=[*SUITES, "plugins"], help="this one")
+    parser.add_argument("--neighbours", type=Path, metavar="DIRECTORY", help="more plugins")
+    chosen = parser.parse_args()
+    found = 0
+    for name, arguments in SUITES.items():
+        if chosen.only in (None, name):
+            found += compare(name, ("--pyargs", *arguments), TRACK | OURS)
+    if chosen.only in (None, "plugins"):
+        found += plugins(chosen.neighbours)
+    print(f"{found} differences in all")
+    return 1 if found else 0
+
+
+def plugins(directory: Path | None) -> int:
+    """Compare with other plugins, one by one and all together; return how many tests differ."""
+    env = dict(NO_AUTOLOAD)
+    if directory is not None:
+        sys.path.insert(0, str(directory.resolve()))
+        paths = (str(directory.resolve()), os.environ.get("PYTHONPATH"))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    installed = {each.name for each in metadata.entry_points(group="pytest11")}
+    there = {
+        name: ("-p", "xdist", *arguments)
+        for name, arguments in NEIGHBOURS.items()
+        if arguments[arguments.index("-p") + 1] in installed
+    }
+    print(f"plugins: {', '.join(there)}")
+    there["all of them"] = tuple(argument for each in there.values() for argument in each)
+    return sum(compare(name, arguments, OURS, env) for name, arguments in there.items())
+
+
+def compare(name, arguments, ways, env=None) -> int:
+    """Print what differs in one suite and return how many tests do."""
+    began = time.perf_counter()
+    found, compared = 0, 0
+    with tempfile.TemporaryDirectory() as text:
+        directory = Path(text, "suite")
+        directory.mkdir()
+        write_habits(directory)
+        for difference in differences(directory, arguments, ways, env):
+            show(difference)
+            found += len(difference.tests)
+            compared = difference.compared
+    seconds = time.perf_counter() - began
+    print(f"{name}: {compared} results, {found} differences, {seconds:.0f} s", flush=True)
+    return found
+
+
+def show(difference: Difference) -> None:
+    """Print the tests that differ."""
+    for test, (bare, ours) in sorted(difference.tests.items()):
+        print(f"  {difference.way}: {test}: {bare} without, {ours} with")
+    if difference.tests:
+        print("\n".join(f"  | {line}" for line in difference.output.splitlines()[-60:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
