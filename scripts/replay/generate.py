@@ -2,8 +2,8 @@
 
 The real one ran on a card of 3.81 GiB with four workers: 188 out-of-memory events, 116 errors,
 87 failures, 87 skips, 95.6 % passed, and 136 times an agent without ``_embedding_model``. What is
-known of it is that mix. The sizes and durations here were tuned until a run without the plugin's
-help resembled it; they are no measurement of the real suite. The same seed writes the same suite.
+known of it is that mix. The sizes and durations here are chosen, not yet tuned to it;
+they are no measurement of the real suite. The same seed writes the same suite.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import generate
 
 from pytest_gpumem import records
-from pytest_gpumem.forensics import analysis
 
 CARD = "3.81GiB"
 CONTEXT = "384MiB"
