@@ -9,6 +9,7 @@ they are no measurement of the real suite. The same seed writes the same suite.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import shutil
 import sys
@@ -137,7 +138,7 @@ class Kind:
 
 
 def _log_uniform(rng: random.Random, low: int, high: int) -> int:
-    return round(low * (high / low) ** rng.random())
+    return round(low * math.pow(high / low, rng.random()))
 
 
 def _seconds(rng: random.Random, factor: float = 1.0) -> float:
