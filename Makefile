@@ -12,7 +12,7 @@ PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name py.typed) pyproject.
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help demo test test-pytest9 test-pytest8 lint docs bench soak gpu-check wheel package-check clean
+.PHONY: help demo test test-pytest9 test-pytest8 lint docs bench soak replay gpu-check wheel package-check clean
 
 help:
 	@echo "make demo           the demo suite, on the GPU or on a simulated one"
@@ -21,6 +21,7 @@ help:
 	@echo "make docs           the documentation as pages, into build/site"
 	@echo "make bench          overhead against bare pytest, pytest-memray and pytest-monitor"
 	@echo "make soak           property tests with many more examples; all of torch's operators; other packages' suites"
+	@echo "make replay     the suite of 4,479 tests that ran out of memory, without and with the plugin"
 	@echo "make gpu-check      the real-GPU suite; prints its figures as Markdown"
 	@echo "make wheel          the wheel, into dist/"
 	@echo "make package-check  build wheel and sdist, judge them, try them in empty environments"
@@ -57,6 +58,9 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/lease_kills.py
 	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours
 	$(BIN)/python tests/soak/archive_kills.py
+
+replay: $(VENV)/.wheel
+	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/replay/run.py $(ARGS)
 
 gpu-check: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/gpu_check.py $(ARGS)
