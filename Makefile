@@ -57,6 +57,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/opinfo_campaign.py
 	$(BIN)/python tests/soak/lease_kills.py
 	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours
+	$(BIN)/pytest -p no:cacheprovider tests/soak/replay.py
 	$(BIN)/python tests/soak/archive_kills.py
 
 replay: $(VENV)/.wheel
