@@ -38,7 +38,8 @@ test-pytest9: $(VENV)/.wheel
 test-pytest8: $(VENV)/.wheel $(VENV)/.pytest8
 	HF_HUB_OFFLINE=1 $(ON_PYTEST8) $(addprefix tests/plugin/test_,$(CORE)) $(ARGS)
 
-lint: $(VENV)/.ready
+# With the wheel come the packages whose types mypy reads.
+lint: $(VENV)/.wheel
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

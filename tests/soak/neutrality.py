@@ -23,9 +23,26 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
 
 from neutral import NEIGHBOURS, NO_AUTOLOAD, OURS, TRACK, Difference, differences, write_habits
 
+CORE = "numpy._core.tests.test_"
 SUITES = {
-    "numpy": ("numpy.lib", "numpy.linalg", "numpy.ma", "numpy.fft", "numpy.polynomial"),
-    "numpy core": ("numpy._core", "-m", "not slow"),
+    # Each takes a minute or two. Left out is what takes many seconds and has nothing to do with
+    # pytest: archives and strings of GB, and in linalg's test_regression a matter of many threads.
+    "numpy lib": (
+        "numpy.lib.tests",
+        "-k",
+        "not large_zip and not large_archive and not big_arrays",
+    ),
+    "numpy linalg": ("numpy.linalg.tests.test_linalg",),
+    "numpy ma": ("numpy.ma.tests",),
+    "numpy fft": ("numpy.fft.tests", "numpy.polynomial.tests"),
+    "numpy numeric": (CORE + "numeric", CORE + "einsum"),
+    "numpy scalarmath": (CORE + "scalarmath", "-k", "not float_modulus_exact"),
+    "numpy nditer": (CORE + "nditer", CORE + "indexing", "-m", "not slow"),
+    "numpy umath": (CORE + "umath", CORE + "umath_complex", CORE + "half"),
+    "numpy ufunc": (CORE + "ufunc", CORE + "overrides", CORE + "casting_unittests"),
+    "numpy strings": (CORE + "strings", CORE + "unicode", "-k", "not large_string"),
+    "numpy stringdtype": (CORE + "stringdtype",),
+    "numpy regression": (CORE + "regression", CORE + "datetime", CORE + "api"),
     "scipy": ("scipy.fft", "scipy.cluster", "scipy.constants", "scipy.io"),
     "networkx": ("networkx.classes", "networkx.utils", "networkx.generators"),
     "torch": ("torch.fx.passes.tests.test_pass_manager",),
