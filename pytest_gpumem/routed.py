@@ -94,8 +94,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     return result
 
 
-def pytest_unconfigure() -> None:
-    """Let go of the models."""
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Let go of the models, after the fixtures that have some and before the card is left."""
     while _pool:
         _pool.pop().clear()
 

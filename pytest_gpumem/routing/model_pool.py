@@ -323,6 +323,7 @@ class ModelPool:
             return 0
         framework = self._framework(model)
         if framework is not None:
+            del model  # whose memory would not go otherwise
             return self._take_apart(entry, framework)
         if not _is_module(model) or self.consolidator.sleeping_bytes(model):
             return 0

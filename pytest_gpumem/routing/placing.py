@@ -51,7 +51,8 @@ def place(model: Any, device: str, make_room: Callable[[], bool] | None = None) 
             oom = bool(release.oom_sentence(error))
             release.clear_frames(error)
             reason = str(error).partition("\n")[0]
-        model.to(CPU)  # what had moved comes back
+        if any(each.device.type != CPU for each in (*model.parameters(), *model.buffers())):
+            model.to(CPU)  # what had moved comes back; one that cannot be moved would fail again
         if last or not oom or not (make_room or consolidate_all)():
             break
     _log.warning("%s stays on the CPU: %s", type(model).__name__, reason)

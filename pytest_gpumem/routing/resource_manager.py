@@ -269,7 +269,8 @@ class HybridResourceManager:
 
     def _taken(self, resident: int, uuid: str, kept: int) -> int:
         """Return the bytes of this thread's leases that are in use or promised to somebody."""
-        promises = [promise for promise in shared.promises if promise.card == uuid]
+        here = threading.current_thread()
+        promises = [each for each in shared.promises if each.card == uuid and each.thread is here]
         open_ = sum(promise.size for promise in promises)
         if promises:  # as far as they have not been taken yet
             open_ = max(0, open_ - max(0, kept - promises[0].kept))

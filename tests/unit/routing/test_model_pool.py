@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SUITE = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+import pytest, torch
+from pytest_gpumem import ArchiveStore, GpuConsolidator, ModelPool
+
+MIB = 2**20
+
+def linear(calls=None):
+    if calls is not None:
+        calls.append(1)
+    return torch.nn.Linear(2048, 2048, bias=False)  # 16 MiB
+
+@pytest.fixture
+def pool(tmp_path):
+    pool = ModelPool(GpuConsolidator(ArchiveStore(tmp_path / "s", key=b"k" * 32)))
+    yield pool
+    pool.clear()
+
+def test_racing_threads_load_once(pool):
+    calls, start = [], threading.Barrier(8)
+
+    def ask(_):
+        start.wait()
+        return pool.get("m", lambda: linear(calls))
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(ask, range(8)))
+    assert len(calls) == 1 and all(each is found[0] for each in found)
+    assert found[0].weight.is_cuda
+
+def test_the_least_recently_used_goes_first_and_wakes_bit_for_bit(pool):
+    a, b = pool.get("a", linear), pool.get("b", linear)
+    before = a.weight.detach().cpu().clone()
+    pool.get("b")
+    assert pool.consolidate(1) >= 16 * MIB
+    assert a.weight.numel() == 0 and b.weight.numel() > 0
+    assert torch.equal(pool.get("a").weight.cpu(), before) and a.weight.is_cuda
+
+def test_a_pinned_model_stays(pool):
+    with pool.use("m", linear) as model:
+        assert pool.consolidate() == 0 and model.weight.numel() > 0
+    assert pool.consolidate() >= 16 * MIB
+
+def test_unloading_frees_and_twice_is_harmless(pool):
+    pool.get("m", linear)
+    freed = pool.unload("m")
+    assert freed.allocated >= 16 * MIB and freed.driver >= 16 * MIB
+    assert pool.unload("m") == (0, 0)
+
+def test_an_object_gets_a_model_that_is_loaded_when_it_is_used(pool):
+    class Agent:
+        _embedding_model = None
+
+    calls = []
+    agent = pool.attach(Agent(), "_embedding_model", "m", lambda: linear(calls))
+    assert not calls
+    assert agent._embedding_model(torch.ones(1, 2048, device="cuda")).shape == (1, 2048)
+    assert calls == [1]
+
+def test_a_full_disk_leaves_the_model_usable(tmp_path):
+    store = ArchiveStore(tmp_path / "s", key=b"k" * 32, quota=1000)
+    pool = ModelPool(GpuConsolidator(store))
+    model = pool.get("m", linear)
+    assert pool.consolidate() == 0
+    assert model.weight.is_cuda and model.weight.numel() > 0
+    pool.clear()
+
+def test_a_model_that_cannot_be_moved_stays_on_the_cpu(pool):
+    class Stubborn(torch.nn.Linear):
+        def _apply(self, *a, **k):
+            raise NotImplementedError("it stays")
+
+    with pytest.raises(NotImplementedError):
+        Stubborn(2, 2).cuda()
+    assert not pool.get("m", lambda: Stubborn(2, 2)).weight.is_cuda
+
+def test_other_frameworks_come_by_two_functions(pool):
+    class Other:
+        def __init__(self, w):
+            self.w = w
+
+    pool.register_framework(Other, save=lambda o: {"w": o.w}, load=lambda s: Other(s["w"]))
+    pool.get("o", lambda: Other(torch.full((MIB,), 7.0, device="cuda")))
+    assert pool.consolidate() >= 4 * MIB
+    assert pool.get("o").w.sum().item() == 7 * MIB
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the simulated card needs POSIX locks")
+def test_models_are_shared_and_sleep_and_wake(tmp_path):
+    (tmp_path / "test_it.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    environment = {name: value for name, value in os.environ.items() if "PYTEST_" not in name}
+    card = ["--gpumem-simulate=400MiB", "--gpumem-simulate-context=1MiB"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "gpumem", *card, "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env=environment | {"XDG_CONFIG_HOME": str(tmp_path / "config")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
