@@ -177,7 +177,7 @@ def _routed(rng: random.Random, _number: int, tests: int) -> str:
 
 def _too_large(rng: random.Random, _number: int, tests: int) -> str:
     """Write batches larger than the card: they work on the CPU only."""
-    cases = [(rng.randint(4_000, 4_600), _seconds(rng)) for _ in range(tests)]
+    cases = [(rng.randint(5_000, 5_600), _seconds(rng)) for _ in range(tests)]
     return HEAD + ROUTED.format(cases=cases, n=tests)
 
 
@@ -243,15 +243,18 @@ def _core(skips: int, failures: int, modules: int) -> Callable[[random.Random, i
     return write
 
 
-def kinds(scale: float) -> Iterator[Kind]:
-    """Yield what the suite consists of, ``scale`` times as many tests of each."""
+def kinds(scale: float, *, minilm: bool = True) -> Iterator[Kind]:
+    """Yield what the suite consists of, ``scale`` times as many tests of each.
+
+    Without ``minilm`` stand-ins take the place of the real all-MiniLM-L6-v2.
+    """
 
     def part(tests: int) -> int:
         return max(1, round(tests * scale))
 
     agents = part(400)
     card = (
-        Kind("embeddings", "minilm", part(24), 12, _minilm),
+        Kind("embeddings", "minilm", part(24), 12, _minilm if minilm else _encoder),
         Kind("embeddings", "encoder", part(240), 12, _encoder),
         Kind("embeddings", "cached", part(120), 10, _cached),
         Kind("embeddings", "routed", part(36), 12, _routed),
@@ -271,11 +274,11 @@ def kinds(scale: float) -> Iterator[Kind]:
     yield Kind("core", "rules", rest, 40, _core(part(SKIPS), part(OWN_FAILURES), modules))
 
 
-def write(folder: Path, seed: int = 1, scale: float = 1.0) -> int:
+def write(folder: Path, seed: int = 1, scale: float = 1.0, *, minilm: bool = True) -> int:
     """Write the suite into a new ``folder``; return how many tests it has."""
     shutil.copytree(SUITE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     total = 0
-    for kind in kinds(scale):
+    for kind in kinds(scale, minilm=minilm):
         place = folder / "tests" / kind.folder
         place.mkdir(parents=True, exist_ok=True)
         rng = random.Random(f"{seed} {kind.name}")  # noqa: S311  # the same suite every time

