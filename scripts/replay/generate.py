@@ -161,7 +161,7 @@ def _minilm(_rng: random.Random, _number: int, tests: int) -> str:
 
 
 def _encoder(rng: random.Random, _number: int, tests: int) -> str:
-    size = _log_uniform(rng, 60, 260)
+    size = _log_uniform(rng, 80, 340)
     return HEAD + ENCODER.format(size=size, cases=_cases(rng, tests, 10, 60), n=tests)
 
 
@@ -236,7 +236,7 @@ def _core(skips: int, failures: int, modules: int) -> Callable[[random.Random, i
         skipped, failing = share(number, skips), share(number, failures)
         plain = tests - skipped - failing
         text = HEAD.replace("import lab\n", "")
-        text += CORE.format(cases=[_seconds(rng) for _ in range(plain)], n=plain)
+        text += CORE.format(cases=[_seconds(rng) for _ in range(plain)], n=plain) if plain else ""
         text += SKIPPED.format(n=skipped) if skipped else ""
         return text + (FAILING.format(n=failing) if failing else "")
 
@@ -257,7 +257,7 @@ def kinds(scale: float, *, minilm: bool = True) -> Iterator[Kind]:
         Kind("embeddings", "minilm", part(24), 12, _minilm if minilm else _encoder),
         Kind("embeddings", "encoder", part(240), 12, _encoder),
         Kind("embeddings", "routed", part(36), 12, _routed),
-        Kind("embeddings", "shared_model", part(180), 10, _shared_model),
+        Kind("embeddings", "shared_model", part(200), 10, _shared_model),
         Kind("embeddings", "too_large", part(6), 6, _too_large),
         Kind(
             *("agents", "agents", agents, 20),
