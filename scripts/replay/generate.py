@@ -161,7 +161,7 @@ def _minilm(_rng: random.Random, _number: int, tests: int) -> str:
 
 
 def _encoder(rng: random.Random, _number: int, tests: int) -> str:
-    size = _log_uniform(rng, 80, 340)
+    size = _log_uniform(rng, 70, 300)
     return HEAD + ENCODER.format(size=size, cases=_cases(rng, tests, 10, 60), n=tests)
 
 
@@ -254,17 +254,18 @@ def kinds(scale: float, *, minilm: bool = True) -> Iterator[Kind]:
 
     agents = part(400)
     card = (
-        Kind("embeddings", "minilm", part(24), 12, _minilm if minilm else _encoder),
-        Kind("embeddings", "encoder", part(240), 12, _encoder),
+        # Two, because each process that loads it computes for seconds, and has a large heap then.
+        Kind("embeddings", "minilm", 2, 2, _minilm if minilm else _encoder),
+        Kind("embeddings", "encoder", part(262), 12, _encoder),
         Kind("embeddings", "routed", part(36), 12, _routed),
-        Kind("embeddings", "shared_model", part(200), 10, _shared_model),
+        Kind("embeddings", "shared_model", part(230), 10, _shared_model),
         Kind("embeddings", "too_large", part(6), 6, _too_large),
         Kind(
             *("agents", "agents", agents, 20),
             _agents(agents, part(AGENTS_WITHOUT_MODEL), part(IN_FIXTURE)),
         ),
         Kind("consciousness", "phi", part(240), 12, _phi),
-        Kind("mcp", "server", part(10), 5, _server),
+        Kind("mcp", "server", part(5), 5, _server),
         Kind("consciousness", "remembering", part(40), 10, _leak),
         Kind("consciousness", "ragged", part(60), 10, _fragments),
     )
