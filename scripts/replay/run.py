@@ -299,7 +299,7 @@ def gpumem(directory: Path, output: Path, on: card.CardOfReplay, *arguments: str
     done = subprocess.run(
         command,
         cwd=directory,
-        env=environment(output, on),
+        env=environment(output, on) | {"PYTEST_ADDOPTS": "-p xdist"},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
