@@ -199,7 +199,17 @@ def _too_large(rng: Chance, _number: int, tests: int) -> str:
 
 
 def _phi(rng: Chance, _number: int, tests: int) -> str:
-    return HEAD + PHI.format(cases=_cases(rng, tests, 60, 900, 3.0), n=tests)
+    return HEAD + PHI.format(cases=_cases(rng, tests, 60, 500, 3.0), n=tests)
+
+
+def _whole_phi(rng: Chance, _number: int, tests: int) -> str:
+    """Write what needs most of the card, and finds it taken when it comes last."""
+    cases = [(rng.randint(1_700, 1_900), rng.duration(3.0)) for _ in range(tests)]
+    return HEAD + PHI.format(cases=cases, n=tests)
+
+
+def _whole_encoder(rng: Chance, _number: int, tests: int) -> str:
+    return HEAD + ENCODER.format(size=1_500, cases=_cases(rng, tests, 10, 60), n=tests)
 
 
 def _server(rng: Chance, _number: int, tests: int) -> str:
@@ -276,13 +286,15 @@ def kinds(scale: float, *, minilm: bool = True) -> Iterator[Kind]:
         Kind("embeddings", "encoder", part(262), 12, _encoder),
         Kind("embeddings", "routed", part(36), 12, _routed),
         Kind("embeddings", "shared_model", part(230), 10, _shared_model),
-        Kind("embeddings", "too_large", part(6), 6, _too_large),
+        Kind("embeddings", "too_large", part(8), 8, _too_large),
         Kind(
             *("agents", "agents", agents, 20),
             _agents(agents, part(AGENTS_WITHOUT_MODEL), part(IN_FIXTURE)),
         ),
         Kind("consciousness", "phi", part(240), 12, _phi),
         Kind("mcp", "server", part(5), 5, _server),
+        Kind("whole_network", "whole_encoder", part(12), 12, _whole_encoder),
+        Kind("whole_network", "whole_phi", part(22), 11, _whole_phi),
         Kind("consciousness", "remembering", part(40), 10, _leak),
         Kind("consciousness", "ragged", part(60), 10, _fragments),
     )

@@ -18,3 +18,10 @@ def test_a_test_that_ran_out_of_memory_takes_the_cpu_if_it_may(run, answer, outc
     last = done.record.tests[-1]
     assert last.outcome == outcome
     assert last.step == ("cpu" if answer == "cpu" else "")
+
+
+def test_a_test_that_asked_for_more_than_the_card_has_is_not_tried_alone_there(run):
+    suite = SUITE.replace("gpu(", 'gpu(vram="1GiB", ')
+    done = run(suite, "-p", "xdist", "-n2")
+    attempts = [(test.outcome, test.step) for test in done.record.tests]
+    assert attempts == [("rerun", ""), ("passed", "cpu")]
