@@ -21,7 +21,7 @@ help:
 	@echo "make docs           the documentation as pages, into build/site"
 	@echo "make bench          overhead against bare pytest, pytest-memray and pytest-monitor"
 	@echo "make soak           property tests with many more examples; all of torch's operators; other packages' suites"
-	@echo "make replay     the suite of 4,479 tests that ran out of memory, without and with the plugin"
+	@echo "make replay         the suite of 4,479 tests that ran out of memory, without and with the plugin"
 	@echo "make gpu-check      the real-GPU suite; prints its figures as Markdown"
 	@echo "make wheel          the wheel, into dist/"
 	@echo "make package-check  build wheel and sdist, judge them, try them in empty environments"

@@ -259,16 +259,23 @@ class Leasing:
     def _give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
         self._refusal = ""
-        try:
-            held = self._holdings()
-            if held and not self._without:
-                for uuid, resident in held.items():
-                    self._open().set_resident(uuid, resident)
-            if self._lease is not None:
+        self.keep()
+        if self._lease is not None:
+            try:
                 self._lease.release()
+            except LeaseError as error:
+                self._do_without(error)
+        self._lease = None
+
+    def keep(self) -> Mapping[str, int]:
+        """Return the bytes that the process keeps by card, and tell the others."""
+        held = self._holdings()
+        try:
+            for uuid, resident in () if self._without else held.items():
+                self._open().set_resident(uuid, resident)
         except LeaseError as error:
             self._do_without(error)
-        self._lease = None
+        return held
 
     def _do_without(self, error: LeaseError) -> None:
         self._without = True
@@ -301,7 +308,9 @@ class Leasing:
         return Need(_SOMETHING) if unknown else None
 
     def _want(self, need: Need, card: Card, held: Mapping[str, int]) -> Want:
-        if need.size is None:
+        if need.size is None or (need.alone and self._granted is not None):
+            # The scheduler sends a test alone when its size does not fit beside what is kept
+            # anyway: by its size it would wait for that in vain.
             return Want(None)
         if need.size == _SOMETHING:
             return Want(_SOMETHING)

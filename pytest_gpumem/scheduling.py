@@ -129,7 +129,11 @@ def share(config: pytest.Config, state: State) -> None:
 
 
 def _scheduled(config: pytest.Config, state: State) -> Leasing:
-    holdings = workers.Holdings(state.settings.context_cost)
+    def granted() -> Need | None:
+        grant = worker.granted()
+        return None if grant is None else Need(*grant)
+
+    leasing = Leasing(config, state, History(), granted)
     retry = state.settings.oom != "fail"
     worker = xdist_private.Worker(
         config,
@@ -138,7 +142,7 @@ def _scheduled(config: pytest.Config, state: State) -> Leasing:
             "needs": _needs(items),
             "cards": workers.tell_cards(state.found.cards),
         },
-        holding=holdings,
+        holding=leasing.keep,
         used=workers.CardUse(state.found.cards),
         release=_give_back,
         is_oom=lambda error: retry and bool(release.oom_sentence(error)),
@@ -147,12 +151,7 @@ def _scheduled(config: pytest.Config, state: State) -> Leasing:
     measuring = config.pluginmanager.getplugin(Measuring.NAME)
     if measuring is not None:
         config.pluginmanager.register(LateTeardowns(measuring), "gpumem-late-teardowns")
-
-    def granted() -> Need | None:
-        grant = worker.granted()
-        return None if grant is None else Need(*grant)
-
-    return Leasing(config, state, History(), granted)
+    return leasing
 
 
 def _give_back() -> None:

@@ -164,10 +164,22 @@ def _ooms(tests: Sequence[RecordedTest]) -> Iterator[str]:
             yield f"      {test.oom}"
 
 
+def _alone_again(run: RunRecord) -> list[RecordedTest]:
+    """Return the attempts that ran out of memory and were followed by one alone on the card."""
+    # Of the scheduler's attempts none is marked: they are all alone.
+    alone = ("", "alone") if run.workers else ("alone",)
+    found, following = [], dict[str, str]()
+    for test in reversed(run.tests):
+        if test.outcome == "rerun" and test.oom and following.get(test.nodeid) in alone:
+            found.append(test)
+        following[test.nodeid] = test.step
+    return found[::-1]
+
+
 def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
     """Show how the workers shared the cards, if there was more than one or somebody waited."""
     leases = [(test.lease, test) for test in run.tests if test.lease is not None]
-    again = [test for test in run.tests if test.outcome == "rerun" and test.oom]
+    again = _alone_again(run)
     waited = [(lease.waited, test) for lease, test in leases if lease.waited >= _WAITED]
     if run.workers < 2 and not again and not waited:
         return

@@ -401,11 +401,13 @@ class Planner:
     def used(self, card: CardKey, size: int) -> None:
         """Take note of what anybody uses of ``card``.
 
-        While none of the run's tests uses the card, what its processes do not keep is foreign;
-        at other times nothing can be told from it.
+        While none of the run's processes takes or frees anything, what they do not keep is
+        foreign; at other times nothing can be told from it.
         """
         where = self._cards.get(card)
-        if where is not None and not where.running and not self._disturbers(where):
+        if where is None or where.running or self._disturbers(where):
+            return
+        if not any(worker.waiting for worker in self._workers.values() if where in worker.ring):
             kept = sum(claim.resident for claim in where.claims.values())
             self.foreign(card, max(0, size - kept))
 
@@ -675,9 +677,9 @@ class Planner:
 
     # Claims
 
-    def _launch(self, worker: _Worker, test: int) -> int:
-        """Reserve what ``test`` needs and return it."""
-        exclusive = self._need(test) is None or self._tests[test].exclusive
+    def _launch(self, worker: _Worker, test: int, *, alone: bool = False) -> int:
+        """Reserve what ``test`` needs, or all, and return it."""
+        exclusive = alone or self._need(test) is None or self._tests[test].exclusive
         worker.asked = 0
         worker.using = self._cards_for(worker, test)
         worker.disturbed = exclusive and any(map(self._disturbers, worker.using))
@@ -728,12 +730,12 @@ class Planner:
             return None
         reserved = worker.card.reserved
         if reserved and reserved.cards[0] is worker.card and not _busy(reserved.cards):
-            return self._launch(worker, _unreserve(reserved))
+            return self._launch(worker, _unreserve(reserved), alone=True)
         for portion in self._portions(worker):
             for test in list(itertools.islice(portion.tests, LOOK)):
                 cards = self._cards_for(worker, test)
                 if self._possible(cards, test) and not _busy(cards):
-                    return self._launch(worker, self._take(portion, test))
+                    return self._launch(worker, self._take(portion, test), alone=True)
                 if not self._possible_anywhere(test):
                     self._give_up(self._take(portion, test), out)
         return None

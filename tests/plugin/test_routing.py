@@ -2,26 +2,237 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-SUITE = """
-@pytest.mark.gpu(fallback="cpu")
-def test_big(gpu_device):
-    assert torch.zeros(5 * 2**30, dtype=torch.uint8, device=gpu_device if gpu_device == "cuda"
-                       else "meta").numel() == 5 * 2**30
+import pytest
+from harness import MODES
+
+HELP = """
+import asyncio, time, unittest
+from pathlib import Path
+from pytest_gpumem import HybridResourceManager
+
+GIB = 2**30
+SET_UP = []
+
+def fill(device, gib=5):
+    # On the CPU nothing is taken: this machine need not have as much.
+    where = "cuda" if device == "cuda" else "meta"
+    return torch.empty(int(gib * GIB), dtype=torch.uint8, device=where)
+
+def routed():
+    return HybridResourceManager().allocate_task("tensor", 10)
 """
 
+LADDER = (
+    HELP
+    + """
+pytestmark = pytest.mark.gpu(fallback="cpu")
 
-@pytest.mark.parametrize(("answer", "outcome"), [("fail", "failed"), ("cpu", "passed")])
-def test_a_test_that_ran_out_of_memory_takes_the_cpu_if_it_may(run, answer, outcome):
-    done = run(SUITE, f"--gpumem-oom={answer}")
-    last = done.record.tests[-1]
-    assert last.outcome == outcome
-    assert last.step == ("cpu" if answer == "cpu" else "")
+def test_asks_the_fixture(gpu_device):
+    fill(gpu_device)
+
+def test_asks_a_manager():
+    fill(routed())
+
+@pytest.fixture
+def narrow(gpu_device):
+    return fill(gpu_device)
+
+def test_in_a_fixture(narrow):
+    assert narrow.device.type == "meta"
+
+@pytest.fixture(scope="module")
+def wide():
+    SET_UP.append("module")
+    return fill(routed())
+
+def test_in_a_module_fixture(wide):
+    assert SET_UP == ["module"] * 2
+
+def test_after_the_module_fixture(wide):
+    assert wide.device.type == "meta"
+
+@pytest.fixture(scope="session")
+def widest():
+    return fill(routed())
+
+def test_in_a_session_fixture(widest):
+    assert widest.device.type == "meta"
+
+@pytest.mark.asyncio
+async def test_async(gpu_device):
+    await asyncio.sleep(0)
+    fill(gpu_device)
+
+class TestOfUnittest(unittest.TestCase):
+    def setUp(self):
+        self.x = fill(routed())
+
+    def test_in_its_set_up(self):
+        assert self.x.device.type == "meta"
+
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+def test_is_expected_to_fail(gpu_device):
+    fill(gpu_device)
+    assert gpu_device != "cpu"
+
+def test_is_skipped_on_the_cpu(gpu_device):
+    fill(gpu_device)
+    pytest.skip(f"on the {gpu_device}")
+"""
+)
+
+FAULTS = (
+    HELP
+    + """
+@pytest.mark.gpu(fallback="cpu")
+def test_takes_the_card_whatever_it_is_told(gpu_device):
+    fill("cuda")
+
+def test_asks_nobody():
+    fill("cuda")
+
+@pytest.mark.gpu
+def test_needs_the_card(gpu_device):
+    fill(gpu_device)
+"""
+)
 
 
-def test_a_test_that_asked_for_more_than_the_card_has_is_not_tried_alone_there(run):
-    suite = SUITE.replace("gpu(", 'gpu(vram="1GiB", ')
-    done = run(suite, "-p", "xdist", "-n2")
-    attempts = [(test.outcome, test.step) for test in done.record.tests]
-    assert attempts == [("rerun", ""), ("passed", "cpu")]
+def attempts(done):
+    """Return the outcomes and steps of each test's attempts, by name."""
+    made: dict[str, list[tuple[str, str]]] = {}
+    for test in done.record.tests:
+        made.setdefault(test.nodeid.rpartition("::")[2], []).append((test.outcome, test.step))
+    return made
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_runs_out_of_memory_takes_the_cpu_if_it_asked_where_to_work(run, mode):
+    done = run(LADDER, "-x", *MODES[mode])
+
+    made = attempts(done)
+    assert {name: tried[-1] for name, tried in made.items()} == {
+        **dict.fromkeys(made, ("passed", "cpu")),
+        "test_after_the_module_fixture": ("passed", made["test_after_the_module_fixture"][-1][1]),
+        "test_is_expected_to_fail": ("xfailed", "cpu"),
+        "test_is_skipped_on_the_cpu": ("skipped", "cpu"),
+    }, done.output
+    assert done.status == 0
+    assert len(made) == 10
+    assert all({outcome for outcome, _ in tried[:-1]} <= {"rerun"} for tried in made.values())
+    assert "ran out of memory on the card" in done.section
+
+
+def test_a_test_that_ran_out_everywhere_fails_with_the_figures(run):
+    done = run(FAULTS, "--junitxml=junit.xml", "-v")
+
+    assert attempts(done) == {
+        "test_takes_the_card_whatever_it_is_told": [("rerun", ""), ("failed", "cpu")],
+        "test_asks_nobody": [("failed", "")],
+        "test_needs_the_card": [("failed", "")],
+    }
+    assert all(test.oom for test in done.record.tests)
+    assert "::test_takes_the_card_whatever_it_is_told RERUN" in done.output
+    assert done.outcomes == {"failed": 3, "rerun": 1}
+    junit = (done.directory / "junit.xml").read_text()
+    tried = re.findall(r'<testcase [^>]*name="test_takes.*?</testcase>', junit, re.DOTALL)
+    assert ["<failure" in each for each in tried] == [False, True]
+    assert ['name="gpumem_step" value="cpu"' in each for each in tried] == [False, True]
+
+
+@pytest.mark.parametrize("answer", ["fail", "retry"])
+def test_the_answer_says_how_far_to_go(run, answer):
+    done = run(LADDER, f"--gpumem-oom={answer}", "-k", "asks_the_fixture or asks_a_manager")
+
+    assert {tried[-1] for tried in attempts(done).values()} == {("failed", "")}
+    assert done.outcomes == {"failed": 2, "deselected": 8}
+
+
+def test_memory_of_models_is_released_before_the_cpu_is_tried(run, tmp_path, monkeypatch):
+    for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    done = run(
+        HELP
+        + """
+@pytest.fixture(scope="session")
+def model(model_pool):
+    return lambda: model_pool.get("one", lambda: torch.nn.Linear(4096, 4096, bias=False))
+
+def test_uses_the_model(model):
+    assert model().weight.device.type == "cuda"
+
+@pytest.mark.gpu(fallback="cpu")
+def test_needs_its_room(gpu_device):
+    torch.empty(600 * 2**20, dtype=torch.uint8, device=gpu_device)
+
+@pytest.mark.gpu(fallback="cpu")
+def test_needs_more_than_is_left(gpu_device, model):
+    assert model().weight.sum() is not None
+    fill(gpu_device, 0.9)
+
+@pytest.mark.gpu(fallback="cpu")
+def test_needs_more_than_there_is(gpu_device, model):
+    assert model().weight.sum() is not None
+    fill(gpu_device)
+""",
+        "--gpumem-simulate=1GiB",
+    )
+
+    assert attempts(done) == {
+        "test_uses_the_model": [("passed", "")],
+        "test_needs_its_room": [("rerun", ""), ("passed", "released")],
+        "test_needs_more_than_is_left": [("rerun", ""), ("rerun", "released"), ("passed", "cpu")],
+        "test_needs_more_than_there_is": [("rerun", ""), ("passed", "cpu")],
+    }, done.output
+
+
+def test_a_test_that_ran_out_beside_others_runs_alone(run):
+    first = """
+from test_it import *
+
+def test_holds():
+    x = fill("cuda", 2)
+    Path("held").touch()
+    time.sleep(2)
+"""
+    second = """
+from test_it import *
+
+def test_wants():
+    while not Path("held").exists():
+        time.sleep(0.01)
+    fill("cuda", 2.5)
+"""
+    done = run(HELP, "-n", "2", "--dist", "loadfile", test_one=first, test_two=second)
+
+    assert attempts(done) == {
+        "test_holds": [("passed", "")],
+        "test_wants": [("rerun", ""), ("passed", "alone")],
+    }, done.output
+
+
+def test_rerunfailures_reruns_only_what_is_left_to_it(run):
+    done = run(
+        HELP
+        + """
+TRIES = []
+
+@pytest.mark.gpu(fallback="cpu")
+def test_fails_once_on_the_cpu(gpu_device):
+    fill(gpu_device)
+    TRIES.append(gpu_device)
+    assert len(TRIES) > 1
+
+def test_has_no_room():
+    fill("cuda")
+""",
+        "--reruns=1",
+    )
+
+    assert attempts(done) == {
+        "test_fails_once_on_the_cpu": [("rerun", ""), ("rerun", "cpu"), ("passed", "cpu")],
+        "test_has_no_room": [("rerun", ""), ("failed", "")],
+    }
+    assert "alone" not in done.section

@@ -79,7 +79,7 @@ def test_no_test_runs_out_of_memory_where_some_do_without_sharing(
 ):
     for name in "bcd":
         (tmp_path / f"test_{name}.py").write_text(SUITE)
-    workers = ["-p", "xdist", "-n4", "--gpumem-context=512MiB"]
+    workers = ["-p", "xdist", "-n4", "--gpumem-context=640MiB"]
 
     plain = run_suite(SUITE, *workers, "--gpumem=track")
     first = run_suite(SUITE, *workers)

@@ -320,12 +320,26 @@ def test_what_others_use_is_told_only_by_a_card_on_which_no_test_runs() -> None:
     planner.used("card0", 95)
     for test in range(3):
         planner.requeue(test)
-    # 75 of the 95 bytes are not ours: nothing fits, and one test runs as a last resort.
-    assert len(planner.commands()) == 1
+    # 75 of the 95 bytes are not ours: nothing fits, and one test runs alone as a last resort.
+    assert [command.grant.alone for command in planner.commands()] == [True]
     # More room is used as soon as it is told of.
     planner.finished("w0", 0, duration=1.0, peak=20)
     planner.used("card0", 20)
     assert len(planner.commands()) == 2
+
+
+def test_what_others_use_is_not_told_by_a_card_that_a_worker_gives_something_back_of() -> None:
+    tests = [gpu(name, 35) for name in "ab"]
+    planner = planner_of(tests, others=30)
+    planner.resident("w0", CONTEXT + 30)
+    planner.resident("w1", CONTEXT + 30)
+    assert {type(command) for command in planner.commands()} == {Flush}
+    # The fixtures of both are gone already, which only the card tells as yet.
+    planner.used("card0", 30 + 2 * CONTEXT)
+    for worker in ("w0", "w1"):
+        planner.resident(worker, CONTEXT)
+        planner.flushed(worker)
+    assert len(runs(planner)) == 1
 
 
 def test_a_cpu_test_that_runs_out_of_memory_is_tried_again_as_a_gpu_test() -> None:
@@ -608,6 +622,7 @@ class Room(RuleBasedStateMachine):
         self.stopped: set[str] = set()
         self.surprising: set[str] = set()
         self.grants: dict[int, int | None] = {}
+        self.alone: set[int] = set()
         self.crashed: list[str] = []
         self.born = 0
         for _ in range(workers):
@@ -686,7 +701,12 @@ class Room(RuleBasedStateMachine):
         for card in cards:
             self.resident[worker, card] = max(CONTEXT, self.resident.get((worker, card), 0))
         assert grant.cards == len(cards)
-        assert grant.alone == (grant.size is None or self.tests[test].exclusive)
+        if grant.size is None or self.tests[test].exclusive:
+            assert grant.alone
+        self.alone.discard(test)
+        if grant.alone:
+            assert not any(map(self.on_card, cards))
+            self.alone.add(test)
         self.grants[test] = grant.size
         self.beside_unseen.discard(test)
         if any(
@@ -711,7 +731,7 @@ class Room(RuleBasedStateMachine):
             if place == card and name != worker
         ]
         own = max(CONTEXT, self.resident.get((worker, card), 0))
-        new = Claim(own, need, self.tests[test].exclusive)
+        new = Claim(own, need, grant.alone)
         assert fits(self.totals[card], self.others[card], HEADROOM, claims, new)
 
     def granted(self, worker: str, card: CardKey) -> int:
@@ -719,7 +739,7 @@ class Room(RuleBasedStateMachine):
         return 0 if test is None else self.grants[test] or 0
 
     def is_exclusive(self, test: int | None) -> bool:
-        return test is not None and (self.tests[test].exclusive or self.grants[test] is None)
+        return test in self.alone
 
     def busy(self) -> list[str]:
         return [worker for worker, queue in self.queues.items() if queue]
@@ -798,7 +818,8 @@ class Room(RuleBasedStateMachine):
             if card in self.rings[name]
             for test in queue
         )
-        if not self.on_card(card) and not unseen:
+        giving_back = any(card in self.rings[worker] for worker in self.flushing)
+        if not (self.on_card(card) or unseen or giving_back):
             kept = sum(kept for (_, place), kept in self.resident.items() if place == card)
             self.others[card] = max(0, size - kept)
         self.planner.used(card, size)
