@@ -157,16 +157,22 @@ class Leasing:
         report = yield
         if not report.failed or call.excinfo is None or call.when == "teardown":
             return report
-        if release.oom_sentence(call.excinfo.value) and (step := self._next_step(item)):
+        sentence = release.oom_sentence(call.excinfo.value)
+        if sentence and (step := self._next_step(item, sentence)):
             self._next, self._spoiled = step, report.when == "setup"
             report.outcome = "rerun"  # type: ignore[assignment]  # as rerunfailures calls it
         return report
 
-    def _next_step(self, item: pytest.Item) -> str:
+    def _next_step(self, item: pytest.Item, sentence: str) -> str:
         """Return what to try with a test that ran out of memory; "" for nothing."""
         answer, lease = self._settings.oom, self._lease
         if answer == "fail" or self._step == "cpu":
             return ""
+        cpu = "cpu" if answer == "cpu" and may_fall_back(item) else ""
+        if cpu and release.asked_for(sentence) > max(
+            (card.total for card in self._cards), default=0
+        ):
+            return cpu  # no card had room for it, were it alone there
         alone = lease is not None and lease.exclusive
         if self._granted is not None and not alone and not self._step:
             return ""  # the controller sees to it that the test is alone
@@ -175,7 +181,7 @@ class Leasing:
         consolidator = _consolidator()
         if self._step != "released" and consolidator is not None and not consolidator.idle:
             return "released"
-        return "cpu" if answer == "cpu" and may_fall_back(item) else ""
+        return cpu
 
     def _is_shared(self, card: Card) -> bool:
         if set(devices.process_bytes(card)) - {os.getpid()}:

@@ -9,9 +9,12 @@ import sys
 import types
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.units import parse_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+_TRIED = re.compile(r"Tried to allocate (\d+(?:\.\d+)? [KMGT]iB)")
 _OOM = re.compile(r"(CUDA|HIP|XPU|MPS)( error:| driver error:| backend)? ?out of memory")
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
@@ -88,6 +91,12 @@ def oom_sentence(error: BaseException) -> str:
             # torch.AcceleratorError goes on with lines of general advice.
             return ". ".join(text.partition("\n")[0].split(". ")[:2])
     return ""
+
+
+def asked_for(sentence: str) -> int:
+    """Return the bytes of one allocation that failed, 0 where ``sentence`` does not tell."""
+    match = _TRIED.search(sentence)
+    return parse_bytes(match[1]) if match is not None else 0
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pytest_gpumem import devices
 from pytest_gpumem.tracking.holders import Held, find_holders, live_storages
-from pytest_gpumem.tracking.torch_heap import is_a
+from pytest_gpumem.tracking.torch_heap import exactly, is_a
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -141,9 +141,9 @@ class TensorLedger:
     def _suspended_fixtures(self) -> dict[int, str]:
         """Return the living generators of wider fixtures, and their frames."""
         found: dict[int, str] = {}
-        for each in gc.get_objects():
-            if type(each) is GeneratorType and id(each.gi_code) in self._fixtures:
-                label = self._fixtures[id(each.gi_code)]
+        for each in exactly(GeneratorType):
+            label = self._fixtures.get(id(each.gi_code))
+            if label is not None:
                 found |= {id(each): label, id(each.gi_frame): label}
         return found
 

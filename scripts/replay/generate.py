@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 SUITE = Path(__file__).with_name("suite")
 TESTS = 4_479
@@ -125,6 +126,26 @@ def test_provider_of_model(number):
 """
 
 
+class Chance(random.Random):
+    """A source of chance that adds up the durations it gave."""
+
+    seconds = 0.0
+
+    def duration(self, factor: float = 1.0) -> float:
+        """Return how long a test sleeps, in seconds; ``factor`` times the median of all."""
+        chosen = round(min(2.0, factor * SECONDS * self.lognormvariate(0, SPREAD)), 4)
+        self.seconds += chosen
+        return chosen
+
+
+class Written(NamedTuple):
+    """What a suite consists of."""
+
+    tests: int
+    seconds: float
+    """What its tests sleep."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """Modules of one kind: how many tests in all and in each, and how a module is written."""
@@ -133,71 +154,77 @@ class Kind:
     name: str
     tests: int
     per_module: int
-    write: Callable[[random.Random, int, int], str]
+    write: Callable[[Chance, int, int], str]
     """Given a source of chance, the module's number and its tests."""
 
 
-def _log_uniform(rng: random.Random, low: int, high: int) -> int:
+def _log_uniform(rng: Chance, low: int, high: int) -> int:
     return round(low * math.pow(high / low, rng.random()))
 
 
-def _seconds(rng: random.Random, factor: float = 1.0) -> float:
-    return round(min(2.0, factor * SECONDS * rng.lognormvariate(0, SPREAD)), 4)
-
-
 def _cases(
-    rng: random.Random, number: int, low: int, high: int, factor: float = 1.5
+    rng: Chance, number: int, low: int, high: int, factor: float = 1.5
 ) -> list[tuple[int, float]]:
     """Return MiB and seconds of ``number`` tests whose sizes are alike, as in one module."""
     size = _log_uniform(rng, low, high)
     return [
-        (max(1, round(size * rng.lognormvariate(0, 0.15))), _seconds(rng, factor))
+        (max(1, round(size * rng.lognormvariate(0, 0.15))), rng.duration(factor))
         for _ in range(number)
     ]
 
 
-def _minilm(_rng: random.Random, _number: int, tests: int) -> str:
+def _minilm(_rng: Chance, _number: int, tests: int) -> str:
     return HEAD + MINILM.format(n=tests)
 
 
-def _encoder(rng: random.Random, _number: int, tests: int) -> str:
-    size = _log_uniform(rng, 80, 340)
+def _encoder(rng: Chance, _number: int, tests: int) -> str:
+    size = _log_uniform(rng, 70, 300)
     return HEAD + ENCODER.format(size=size, cases=_cases(rng, tests, 10, 60), n=tests)
 
 
-def _shared_model(rng: random.Random, number: int, tests: int) -> str:
+def _shared_model(rng: Chance, number: int, tests: int) -> str:
     size = rng.randint(80, 120)
     cases = _cases(rng, tests, 8, 40)
     return HEAD + SHARED_MODEL.format(size=size, name=f"model-{number}", cases=cases, n=tests)
 
 
-def _routed(rng: random.Random, _number: int, tests: int) -> str:
+def _routed(rng: Chance, _number: int, tests: int) -> str:
     return HEAD + ROUTED.format(cases=_cases(rng, tests, 20, 120), n=tests)
 
 
-def _too_large(rng: random.Random, _number: int, tests: int) -> str:
+def _too_large(rng: Chance, _number: int, tests: int) -> str:
     """Write batches larger than the card: they work on the CPU only."""
-    cases = [(rng.randint(5_000, 5_600), _seconds(rng)) for _ in range(tests)]
+    cases = [(rng.randint(5_000, 5_600), rng.duration()) for _ in range(tests)]
     return HEAD + ROUTED.format(cases=cases, n=tests)
 
 
-def _phi(rng: random.Random, _number: int, tests: int) -> str:
-    return HEAD + PHI.format(cases=_cases(rng, tests, 60, 900, 3.0), n=tests)
+def _phi(rng: Chance, _number: int, tests: int) -> str:
+    return HEAD + PHI.format(cases=_cases(rng, tests, 60, 500, 3.0), n=tests)
 
 
-def _server(rng: random.Random, _number: int, tests: int) -> str:
+def _whole_phi(rng: Chance, _number: int, tests: int) -> str:
+    """Write what needs most of the card, and finds it taken when it comes last."""
+    cases = [(rng.randint(1_700, 1_900), rng.duration(3.0)) for _ in range(tests)]
+    return HEAD + PHI.format(cases=cases, n=tests)
+
+
+def _whole_encoder(rng: Chance, _number: int, tests: int) -> str:
+    return HEAD + ENCODER.format(size=1_500, cases=_cases(rng, tests, 10, 60), n=tests)
+
+
+def _server(rng: Chance, _number: int, tests: int) -> str:
     return HEAD + SERVER.format(cases=_cases(rng, tests, 100, 400, 10.0), n=tests)
 
 
-def _leak(rng: random.Random, _number: int, tests: int) -> str:
+def _leak(rng: Chance, _number: int, tests: int) -> str:
     return HEAD + LEAK.format(size=rng.randint(2, 4), cases=_cases(rng, tests, 8, 40), n=tests)
 
 
-def _fragments(rng: random.Random, _number: int, tests: int) -> str:
+def _fragments(rng: Chance, _number: int, tests: int) -> str:
     return HEAD + FRAGMENTS.format(cases=_cases(rng, tests, 30, 110), n=tests)
 
 
-def _agents(total: int, faulty: int, in_fixture: int) -> Callable[[random.Random, int, int], str]:
+def _agents(total: int, faulty: int, in_fixture: int) -> Callable[[Chance, int, int], str]:
     """Return what writes modules of agents, ``faulty`` of ``total`` without their model."""
     in_test = faulty - in_fixture
     modules = -(-total // 20)
@@ -205,7 +232,7 @@ def _agents(total: int, faulty: int, in_fixture: int) -> Callable[[random.Random
     def share(number: int, all_of_them: int) -> int:
         return all_of_them * (number + 1) // modules - all_of_them * number // modules
 
-    def write(rng: random.Random, number: int, tests: int) -> str:
+    def write(rng: Chance, number: int, tests: int) -> str:
         def kinds(bad: int, number: int) -> list[str]:
             some = [rng.choice(FAULTY) for _ in range(bad)] + ["PlannerAgent"] * (number - bad)
             rng.shuffle(some)
@@ -226,17 +253,17 @@ def _agents(total: int, faulty: int, in_fixture: int) -> Callable[[random.Random
     return write
 
 
-def _core(skips: int, failures: int, modules: int) -> Callable[[random.Random, int, int], str]:
+def _core(skips: int, failures: int, modules: int) -> Callable[[Chance, int, int], str]:
     """Return what writes modules without the card, some with skips and with failures."""
 
     def share(number: int, all_of_them: int) -> int:
         return all_of_them * (number + 1) // modules - all_of_them * number // modules
 
-    def write(rng: random.Random, number: int, tests: int) -> str:
+    def write(rng: Chance, number: int, tests: int) -> str:
         skipped, failing = share(number, skips), share(number, failures)
         plain = tests - skipped - failing
         text = HEAD.replace("import lab\n", "")
-        text += CORE.format(cases=[_seconds(rng) for _ in range(plain)], n=plain) if plain else ""
+        text += CORE.format(cases=[rng.duration() for _ in range(plain)], n=plain) if plain else ""
         text += SKIPPED.format(n=skipped) if skipped else ""
         return text + (FAILING.format(n=failing) if failing else "")
 
@@ -254,17 +281,20 @@ def kinds(scale: float, *, minilm: bool = True) -> Iterator[Kind]:
 
     agents = part(400)
     card = (
-        Kind("embeddings", "minilm", part(24), 12, _minilm if minilm else _encoder),
-        Kind("embeddings", "encoder", part(240), 12, _encoder),
+        # Two, because each process that loads it computes for seconds, and has a large heap then.
+        Kind("embeddings", "minilm", 2, 2, _minilm if minilm else _encoder),
+        Kind("embeddings", "encoder", part(262), 12, _encoder),
         Kind("embeddings", "routed", part(36), 12, _routed),
-        Kind("embeddings", "shared_model", part(200), 10, _shared_model),
-        Kind("embeddings", "too_large", part(6), 6, _too_large),
+        Kind("embeddings", "shared_model", part(230), 10, _shared_model),
+        Kind("embeddings", "too_large", part(8), 8, _too_large),
         Kind(
             *("agents", "agents", agents, 20),
             _agents(agents, part(AGENTS_WITHOUT_MODEL), part(IN_FIXTURE)),
         ),
         Kind("consciousness", "phi", part(240), 12, _phi),
-        Kind("mcp", "server", part(10), 5, _server),
+        Kind("mcp", "server", part(5), 5, _server),
+        Kind("whole_network", "whole_encoder", part(12), 12, _whole_encoder),
+        Kind("whole_network", "whole_phi", part(22), 11, _whole_phi),
         Kind("consciousness", "remembering", part(40), 10, _leak),
         Kind("consciousness", "ragged", part(60), 10, _fragments),
     )
@@ -274,20 +304,20 @@ def kinds(scale: float, *, minilm: bool = True) -> Iterator[Kind]:
     yield Kind("core", "rules", rest, 40, _core(part(SKIPS), part(OWN_FAILURES), modules))
 
 
-def write(folder: Path, seed: int = 1, scale: float = 1.0, *, minilm: bool = True) -> int:
-    """Write the suite into a new ``folder``; return how many tests it has."""
+def write(folder: Path, seed: int = 1, scale: float = 1.0, *, minilm: bool = True) -> Written:
+    """Write the suite into a new ``folder``; return what it consists of."""
     shutil.copytree(SUITE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    total = 0
+    tests, seconds = 0, 0.0
     for kind in kinds(scale, minilm=minilm):
         place = folder / "tests" / kind.folder
         place.mkdir(parents=True, exist_ok=True)
-        rng = random.Random(f"{seed} {kind.name}")  # noqa: S311  # the same suite every time
+        rng = Chance(f"{seed} {kind.name}")
         for number, begin in enumerate(range(0, kind.tests, kind.per_module)):
-            tests = min(kind.per_module, kind.tests - begin)
-            text = kind.write(rng, number, tests)
+            text = kind.write(rng, number, min(kind.per_module, kind.tests - begin))
             (place / f"test_{kind.name}_{number:02}.py").write_text(text)
-        total += kind.tests
-    return total
+        tests += kind.tests
+        seconds += rng.seconds
+    return Written(tests, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -297,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="times as many tests as 4,479")
     options = parser.parse_args(argv)
-    print(f"{write(options.folder, options.seed, options.scale)} tests in {options.folder}")
+    tests, seconds = write(options.folder, options.seed, options.scale)
+    print(f"{tests} tests in {options.folder}, which sleep {seconds:.0f} s")
     return 0
 
 

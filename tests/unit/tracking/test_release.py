@@ -343,3 +343,16 @@ def test_what_a_failed_closure_pins_goes_with_the_traceback() -> None:
     release.clear_frames(caught)
     release.drop_tracebacks([caught])
     assert freed(witnesses)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "size"),
+    [
+        ("CUDA out of memory. Tried to allocate 46.00 MiB", 46 * 2**20),
+        ("CUDA out of memory. Tried to allocate 5.25 GiB", 21 * 2**28),
+        ("CUDA out of memory", 0),
+        ("CUDA error: out of memory", 0),
+    ],
+)
+def test_an_out_of_memory_error_tells_what_was_asked_for(sentence: str, size: int) -> None:
+    assert release.asked_for(sentence) == size
