@@ -19,7 +19,7 @@ from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.table import Table
 
@@ -101,7 +101,8 @@ def look(ledger: Ledger, watcher: Watcher | None = None) -> list[CardState]:
         reading = devices.driver_reading(card)
         if reading is not None:
             sizes = (reading.used, reading.free, reading.total)
-            holdings = _holdings(ledger, page, card.uuid, devices.process_bytes(card), glimpses)
+            held = devices.process_bytes(card)
+            holdings = _holdings(ledger, page, card.uuid, held, glimpses)
             found.append(CardState(card.uuid, card.name, *sizes, holdings))
     for simulated in _simulated():
         used = dict(simulated.processes())
@@ -148,7 +149,7 @@ def _holdings(
     ledger: Ledger,
     page: Page | None,
     uuid: str,
-    used: dict[int, int | None],
+    used: Mapping[int, int | None],
     glimpses: Sequence[Glimpse],
 ) -> tuple[Holding, ...]:
     from pytest_gpumem.sharing.ledger import HELD, WAITING, card_key
@@ -349,8 +350,8 @@ def _table(states: Sequence[CardState]) -> Table:
     table.add_column("card, process, test")
     for card in states:
         sizes = shown(card.used, card.free, card.total) if card.uuid else [""] * 3
-        name = Text(f"{card.name} {card.uuid[-8:]}".rstrip())
-        table.add_row(*sizes, "", "", "", name, style="bold")
+        title = Text(f"{card.name} {card.uuid[-8:]}".rstrip())
+        table.add_row(*sizes, "", "", "", title, style="bold")
         for row in card.holdings:
             used = "?" if row.used is None and card.uuid else shown(row.used)[0]
             words = filter(None, (row.worker or str(row.pid), row.state, row.phase, row.test))
