@@ -26,9 +26,6 @@ else:
 
 MODES = ("isolated", "sequential", "parallel")
 _SAVED = Path(".pytest_cache/d/gpumem/groups")
-_FALLBACK = re.compile(
-    r"(?i)\bfall(?:ing|s|en)?[ -]?back (?:to|on) (?:the )?CPU\b|\bCPU fallback\b"
-)
 _NO_TESTS = 5
 """pytest's exit status where nothing was collected."""
 
@@ -49,7 +46,6 @@ class Result(NamedTuple):
     group: Group
     run: records.RunRecord | None
     found: Findings
-    fallbacks: int
     seconds: float
     status: int
     """0, or the first of pytest's that was not."""
@@ -58,6 +54,11 @@ class Result(NamedTuple):
     def peak(self) -> int:
         """The highest of any test."""
         return max((card.peak for test in self._tests for card in test.cards), default=0)
+
+    @property
+    def fallbacks(self) -> int:
+        """Tests that worked on the CPU instead of a card: sent there, or after an OOM."""
+        return sum(test.fell_back for test in self._tests)
 
     @property
     def growth(self) -> int:
@@ -215,9 +216,7 @@ def run(group: Group, directory: Path, output: Path) -> Result:
         found = analysis.of_record(whole, str(saved))
     else:
         found = analysis.analyse([str(log)])
-    with log.open(encoding="utf-8", errors="replace") as lines:
-        fallbacks = sum(_FALLBACK.search(line) is not None for line in lines)
-    return Result(group, whole, found, fallbacks, seconds, status)
+    return Result(group, whole, found, seconds, status)
 
 
 def _parts(group: Group, directory: Path) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -19,11 +19,12 @@ from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.table import Table
 
     from pytest_gpumem.sharing.ledger import Ledger, Page
+    from pytest_gpumem.sharing.watching import Glimpse, Watcher
     from pytest_gpumem.simulator.card import SharedCard
 
 
@@ -31,13 +32,21 @@ class Holding(NamedTuple):
     """One process on a card; sizes in bytes."""
 
     pid: int
-    used: int | None
+    used: int | None = None
     """As the driver says; None where it does not tell."""
-    lease: int | None
+    lease: int | None = None
     """Granted or asked for; None without a lease."""
-    state: str
+    state: str = ""
     """``held``, ``alone`` or ``waiting``; empty without a lease."""
-    test: str
+    test: str = ""
+    """The one that it runs, also without a lease; empty between tests."""
+    worker: str = ""
+    """``gw0`` and so on; empty without xdist."""
+    phase: str = ""
+    """``setup``, ``call``, ``teardown``: when torch was asked for the next two."""
+    allocated: int | None = None
+    reserved: int | None = None
+    """By torch; None where the process did not tell, or does not use the card."""
 
 
 class CardState(NamedTuple):
@@ -81,34 +90,30 @@ def _interval(text: str) -> float:
     return seconds
 
 
-def look(ledger: Ledger | None = None) -> list[CardState]:
+def look(ledger: Ledger, watcher: Watcher | None = None) -> list[CardState]:
     """Return what is on every card now: the driver's, and simulated ones that are in use.
 
-    Raises:
-        LeaseError: when the directory of the leases is not to be known.
-
+    Behind them, with an empty UUID, stand the processes that run tests without a card.
     """
-    from pytest_gpumem.sharing.ledger import Ledger, run_directory
-
-    ledger = ledger or Ledger(run_directory())
-    page = _page(ledger)
+    page, glimpses = _page(ledger), watcher.glimpses() if watcher is not None else []
     found = []
     for card in devices.find_cards().cards:
         reading = devices.driver_reading(card)
         if reading is not None:
             sizes = (reading.used, reading.free, reading.total)
-            used = devices.process_bytes(card)
-            found.append(
-                CardState(card.uuid, card.name, *sizes, _holdings(ledger, page, card.uuid, used))
-            )
+            held = devices.process_bytes(card)
+            holdings = _holdings(ledger, page, card.uuid, held, glimpses)
+            found.append(CardState(card.uuid, card.name, *sizes, holdings))
     for simulated in _simulated():
         used = dict(simulated.processes())
         taken = sum(size or 0 for size in used.values())
         sizes = (taken, simulated.total - taken, simulated.total)
-        holdings = _holdings(ledger, page, simulated.uuid, used)
+        holdings = _holdings(ledger, page, simulated.uuid, used, glimpses)
         if used or holdings:
             found.append(CardState(simulated.uuid, simulated.name, *sizes, holdings))
-    return found
+    placed = {row.pid for card in found for row in card.holdings}
+    rest = [_seen(Holding(each.pid), each) for each in glimpses if each.pid not in placed]
+    return [*found, CardState("", "no card", 0, 0, 0, tuple(rest))] if rest else found
 
 
 def _page(ledger: Ledger) -> Page | None:
@@ -141,12 +146,16 @@ def _simulated() -> list[SharedCard]:
 
 
 def _holdings(
-    ledger: Ledger, page: Page | None, uuid: str, used: dict[int, int | None]
+    ledger: Ledger,
+    page: Page | None,
+    uuid: str,
+    used: Mapping[int, int | None],
+    glimpses: Sequence[Glimpse],
 ) -> tuple[Holding, ...]:
     from pytest_gpumem.sharing.ledger import HELD, WAITING, card_key
 
     key = card_key(uuid)
-    rows: dict[int, Holding] = {pid: Holding(pid, size, None, "", "") for pid, size in used.items()}
+    rows: dict[int, Holding] = {pid: Holding(pid, size) for pid, size in used.items()}
     entries = [
         entry
         for entry in (page.entries if page is not None else ())
@@ -160,7 +169,23 @@ def _holdings(
         state = "waiting" if entry.state == WAITING else "alone" if claim.exclusive else "held"
         pid = entry.pid
         rows[pid] = Holding(pid, used.get(pid), claim.extra, state, ledger.label(entry))
+    for each in glimpses:
+        # In a container the driver knows a process by a number of the host's.
+        if each.pid in rows or any(each.cards.get(uuid, ())):
+            rows[each.pid] = _seen(rows.get(each.pid, Holding(each.pid)), each, uuid)
     return tuple(sorted(rows.values(), key=lambda row: row.pid))
+
+
+def _seen(row: Holding, glimpse: Glimpse, uuid: str = "") -> Holding:
+    """Return ``row`` with what its process tells of itself."""
+    allocated, reserved = glimpse.cards.get(uuid, (None, None))
+    return row._replace(
+        test=glimpse.test if glimpse.phase else row.test,
+        worker=glimpse.worker,
+        phase=glimpse.phase,
+        allocated=allocated,
+        reserved=reserved,
+    )
 
 
 def _monitor(chosen: argparse.Namespace) -> int:
@@ -171,11 +196,44 @@ def _monitor(chosen: argparse.Namespace) -> int:
             writer = csv.writer(file)
             writer.writerow(
                 ("time", "card", "card_used", "card_free", "card_total", "pid", "process_used",
-                 "lease", "state", "test")
+                 "lease", "state", "test", "worker", "phase", "allocated", "reserved")
             )  # fmt: skip
-        if sys.stdout.isatty():
-            return _live(chosen, writer)
-        return _plain(chosen, writer)
+        view = _View(stack, writer)
+        return _live(chosen, view) if sys.stdout.isatty() else _plain(chosen, view)
+
+
+class _View:
+    """Looks, and keeps what it saw."""
+
+    def __init__(self, stack: ExitStack, writer: Any) -> None:
+        """Begin; ``stack`` lets the tests know when nobody looks any more.
+
+        Raises:
+            LeaseError: when the directory of the leases is not to be known.
+
+        """
+        from pytest_gpumem.sharing.ledger import LeaseError, Ledger, run_directory
+        from pytest_gpumem.sharing.watching import Watcher
+
+        directory = run_directory()
+        self._ledger = Ledger(directory)
+        self._writer = writer
+        self._watcher = None
+        try:
+            self._watcher = stack.enter_context(Watcher(directory))
+        except LeaseError as error:
+            sys.stderr.write(f"gpumem monitor: tests without a lease are not shown: {error}\n")
+
+    def look(self) -> list[CardState]:
+        """Return what is on the cards now."""
+        states = look(self._ledger, self._watcher)
+        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        for card in states if self._writer is not None else ():
+            sizes = (card.used, card.free, card.total) if card.uuid else (None, None, None)
+            for row in card.holdings or (Holding(0),):
+                own = (row.pid or "", *row[1:])
+                self._writer.writerow((now, card.uuid, *sizes, *own))
+        return states
 
 
 def _start(command: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
@@ -185,14 +243,14 @@ def _start(command: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
         raise ValueError(f"cannot run {command[0]!r}: {error.strerror}") from None
 
 
-def _plain(chosen: argparse.Namespace, writer: Any) -> int:
+def _plain(chosen: argparse.Namespace, view: _View) -> int:
     """Print a line whenever something changed; the command prints as it likes."""
     process = _start(chosen.command_line) if chosen.command_line else None
     begun, last = time.monotonic(), ""
     status = None
     try:
         while status is None:
-            states = _look(writer)
+            states = view.look()
             told = "; ".join(map(_line, states)) or "no card in use"
             if told != last:
                 sys.stderr.write(f"gpumem monitor: {time.monotonic() - begun:.1f} s, {told}\n")
@@ -204,7 +262,7 @@ def _plain(chosen: argparse.Namespace, writer: Any) -> int:
     return status
 
 
-def _live(chosen: argparse.Namespace, writer: Any) -> int:
+def _live(chosen: argparse.Namespace, view: _View) -> int:
     """Show a table that stays at the bottom; what the command prints scrolls above it."""
     from rich.live import Live
     from rich.text import Text
@@ -226,7 +284,7 @@ def _live(chosen: argparse.Namespace, writer: Any) -> int:
         status = None
         try:
             while status is None:
-                live.update(_table(_look(writer)))
+                live.update(_table(view.look()))
                 status = _wait(process, chosen.interval)
         except KeyboardInterrupt:
             status = _interrupted(process)
@@ -261,45 +319,45 @@ def _status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _look(writer: Any) -> list[CardState]:
-    states = look()
-    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    for card in states if writer is not None else ():
-        sizes = (card.used, card.free, card.total)
-        for row in card.holdings or (Holding(0, None, None, "", ""),):
-            writer.writerow((now, card.uuid, *sizes, row.pid or "", row.used, row.lease, *row[3:]))
-    return states
-
-
 def _line(card: CardState) -> str:
-    tests = [
-        f"{row.test} ({row.state}, {format_bytes(row.lease or 0)})"
-        for row in card.holdings
-        if row.state
-    ]
+    tests = [_told(row) for row in card.holdings if row.state or row.phase]
     count = len(card.holdings)
     shown = f", {count} process{'es' if count > 1 else ''}" if count else ""
-    leases = f": {', '.join(tests)}" if tests else ""
-    return f"{card.name} {format_bytes(card.used)} of {format_bytes(card.total)}{shown}{leases}"
+    told = f": {', '.join(tests)}" if tests else ""
+    sizes = f" {format_bytes(card.used)} of {format_bytes(card.total)}" if card.uuid else ""
+    return f"{card.name}{sizes}{shown}{told}"
+
+
+def _told(row: Holding) -> str:
+    parts = [row.state, format_bytes(row.lease or 0)] if row.state else []
+    parts += [row.phase] if row.phase else []
+    if row.allocated is not None and row.reserved is not None:
+        parts.append(f"{format_bytes(row.allocated)} allocated")
+        parts.append(f"{format_bytes(row.reserved)} reserved")
+    return f"{row.worker} {row.test} ({', '.join(parts)})".lstrip()
 
 
 def _table(states: Sequence[CardState]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    def shown(*sizes: int | None) -> list[str]:
+        return ["" if size is None else format_mib(size) for size in sizes]
+
     table = Table(box=None, header_style="dim", expand=True)
-    for name in ("used MiB", "free MiB", "total MiB", "lease MiB"):
+    for name in ("used", "free", "total", "allocated", "reserved", "lease"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("", "card, process, test"):
-        table.add_column(name)
+    table.add_column("card, process, test")
     for card in states:
-        sizes = map(format_mib, (card.used, card.free, card.total))
-        table.add_row(*sizes, "", "", Text(f"{card.name} {card.uuid[-8:]}"), style="bold")
+        sizes = shown(card.used, card.free, card.total) if card.uuid else [""] * 3
+        title = Text(f"{card.name} {card.uuid[-8:]}".rstrip())
+        table.add_row(*sizes, "", "", "", title, style="bold")
         for row in card.holdings:
-            used = "?" if row.used is None else format_mib(row.used)
-            lease = "" if row.lease is None else format_mib(row.lease)
-            table.add_row(used, "", "", lease, row.state, Text(f"  {row.pid} {row.test}"))
+            used = "?" if row.used is None and card.uuid else shown(row.used)[0]
+            words = filter(None, (row.worker or str(row.pid), row.state, row.phase, row.test))
+            torch = shown(row.allocated, row.reserved, row.lease)
+            table.add_row(used, "", "", *torch, Text(f"  {' '.join(words)}"))
     if not states:
-        table.add_row("", "", "", "", "", "no card in use")
-    table.caption = f"{datetime.now().astimezone():%H:%M:%S}, seen by process {os.getpid()}"
+        table.add_row(*[""] * 6, "no card in use")
+    table.caption = f"MiB at {datetime.now().astimezone():%H:%M:%S}, by process {os.getpid()}"
     return table

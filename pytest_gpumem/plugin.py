@@ -94,8 +94,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _measure(config: pytest.Config) -> None:
     from pytest_gpumem.measuring import Measuring
+    from pytest_gpumem.watched import Watched
 
     config.pluginmanager.register(Measuring(config, config.stash[STATE]), Measuring.NAME)
+    config.pluginmanager.register(Watched(), Watched.NAME)
 
 
 def _share(config: pytest.Config) -> None:

@@ -109,6 +109,10 @@ class Grant(NamedTuple):
     """Seconds before its start."""
 
 
+NOT_WORTH = "is not worth a card"
+"""How the reason ends of a route to the CPU that is no fallback."""
+
+
 class Route(NamedTuple):
     """Where a task was sent."""
 
@@ -119,6 +123,11 @@ class Route(NamedTuple):
     device: str
     """``cuda`` or ``cpu``."""
     reason: str
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether it is on the CPU though it was worth a card."""
+        return self.device == "cpu" and not self.reason.endswith(NOT_WORTH)
 
 
 class RecordedTest(NamedTuple):
@@ -148,6 +157,12 @@ class RecordedTest(NamedTuple):
     step: str = ""
     """Why this is a further attempt after one ran out of memory: ``alone`` on the card,
     ``released`` after model state was consolidated, or on the ``cpu``."""
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a task of it ended up on the CPU though it was worth a card."""
+        last = {route.task: route for route in self.routes}
+        return self.step == "cpu" or any(route.fell_back for route in last.values())
 
 
 class RunRecord(NamedTuple):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import devices
-from pytest_gpumem.records import Route
+from pytest_gpumem.records import NOT_WORTH, Route
 from pytest_gpumem.sharing.lease import Lease, LeaseError, Want, store
 from pytest_gpumem.sharing.workers import Holdings
 from pytest_gpumem.units import format_bytes
@@ -226,7 +226,7 @@ class HybridResourceManager:
                 )
         worth = task_type in GPU_TASKS if gpu is None else gpu
         if not worth:
-            return CPU, f"{task_type!r} is not worth a card"
+            return CPU, f"{task_type!r} {NOT_WORTH}"
         if reading is not None and size > reading.free + _cached(card):
             free = format_bytes(reading.free)
             return CPU, f"{format_bytes(size)} wanted, {free} of the card are free"

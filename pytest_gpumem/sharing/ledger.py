@@ -288,12 +288,7 @@ class Ledger:
 
     def _join(self) -> Standing:
         """Take part, with all that this process has."""
-        _refuse_network(self.directory)
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Anybody may make directories in /dev/shm, and links to theirs.
-        if self.directory.is_symlink() or not _is_ours(self.directory):
-            raise PermissionError(errno.EPERM, "it belongs to another user")
-        self.directory.chmod(0o700)
+        make_own(self.directory)
         for each in (self._queue, self._alive):
             each.mkdir(mode=0o700, exist_ok=True)
         files = [FileLock(self.directory / "lock")]
@@ -382,6 +377,21 @@ def _place() -> Path:
     import tempfile
 
     return Path(tempfile.gettempdir())
+
+
+def make_own(directory: Path) -> None:
+    """Make a directory that only this user may enter, or make sure that it is one.
+
+    Raises:
+        OSError: when that cannot be, or it is on a network file system, whose locks others miss.
+
+    """
+    _refuse_network(directory)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Anybody may make directories in /dev/shm, and links to theirs.
+    if directory.is_symlink() or not _is_ours(directory):
+        raise PermissionError(errno.EPERM, "it belongs to another user")
+    directory.chmod(0o700)
 
 
 def unusable(directory: Path, error: OSError) -> LeaseError:

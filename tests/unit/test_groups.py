@@ -17,16 +17,19 @@ KEPT = []
 @pytest.mark.parametrize("number", range(2))
 def test_keeps(number):
     KEPT.append(torch.zeros(64 << 20, dtype=torch.uint8, device="cuda"))
-    if len(KEPT) > 1:
-        print("falling back to CPU")
 
 def test_too_much():
     torch.zeros(5 << 30, dtype=torch.uint8, device="cuda")
+
+@pytest.mark.gpu(fallback="cpu")
+def test_may_fall_back(gpu_device):
+    if gpu_device == "cuda":
+        torch.zeros(5 << 30, dtype=torch.uint8, device="cuda")
 """
 CONFIG = """
 [tool.gpumem.groups.together]
 paths = ["test_it.py"]
-args = ["-rP", "--gpumem-simulate=3.81GiB"]
+args = ["--gpumem-simulate=3.81GiB", "--gpumem-oom=cpu"]
 
 [tool.gpumem.groups.apart]
 paths = ["test_cpu.py"]
@@ -66,7 +69,7 @@ def test_every_mode_runs_and_is_kept_for_compare(suite):
 
     assert done.returncode == 1, done.stderr  # a test failed
     # mode, tests, failed, OOMs, fallbacks, peak, growth, processes
-    assert rows["together"][:8] == ["sequential", "3", "1", "1", "1", "128.0", "128.0", "1"]
+    assert rows["together"][:8] == ["sequential", "4", "1", "1", "1", "128.0", "128.0", "1"]
     assert rows["apart"][:8] == ["isolated", "2", "0", "0", "0", "0.0", "0.0", "0"]
     assert rows["both"][:4] == ["parallel", "2", "0", "0"]
     assert "together: pytest ended with 1, see kept/together.log" in done.stdout
@@ -138,4 +141,17 @@ def test_processes_count_while_they_overlap():
     run = records.RunRecord(records.SCHEMA, "on", (), True, 3, tests)
     group = groups.Group("x", (), (), "parallel", "3")
 
-    assert groups.Result(group, run, analysis.of_record(run), 0, 0.0, 0).processes == 2
+    assert groups.Result(group, run, analysis.of_record(run), 0.0, 0).processes == 2
+
+
+def test_a_fallback_is_what_was_worth_a_card_and_ended_on_the_cpu():
+    to_card = records.Route("embedding", 1, "cuda", "there is room")
+    full = records.Route("embedding", 1, "cpu", "91% of the card are in use, above 90%")
+    never = records.Route("parse", 0, "cpu", "'parse' is not worth a card")
+
+    def test(*routes, step=""):
+        return records.RecordedTest("t", "passed", 1.0, "", routes=routes, step=step)
+
+    assert [test(full).fell_back, test(full, to_card).fell_back, test(to_card, full).fell_back,
+            test(never, to_card).fell_back, test(step="cpu").fell_back, test().fell_back,
+            ] == [True, False, True, False, True, False]  # fmt: skip
