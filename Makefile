@@ -60,6 +60,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours
 	$(BIN)/pytest -p no:cacheprovider tests/soak/replay.py
 	$(BIN)/python tests/soak/archive_kills.py
+	$(BIN)/python tests/soak/minilm_routing.py
 
 replay: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/replay/run.py $(ARGS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpumem import devices
+from pytest_gpumem import devices, routing
 from pytest_gpumem.state import ITEM_MARKS, NO_MARKS, ROUTES, STATE
 
 if TYPE_CHECKING:
@@ -30,22 +30,22 @@ def gpu_device(request: pytest.FixtureRequest) -> str:
     the test ran out of memory there. A test marked ``gpu`` without ``fallback="cpu"`` works on
     the card, or is skipped where there is none.
     """
-    manager = _configured(request.config)
     need = request.node.stash.get(ITEM_MARKS, NO_MARKS).need
     if need is not None and need.fallback is None:
         if not devices.find_cards().cards:
             pytest.skip("marked gpu without fallback='cpu', and there is no card")
         return "cuda"
+    from pytest_gpumem.routing.resource_manager import get_resource_manager
+
     size = need.vram if need is not None else None
-    return str(manager.get_resource_manager().route("test", size or 0, gpu=True).device)
+    return str(get_resource_manager().route("test", size or 0, gpu=True).device)
 
 
 @pytest.fixture(scope="session")
-def model_pool(pytestconfig: pytest.Config) -> ModelPool:
+def model_pool() -> ModelPool:
     """Return the models that this process's tests share."""
     from pytest_gpumem.routing.model_pool import ModelPool
 
-    _configured(pytestconfig)
     if not _pool:
         _pool.append(ModelPool())
     return _pool[0]
@@ -59,26 +59,15 @@ def embedding_model(model_pool: ModelPool, pytestconfig: pytest.Config) -> Itera
         yield model
 
 
-def _configured(config: pytest.Config) -> Any:
-    """Return the module of the resource manager, set up as the suite's options say."""
-    from pytest_gpumem.routing import resource_manager
-
-    settings = config.stash[STATE].settings
-    shared = resource_manager.shared
-    shared.context = settings.context_cost
-    shared.thresholds = resource_manager.Thresholds(
-        full=settings.route_full, busy=settings.route_busy, large=settings.route_large
-    )
-    return resource_manager
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave nothing of an earlier attempt in the test's report."""
+    """Route by this run's settings; leave nothing of an earlier attempt in the test's report."""
     item.user_properties[:] = [each for each in item.user_properties if each[0] != ROUTES]
+    routing.settings = item.config.stash[STATE].settings
     if _MANAGER in sys.modules:
-        sys.modules[_MANAGER].shared.take_routes()
-        _configured(item.config)
+        shared = sys.modules[_MANAGER].shared
+        shared.take_routes()
+        shared.configure(routing.settings)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

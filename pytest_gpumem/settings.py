@@ -54,6 +54,7 @@ class Settings(NamedTuple):
     route_full: float = 0.85
     route_busy: float = 0.70
     route_large: int = 200 * 2**20
+    route_transformers: float = 0.80
     embedding_model: str = "all-MiniLM-L6-v2"
 
     @property
@@ -303,6 +304,12 @@ OPTIONS = (
         parse_bytes,
         "What a large task wants more than. Default: 200MiB.",
         "SIZE",
+    ),
+    Option(
+        "route_transformers",
+        _share,
+        "Send sentence transformers to the CPU when more than this part is reserved. Default: 80%.",
+        "PERCENT",
     ),
     Option(
         "embedding_model",

@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem import devices
+from pytest_gpumem import devices, routing
 from pytest_gpumem.records import NOT_WORTH, Route
 from pytest_gpumem.sharing.lease import Lease, LeaseError, Want, store
 from pytest_gpumem.sharing.workers import Holdings
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_gpumem.records import Card
+    from pytest_gpumem.settings import Settings
 
 GPU_TASKS = frozenset({"math", "quantum", "tensor"})
 """Kinds of task that are worth a card, by the plan."""
@@ -99,6 +100,18 @@ class Shared:
         """Why nothing may go to a card now, if so."""
         self.mutex = threading.RLock()
         self.promises: list[_Promise] = []
+        if routing.settings is not None:
+            self.configure(routing.settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Go by a run's settings from now on."""
+        self.context = settings.context_cost
+        self.thresholds = Thresholds(
+            full=settings.route_full,
+            busy=settings.route_busy,
+            large=settings.route_large,
+            transformers=settings.route_transformers,
+        )
 
     def take_routes(self) -> list[Route]:
         """Return the decisions since the last call."""

@@ -142,6 +142,19 @@ def test_a_test_that_ran_out_everywhere_fails_with_the_figures(run):
     assert ['name="gpumem_step" value="cpu"' in each for each in tried] == [False, True]
 
 
+def test_whoever_routes_first_goes_by_the_options(run):
+    done = run(
+        """
+def test_imports_it_last_of_all():
+    from pytest_gpumem import HybridResourceManager
+    assert HybridResourceManager().thresholds == (0.01, 0.7, 5 * 2**20, 0.5)
+""",
+        *("--gpumem-route-full=1%", "--gpumem-route-large=5MiB", "--gpumem-route-transformers=50%"),
+    )
+
+    assert done.outcomes == {"passed": 1}, done.output
+
+
 @pytest.mark.parametrize("answer", ["fail", "retry"])
 def test_the_answer_says_how_far_to_go(run, answer):
     done = run(LADDER, f"--gpumem-oom={answer}", "-k", "asks_the_fixture or asks_a_manager")

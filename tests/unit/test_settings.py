@@ -33,6 +33,7 @@ EXAMPLES = {
     "route_full": ("90%", 0.9),
     "route_busy": ("60%", 0.6),
     "route_large": ("1GiB", 2**30),
+    "route_transformers": ("50%", 0.5),
     "embedding_model": ("models/small", "models/small"),
 }
 
