@@ -253,14 +253,16 @@ def _agents(total: int, faulty: int, in_fixture: int) -> Callable[[Chance, int, 
     return write
 
 
-def _core(skips: int, failures: int, modules: int) -> Callable[[Chance, int, int], str]:
-    """Return what writes modules without the card, some with skips and with failures."""
+def _core(total: int, skips: int, failures: int) -> Callable[[Chance, int, int], str]:
+    """Return what writes modules without the card; of ``total`` tests some skip and some fail."""
+    written = 0
 
-    def share(number: int, all_of_them: int) -> int:
-        return all_of_them * (number + 1) // modules - all_of_them * number // modules
-
-    def write(rng: Chance, number: int, tests: int) -> str:
-        skipped, failing = share(number, skips), share(number, failures)
+    def write(rng: Chance, _number: int, tests: int) -> str:
+        nonlocal written
+        begin, written = written, written + tests
+        skipped = skips * written // total - skips * begin // total
+        # Rounded the other way, so that a short last module has room for its share of both.
+        failing = -(-failures * written // total) + (-failures * begin // total)
         plain = tests - skipped - failing
         text = HEAD.replace("import lab\n", "")
         text += CORE.format(cases=[rng.duration() for _ in range(plain)], n=plain) if plain else ""
@@ -300,8 +302,7 @@ def kinds(scale: float, *, minilm: bool = True) -> Iterator[Kind]:
     )
     yield from card
     rest = part(TESTS) - sum(kind.tests for kind in card)
-    modules = -(-rest // 40)
-    yield Kind("core", "rules", rest, 40, _core(part(SKIPS), part(OWN_FAILURES), modules))
+    yield Kind("core", "rules", rest, 40, _core(rest, part(SKIPS), part(OWN_FAILURES)))
 
 
 def write(folder: Path, seed: int = 1, scale: float = 1.0, *, minilm: bool = True) -> Written:
