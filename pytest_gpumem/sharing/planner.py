@@ -574,7 +574,18 @@ class Planner:
         """Return whether the card must empty before it takes further tests."""
         if card.reserved:
             return card.reserved.passed >= PATIENCE
-        return card.running > 0 and len(self._alone.tests) >= DRAIN * len(self._cards)
+        if not card.running or len(self._alone.tests) < DRAIN * len(self._cards):
+            return False
+        # Not for tests that what the workers keep would hold up all the same: the others would
+        # run one by one.
+        return any(self._would_go(card, test) for test in itertools.islice(self._alone.tests, LOOK))
+
+    def _would_go(self, card: _Card, test: int) -> bool:
+        """Return whether ``test``, which must run alone, could if no test ran on ``card``."""
+        if test in self._seen.ooms and any(map(self._owes, card.workers)):
+            return False
+        idle = [claim._replace(extra=0) for claim in card.claims.values()]
+        return self._whole(test) <= admission.room(card.total, card.others, self._headroom, idle)
 
     def _portions(self, worker: _Worker) -> Iterator[Portion]:
         """Yield where to look for a GPU test, best first."""

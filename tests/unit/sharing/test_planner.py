@@ -486,6 +486,24 @@ def test_a_test_too_large_beside_the_contexts_does_not_keep_the_card_waiting() -
     assert order.index(39) < len(tests) - 20
 
 
+def test_tests_that_wait_for_what_workers_keep_do_not_let_the_others_run_one_by_one() -> None:
+    tests = [gpu(f"t{n}", 10, group=f"m{n // 10}.py") for n in range(40)]
+    planner = planner_of(tests, workers=3)
+    workers = Workers(tests, planner)
+    beside = []
+    while not planner.done:
+        workers.obey()
+        if not workers.running():  # somebody gave something back
+            continue
+        beside.append(len(workers.running()))
+        workers.finish(oom=len(beside) <= plans.DRAIN)
+        for name in workers.queues:
+            planner.resident(name, CONTEXT + 5)
+    # At the end those that ran out of memory run alone.
+    assert min(beside[:36]) == 3
+    assert max(beside[-plans.DRAIN :]) == 1
+
+
 def test_a_crashed_test_is_not_run_again_and_its_room_comes_back() -> None:
     tests = [gpu("a", 60, 9.0), gpu("b", 60)]
     planner = planner_of(tests, workers=2)
