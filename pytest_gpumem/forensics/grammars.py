@@ -276,7 +276,12 @@ GRAMMARS = (
         r"'out of memory'",
         bare=True,
     ),
-    _grammar("nccl", r"(?:.* )?NCCL WARN Failed to CUDA calloc", r"calloc <tried>", bare=True),
+    _grammar(
+        "nccl",
+        r"(?:(?:.* )?NCCL WARN )?Failed to CUDA calloc\b",
+        r"calloc (?:async )?<tried>",
+        bare=True,
+    ),
     _grammar(
         "cuda",
         r"(?:========= )?Program hit cudaErrorMemoryAllocation",
@@ -321,7 +326,7 @@ PROBABLE_KILL = re.compile(
 """A process ended by SIGKILL; whoever sent it, memory is the likeliest reason."""
 
 _CLASS = re.compile(
-    r"(?:[A-Za-z_]\w{0,80}(?:\.|::)){0,12}\w{0,80}?"
+    r"(?!cudaError[A-Z])(?:[A-Za-z_]\w{0,80}(?:\.|::)){0,12}\w{0,80}?"
     r"(?:Error|Exception|Exhausted|Exit|Failure|OutOfMemory|EnforceNotMet|\bFailed\b)\w{0,80}"
     r"(?:\(\w+\))?: ?|C\+\+ exception with description \""
 )

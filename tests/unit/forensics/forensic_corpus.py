@@ -244,6 +244,12 @@ GRAMMARS = [
     ("CuPy with a limit", "cupy.cuda.memory.OutOfMemoryError: Out of memory allocating 2,048 bytes "
      "(allocated so far: 1,073,741,312 bytes, limit set to: 1,073,741,824 bytes).",
      {"backend": "cupy", "tried": 2048, "allowed": 2**30, "cause": "memory_fraction"}),
+    ("CuPy, the runtime", "cupy_backends.cuda.api.runtime.CUDARuntimeError: "
+     "cudaErrorMemoryAllocation: out of memory", {"backend": "cupy"}),
+    ("NCCL within PyTorch", "torch.distributed.DistBackendError: NCCL error in: "
+     "ProcessGroupNCCL.cpp:1333, unhandled cuda error, NCCL version 2.21.5\nncclUnhandledCudaError: "
+     "Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc async 608 bytes",
+     {"backend": "nccl", "tried": 608}),
     ("RMM", "MemoryError: std::bad_alloc: out_of_memory: CUDA error at: /opt/rmm/cuda_memory_resource"
      ".hpp:70: cudaErrorMemoryAllocation out of memory", {"backend": "rmm"}),
     ("RMM, newer", "MemoryError: std::bad_alloc: out_of_memory: CUDA error (failed to allocate "
