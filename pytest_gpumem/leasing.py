@@ -96,8 +96,11 @@ class Leasing:
         see ``RecordedTest.step``."""
         self._step = ""
         """The step that is being taken."""
-        self._spoiled = False
-        """Whether its set-up ran out: wider fixtures that failed would fail it again."""
+        self.spoiled = False
+        """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
+        one as well."""
+        self._tried: list[str] = []
+        """How the attempts before this one ended."""
 
     # Around a test
 
@@ -107,6 +110,7 @@ class Leasing:
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
         """Hold a lease while the test runs; run it again if it ran out of memory."""
+        self.spoiled = False
         self._take(item)
         try:
             result = yield
@@ -120,11 +124,12 @@ class Leasing:
                 self._climb(item, nextitem)
             finally:
                 self._step = before
+                self._tried.clear()
         return result
 
     def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Run a test again, on the next step of the ladder."""
-        report = tear_down(item, None) if self._spoiled else None
+        report = tear_down(item, None) if self.spoiled else None
         if report is not None:
             item.ihook.pytest_runtest_logreport(report=report)
         consolidator = _consolidator()
@@ -149,6 +154,17 @@ class Leasing:
         if refusal:
             pytest.fail(refusal, pytrace=False)
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any]
+    ) -> Generator[None, object, object]:
+        """Note that a wider fixture failed, which a test may have asked for as late as it ran."""
+        try:
+            return (yield)
+        except BaseException:
+            self.spoiled |= fixturedef.scope != "function"
+            raise
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[Any]
@@ -157,10 +173,16 @@ class Leasing:
         report = yield
         if not report.failed or call.excinfo is None or call.when == "teardown":
             return report
+        self.spoiled |= report.when == "setup"
         sentence = release.oom_sentence(call.excinfo.value)
         if sentence and (step := self._next_step(item, sentence)):
-            self._next, self._spoiled = step, report.when == "setup"
+            self._next = step
+            self._tried.append(
+                f"{self._step or 'at first'}: {release.oom_text(call.excinfo.value)}"
+            )
             report.outcome = "rerun"  # type: ignore[assignment]  # as rerunfailures calls it
+        elif self._tried:
+            report.sections.append(("GPU memory of earlier attempts", "\n".join(self._tried)))
         return report
 
     def _next_step(self, item: pytest.Item, sentence: str) -> str:

@@ -146,6 +146,7 @@ def _scheduled(config: pytest.Config, state: State) -> Leasing:
         used=workers.CardUse(state.found.cards),
         release=_give_back,
         is_oom=lambda error: retry and bool(release.oom_sentence(error)),
+        spoiled=lambda: leasing.spoiled,
     )
     config.pluginmanager.register(worker, "gpumem-worker")
     measuring = config.pluginmanager.getplugin(Measuring.NAME)

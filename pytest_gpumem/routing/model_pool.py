@@ -14,6 +14,7 @@ from pytest_gpumem.archive.consolidator import GpuConsolidator, get_gpu_consolid
 from pytest_gpumem.archive.errors import ArchiveError
 from pytest_gpumem.routing import placing
 from pytest_gpumem.routing.resource_manager import CPU, shared
+from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,28 +57,34 @@ class _Entry:
         self.banned = False
         """Whether it is on the CPU only because nothing might go to the card."""
 
+    def held(self) -> Any:
+        """Return the model, None if it is not loaded or nobody keeps it."""
+        return self.model if self.model is not None else self.reference()
+
 
 class LazyModel:
     """Stands for a model of a pool; whatever is asked of it is asked of the model."""
 
-    def __init__(self, pool: ModelPool, name: str) -> None:
-        object.__setattr__(self, "_gpumem", (pool, name))
+    def __init__(self, pool: ModelPool, name: str, load: Callable[[], Any] | None) -> None:
+        object.__setattr__(self, "_gpumem", (pool, name, load))
 
     def __getattr__(self, attribute: str) -> Any:
-        pool, name = object.__getattribute__(self, "_gpumem")
-        return getattr(pool.get(name), attribute)
+        return getattr(_model_of(self), attribute)
 
     def __setattr__(self, attribute: str, value: Any) -> None:
-        pool, name = object.__getattribute__(self, "_gpumem")
-        setattr(pool.get(name), attribute, value)
+        setattr(_model_of(self), attribute, value)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Call the model."""
-        pool, name = object.__getattribute__(self, "_gpumem")
-        return pool.get(name)(*arguments, **options)
+        return _model_of(self)(*arguments, **options)
 
     def __repr__(self) -> str:
         return f"<shared model {object.__getattribute__(self, '_gpumem')[1]!r}>"
+
+
+def _model_of(lazy: LazyModel) -> Any:
+    pool, name, load = object.__getattribute__(lazy, "_gpumem")
+    return pool.get(name, load)  # it may have been unloaded
 
 
 class ModelPool:
@@ -123,33 +130,24 @@ class ModelPool:
             weak: keep the model only as long as somebody else does.
 
         """
-        with self._mutex:
-            entry = self._entries.get(name)
-            if entry is None:
-                entry = _Entry(name, load or (lambda: _sentence_transformer(name)), weak=weak)
-                self._entries[name] = entry
-            self._clock += 1
-            entry.used = self._clock
-        with entry.mutex:
-            model = entry.model if entry.model is not None else entry.reference()
-            try:
-                return self._load(entry) if model is None else self._wake(entry, model)
-            except BaseException:
-                if entry.model is None and entry.archived is None:
-                    with self._mutex:
-                        self._entries.pop(name, None)
-                raise
+        with self._locked(name, load, weak=weak) as entry:
+            return self._ready(entry)
 
     @contextmanager
     def use(self, name: str, load: Callable[[], Any] | None = None) -> Iterator[Any]:
         """Yield the model ``name``, which is not consolidated meanwhile."""
-        model = self.get(name, load)
-        self.pin(name)
+        with self._locked(name, load) as entry:
+            self._pin(entry)  # first: what is awake might be consolidated before it is pinned
+            try:
+                model = self._ready(entry)
+            except BaseException:
+                self._unpin(entry)
+                raise
         try:
-            yield self.get(name, load)  # it may have been consolidated before it was pinned
+            yield model
         finally:
             del model
-            self.unpin(name)
+            self._unpin(entry)
 
     def pin(self, name: str) -> None:
         """Keep a model where it is until ``unpin``, which has to be called as often.
@@ -158,19 +156,16 @@ class ModelPool:
             KeyError: when the pool has no such model.
 
         """
-        entry = self._entry(name)
-        with entry.mutex:
-            entry.pins += 1
-            self.consolidator.forget(entry.model if entry.model is not None else entry.reference())
+        self._pin(self._entry(name))
 
     def unpin(self, name: str) -> None:
-        """Let a model be consolidated again."""
-        entry = self._entry(name)
-        with entry.mutex:
-            entry.pins = max(0, entry.pins - 1)
-            model = entry.model if entry.model is not None else entry.reference()
-            if model is not None:
-                self._register(entry, model)
+        """Let a model be consolidated again.
+
+        Raises:
+            KeyError: when the pool has no such model.
+
+        """
+        self._unpin(self._entry(name))
 
     def attach(
         self,
@@ -191,7 +186,7 @@ class ModelPool:
             if load is not None:
                 with self._mutex:
                     self._entries.setdefault(name, _Entry(name, load, weak=False))
-            setattr(target, attribute, LazyModel(self, name))
+            setattr(target, attribute, LazyModel(self, name, load))
         return target
 
     def consolidate(self, wanted: int = 0) -> int:
@@ -224,17 +219,15 @@ class ModelPool:
         before = _readings()
         if entry is not None:
             with entry.mutex:
-                model = entry.model if entry.model is not None else entry.reference()
-                self._let_go(entry, model)
-                try:
-                    reference = weakref.ref(model)
-                except TypeError:
-                    reference = None
-                entry.model = model = None
+                model = entry.held()
+                self.consolidator.forget(model)
+                reference = _weakly(model) if _is_module(model) else lambda: None
+                entry.model, entry.archived, entry.reference = None, None, lambda: None
+                del model
                 gc.collect()
-                model = reference() if reference is not None else None
-                if model is not None and _is_module(model):
-                    model.to(CPU)
+                model = reference()
+                if model is not None:
+                    placing.take_back(model)
                     self.consolidator.restore(model)
                 del model
         for allocator in devices.allocators():
@@ -265,6 +258,42 @@ class ModelPool:
             known = ", ".join(self) or "none"
             raise KeyError(f"the pool has no model {name!r}; it has {known}") from None
 
+    @contextmanager
+    def _locked(
+        self, name: str, load: Callable[[], Any] | None, *, weak: bool = False
+    ) -> Iterator[_Entry]:
+        """Yield the entry of a model, which is there then, and this thread's alone."""
+        while True:
+            with self._mutex:
+                entry = self._entries.get(name)
+                if entry is None:
+                    entry = _Entry(name, load or (lambda: _sentence_transformer(name)), weak=weak)
+                    self._entries[name] = entry
+                self._clock += 1
+                entry.used = self._clock
+            with entry.mutex:
+                if self._entries.get(name) is entry:  # else somebody unloaded it meanwhile
+                    entry.load = load or entry.load
+                    yield entry
+                    return
+
+    def _pin(self, entry: _Entry) -> None:
+        with entry.mutex:
+            entry.pins += 1
+            self.consolidator.forget(entry.held())
+
+    def _unpin(self, entry: _Entry) -> None:
+        with entry.mutex:
+            entry.pins = max(0, entry.pins - 1)
+            model = entry.held()
+            if model is not None:
+                self._register(entry, model)
+
+    def _ready(self, entry: _Entry) -> Any:
+        """Return the model of an entry that is this thread's, loaded and awake."""
+        model = entry.held()
+        return self._load(entry) if model is None else self._wake(entry, model)
+
     def _load(self, entry: _Entry) -> Any:
         if entry.archived is not None:
             name, put_together = entry.archived
@@ -274,7 +303,7 @@ class ModelPool:
         model = entry.load()
         if _is_module(model):
             self._place(entry, model)
-        entry.reference = _reference(model)
+        entry.reference = _weakly(model)
         if not entry.weak:
             entry.model = model
         self._register(entry, model)
@@ -285,20 +314,32 @@ class ModelPool:
             return model
         asleep = self.consolidator.sleeping_bytes(model)
         if shared.banned and not entry.banned:
-            model.to(CPU)  # empty, or for this attempt
+            placing.take_back(model)  # empty, or for this attempt
             entry.banned = True
             self.consolidator.restore(model)
         elif asleep:
             if placing.room_for(asleep, "model", self._make_room_for(entry)) == CPU:
-                model.to(CPU)
-            self.consolidator.restore(model)
+                placing.take_back(model)
+            self._restore(model)
         elif entry.banned and not shared.banned:
             entry.banned = False
             self._place(entry, model)
         return model
 
+    def _restore(self, model: Any) -> None:
+        try:
+            self.consolidator.restore(model)
+        except Exception as error:
+            if not release.oom_sentence(error):
+                raise
+            release.clear_frames(error)
+            placing.take_back(model)
+            self.consolidator.restore(model)
+
     def _place(self, entry: _Entry, model: Any) -> None:
         entry.banned = bool(shared.banned)
+        if placing.is_on_card(model) and not shared.banned:
+            return
         make_room = self._make_room_for(entry)
         device = placing.room_for(placing.size_of(model), "model", make_room)
         placing.place(model, device, lambda: make_room(0))
@@ -318,7 +359,7 @@ class ModelPool:
             self.consolidator.register(model, type="model", metadata={"model_name": entry.name})
 
     def _consolidate(self, entry: _Entry) -> int:
-        model = entry.model if entry.model is not None else entry.reference()
+        model = entry.held()
         if entry.pins or model is None:
             return 0
         framework = self._framework(model)
@@ -328,7 +369,7 @@ class ModelPool:
         if not _is_module(model) or self.consolidator.sleeping_bytes(model):
             return 0
         item = {"data": model, "type": "model", "metadata": {"model_name": entry.name}}
-        if all(each.device.type in {CPU, "meta"} for each in model.parameters()):
+        if not placing.is_on_card(model):
             return 0
         done = self.consolidator.consolidate_gpu_memory([item], process_context="model pool")
         for refusal in done.refused:
@@ -336,16 +377,19 @@ class ModelPool:
         return max(0, done.freed_allocator)
 
     def _take_apart(self, entry: _Entry, framework: _Framework) -> int:
+        if entry.model is None:  # others keep it, and its memory with it
+            return 0
         before = _readings()[0]
+        state = framework.save(entry.model)
         try:
-            state = framework.save(entry.model)
             name = self.consolidator.store.put(
                 state, type="model", context="model pool", metadata={"model_name": entry.name}
             )
-            entry.archived = name, framework.load
         except ArchiveError as error:
             _log.warning("%s stays on the card: %s", entry.name, error)
+            entry.model = framework.load(state)  # the old one has let go of its memory
             return 0
+        entry.archived = name, framework.load
         entry.model, entry.reference = None, lambda: None
         del state
         gc.collect()
@@ -356,11 +400,6 @@ class ModelPool:
     def _framework(self, model: Any) -> _Framework | None:
         return next((each for each in self._frameworks if isinstance(model, each.kind)), None)
 
-    def _let_go(self, entry: _Entry, model: Any) -> None:
-        entry.archived = None
-        if model is not None:
-            self.consolidator.forget(model)
-
 
 def _sentence_transformer(name: str) -> Any:
     return placing.load_sentence_transformer(name, device=CPU)
@@ -370,7 +409,7 @@ def _is_module(model: Any) -> bool:
     return hasattr(model, "parameters") and hasattr(model, "to")
 
 
-def _reference(model: Any) -> Callable[[], Any]:
+def _weakly(model: Any) -> Callable[[], Any]:
     try:
         return weakref.ref(model)
     except TypeError:

@@ -30,10 +30,11 @@ def size_of(model: Any) -> int:
 
 
 def place(model: Any, device: str, make_room: Callable[[], bool] | None = None) -> str:
-    """Move a module, which is on the CPU, to ``device``; return where it is then.
+    """Move a module to ``device``; return where it is then.
 
     Where the card runs out of memory, what can be consolidated is, and it is tried again; then
-    the model stays on the CPU, whole. So it does when it cannot be moved for another reason.
+    the model stays on the CPU, whole. So it does when it cannot be moved for another reason. One
+    that a card has already, and that cannot be moved, stays there.
 
     Args:
         model: a torch module.
@@ -42,7 +43,7 @@ def place(model: Any, device: str, make_room: Callable[[], bool] | None = None) 
 
     """
     if device == CPU:
-        return CPU
+        return take_back(model)
     for last in (False, True):
         try:
             model.to(device)
@@ -51,12 +52,31 @@ def place(model: Any, device: str, make_room: Callable[[], bool] | None = None) 
             oom = bool(release.oom_sentence(error))
             release.clear_frames(error)
             reason = str(error).partition("\n")[0]
-        if any(each.device.type != CPU for each in (*model.parameters(), *model.buffers())):
-            model.to(CPU)  # what had moved comes back; one that cannot be moved would fail again
-        if last or not oom or not (make_room or consolidate_all)():
+        where = take_back(model)  # what had moved
+        if where != CPU or last or not oom or not (make_room or consolidate_all)():
             break
-    _log.warning("%s stays on the CPU: %s", type(model).__name__, reason)
+    if where == CPU:
+        _log.warning("%s stays on the CPU: %s", type(model).__name__, reason)
+    return where
+
+
+def take_back(model: Any) -> str:
+    """Move a module to the CPU; return where it is then: one that cannot be moved stays."""
+    if not is_on_card(model):
+        return CPU
+    try:
+        model.to(CPU)
+    except Exception as error:  # quantised models refuse to be moved, for one
+        release.clear_frames(error)
+        _log.warning("%s stays on the card: %s", type(model).__name__, error)
+        return GPU
     return CPU
+
+
+def is_on_card(model: Any) -> bool:
+    """Return whether any part of a module is on a card, be it empty there."""
+    parts = (*model.parameters(), *model.buffers())
+    return any(each.device.type not in {CPU, "meta"} for each in parts)
 
 
 def consolidate_all() -> bool:

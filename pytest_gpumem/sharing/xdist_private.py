@@ -86,6 +86,7 @@ class Worker:
         used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
         is_oom: tells whether an exception is the card's running out of memory.
+        spoiled: tells whether set-up of the running test failed, by which it would fail again.
 
     """
 
@@ -98,6 +99,7 @@ class Worker:
         used: Callable[[], Mapping[str, int]],
         release: Callable[[], None],
         is_oom: Callable[[BaseException], bool],
+        spoiled: Callable[[], bool],
     ) -> None:
         self._interactor = _interactor(config)
         self._hello = hello
@@ -105,6 +107,7 @@ class Worker:
         self.used = used
         self.release = release
         self.is_oom = is_oom
+        self.spoiled = spoiled
         self._grants: dict[int, Granted] = {}
 
     def granted(self) -> Granted | None:
@@ -151,7 +154,7 @@ class Stage:
         self.previous: pytest.Item | None = None
         """The test that ran last."""
         self.spoiled = False
-        """Whether its set-up ran out of memory: nothing stays set up behind it."""
+        """Whether it ran out of memory and set-up failed: nothing stays set up behind it."""
         self._index = 0
         self._told: Mapping[str, int] = {}
         for place, name in enumerate(SENTINELS):
@@ -194,8 +197,7 @@ class Stage:
         """
         report = yield
         if report.failed and call.excinfo is not None and self._worker.is_oom(call.excinfo.value):
-            # A wider fixture whose set-up failed would fail the test again.
-            self.spoiled = report.when == "setup"
+            self.spoiled = self._worker.spoiled()
             report.outcome = "rerun"  # type: ignore[assignment]  # as rerunfailures calls it
             report.gpumem_oom = True  # type: ignore[attr-defined]
         return report

@@ -84,12 +84,17 @@ def collect(above: Callable[[], bool]) -> None:
 
 def oom_sentence(error: BaseException) -> str:
     """Return the first sentences of a card's out-of-memory error in the chain, "" without one."""
+    return ". ".join(oom_text(error).split(". ")[:2])
+
+
+def oom_text(error: BaseException) -> str:
+    """Return all that such an error says of the card, "" without one in the chain."""
     for each in chain(error):
         text = str(each)
         named = type(each).__name__ == "OutOfMemoryError"
         if named or (isinstance(each, RuntimeError) and _OOM.match(text)):
             # torch.AcceleratorError goes on with lines of general advice.
-            return ". ".join(text.partition("\n")[0].split(". ")[:2])
+            return text.partition("\n")[0]
     return ""
 
 

@@ -53,6 +53,13 @@ def test_in_a_module_fixture(wide):
 def test_after_the_module_fixture(wide):
     assert wide.device.type == "meta"
 
+@pytest.fixture(scope="module")
+def late():
+    return fill(routed())
+
+def test_asks_for_a_module_fixture_as_late_as_it_runs(request):
+    assert request.getfixturevalue("late").device.type == "meta"
+
 @pytest.fixture(scope="session")
 def widest():
     return fill(routed())
@@ -120,7 +127,7 @@ def test_what_runs_out_of_memory_takes_the_cpu_if_it_asked_where_to_work(run, mo
         "test_is_skipped_on_the_cpu": ("skipped", "cpu"),
     }, done.output
     assert done.status == 0
-    assert len(made) == 10
+    assert len(made) == 11
     assert all({outcome for outcome, _ in tried[:-1]} <= {"rerun"} for tried in made.values())
     assert "ran out of memory on the card" in done.section
 

@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from pytest_gpumem import ArchiveStore, GpuConsolidator, ModelPool
+from pytest_gpumem.routing.resource_manager import shared
 
 MIB = 2**20
 
@@ -82,6 +83,44 @@ def test_a_model_that_cannot_be_moved_stays_on_the_cpu(pool):
     with pytest.raises(NotImplementedError):
         Stubborn(2, 2).cuda()
     assert not pool.get("m", lambda: Stubborn(2, 2)).weight.is_cuda
+
+def test_a_model_that_came_on_the_card_and_cannot_be_moved_stays_there(pool):
+    class Stubborn(torch.nn.Linear):
+        def _apply(self, *a, **k):
+            raise NotImplementedError("it stays")
+
+    model = pool.get("m", lambda: Stubborn(2, 2, device="cuda"))
+    assert model.weight.is_cuda
+    with shared.ban("for this test"):
+        assert pool.get("m").weight.is_cuda
+    pool.unload("m")
+    assert model.weight.is_cuda
+
+def test_an_attached_model_is_loaded_again_after_it_was_unloaded(pool):
+    agent = pool.attach(type("Agent", (), {})(), "model", "m", linear)
+    assert agent.model.weight.is_cuda
+    with pool.use("m") as model:
+        assert model.weight is agent.model.weight
+    del model
+    assert pool.unload("m").allocated >= 16 * MIB
+    assert agent.model.weight.is_cuda
+
+def test_what_cannot_be_archived_by_two_functions_comes_back(tmp_path):
+    class Other:
+        def __init__(self, w):
+            self.w = w
+
+    def save(other):
+        w, other.w = other.w, None
+        return {"w": w}
+
+    pool = ModelPool(GpuConsolidator(ArchiveStore(tmp_path / "s", key=b"k" * 32, quota=1000)))
+    pool.register_framework(Other, save=save, load=lambda s: Other(s["w"]))
+    kept = torch.arange(MIB, device="cuda")
+    pool.get("o", lambda: Other(kept.clone()))
+    assert pool.consolidate() == 0
+    assert torch.equal(pool.get("o").w, kept)
+    pool.clear()
 
 def test_other_frameworks_come_by_two_functions(pool):
     class Other:
