@@ -96,16 +96,23 @@ class Pile:
                 entry = (portion.group in self._later, -portion.work, next(self._number), portion)
                 heapq.heappush(self._free, entry)
 
+    def free(self, group: str) -> bool:
+        """Return whether tests of module ``group`` wait that belong to no worker."""
+        own = self._first.get(group)
+        return own is not None and bool(own.tests) and not own.owned
+
     def adopt(self, group: str, left: Portion | None) -> Portion | None:
         """Return a portion that belongs to the caller from now on, in place of ``left``.
 
-        That of module ``group`` if nobody has it, else the largest that nobody has, else half
-        of the largest.
+        That of module ``group`` if nobody has it, else ``left`` while it lasts, else the largest
+        that nobody has, else half of the largest.
         """
+        if self.free(group):
+            self.release(left)
+            return self._own(self._first[group])
+        if left is not None and left.tests:
+            return left
         self.release(left)
-        own = self._first.get(group)
-        if own is not None and own.tests and not own.owned:
-            return self._own(own)
         while self._free:
             portion = heapq.heappop(self._free)[-1]
             if portion.tests and not portion.owned:

@@ -7,7 +7,8 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
   run CPU tests, which also fill the waits of the former.
 - Long tests come first, longest first; the others go module by module, so that module fixtures
   are set up rarely. A worker whose module is done takes the next one, and at the end half of what
-  another worker still has.
+  another worker still has. While GPU tests are not what the run waits for, a worker ends its
+  module, CPU tests and all, before it goes to GPU tests elsewhere.
 - The first test that does not fit is kept for the card and may be passed by a limited number
   of smaller ones, so that none starves.
 - A GPU test of which nothing is known runs alone. One of each family goes first; its peak is
@@ -44,8 +45,11 @@ OUTLIER = 2
 """... if they last this many times the average; else all tests of a small suite would be."""
 LOOK = 8
 """Tests of a queue that are looked at for one that fits."""
-PATIENCE = 16
+PATIENCE = 64
 """Tests that may pass one that waits for room on a card."""
+SLACK = 0.7
+"""Part of the shortest possible run beyond which GPU tests are urgent. As many contexts are opened
+as keep them below it, where that can be."""
 DRAIN = 4
 """Tests that must run alone, per card, for which the card stops taking others."""
 AHEAD = 0.1
@@ -130,6 +134,8 @@ class _Card:
         self.exclusive = False
         self.contexts = 1
         """Workers that are to hold a context."""
+        self.urgent = True
+        """Whether GPU tests are, or are about to be, what the run waits for."""
         self.reserved: _Reservation | None = None
 
     @property
@@ -513,8 +519,7 @@ class Planner:
         # A long test would keep a worker with a context from the GPU tests.
         if long.tests and not (worker.kept and self._gpu_waits()):
             return long
-        if worker.cpu is None or not worker.cpu.tests:
-            worker.cpu = self._cpu.adopt(worker.group, worker.cpu)
+        worker.cpu = self._cpu.adopt(worker.group, worker.cpu)
         return worker.cpu or long
 
     # Choosing a GPU test
@@ -525,9 +530,11 @@ class Planner:
             return None
         reserved = card.reserved
         home = reserved is not None and reserved.cards[0] is card
-        if reserved and home and self._may_go(worker, reserved.test):
+        closed = self._closed(card)
+        suits = reserved and home and (closed or self._suits(worker, reserved.test))
+        if reserved and suits and self._may_go(worker, reserved.test):
             return self._launch(worker, _unreserve(reserved))
-        if not self._closed(card):
+        if not closed:
             for portion in self._portions(worker):
                 lone = portion is self._alone or portion is self._last
                 may_go = self._may_go if lone else self._fits
@@ -536,6 +543,20 @@ class Planner:
                         return self._launch(worker, self._take(portion, test))
                     self._reserve(worker, portion, test)
         return self._from_elsewhere(worker)
+
+    def _suits(self, worker: _Worker, test: int) -> bool:
+        """Return whether ``test`` would not take ``worker`` out of a module too early."""
+        return self._tests[test].group == worker.group or not self._settled(worker)
+
+    def _settled(self, worker: _Worker) -> bool:
+        """Return whether ``worker`` had better end its module before it goes elsewhere."""
+        if worker.card.urgent:
+            return False
+        cpu = worker.cpu
+        if cpu is not None and cpu.tests and cpu.group == worker.group:
+            return True
+        # Scouts hurry on: others of their families wait for them.
+        return self._cpu.free(worker.group) and not self._unscouted
 
     def _may_go(self, worker: _Worker, test: int) -> bool:
         """Return whether a test that waits for room has it, or can never have more than now.
@@ -589,6 +610,12 @@ class Planner:
 
     def _portions(self, worker: _Worker) -> Iterator[Portion]:
         """Yield where to look for a GPU test, best first."""
+        if self._settled(worker):
+            if self._gpu.free(worker.group):
+                worker.gpu = self._gpu.adopt(worker.group, worker.gpu)
+            if worker.gpu is not None and worker.gpu.group == worker.group:
+                yield worker.gpu
+            return
         empty = not worker.card.running
         # Where one worker does all, its module's tests come first.
         if empty and max(worker.card.contexts, len(worker.card.claims)) > 1:
@@ -596,8 +623,7 @@ class Planner:
         yield self._wide
         yield self._big
         yield self._gpu.long
-        if worker.gpu is None or not worker.gpu.tests:
-            worker.gpu = self._gpu.adopt(worker.group, worker.gpu)
+        worker.gpu = self._gpu.adopt(worker.group, worker.gpu)
         if worker.gpu is not None:
             yield worker.gpu
         if empty:
@@ -869,23 +895,30 @@ class Planner:
         for card in self._cards.values():
             counts = range(1, max(1, len(card.workers)) + 1)
             card.contexts = min(counts, key=functools.partial(self._makespan, card))
+            gpu, even = self._bounds(card, card.contexts)
+            card.urgent = gpu > SLACK * even
 
     def _makespan(self, card: _Card, contexts: int) -> float:
-        """Return the least seconds that the rest takes with so many contexts on ``card``.
+        """Return the seconds that the rest may take with so many contexts on ``card``."""
+        gpu, even = self._bounds(card, contexts)
+        return max(gpu / SLACK, even)
 
-        The largest of GPU time / contexts, VRAM-time / room beside the contexts, and all time /
-        workers; what runs alone comes on top of the first two.
+    def _bounds(self, card: _Card, contexts: int) -> tuple[float, float]:
+        """Return the least seconds for its GPU tests with so many contexts, and for all tests.
+
+        The first are the larger of GPU time / contexts and VRAM-time / room beside the contexts,
+        after what runs alone; the second are all time / workers.
         """
         workers = max(1, len(self._workers))
-        part = len(card.workers) / workers
         room = self._capacity(card, contexts)
-        if room <= 0:
-            return float("inf")
         gpu = self._pace(gpu=True)
         alone = gpu * self._alone.work
         packed = gpu * (self._packed + max(0.0, self._unscouted_time))
         even = (self._pace(gpu=False) * self._cpu.time + alone + packed) / workers
-        return max(part * (alone + max(packed / contexts, gpu * self._area / room)), even)
+        if room <= 0:
+            return float("inf"), even
+        part = len(card.workers) / workers
+        return part * (alone + max(packed / contexts, gpu * self._area / room)), even
 
 
 def _busy(cards: Iterable[_Card]) -> bool:
