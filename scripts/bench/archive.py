@@ -211,7 +211,7 @@ def _plain() -> Peer:
         try:
             at = 0
             for each in state.values():
-                data: Any = memoryview(each.contiguous().reshape(-1).view(torch.uint8).numpy())
+                data = each.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 while data:
                     part = data[: step - at]
                     buffer[at : at + len(part)] = part
