@@ -89,6 +89,8 @@ class Leasing:
         self._notes = state.notes
         self._without = False
         """Whether there are no leases on this machine."""
+        self._stuck = False
+        """Whether what could be consolidated was not when another process wanted its room."""
         self._lease: Lease | None = None
         self._refusal = ""
         self._next = ""
@@ -245,7 +247,13 @@ class Leasing:
         wants = {card.uuid: self._want(need, card, held) for card in cards}
         begun = time.monotonic()
         with _Telling(lambda text: self._say(f"{item.nodeid} waits for {text}")) as telling:
-            self._lease = self._wait(item, wants, telling)
+
+            def on_wait(text: str) -> None:
+                telling.on_wait(text)
+                if self._spare():
+                    self.keep()
+
+            self._lease = self._wait(item, wants, on_wait)
         if self._lease is None:
             return
         size = min(wants[card.uuid].size or card.total for card in cards)
@@ -253,7 +261,7 @@ class Leasing:
         item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, waited)
 
     def _wait(
-        self, item: pytest.Item, wants: Mapping[str, Want], telling: _Telling
+        self, item: pytest.Item, wants: Mapping[str, Want], on_wait: Callable[[str], None]
     ) -> Lease | None:
         """Return a lease, None to go on without one.
 
@@ -267,7 +275,7 @@ class Leasing:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
-                return store_.acquire(wants, totals, item.nodeid, patience, telling.on_wait)
+                return store_.acquire(wants, totals, item.nodeid, patience, on_wait)
             except LeaseTimeout:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
@@ -281,6 +289,7 @@ class Leasing:
     def _give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
         self._refusal = ""
+        self._spare()
         self.keep()
         if self._lease is not None:
             try:
@@ -294,10 +303,29 @@ class Leasing:
         held = self._holdings()
         try:
             for uuid, resident in () if self._without else held.items():
-                self._open().set_resident(uuid, resident)
+                self._open().set_resident(uuid, resident, spare=self._can_spare())
         except LeaseError as error:
             self._do_without(error)
         return held
+
+    def _can_spare(self) -> bool:
+        consolidator = _consolidator()
+        return consolidator is not None and not consolidator.idle and not self._stuck
+
+    def _spare(self) -> bool:
+        """Consolidate what is registered if another process waits for its room; return whether."""
+        consolidator = _consolidator()
+        if self._without or consolidator is None or not self._can_spare():
+            return False
+        try:
+            if not any(self._open().is_wanted(card.uuid, card.total) for card in self._cards):
+                return False
+        except LeaseError as error:
+            self._do_without(error)
+            return False
+        done = consolidator.consolidate_gpu_memory(process_context="wanted by another process")
+        self._stuck = bool(done.refused)
+        return True
 
     def _do_without(self, error: LeaseError) -> None:
         self._without = True
@@ -330,6 +358,11 @@ class Leasing:
         return Need(_SOMETHING) if unknown else None
 
     def _want(self, need: Need, card: Card, held: Mapping[str, int]) -> Want:
+        if self._step and self._granted is None:
+            # Others are to spare what they keep, if they can.
+            kept = held.get(card.uuid, 0)
+            most = self._open().capacity(card.uuid, card.total) - kept
+            return Want(max(_SOMETHING, most), exclusive=True)
         if need.size is None or (need.alone and self._granted is not None):
             # The scheduler sends a test alone when its size does not fit beside what is kept
             # anyway: by its size it would wait for that in vain.

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpumem.sharing.admission import Claim, may_start, never_fits, room, waits_in_vain
 from pytest_gpumem.sharing.ledger import (
     HELD,
+    KEPT,
     RESIDENT,
+    SPARE,
     WAITING,
     Entry,
     LeaseError,
@@ -57,6 +59,8 @@ _LOOK_ANYWAY = 10.0
 """Seconds after which a waiting request looks for itself: who has to wake it may be stopped."""
 _TRIES = 100
 """How often a request is made anew while somebody removes the directory."""
+_HOPE = 5.0
+"""Seconds that a request waits for processes to spare what they keep; each looks between tests."""
 _STAND_BY = 0.002
 """Seconds that each waiting request gives the one before it to tidy up after a dead process."""
 
@@ -253,14 +257,21 @@ class LeaseStore:
             HolderInfo(entry.pid, self._ledger.label(entry), *_want(claim), entry.state == WAITING)
             for entry in page.entries
             for key, claim in entry.claims.items()
-            if key == card_key(uuid) and entry.state != RESIDENT
+            if key == card_key(uuid) and entry.state not in KEPT
         ]
 
-    def set_resident(self, uuid: str, size: int) -> None:
-        """Tell how many bytes of a card this process keeps while it has no lease."""
+    def set_resident(self, uuid: str, size: int, *, spare: bool | None = None) -> None:
+        """Tell how many bytes of a card this process keeps while it has no lease.
+
+        ``spare`` says whether it looks, now and then, if they are wanted, and can free some;
+        None: as before.
+        """
         key, residents = card_key(uuid), self._ledger.residents
-        now = entry_of(RESIDENT, 0, self._ledger.process, {key: Claim(size, 0, exclusive=False)})
         before = residents.get(key)
+        if spare is None:
+            spare = before is not None and before.state == SPARE
+        state = SPARE if spare else RESIDENT
+        now = entry_of(state, 0, self._ledger.process, {key: Claim(size, 0, exclusive=False)})
         if now == before or (size == 0 and before is None):
             return
         with self._ledger.alone():
@@ -272,6 +283,30 @@ class LeaseStore:
             if before is not None:
                 self._ledger.strike(before)
         self._nudge_first(self._ledger.read())
+
+    def is_wanted(self, uuid: str, total: int) -> bool:
+        """Return whether others wait for bytes that processes keep without a lease.
+
+        Those waits do not count that end when leases do, nor those behind one of this process.
+        ``total`` is the card's capacity.
+        """
+        key, own, page = card_key(uuid), self._ledger.process, self._ledger.read()
+        kept = sum(claim.resident for claim in page.claims[key])
+        for entry in page.waiting:
+            if entry.process == own:
+                return False
+            if key in entry.claims and entry.claims[key].extra > total - self.headroom - kept:
+                return True
+        return False
+
+    def capacity(self, uuid: str, total: int) -> int:
+        """Return the bytes of a card that all processes with leases can have together now.
+
+        ``total`` is what there is; foreign processes keep the rest, and the headroom.
+        """
+        self._cards[card_key(uuid)] = uuid, total
+        foreign = self._foreign({card_key(uuid): Claim(0, 0, exclusive=False)})
+        return total - self.headroom - sum(foreign.values())
 
     def close(self) -> None:
         """Give everything of this process back."""
@@ -293,7 +328,7 @@ class LeaseStore:
                 view = _View(self._ledger.page(), foreign)
                 number = self._ledger.next_number(view.page)
                 request = entry_of(WAITING, number, self._ledger.process, claims)
-                if self._admits(view, request):
+                if self._admits(view, request, hope=timeout != 0):
                     request = request.turned(HELD)
                 self._ledger.write(request, label)
             if request.state == WAITING:
@@ -310,12 +345,14 @@ class LeaseStore:
         self, request: Entry, timeout: float | None, on_wait: Callable[[str], None] | None
     ) -> _View:
         """Block until ``request`` is held; return what that was decided by."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        begun = time.monotonic()
+        deadline = None if timeout is None else begun + timeout
         # Whatever happened before the watch began.
         said, news = "", News(nudged=True, dead=None)
         with self._ledger.watch(request) as watch:
             while True:
-                view, granted = self._look(request, news)
+                hope = begun + _HOPE - time.monotonic()
+                view, granted = self._look(request, news, hope=hope > 0)
                 if granted:
                     return view
                 if self.held_here():
@@ -329,10 +366,10 @@ class LeaseStore:
                 if on_wait is not None and (text := self._explain(view, request)) != said:
                     on_wait(text)
                     said = text
-                pause = self._pause(view, request, deadline)
+                pause = self._pause(view, request, deadline, hope)
                 news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
 
-    def _look(self, request: Entry, news: News) -> tuple[_View, bool]:
+    def _look(self, request: Entry, news: News, *, hope: bool) -> tuple[_View, bool]:
         """Take what ``request`` waits for if it may start, and wake who else may then."""
         foreign, dead = self._foreign(request.claims), self._ledger.dead(news.dead)
         with self._ledger.alone():
@@ -340,7 +377,7 @@ class LeaseStore:
             view = _View(self._ledger.page(), foreign)
             if request not in view.page.waiting:
                 raise Vanished
-            if granted := self._admits(view, request):
+            if granted := self._admits(view, request, hope=hope):
                 self._ledger.turn(request, HELD)
         if buried:
             self._nudge_first(view.page, but=request)
@@ -348,9 +385,9 @@ class LeaseStore:
             self._nudge_first(view.page, behind=request.number)
         return view, granted
 
-    def _pause(self, view: _View, request: Entry, deadline: float | None) -> float:
+    def _pause(self, view: _View, request: Entry, deadline: float | None, hope: float) -> float:
         """Return the seconds until the next look, if nobody wakes us before."""
-        pause = _LOOK_ANYWAY
+        pause = hope if 0 < hope < _LOOK_ANYWAY else _LOOK_ANYWAY
         if self._others is not None and self._admits(_View(view.page, {}), request):
             pause = _OTHERS_EVERY
         return pause if deadline is None else min(pause, max(0.0, deadline - time.monotonic()))
@@ -360,11 +397,14 @@ class LeaseStore:
             self._ledger.strike(request.turned(state))
         self._nudge_first(self._ledger.read())
 
-    def _admits(self, view: _View, request: Entry, *, hint: bool = False) -> bool:
+    def _admits(
+        self, view: _View, request: Entry, *, hint: bool = False, hope: bool = False
+    ) -> bool:
         """Return whether ``request`` may start on all of its cards.
 
-        A ``hint`` is for another process, whose headroom and cards this one may not know: it says
-        yes too often rather than never.
+        With ``hope`` it does not run alone with too little as long as others may spare some of
+        what they keep. A ``hint`` is for another process, whose headroom and cards this one may
+        not know: it says yes too often rather than never.
         """
         headroom = 0 if hint else self.headroom
         for key, new in request.claims.items():
@@ -377,7 +417,16 @@ class LeaseStore:
                 continue
             if not waits_in_vain(total, headroom, claims, new, ahead=ahead):
                 return False
+            if hope and self._may_be_spared(view.page, key):
+                return False
         return True
+
+    def _may_be_spared(self, page: Page, key: str) -> bool:
+        own = self._ledger.process
+        return any(
+            entry.state == SPARE and entry.process != own and key in entry.claims
+            for entry in page.entries
+        )
 
     def _nudge_first(self, page: Page, *, behind: int = 0, but: Entry | None = None) -> None:
         """Wake the first request behind number ``behind`` that may be able to start."""
@@ -446,7 +495,7 @@ class LeaseStore:
         return ", ".join(parts)
 
     def _possession(self, entry: Entry, claim: Claim) -> str:
-        if entry.state == RESIDENT:
+        if entry.state in KEPT:
             return f"{format_bytes(claim.resident)} kept by pid {entry.pid} between tests"
         return f"{_want(claim)} held by pid {entry.pid} ({self._ledger.label(entry)})"
 

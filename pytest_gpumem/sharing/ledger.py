@@ -1,9 +1,10 @@
 """The ledger of leases: a directory of small files whose names say everything.
 
 ``h-0000000007-4711.9f3c2a51-56789abc=2147483648`` is a lease (``h``: held, ``w``: waiting, ``r``:
-kept between tests) with its number in the queue, its process, and 2 GiB of the card whose UUID
-ends so; ``x`` behind the size means exclusive. The content is a label for people. Each process
-keeps one locked file in another directory; entries of a process whose lock is gone are void.
+kept between tests, ``s``: so too, and some of it can be spared) with its number in the queue, its
+process, and 2 GiB of the card whose UUID ends so; ``x`` behind the size means exclusive. The
+content is a label for people. Each process keeps one locked file in another directory; entries of
+a process whose lock is gone are void.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from typing import NamedTuple
 from pytest_gpumem.sharing.admission import Claim
 from pytest_gpumem.sharing.locks import FileLock, Watch, is_held
 
-HELD, WAITING, RESIDENT = "h", "w", "r"
+HELD, WAITING, RESIDENT, SPARE = "h", "w", "r", "s"
+KEPT = RESIDENT, SPARE
+"""What a process keeps without a lease."""
 _BEING_REMOVED = FileNotFoundError, FileExistsError, IsADirectoryError
 """What the kernel says of files in a directory that somebody removes at the same time."""
 _LABEL = 500
@@ -62,7 +65,7 @@ class Page:
     """What the ledger said at one moment, in the order of the queue."""
 
     def __init__(self, names: Collection[str]) -> None:
-        known = (name for name in names if name[:2] in ("h-", "w-", "r-"))
+        known = (name for name in names if name[:2] in ("h-", "w-", "r-", "s-"))
         self.entries = sorted(map(_entry, known), key=lambda entry: entry.number)
         self.last = self.entries[-1].number if self.entries else 0
         self.waiting = [entry for entry in self.entries if entry.state == WAITING]
@@ -343,7 +346,7 @@ def _claim_text(claim: Claim) -> str:
 
 def _claim(state: str, text: str) -> Claim:
     size = int(text.removesuffix("x"))
-    resident, extra = (size, 0) if state == RESIDENT else (0, size)
+    resident, extra = (size, 0) if state in KEPT else (0, size)
     return Claim(resident, extra, text.endswith("x"))
 
 

@@ -167,7 +167,7 @@ def test_the_answer_says_how_far_to_go(run, answer):
     done = run(LADDER, f"--gpumem-oom={answer}", "-k", "asks_the_fixture or asks_a_manager")
 
     assert {tried[-1] for tried in attempts(done).values()} == {("failed", "")}
-    assert done.outcomes == {"failed": 2, "deselected": 8}
+    assert done.outcomes == {"failed": 2, "deselected": 9}
 
 
 def test_memory_of_models_is_released_before_the_cpu_is_tried(run, tmp_path, monkeypatch):
@@ -231,6 +231,57 @@ def test_wants():
         "test_holds": [("passed", "")],
         "test_wants": [("rerun", ""), ("passed", "alone")],
     }, done.output
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_idle_process_gives_its_models_up_for_a_test_that_waits_elsewhere(
+    run, tmp_path, monkeypatch, known
+):
+    for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    keeps = """
+from test_it import *
+
+@pytest.fixture
+def model(model_pool):
+    return model_pool.get("one", lambda: torch.nn.Linear(6400, 6400, bias=False).cuda())
+
+@pytest.mark.gpu(vram="200MiB")
+def test_loads_it(model):
+    Path("loaded").touch()
+
+@pytest.mark.gpu(vram=0)
+@pytest.mark.parametrize("number", range(100))
+def test_has_no_use_for_it(number):
+    if not Path("done").exists():
+        time.sleep(0.1)
+
+def test_uses_it_again(model):
+    assert model.weight.device.type == "cuda"
+"""
+    wants = f"""
+from test_it import *
+
+def test_begins_when_it_is_loaded():
+    while not Path("loaded").exists():
+        time.sleep(0.01)
+
+{'@pytest.mark.gpu(vram="300MiB")' if known else ""}
+def test_wants_its_room():
+    x = torch.empty(300 * 2**20, dtype=torch.uint8, device="cuda")
+    Path("done").touch()
+"""
+    done = run(
+        HELP,
+        *("-n", "2", "--dist", "loadfile"),
+        *("--gpumem-simulate=400MiB", "--gpumem-simulate-context=1MiB"),
+        test_keeps=keeps,
+        test_wants=wants,
+    )
+
+    expected = [("passed", "")] if known else [("rerun", ""), ("passed", "alone")]
+    assert attempts(done).pop("test_wants_its_room") == expected, done.output
+    assert "failed" not in done.outcomes, done.output
 
 
 def test_rerunfailures_reruns_only_what_is_left_to_it(run):

@@ -296,6 +296,49 @@ def test_what_only_idle_processes_keep_from_starting_runs_alone(store, stores):
     second.granted()
 
 
+def test_what_an_idle_process_can_spare_is_waited_for(store, stores):
+    idle = stores()
+    idle.set_resident(A, 700, spare=True)
+    assert not idle.is_wanted(A, 1000)
+    request = Asking(store, {A: Want(400)}, "asking")
+    until(lambda: waiting(store) == ["asking"])
+    assert idle.is_wanted(A, 1000)
+    idle.set_resident(A, 100, spare=True)
+    assert request.granted().short == 0
+    assert not idle.is_wanted(A, 1000)
+
+
+def test_what_nobody_spares_in_time_is_waited_for_no_longer(store, stores, monkeypatch):
+    stores().set_resident(A, 700, spare=True)
+    monkeypatch.setattr(lease, "_HOPE", 0.05)
+    assert Asking(store, {A: Want(400)}, "asking").granted().short == 100
+
+
+def test_what_a_lease_will_give_back_is_no_reason_to_spare_anything(store, stores):
+    idle = stores()
+    idle.set_resident(A, 300, spare=True)
+    lease = store.acquire({A: Want(600)}, TOTALS, "runs", 0)
+    request = Asking(store, {A: Want(650)}, "next")
+    until(lambda: waiting(store) == ["next"])
+    assert not idle.is_wanted(A, 1000)
+    lease.release()
+    request.granted()
+
+
+def test_who_waits_spares_only_for_those_before_it(store, stores):
+    first, second = stores(), stores()
+    first.set_resident(A, 300, spare=True)
+    second.set_resident(A, 300, spare=True)
+    requests = [Asking(first, {A: Want(500)}, "first")]
+    until(lambda: waiting(store) == ["first"])
+    requests.append(Asking(second, {A: Want(500)}, "second"))
+    until(lambda: waiting(store) == ["first", "second"])
+    assert (first.is_wanted(A, 1000), second.is_wanted(A, 1000)) == (False, True)
+    second.set_resident(A, 100)
+    requests[0].granted().release()
+    requests[1].granted()
+
+
 def test_bytes_of_foreign_processes_are_waited_for(stores):
     used = {A: 500}
     asked = []
@@ -509,6 +552,16 @@ def test_a_killed_holder_gives_way_to_whom_it_can(store, member):
     assert big.is_alive()
     stays.release()
     big.granted()
+
+
+def test_a_killed_process_spares_all(store, member):
+    idle = member()
+    idle.ask("store.set_resident(A, 700, spare=True)")
+    request = Asking(store, {A: Want(400)}, "asking")
+    until(lambda: waiting(store) == ["asking"])
+    assert idle.ask("store.is_wanted(A, 1000)")
+    idle.kill()
+    assert request.granted().short == 0
 
 
 def test_a_killed_waiter_gives_way(store, member):
