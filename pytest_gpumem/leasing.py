@@ -16,6 +16,7 @@ from pytest_gpumem.records import Grant
 from pytest_gpumem.routed import may_fall_back
 from pytest_gpumem.sharing.history import DURATION
 from pytest_gpumem.sharing.lease import (
+    HOPE,
     Lease,
     LeaseError,
     LeaseStore,
@@ -267,15 +268,18 @@ class Leasing:
 
         A test that the scheduler sent waits for other runs' tests, but not for long for what is
         merely kept on the card: the scheduler, which knew of it, waits for this test, and then
-        nobody would ever give anything back.
+        nobody would ever give anything back. Nor does it hope for models to be spared: idle
+        workers are the scheduler's to ask, and do not look themselves.
         """
         timeout, store_ = self._settings.lease_timeout, self._open()
         totals = {card.uuid: card.total for card in self._cards}
-        patience = timeout if self._granted is None else min(PATIENCE, timeout or PATIENCE)
+        patience, hope = timeout, HOPE
+        if self._granted is not None:
+            patience, hope = min(PATIENCE, timeout or PATIENCE), 0.0
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
-                return store_.acquire(wants, totals, item.nodeid, patience, on_wait)
+                return store_.acquire(wants, totals, item.nodeid, patience, on_wait, hope=hope)
             except LeaseTimeout:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise

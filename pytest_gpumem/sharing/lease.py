@@ -59,7 +59,7 @@ _LOOK_ANYWAY = 10.0
 """Seconds after which a waiting request looks for itself: who has to wake it may be stopped."""
 _TRIES = 100
 """How often a request is made anew while somebody removes the directory."""
-_HOPE = 5.0
+HOPE = 5.0
 """Seconds that a request waits for processes to spare what they keep; each looks between tests."""
 _STAND_BY = 0.002
 """Seconds that each waiting request gives the one before it to tidy up after a dead process."""
@@ -177,10 +177,13 @@ class LeaseStore:
         label: str,
         timeout: float | None = None,
         on_wait: Callable[[str], None] | None = None,
+        *,
+        hope: float = HOPE,
     ) -> Lease:
         """Return a lease of all ``wants`` (by UUID) at once, first come, first served.
 
         ``totals`` are the cards' capacities in bytes, ``timeout`` is in seconds (0: do not wait).
+        For ``hope`` seconds it waits for what others keep and may spare, then it goes without.
         ``on_wait`` is called with a sentence that says what is waited for and who holds it, when
         the wait begins and when that changes.
 
@@ -202,7 +205,7 @@ class LeaseStore:
         tries = _TRIES
         while True:
             try:
-                request, short = self._take(claims, label, timeout, on_wait)
+                request, short = self._take(claims, label, timeout, on_wait, hope)
                 return Lease(self, request, wants, short)
             except Vanished:
                 tries -= 1
@@ -319,6 +322,7 @@ class LeaseStore:
         label: str,
         timeout: float | None,
         on_wait: Callable[[str], None] | None,
+        hope: float,
     ) -> tuple[Entry, int]:
         """Return an entry that holds ``claims``, and how many bytes of them are not there."""
         foreign = self._foreign(claims)
@@ -328,11 +332,11 @@ class LeaseStore:
                 view = _View(self._ledger.page(), foreign)
                 number = self._ledger.next_number(view.page)
                 request = entry_of(WAITING, number, self._ledger.process, claims)
-                if self._admits(view, request, hope=timeout != 0):
+                if self._admits(view, request, hope=hope > 0 and timeout != 0):
                     request = request.turned(HELD)
                 self._ledger.write(request, label)
             if request.state == WAITING:
-                view = self._wait(request, timeout, on_wait)
+                view = self._wait(request, timeout, on_wait, hope)
                 request = request.turned(HELD)
             self._ledger.leases[request.name] = threading.current_thread()
             return request, self._short(view, request)
@@ -342,7 +346,11 @@ class LeaseStore:
             raise
 
     def _wait(
-        self, request: Entry, timeout: float | None, on_wait: Callable[[str], None] | None
+        self,
+        request: Entry,
+        timeout: float | None,
+        on_wait: Callable[[str], None] | None,
+        hope: float,
     ) -> _View:
         """Block until ``request`` is held; return what that was decided by."""
         begun = time.monotonic()
@@ -351,8 +359,8 @@ class LeaseStore:
         said, news = "", News(nudged=True, dead=None)
         with self._ledger.watch(request) as watch:
             while True:
-                hope = begun + _HOPE - time.monotonic()
-                view, granted = self._look(request, news, hope=hope > 0)
+                left = begun + hope - time.monotonic()
+                view, granted = self._look(request, news, hope=left > 0)
                 if granted:
                     return view
                 if self.held_here():
@@ -366,7 +374,7 @@ class LeaseStore:
                 if on_wait is not None and (text := self._explain(view, request)) != said:
                     on_wait(text)
                     said = text
-                pause = self._pause(view, request, deadline, hope)
+                pause = self._pause(view, request, deadline, left)
                 news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
 
     def _look(self, request: Entry, news: News, *, hope: bool) -> tuple[_View, bool]:

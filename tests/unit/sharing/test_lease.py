@@ -72,11 +72,11 @@ def store(request, stores, monkeypatch):
 class Asking(threading.Thread):
     """Asks for a lease in a thread of its own."""
 
-    def __init__(self, store, wants, label="asking", timeout=PATIENCE):
+    def __init__(self, store, wants, label="asking", timeout=PATIENCE, **more):
         super().__init__(daemon=True)
         self.said: list[str] = []
         self.lease = self.error = None
-        self._ask = lambda: store.acquire(wants, TOTALS, label, timeout, self.said.append)
+        self._ask = lambda: store.acquire(wants, TOTALS, label, timeout, self.said.append, **more)
         self.start()
 
     def run(self):
@@ -308,10 +308,10 @@ def test_what_an_idle_process_can_spare_is_waited_for(store, stores):
     assert not idle.is_wanted(A, 1000)
 
 
-def test_what_nobody_spares_in_time_is_waited_for_no_longer(store, stores, monkeypatch):
+@pytest.mark.parametrize("hope", [0, 0.05])
+def test_what_nobody_spares_in_time_is_waited_for_no_longer(store, stores, hope):
     stores().set_resident(A, 700, spare=True)
-    monkeypatch.setattr(lease, "_HOPE", 0.05)
-    assert Asking(store, {A: Want(400)}, "asking").granted().short == 100
+    assert Asking(store, {A: Want(400)}, hope=hope).granted().short == 100
 
 
 def test_what_a_lease_will_give_back_is_no_reason_to_spare_anything(store, stores):
