@@ -15,6 +15,7 @@ import pytest
 from harness import MODES, SIMULATE, run_pytest, write_suite
 
 from pytest_gpumem.sharing.history import History
+from pytest_gpumem.sharing.lease import HOPE, LeaseStore
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes
 
@@ -296,6 +297,23 @@ def test_a_test_that_waits_for_long_says_what_for(tmp_path, held_card, arguments
 
     assert "gpumem: test_it.py::test_a waits for " in finished.output
     assert finished.output.count("(the neighbour)") >= 2
+
+
+@pytest.mark.parametrize(("schedule", "waited"), [("careful", 0), ("off", HOPE)])
+def test_only_without_a_scheduler_is_it_hoped_that_others_spare_what_they_keep(
+    tmp_path, schedule, waited
+):
+    card = SharedCard.create(tmp_path / "card", total=CARD, context=384 * MIB)
+    neighbour = LeaseStore()
+    neighbour.set_resident(card.uuid, CARD - 1024 * MIB, spare=True)
+    write_suite(tmp_path, test_it=WAITS)
+    arguments = (f"--gpumem-simulate-card={tmp_path / 'card'}", f"--gpumem-schedule={schedule}")
+    finished = run_pytest(tmp_path, "-p", "gpumem", "--gpumem-json=run.json", "-n", "1", *arguments)
+    neighbour.close()
+    card.close()
+
+    assert finished.outcomes == {"passed": 1}, finished.output
+    assert finished.test("test_a").lease.waited == pytest.approx(waited, abs=1)
 
 
 def test_a_test_within_a_lease_of_the_suites_own_takes_none(run):
