@@ -280,7 +280,7 @@ def test_wants_its_room():
     )
 
     expected = [("passed", "")] if known else [("rerun", ""), ("passed", "alone")]
-    assert attempts(done).pop("test_wants_its_room") == expected, done.output
+    assert attempts(done)["test_wants_its_room"] == expected, done.output
     assert "failed" not in done.outcomes, done.output
 
 
