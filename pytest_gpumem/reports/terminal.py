@@ -66,8 +66,10 @@ def _summary(run: RunRecord, touched: Sequence[RecordedTest]) -> str:
     peak = max((card.peak for test in touched for card in test.cards), default=0)
     leaks = sum(1 for test in touched if _leaked(test))
     ooms = sum(1 for test in touched if test.oom and test.outcome != "rerun")
+    # By name: a test that ran again counts once.
+    used, known = ({test.nodeid for test in tests} for tests in (touched, run.tests))
     return (
-        f"{_count(len(touched), 'test')} of {len(run.tests)} used VRAM, "
+        f"{_count(len(used), 'test')} of {len(known)} used VRAM, "
         f"highest peak {format_bytes(peak)}, "
         f"{_count(leaks, 'leak')}, {_count(ooms, 'failure')} out of memory"
     )
@@ -165,15 +167,16 @@ def _ooms(tests: Sequence[RecordedTest]) -> Iterator[str]:
 
 
 def _alone_again(run: RunRecord) -> list[RecordedTest]:
-    """Return the attempts that ran out of memory and were followed by one alone on the card."""
+    """Return the tests that ran out of memory and were run again alone on the card, each once."""
     # Of the scheduler's attempts none is marked: they are all alone.
     alone = ("", "alone") if run.workers else ("alone",)
-    found, following = [], dict[str, str]()
+    found: dict[str, RecordedTest] = {}
+    following: dict[str, str] = {}
     for test in reversed(run.tests):
         if test.outcome == "rerun" and test.oom and following.get(test.nodeid) in alone:
-            found.append(test)
+            found[test.nodeid] = test
         following[test.nodeid] = test.step
-    return found[::-1]
+    return list(found.values())[::-1]
 
 
 def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:

@@ -197,6 +197,7 @@ def test_a_wrong_estimate_costs_a_retry_and_not_a_failure(run, where, arguments)
     attempts = [t for t in finished.record.tests if t.nodeid.endswith("test_second")]
     assert [each.outcome for each in attempts] == ["rerun", "passed"]
     assert attempts[1].lease.alone
+    assert "2 tests of 2 used VRAM" in finished.section
     assert "1 test ran out of memory beside others and ran again alone" in finished.section
 
 
