@@ -147,7 +147,7 @@ class _Card:
 class _Worker:
     """One process that runs tests."""
 
-    def __init__(self, name: str, ring: tuple[_Card, ...]) -> None:
+    def __init__(self, name: str, ring: tuple[_Card, ...], context: int) -> None:
         self.name = name
         self.ring = ring
         """Its own card first."""
@@ -168,11 +168,18 @@ class _Worker:
         """1 after a flush, 2 after a reset, 0 once it ran a test again."""
         self.waiting = False
         """Whether it was told to flush or reset and has not done so yet."""
+        self.stays = context
+        """Bytes that it cannot give back: its context, and what it kept after its last reset."""
 
     @property
     def kept(self) -> int:
         """Bytes it keeps on its own card; 0 if it has no context there."""
         return self.resident.get(self.card, 0)
+
+    @property
+    def owed(self) -> int:
+        """Bytes of these that it may give back."""
+        return max(0, self.kept - self.stays)
 
     @property
     def card(self) -> _Card:
@@ -283,7 +290,7 @@ class Planner:
         if worker in self._workers:
             return
         ring = tuple(self._cards[key] for key in cards if key in self._cards)
-        added = _Worker(worker, ring or (self._nothing,))
+        added = _Worker(worker, ring or (self._nothing,), self._context)
         self._rings.add(added.ring)
         added.card.workers.append(added)
         self._workers[worker] = self._asking[worker] = added
@@ -394,6 +401,7 @@ class Planner:
         if where is None or told.resident.get(where, 0) == size:
             return
         told.resident[where] = size
+        told.stays = max(self._context, min(told.stays, told.kept))
         claim = where.claims.get(worker)
         self._claim(told, where, claim.extra if claim else 0)
         self._changed = True
@@ -421,6 +429,8 @@ class Planner:
         """Take note that ``worker`` did what ``Flush`` or ``Reset`` asked."""
         told = self._workers[worker]
         told.waiting = False
+        if told.given_back > 1:
+            told.stays = max(self._context, told.kept)
         self._asking[worker] = told
         self._changed = True
 
@@ -748,6 +758,8 @@ class Planner:
             return False
         if not self._gpu_waits() and not self._last.tests:
             return False
+        if self._enough_comes_back(worker):
+            return False
         out.append((Reset if worker.given_back else Flush)(worker.name))
         worker.given_back += 1
         worker.waiting = True
@@ -755,7 +767,18 @@ class Planner:
         return True
 
     def _owes(self, worker: _Worker) -> bool:
-        return worker.given_back < 2 and worker.kept > self._context
+        return worker.given_back < 2 and worker.owed > 0
+
+    def _enough_comes_back(self, worker: _Worker) -> bool:
+        """Return whether what was asked of others may do for the test that waits for room.
+
+        Each flush costs a worker the set-up of its fixtures, and a collection of garbage.
+        """
+        card, reserved = worker.card, worker.card.reserved
+        if reserved is None or len(reserved.cards) > 1 or self._alone.tests or self._last.tests:
+            return False
+        lacks = self._asks(worker, card, reserved.test) - self._room(worker, card)
+        return lacks <= sum(each.owed for each in card.workers if each.waiting)
 
     def _last_resort(self, worker: _Worker, out: list[Command]) -> int | None:
         """Return a GPU test to run alone although it does not fit, when all else was tried.

@@ -383,6 +383,56 @@ def test_idle_workers_give_back_fixtures_module_first_before_a_test_runs_alone()
     assert ("w0", 1) in runs(planner)
 
 
+def given_back(planner: Planner, kept: dict[str, int]) -> list[str]:
+    """Let workers do what they are told to give back; return who was told, in order."""
+    told = []
+    while commands := [each for each in planner.commands() if isinstance(each, Flush | Reset)]:
+        for command in commands:
+            told.append(command.worker)
+            planner.resident(command.worker, kept[command.worker])
+            planner.flushed(command.worker)
+    return told
+
+
+def test_what_stayed_when_all_was_given_back_is_not_asked_for_again() -> None:
+    planner = planner_of([gpu("a", 10), gpu("b", 80, group="b.py")], workers=1)
+    assert runs(planner) == [("w0", 0)]
+    planner.resident("w0", 30)
+    planner.finished("w0", 0, duration=1.0, peak=10)
+    assert given_back(planner, {"w0": 25}) == ["w0", "w0"]
+    planner.finished("w0", 1, duration=1.0, peak=80)
+
+    planner.requeue(1)
+    assert runs(planner) == [("w0", 1)]
+    planner.resident("w0", 40)
+    planner.finished("w0", 1, duration=1.0, peak=80)
+    planner.requeue(1)
+    assert given_back(planner, {"w0": 25}) == ["w0"]
+    assert not planner.done
+
+
+@pytest.mark.parametrize(("gives", "asked"), [(20, 2), (5, 6)])
+def test_no_more_workers_give_back_fixtures_than_the_waiting_test_needs(
+    gives: int, asked: int
+) -> None:
+    tests = [gpu(f"t{n}", 5, group=f"{n}.py") for n in range(3)]
+    planner = planner_of([*tests, gpu("large", 50, 0.5, group="large.py")], workers=3)
+    assert [test for _, test in runs(planner)] == [0, 1, 2]
+    kept = {"w0": 30, "w1": 30, "w2": 20}
+    for name, size in kept.items():
+        planner.resident(name, size)
+    planner.finished("w0", 0, duration=1.0, peak=5)
+    assert runs(planner) == []
+    planner.finished("w1", 1, duration=1.0, peak=5)
+    planner.finished("w2", 2, duration=1.0, peak=5)
+    left = {name: max(CONTEXT, size - gives) for name, size in kept.items()}
+
+    # 100 bytes less a headroom of 5 and the 80 that are kept leave 15: 35 are to come back.
+    told = given_back(planner, left)
+    assert len(told) == asked
+    assert told[:2] == ["w0", "w1"]
+
+
 def test_a_test_is_granted_what_is_set_aside_for_it() -> None:
     tests = [gpu("a", 20), gpu("b", None, group="h.py"), cpu("c")]
     workers = Workers(tests, planner_of(tests, workers=1))
