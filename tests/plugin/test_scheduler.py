@@ -146,8 +146,6 @@ def model():
 def test_good(model, i): pass
 
 def test_bad(model): assert 0
-@pytest.mark.xfail(strict=True)
-def test_xfail(model): assert 0
 @pytest.mark.skip
 def test_skip(): pass
 """,
@@ -177,6 +175,8 @@ class Case(unittest.TestCase):
     def test_one(self): pass
     @unittest.skip("no")
     def test_two(self): pass
+@pytest.mark.xfail(strict=True)
+def test_xfail(): assert 0
 def test_gpu(vram): vram(100)
 """,
 }
