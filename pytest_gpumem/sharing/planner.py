@@ -19,7 +19,8 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
 - A test that catches its own OutOfMemoryError cannot be seen to have run out of memory: it is not
   run again, and on the first run without marks it may have shared the card unexpectedly.
 - When no GPU test runs on a card and none fits, idle workers give back module fixtures, then
-  session fixtures; after that the test runs alone whatever the numbers say.
+  session fixtures, as many of them as it takes; after that the test runs alone whatever the
+  numbers say. What a worker kept even then, such as leaks, it is not asked for again.
 """
 
 from __future__ import annotations
@@ -464,10 +465,12 @@ class Planner:
 
     def _hand_out(self, worker: _Worker, out: list[Command]) -> bool:
         test = self._pick_gpu(worker)
-        if test is None and self._ask_back(worker, out):
+        if test is None and self._held_up(worker.card) and self._ask_back(worker, out):
             return True
         if test is None:
             test = self._pick_cpu(worker)
+        if test is None and self._ask_back(worker, out):
+            return True
         if test is None:
             test = self._last_resort(worker, out)
         if test is not None:
@@ -751,6 +754,17 @@ class Planner:
             card.claims.pop(worker.name, None)
 
     # When nothing fits
+
+    def _held_up(self, card: _Card) -> bool:
+        """Return whether a GPU test waits for what idle workers keep on ``card``.
+
+        Others may wait only until a worker has ended its module.
+        """
+        if card.reserved:
+            return True
+        waiting = (itertools.islice(each.tests, LOOK) for each in (self._alone, self._last))
+        lone = list(itertools.chain.from_iterable(waiting))
+        return bool(lone) and not any(self._would_go(card, test) for test in lone)
 
     def _ask_back(self, worker: _Worker, out: list[Command]) -> bool:
         """Let a worker give back its fixtures if they keep a GPU test from a card's room."""

@@ -433,6 +433,21 @@ def test_no_more_workers_give_back_fixtures_than_the_waiting_test_needs(
     assert told[:2] == ["w0", "w1"]
 
 
+def test_a_worker_that_ends_its_module_gives_nothing_back_for_tests_that_have_room() -> None:
+    tests = [gpu("a", 10, group="m.py"), *(cpu(f"c{n}", group="m.py") for n in range(20))]
+    planner = planner_of([*tests, gpu("b", 10, 0.5)], workers=1)
+    assert runs(planner) == [("w0", 0)]
+    planner.resident("w0", 30)
+    planner.finished("w0", 0, duration=1.0, peak=10)
+
+    ran = []
+    while not planner.done:
+        for name, test in runs(planner):
+            ran.append(test)
+            planner.finished(name, test, duration=1.0, peak=0)
+    assert ran[-1] == 21
+
+
 def test_a_test_is_granted_what_is_set_aside_for_it() -> None:
     tests = [gpu("a", 20), gpu("b", None, group="h.py"), cpu("c")]
     workers = Workers(tests, planner_of(tests, workers=1))
