@@ -67,6 +67,7 @@ class Leasing:
         config: pytest's configuration.
         state: the plugin's.
         history: what is known of the tests.
+        standing: returns by card the bytes that wider fixtures hold now.
         granted: returns what xdist's controller has set aside for the test that begins, None if
             nothing; not given where this process decides by itself.
 
@@ -79,12 +80,14 @@ class Leasing:
         config: pytest.Config,
         state: State,
         history: History,
+        standing: Callable[[], Mapping[str, int]],
         granted: Callable[[], Need | None] | None = None,
     ) -> None:
         self._capture = config.pluginmanager.getplugin("capturemanager")
         self._settings = state.settings
         self._cards = state.found.cards
         self._history = history
+        self._standing = standing
         self._granted = granted
         self._holdings = Holdings(state.settings.context_cost)
         self._notes = state.notes
@@ -302,15 +305,18 @@ class Leasing:
                 self._do_without(error)
         self._lease = None
 
-    def keep(self) -> Mapping[str, int]:
-        """Return the bytes that the process keeps by card, and tell the others."""
-        held = self._holdings()
+    def keep(self) -> dict[str, tuple[int, int]]:
+        """Tell others what the process keeps on each card; return these bytes.
+
+        With them, as the second of each pair, come the bytes of them that wider fixtures hold.
+        """
+        held, standing = self._holdings(), self._standing()
         try:
             for uuid, resident in () if self._without else held.items():
                 self._open().set_resident(uuid, resident, spare=self._can_spare())
         except LeaseError as error:
             self._do_without(error)
-        return held
+        return {uuid: (kept, standing.get(uuid, 0)) for uuid, kept in held.items()}
 
     def _can_spare(self) -> bool:
         consolidator = _consolidator()
@@ -374,7 +380,9 @@ class Leasing:
         if need.size == _SOMETHING:
             return Want(_SOMETHING)
         kept = held.get(card.uuid, 0)
-        missing = max(0, self._settings.context_cost + need.fixtures - kept)
+        context = self._settings.context_cost
+        there = min(self._standing().get(card.uuid, 0), max(0, kept - context))
+        missing = max(0, context - kept) + max(0, need.fixtures - there)
         # What was learned has a margin, which the card need not have.
         most = max(_SOMETHING, card.total - self._settings.headroom - kept)
         return Want(min(need.size + missing, most), need.alone)

@@ -16,7 +16,7 @@ from pytest_gpumem.state import HISTORY, ITEM_MARKS, NO_MARKS, State
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     import pytest
@@ -116,24 +116,31 @@ def share_as_controller(config: pytest.Config, state: State) -> None:
 def share(config: pytest.Config, state: State) -> None:
     """Let this process, which runs tests, share the cards with others."""
     given = getattr(config, "workerinput", None)
+    measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
+    standing = dict[str, int] if measuring is None else measuring.standing
     if given is None:
-        leasing = Leasing(config, state, load_history(config, state))
+        leasing = Leasing(config, state, load_history(config, state), standing)
     elif xdist_private.ASKED in given:
-        leasing = _scheduled(config, state)
+        leasing = _scheduled(config, state, standing)
+        if measuring is not None:
+            config.pluginmanager.register(LateTeardowns(measuring), "gpumem-late-teardowns")
     else:
         known = given.get(HISTORY)
-        leasing = Leasing(config, state, History.read(known) if known else History())
+        history = History.read(known) if known else History()
+        leasing = Leasing(config, state, history, standing)
     config.pluginmanager.register(leasing, Leasing.NAME)
     if given is not None:
         config.pluginmanager.register(Replacing(), Replacing.NAME)
 
 
-def _scheduled(config: pytest.Config, state: State) -> Leasing:
+def _scheduled(
+    config: pytest.Config, state: State, standing: Callable[[], Mapping[str, int]]
+) -> Leasing:
     def granted() -> Need | None:
         grant = worker.granted()
         return None if grant is None else Need(*grant)
 
-    leasing = Leasing(config, state, History(), granted)
+    leasing = Leasing(config, state, History(), standing, granted)
     retry = state.settings.oom != "fail"
     worker = xdist_private.Worker(
         config,
@@ -149,9 +156,6 @@ def _scheduled(config: pytest.Config, state: State) -> Leasing:
         spoiled=lambda: leasing.spoiled,
     )
     config.pluginmanager.register(worker, "gpumem-worker")
-    measuring = config.pluginmanager.getplugin(Measuring.NAME)
-    if measuring is not None:
-        config.pluginmanager.register(LateTeardowns(measuring), "gpumem-late-teardowns")
     return leasing
 
 

@@ -153,6 +153,8 @@ class _Worker:
         self.ring = ring
         """Its own card first."""
         self.resident: dict[_Card, int] = {}
+        self.standing: dict[_Card, int] = {}
+        """Of these, what its wider fixtures hold."""
         self.given: deque[int] = deque()
         """The test it runs, and those it was handed to run next."""
         self.cpu: Portion | None = None
@@ -395,13 +397,26 @@ class Planner:
         if not self._unscouted:
             self._until_replan = 0
 
-    def resident(self, worker: str, size: int, card: CardKey | None = None) -> None:
-        """Take note of what ``worker`` keeps, context included, on a card (default: its own)."""
+    def resident(
+        self, worker: str, size: int, card: CardKey | None = None, fixtures: int = 0
+    ) -> None:
+        """Take note of what ``worker`` keeps on a card (default: its own).
+
+        Args:
+            worker: its name.
+            size: bytes, its context included.
+            card: where.
+            fixtures: of these, the bytes that its wider fixtures hold.
+
+        """
         told = self._workers[worker]
         where = told.card if card is None else self._cards.get(card)
-        if where is None or told.resident.get(where, 0) == size:
+        if where is None:
             return
-        told.resident[where] = size
+        before = told.resident.get(where, 0), told.standing.get(where, 0)
+        if before == (size, fixtures):
+            return
+        told.resident[where], told.standing[where] = size, fixtures
         told.stays = max(self._context, min(told.stays, told.kept))
         claim = where.claims.get(worker)
         self._claim(told, where, claim.extra if claim else 0)
@@ -700,11 +715,13 @@ class Planner:
     def _asks(self, worker: _Worker, card: _Card, test: int) -> int:
         """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there.
 
-        What it keeps beside its context are taken for the fixtures that the test needs, if any:
-        others would be torn down before the test's own are set up.
+        Fixtures that are set up are taken for those that the test needs, if any: others would be
+        torn down before the test's own are set up. What the worker keeps besides, such as leaks,
+        makes no room. Models of a fixture that were archived may come back.
         """
         kept = self._baseline(worker, card) - self._context
-        return (self._need(test) or 0) + max(0, self._seen.fixtures(test) - kept)
+        there = min(kept, worker.standing.get(card, 0))
+        return (self._need(test) or 0) + max(0, self._seen.fixtures(test) - there)
 
     def _room(self, worker: _Worker, card: _Card) -> int:
         """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""

@@ -81,8 +81,8 @@ class Worker:
         config: pytest's configuration in the worker.
         hello: returns what the controller must know before it schedules, from the items: plain
             builtin values.
-        holding: returns by card (UUID) the bytes this process keeps on it, context included;
-            nothing of cards it has not used. Cheap.
+        holding: returns by card (UUID) the bytes this process keeps on it, context included, and
+            how many of them wider fixtures hold; nothing of cards it has not used. Cheap.
         used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
         is_oom: tells whether an exception is the card's running out of memory.
@@ -95,7 +95,7 @@ class Worker:
         config: pytest.Config,
         *,
         hello: Callable[[Sequence[pytest.Item]], Mapping[str, Any]],
-        holding: Callable[[], Mapping[str, int]],
+        holding: Callable[[], Mapping[str, tuple[int, int]]],
         used: Callable[[], Mapping[str, int]],
         release: Callable[[], None],
         is_oom: Callable[[BaseException], bool],
@@ -156,7 +156,7 @@ class Stage:
         self.spoiled = False
         """Whether it ran out of memory and set-up failed: nothing stays set up behind it."""
         self._index = 0
-        self._told: Mapping[str, int] = {}
+        self._told: Mapping[str, tuple[int, int]] = {}
         for place, name in enumerate(SENTINELS):
             sentinel: Sentinel = Sentinel.from_parent(session, name=f"gpumem-{name}")
             sentinel.place, sentinel.stage = place, self

@@ -75,8 +75,8 @@ class _Worker:
     """The test that it completed last."""
     reported: bool = False
     """Whether the running test has been torn down and reported, but is not complete."""
-    holding: dict[str, int] = field(default_factory=dict)
-    """What it keeps, by card."""
+    holding: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What it keeps, by card, and how much of that its wider fixtures hold."""
     taken: Taken = Taken()  # noqa: RUF009  # a named tuple
     """What the running test took."""
     oom: bool = False
@@ -222,10 +222,10 @@ class GpumemScheduling:
             return
         worker.hello = indices.get("hello", worker.hello)
         planner = self._planner
-        for uuid, size in indices.get("holding", {}).items():
-            worker.holding[uuid] = size
+        for uuid, (size, fixtures) in indices.get("holding", {}).items():
+            worker.holding[uuid] = size, fixtures
             if planner is not None:
-                planner.resident(worker.name, size, (worker.host, uuid))
+                planner.resident(worker.name, size, (worker.host, uuid), fixtures)
         for uuid, used in indices.get("used", {}).items():
             if planner is not None:
                 planner.used((worker.host, uuid), used)
@@ -310,8 +310,8 @@ class GpumemScheduling:
 
     def _join(self, planner: plans.Planner, worker: _Worker) -> None:
         planner.add_worker(worker.name, worker.cards)
-        for uuid, size in worker.holding.items():
-            planner.resident(worker.name, size, (worker.host, uuid))
+        for uuid, (size, fixtures) in worker.holding.items():
+            planner.resident(worker.name, size, (worker.host, uuid), fixtures)
 
     def _obey(self) -> None:
         """Carry out what the planner wants now."""

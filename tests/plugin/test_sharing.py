@@ -361,6 +361,29 @@ def test_cpu(): pass
     assert History.load(tmp_path / "h.json")["test_it.py::test_cpu"].runs == 2
 
 
+@pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["plain", "scheduled"])
+def test_what_leaked_is_not_taken_for_fixtures(run, tmp_path, arguments):
+    leaks = "KEPT = []\ndef test_a(): KEPT.append(take(500 * 1024))\n"
+    other = """
+import pytest
+from test_it import take
+
+@pytest.fixture(scope="module")
+def model(): return take(300 * 1024)
+
+@pytest.mark.parametrize("i", range(2))
+def test_b(model, i): x = take(100 * 1024)
+"""
+    for _ in range(2):
+        history = f"--gpumem-history={tmp_path / 'h.json'}"
+        finished = run(leaks, history, *arguments, test_other=other)
+        assert finished.outcomes == {"passed": 3}, finished.output
+    sizes = {test.nodeid.split("::")[1]: test.lease.size // MIB for test in finished.record.tests}
+
+    assert 400 <= sizes["test_b[0]"] < 500
+    assert 100 <= sizes["test_b[1]"] < 200
+
+
 def test_peaks_are_kept_in_pytests_cache_and_a_broken_file_is_told(run, tmp_path):
     run("def test_a(): take()\n")
     kept = tmp_path.with_name(f"{tmp_path.name}-cache") / "d" / "gpumem" / "history.json"

@@ -466,11 +466,33 @@ def test_room_for_fixtures_is_set_aside_where_they_are_not_set_up() -> None:
     (first,) = planner.commands()
     assert isinstance(first, Run)
     assert first.grant == Grant(60, 1, alone=False)
-    planner.resident("w0", CONTEXT + 40)
+    planner.resident("w0", CONTEXT + 40, fixtures=40)
     planner.finished("w0", first.test, duration=1.0, peak=20, fixtures=40)
     (second,) = planner.commands()
     assert isinstance(second, Run)
     assert second.grant == Grant(20, 1, alone=False)
+
+
+@pytest.mark.parametrize(
+    ("kept", "standing", "asked"),
+    [
+        (0, 0, 60),
+        (20, 0, 60),  # leaks: they stay beside the fixtures that are to come
+        (30, 30, 30),  # another module's fixtures, which make way
+        (45, 40, 20),
+        (0, 40, 60),  # their models have been archived and come back
+    ],
+)
+def test_only_fixtures_make_room_for_fixtures(kept: int, standing: int, asked: int) -> None:
+    tests = [gpu("a", 5), gpu("b", 20, 0.5, group="h.py")._replace(fixtures=40)]
+    planner = planner_of(tests, workers=1)
+    assert runs(planner) == [("w0", 0)]
+    planner.resident("w0", CONTEXT + kept, fixtures=standing)
+    planner.finished("w0", 0, duration=1.0, peak=5)
+
+    (second,) = planner.commands()
+    assert isinstance(second, Run)
+    assert second.grant == Grant(asked, 1, alone=False)
 
 
 def test_tests_that_fit_only_without_their_fixtures_do_not_run_together() -> None:
@@ -874,13 +896,13 @@ class Room(RuleBasedStateMachine):
         self.obey()
 
     @precondition(lambda self: self.queues and self.totals)
-    @rule(data=st.data(), size=st.integers(0, TOTAL))
-    def grow(self, data, size) -> None:
+    @rule(data=st.data(), size=st.integers(0, TOTAL), fixtures=st.integers(0, TOTAL))
+    def grow(self, data, size, fixtures) -> None:
         worker = data.draw(st.sampled_from(list(self.queues)))
         if self.rings[worker]:
             card = data.draw(st.sampled_from(self.rings[worker]))
             self.resident[worker, card] = size
-            self.planner.resident(worker, size, card)
+            self.planner.resident(worker, size, card, fixtures)
             self.obey()
 
     @precondition(lambda self: self.totals)
