@@ -14,6 +14,7 @@ import pytest
 from pytest_gpumem import devices, marks
 from pytest_gpumem.records import Grant
 from pytest_gpumem.routed import may_fall_back
+from pytest_gpumem.sharing import admission
 from pytest_gpumem.sharing.history import DURATION
 from pytest_gpumem.sharing.lease import (
     HOPE,
@@ -380,9 +381,8 @@ class Leasing:
         if need.size == _SOMETHING:
             return Want(_SOMETHING)
         kept = held.get(card.uuid, 0)
-        context = self._settings.context_cost
-        there = min(self._standing().get(card.uuid, 0), max(0, kept - context))
-        missing = max(0, context - kept) + max(0, need.fixtures - there)
+        standing = self._standing().get(card.uuid, 0)
+        missing = admission.missing(need.fixtures, self._settings.context_cost, kept, standing)
         # What was learned has a margin, which the card need not have.
         most = max(_SOMETHING, card.total - self._settings.headroom - kept)
         return Want(min(need.size + missing, most), need.alone)

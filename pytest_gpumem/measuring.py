@@ -30,7 +30,7 @@ from pytest_gpumem.tracking.verdict import holds_memory
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
 """How torch words it where the class is a plain ``RuntimeError``."""
 
@@ -73,10 +73,6 @@ class Measuring:
         self._keepers: dict[int, str] = {}
         self._state = state
         self._late: list[tuple[str, list[dict[str, Any]], dict[str, int]]] = []
-
-    def standing(self) -> Mapping[str, int]:
-        """Return the bytes that the wider fixtures hold which are set up now, by card."""
-        return self.tracker.standing
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:

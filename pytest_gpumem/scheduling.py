@@ -117,7 +117,7 @@ def share(config: pytest.Config, state: State) -> None:
     """Let this process, which runs tests, share the cards with others."""
     given = getattr(config, "workerinput", None)
     measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
-    standing = dict[str, int] if measuring is None else measuring.standing
+    standing = dict[str, int] if measuring is None else measuring.tracker.standing
     if given is None:
         leasing = Leasing(config, state, load_history(config, state), standing)
     elif xdist_private.ASKED in given:

@@ -36,6 +36,18 @@ def fits(total: int, others: int, headroom: int, claims: Sequence[Claim], new: C
     return new.resident + new.extra <= room(total, others, headroom, claims)
 
 
+def missing(fixtures: int, context: int, kept: int, standing: int) -> int:
+    """Return what a process that keeps ``kept`` lacks before a test: of context and fixtures.
+
+    ``fixtures`` is what the test's wider fixtures hold. Those that are set up, ``standing``, are
+    taken for them, if any: others would be torn down before the test's own are set up. What the
+    process keeps besides, such as leaks, makes no room. It may keep less than its fixtures held:
+    models that were archived come back.
+    """
+    there = min(standing, max(0, kept - context))
+    return max(0, context - kept) + max(0, fixtures - there)
+
+
 def never_fits(total: int, headroom: int, new: Claim) -> bool:
     """Return whether ``new`` asks for more than there is on an empty card."""
     return new.resident + new.extra + headroom > total

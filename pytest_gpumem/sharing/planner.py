@@ -484,6 +484,7 @@ class Planner:
             return True
         if test is None:
             test = self._pick_cpu(worker)
+        # Who has nothing else to do gives back for any test: the last resort waits for that.
         if test is None and self._ask_back(worker, out):
             return True
         if test is None:
@@ -713,15 +714,10 @@ class Planner:
         return (self._need(test) or 0) + self._seen.fixtures(test)
 
     def _asks(self, worker: _Worker, card: _Card, test: int) -> int:
-        """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there.
-
-        Fixtures that are set up are taken for those that the test needs, if any: others would be
-        torn down before the test's own are set up. What the worker keeps besides, such as leaks,
-        makes no room. Models of a fixture that were archived may come back.
-        """
-        kept = self._baseline(worker, card) - self._context
-        there = min(kept, worker.standing.get(card, 0))
-        return (self._need(test) or 0) + max(0, self._seen.fixtures(test) - there)
+        """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there."""
+        kept, standing = self._baseline(worker, card), worker.standing.get(card, 0)
+        fixtures = self._seen.fixtures(test)
+        return (self._need(test) or 0) + admission.missing(fixtures, self._context, kept, standing)
 
     def _room(self, worker: _Worker, card: _Card) -> int:
         """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""

@@ -236,9 +236,8 @@ class Tracker:
         """Bytes reserved at the last boundary, by card."""
         return {meter.card.uuid: meter.last.reserved for meter in self._meters.values()}
 
-    @property
     def standing(self) -> dict[str, int]:
-        """Bytes that the wider fixtures hold which are set up now, by card."""
+        """Return the bytes that the wider fixtures hold which are set up now, by card."""
         cards = {uuid for fixture in self._standing for uuid in fixture.set_up}
         return {uuid: _held(self._standing, uuid) for uuid in cards}
 

@@ -218,7 +218,9 @@ def test_quiet_is_one_line_and_loud_is_every_test(run):
 def test_a(i): take()
 """
     assert len(run(source, "-q").section.strip().splitlines()) == 1
+    assert run(source).section.count("test_it.py::test_a") == 10
     assert run(source, "-vv").section.count("test_it.py::test_a") == 12
+    assert run(source, "--gpumem-top=3").section.count("test_it.py::test_a") == 3
 
 
 def test_a_run_that_touched_no_card_shows_no_section(run):

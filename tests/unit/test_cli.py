@@ -4,7 +4,6 @@ import pytest
 
 from pytest_gpumem import cli, devices, records
 from pytest_gpumem.records import Card, CardUsage, RecordedTest, RunRecord
-from pytest_gpumem.reports import terminal
 
 USAGE = CardUsage("GPU-1", 2**20, 3 * 2**20, 0, 2**21, 2**22, 0, 0, None)
 RUN = RunRecord(
@@ -29,15 +28,6 @@ def test_report_shows_the_section_of_a_finished_run(tmp_path, capsys):
         "1 test of 2 used VRAM, highest peak 3.00 MiB, 0 leaks, 0 failures out of memory"
     )
     assert lines[-1].split() == ["3.0", "2.0", "0.0", "test_x.py::test_a"]
-
-
-@pytest.mark.parametrize(("verbosity", "shown"), [(-1, 0), (0, 3), (1, 3), (2, 12)])
-def test_the_table_shows_the_highest_peaks_or_all(verbosity, shown):
-    tests = tuple(RUN.tests[0]._replace(nodeid=f"test_x.py::test_a[{n}]") for n in range(12))
-    found = list(terminal.lines(RUN._replace(tests=tests), 3, verbosity))
-
-    assert sum("test_x.py::test_a" in line for line in found) == shown
-    assert verbosity >= 0 or len(found) == 1
 
 
 def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
