@@ -173,8 +173,9 @@ def test_fraction_caps_a_process_and_is_set_again(run_suite, figure):
 
 
 def test_auto_counts_workers_by_the_card(small_card, run_suite, tmp_path, figure, capfd):
-    run_suite(SUITE, "-p", "xdist", "-n", "auto")
+    run = run_suite(SUITE, "-p", "xdist", "-n", "auto")
 
+    assert outcomes(run) == {"passed": 20, "failed": 0}
     shown = capfd.readouterr().out
     line = re.search("gpumem: .*workers.*", shown)
     figure("-n auto", line[0] if line else "as many as xdist starts")
