@@ -106,8 +106,8 @@ def look(ledger: Ledger, watcher: Watcher | None = None) -> list[CardState]:
             found.append(CardState(card.uuid, card.name, *sizes, holdings))
     for simulated in _simulated():
         used = dict(simulated.processes())
-        taken = sum(size or 0 for size in used.values())
-        sizes = (taken, simulated.total - taken, simulated.total)
+        free = simulated.free()
+        sizes = (simulated.total - free, free, simulated.total)
         holdings = _holdings(ledger, page, simulated.uuid, used, glimpses)
         if used or holdings:
             found.append(CardState(simulated.uuid, simulated.name, *sizes, holdings))

@@ -1,8 +1,10 @@
 """One simulated card: a mapped file whose capacity every process that opens it shares.
 
 The file is a row of native 64-bit integers: a header, then one slot per process with its pid, its
-start time, its context and what it reserved, in bytes. What is used is always summed over the
+pid namespace, its context and what it reserved, in bytes. What is used is always summed over the
 slots and never kept beside them, so that a process killed at any instruction leaves no wrong sum.
+A process lives as long as it holds the lock of its slot: its number says nothing in another pid
+namespace, and is given to another process when it has ended.
 """
 
 from __future__ import annotations
@@ -20,29 +22,70 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_MAGIC = b"gpumem\0\1"
+_MAGIC = b"gpumem\0\2"
 _MAX_PROCESSES = 1024
 _HEADER = 6
+_ALL = 0
+"""The byte of the lock file that is locked by who changes the card; slots are from _HEADER on."""
 _TOTAL, _CONTEXT, _UUID, _SLOTS_USED = 1, 2, 3, 5
 _SLOT = 4
-_PID, _STARTED, _OWN_CONTEXT, _RESERVED = range(_SLOT)
-_UNKNOWN = 0
+_PID, _NAMESPACE, _OWN_CONTEXT, _RESERVED = range(_SLOT)
 _FILE_SIZE = 8 * (_HEADER + _SLOT * _MAX_PROCESSES)
 
-# Record locks belong to a process: a kill frees them and a forked child does not inherit them
-# (a flock lives on in every child). In exchange they do not keep out threads of one process.
 _threads = threading.RLock()
-_locked: set[Path] = set()
 
 
-def _forget_other_threads() -> None:
+class _LockFile:
+    """The lock file of a card, open once in this process.
+
+    Its first byte is locked by whoever changes the card, a slot's by the process that has the
+    slot. Record locks belong to a process: a kill frees them and a forked child does not inherit
+    them (a flock lives on in every child). In exchange they do not keep out other threads and
+    openings of one process, which ``_threads``, ``busy`` and ``slots`` do; and the first close of
+    any opening would end them all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.users = 0
+        """Openings of the card in this process."""
+        self.busy = False
+        """Whether this process is changing the card."""
+        self.slots: set[int] = set()
+        """Those of this process."""
+
+    def lock(self, byte: int) -> None:
+        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, byte)
+
+    def unlock(self, byte: int) -> None:
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
+
+    def is_locked(self, slot: int) -> bool:
+        """Return whether a living process has ``slot``; to ask while no other process may."""
+        if slot in self.slots:
+            return True  # asking the system would end this process's lock
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, slot)
+        except (BlockingIOError, PermissionError):  # which of them, POSIX leaves open
+            return True
+        self.unlock(slot)
+        return False
+
+
+_lock_files: dict[tuple[int, int], _LockFile] = {}
+"""Those that are open, by device and inode."""
+
+
+def _forget_locks() -> None:
     """Renew the locks in a forked child: those that other threads held would stay held."""
     global _threads  # noqa: PLW0603  # the one lock of the process
     _threads = threading.RLock()
-    _locked.clear()
+    for each in _lock_files.values():
+        each.busy = False
+        each.slots.clear()
 
 
-os.register_at_fork(after_in_child=_forget_other_threads)
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 class SharedCard:
@@ -63,7 +106,7 @@ class SharedCard:
                 raise ValueError(f"{path} is not the file of a simulated card")
             self._map = mmap.mmap(file.fileno(), _FILE_SIZE)
         self._words = memoryview(self._map).cast("q")
-        self._lock_file = os.open(_lock_path(path), os.O_RDWR | os.O_CLOEXEC)
+        self._locks = _open_locks(_lock_path(path))
         self.total = self._words[_TOTAL]
         self.context = self._words[_CONTEXT]
         self.uuid = f"GPU-{uuid.UUID(bytes=self._map[8 * _UUID : 8 * (_UUID + 2)])}"
@@ -132,8 +175,10 @@ class SharedCard:
                 return False
             self._slot = self._free_slot()
             self._joined_by = os.getpid()
+            self._locks.lock(self._slot)
+            self._locks.slots.add(self._slot)
             # The pid last: it makes the slot count, and a kill may come before it.
-            self._words[self._slot + _STARTED] = _start_time(self._joined_by) or _UNKNOWN
+            self._words[self._slot + _NAMESPACE] = _pid_namespace()
             self._words[self._slot + _OWN_CONTEXT] = self.context
             self._words[self._slot + _RESERVED] = 0
             self._words[self._slot + _PID] = self._joined_by
@@ -144,6 +189,8 @@ class SharedCard:
         if self.joined:
             with self._alone():
                 self._words[self._slot + _PID] = 0
+                self._locks.slots.discard(self._slot)
+                self._locks.unlock(self._slot)
             self._slot = self._joined_by = 0
 
     def close(self) -> None:
@@ -151,10 +198,7 @@ class SharedCard:
         if self._map.closed:
             return
         self.leave()
-        with _threads:
-            # Inside, because closing the file would end a lock that another thread holds on it.
-            os.close(self._lock_file)
-            self._lock_file = -1
+        _close_locks(self._locks)
         self._words.release()
         self._map.close()
 
@@ -187,14 +231,22 @@ class SharedCard:
 
     def free(self) -> int:
         """Return the bytes that no living process uses."""
-        return self.total - sum(self.processes().values())
+        with self._alone():
+            self._reap()
+            return self.total - sum(map(self._used, self._taken_slots()))
 
     def processes(self) -> dict[int, int]:
-        """Return what each living process uses: its context and what it reserved."""
+        """Return what each living process uses: its context and what it reserved.
+
+        Without those of other pid namespaces, whose numbers may be other processes' here.
+        """
+        here = _pid_namespace()
         with self._alone():
             self._reap()
             used: dict[int, int] = {}
             for slot in self._taken_slots():
+                if self._words[slot + _NAMESPACE] != here:
+                    continue
                 pid = self._words[slot + _PID]
                 used[pid] = used.get(pid, 0) + self._used(slot)
             return used
@@ -202,17 +254,17 @@ class SharedCard:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         with _threads:
-            if self.path in _locked:
+            if self._locks.busy:
                 # A collected tensor emptied the cache in the middle of a call of this thread.
                 yield
                 return
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX)
-            _locked.add(self.path)
+            self._locks.lock(_ALL)
+            self._locks.busy = True
             try:
                 yield
             finally:
-                _locked.discard(self.path)
-                fcntl.lockf(self._lock_file, fcntl.LOCK_UN)
+                self._locks.busy = False
+                self._locks.unlock(_ALL)
 
     def _fits(self, size: int) -> bool:
         room = self.total - size
@@ -242,8 +294,7 @@ class SharedCard:
     def _reap(self) -> None:
         """Free the slots of processes that died without leaving."""
         for slot in self._taken_slots():
-            own = slot == self._slot and self.joined
-            if not own and not _lives(self._words[slot + _PID], self._words[slot + _STARTED]):
+            if not self._locks.is_locked(slot):
                 self._words[slot + _PID] = 0
 
 
@@ -251,27 +302,28 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
 
 
-def _start_time(pid: int) -> int | None:
-    """Return when a living process started, in clock ticks after boot; ``None`` when not told.
+def _open_locks(path: Path) -> _LockFile:
+    with _threads:
+        found = path.stat()
+        key = found.st_dev, found.st_ino
+        if key not in _lock_files:
+            _lock_files[key] = _LockFile(path)
+        _lock_files[key].users += 1
+        return _lock_files[key]
 
-    Fields 3 (state) and 22 (start time) of ``/proc/PID/stat``, see proc(5). A zombie is dead:
-    its memory has gone.
-    """
+
+def _close_locks(locks: _LockFile) -> None:
+    with _threads:
+        locks.users -= 1
+        if not locks.users:
+            for key in [key for key, each in _lock_files.items() if each is locks]:
+                del _lock_files[key]
+            os.close(locks.file)
+
+
+def _pid_namespace() -> int:
+    """Return the inode of this process's pid namespace, see namespaces(7); 0 where not told."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116  # a Path takes longer
     except OSError:
-        return None
-    # The second field, the program's name, may hold blanks and brackets.
-    state, *others = stat[stat.rindex(b")") + 2 :].split()
-    return None if state in (b"Z", b"X") else int(others[18])
-
-
-def _lives(pid: int, started: int) -> bool:
-    """Tell whether ``pid`` is still the process that started then, not one that got its number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's process: there, and nothing more is told
-        return True
-    return started == _UNKNOWN or _start_time(pid) == started
+        return 0

@@ -110,10 +110,13 @@ for line in sys.stdin:
 """
 
 
+UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+
+
 class Member:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *before: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", MEMBER, str(path)],
+            [*before, sys.executable, "-c", MEMBER, str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -146,11 +149,11 @@ def card(tmp_path: Path) -> Iterator[SharedCard]:
 
 
 @pytest.fixture
-def new_member(card: SharedCard) -> Iterator[Callable[[], Member]]:
+def new_member(card: SharedCard) -> Iterator[Callable[..., Member]]:
     members: list[Member] = []
 
-    def start() -> Member:
-        members.append(Member(card.path))
+    def start(*before: str) -> Member:
+        members.append(Member(card.path, *before))
         return members[-1]
 
     yield start
@@ -301,24 +304,52 @@ def test_a_process_killed_at_any_moment_leaves_neither_a_lock_nor_bytes(
         assert card.free() == TOTAL
 
 
-def test_a_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(
-    card: SharedCard, new_member: Callable[[], Member], monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_got_the_number_of_a_dead_one_neither_is_it_nor_pays_for_it(
+    card: SharedCard, new_member: Callable[[], Member]
 ) -> None:
     member = new_member()
-    assert member.ask("card.join()") == "True"
-    assert card.processes() == {member.pid: CONTEXT}
-    monkeypatch.setattr(card_module, "_start_time", lambda _pid: 1)
+    assert member.ask("card.join(), card.reserve(9)") == "(True, True)"
+    member.end()
+    card._words[card_module._HEADER + card_module._PID] = os.getpid()
     assert card.processes() == {}
-
-
-def test_a_process_that_got_the_number_of_a_dead_one_does_not_pay_for_it(
-    card: SharedCard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dead = SharedCard.open(card.path)
-    assert dead.join()
-    monkeypatch.setattr(card_module, "_start_time", lambda _pid: 1)
     assert card.join()
     assert card.processes() == {os.getpid(): CONTEXT}
+
+
+def can_unshare() -> bool:
+    tried = [*UNSHARE, "true"]
+    return bool(shutil.which("unshare")) and subprocess.run(tried, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_unshare(), reason="pid namespaces cannot be made here")
+def test_processes_of_several_pid_namespaces_share_the_card(
+    card: SharedCard, new_member: Callable[..., Member]
+) -> None:
+    card.join()
+    one, other = new_member(*UNSHARE), new_member(*UNSHARE)
+    for member, size in ((one, 300 * MIB), (other, 200 * MIB)):
+        assert member.ask(f"os.getpid(), card.join(), card.reserve({size})") == "(1, True, True)"
+    # Each has the number 1, and none of them sees the others alive.
+    assert card.processes() == {os.getpid(): CONTEXT}
+    assert one.ask("card.processes()") == str({1: CONTEXT + 300 * MIB})
+    assert card.free() == TOTAL - 3 * CONTEXT - 500 * MIB
+    assert not card.reserve(201 * MIB)
+    assert one.ask(f"card.release({100 * MIB}), card.reserve({100 * MIB})") == "(None, True)"
+    one.end()  # with unshare its namespace, which nobody else can look into
+    end = time.monotonic() + 10
+    while card.free() != TOTAL - 2 * CONTEXT - 200 * MIB:  # the kill goes on from unshare
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert other.ask("card.processes()") == str({1: CONTEXT + 200 * MIB})
+
+
+def test_closing_one_opening_leaves_the_slot_of_another(
+    card: SharedCard, new_member: Callable[[], Member]
+) -> None:
+    member = new_member()
+    other = "(lambda other: (other.join(), card.join(), other.close()))(SharedCard.open(card.path))"
+    assert member.ask(other) == "(True, True, None)"
+    assert card.processes() == {member.pid: CONTEXT}
 
 
 @pytest.mark.parametrize(
