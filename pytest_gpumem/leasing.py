@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 TELL_AFTER = 10.0
 """Seconds that a test waits before the terminal is told what for."""
-PATIENCE = 5.0
-"""Seconds that a test which the scheduler sent waits for what nobody will give back."""
 ANY = marks.Need(vram=None, cards=1, exclusive=False)
 """What a test without a mark asks for."""
 _SOMETHING = 1
@@ -213,10 +211,11 @@ class Leasing:
         return cpu
 
     def _is_shared(self, card: Card) -> bool:
-        if set(devices.process_bytes(card)) - {os.getpid()}:
-            return True
+        if self._without:
+            return bool(set(devices.process_bytes(card)) - {os.getpid()})
         try:
-            return not self._without and self._open().is_shared(card.uuid)
+            opened = self._open()
+            return opened.is_shared(card.uuid) or opened.foreign(card.uuid, card.total) > 0
         except LeaseError as error:
             self._do_without(error)
             return False
@@ -259,40 +258,22 @@ class Leasing:
                     self.keep()
 
             self._lease = self._wait(item, wants, on_wait)
-        if self._lease is None:
-            return
         size = min(wants[card.uuid].size or card.total for card in cards)
         waited = time.monotonic() - begun
         item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, waited)
 
     def _wait(
         self, item: pytest.Item, wants: Mapping[str, Want], on_wait: Callable[[str], None]
-    ) -> Lease | None:
-        """Return a lease, None to go on without one.
+    ) -> Lease:
+        """Return a lease.
 
-        A test that the scheduler sent waits for other runs' tests, but not for long for what is
-        merely kept on the card: the scheduler, which knew of it, waits for this test, and then
-        nobody would ever give anything back. Nor does it hope for models to be spared: idle
-        workers are the scheduler's to ask, and do not look themselves.
+        A test that the scheduler sent does not hope for models to be spared: idle workers are the
+        scheduler's to ask, and do not look themselves.
         """
-        timeout, store_ = self._settings.lease_timeout, self._open()
         totals = {card.uuid: card.total for card in self._cards}
-        patience, hope = timeout, HOPE
-        if self._granted is not None:
-            patience, hope = min(PATIENCE, timeout or PATIENCE), 0.0
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            try:
-                return store_.acquire(wants, totals, item.nodeid, patience, on_wait, hope=hope)
-            except LeaseTimeout:
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise
-                if not any(
-                    not holder.waiting and holder.pid != os.getpid()
-                    for uuid in wants
-                    for holder in store_.holders(uuid)
-                ):
-                    return None
+        hope = HOPE if self._granted is None else 0.0
+        timeout = self._settings.lease_timeout
+        return self._open().acquire(wants, totals, item.nodeid, timeout, on_wait, hope=hope)
 
     def _give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
@@ -374,9 +355,7 @@ class Leasing:
             kept = held.get(card.uuid, 0)
             most = self._open().capacity(card.uuid, card.total) - kept
             return Want(max(_SOMETHING, most), exclusive=True)
-        if need.size is None or (need.alone and self._granted is not None):
-            # The scheduler sends a test alone when its size does not fit beside what is kept
-            # anyway: by its size it would wait for that in vain.
+        if need.size is None:
             return Want(None)
         if need.size == _SOMETHING:
             return Want(_SOMETHING)

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
         allocators,
         register,
     )
-    from pytest_gpumem.devices.cards import CardsFound, driver_reading, find_cards, process_bytes
+    from pytest_gpumem.devices.cards import (
+        CardsFound,
+        Usage,
+        driver_reading,
+        find_cards,
+        own_bytes,
+        process_bytes,
+        usage,
+        used_bytes,
+    )
     from pytest_gpumem.devices.notebook import notes
     from pytest_gpumem.devices.nvml import DriverReading
     from pytest_gpumem.devices.torch_private import (
@@ -31,20 +40,33 @@ __all__ = [
     "AllocatorReading",
     "CardsFound",
     "DriverReading",
+    "Usage",
     "allocation_stacks",
     "allocators",
     "driver_reading",
     "find_cards",
     "notes",
     "other_maker",
+    "own_bytes",
     "process_bytes",
     "record_stacks",
     "register",
+    "usage",
+    "used_bytes",
     "watch_peaks",
 ]
 
 _HOMES = {
-    "cards": ("CardsFound", "driver_reading", "find_cards", "process_bytes"),
+    "cards": (
+        "CardsFound",
+        "Usage",
+        "driver_reading",
+        "find_cards",
+        "own_bytes",
+        "process_bytes",
+        "usage",
+        "used_bytes",
+    ),
     "allocator": ("Allocator", "AllocatorReading", "allocators", "register"),
     "nvml": ("DriverReading",),
     "torch_private": ("allocation_stacks", "record_stacks", "watch_peaks"),

@@ -19,6 +19,45 @@ class Claim(NamedTuple):
     exclusive: bool
     """Whether nobody else's test may use the card meanwhile."""
 
+    def beside(self, other: Claim) -> Claim:
+        """Return the claim of one process that has both."""
+        return Claim(
+            self.resident + other.resident,
+            self.extra + other.extra,
+            self.exclusive or other.exclusive,
+        )
+
+
+NOTHING = Claim(0, 0, exclusive=False)
+
+
+def foreign(used: int, ours: Iterable[tuple[int, int]], before: int = 0) -> int:
+    """Return what others than our processes use of a card; never negative.
+
+    ``used`` is what the driver says of the whole card. ``ours`` are, for each of our processes,
+    the least and the most that it may be using of it, see ``bounds``. Where that leaves a choice,
+    what was found ``before`` still holds as far as it can; so, at first, what cannot be told
+    apart is ours.
+    """
+    known = list(ours)
+    least = used - sum(most for _, most in known)
+    most = used - sum(least for least, _ in known)
+    return max(0, min(max(before, least), most))
+
+
+def bounds(claim: Claim, total: int, told: int | None = None) -> tuple[int, int]:
+    """Return the least and the most that a process with ``claim`` may be using of a card.
+
+    It has what it keeps, and of the rest of its claim nobody knows. What the driver has ``told``
+    of the process's number decides, within the claim: beyond it, it may be another's in another
+    pid namespace, and what a process takes beyond its claim is not there for others either.
+    """
+    most = total if claim.exclusive else claim.resident + claim.extra
+    if told is None:
+        return claim.resident, most
+    exact = min(max(told, claim.resident), most)
+    return exact, exact
+
 
 def room(total: int, others: int, headroom: int, claims: Iterable[Claim]) -> int:
     """Return what a new claim may take of a card; zero or less: nothing.
@@ -80,14 +119,21 @@ def may_start(
 
 
 def waits_in_vain(
-    total: int, headroom: int, claims: Sequence[Claim], new: Claim, *, ahead: Sequence[Claim]
+    total: int,
+    others: int,
+    headroom: int,
+    claims: Sequence[Claim],
+    new: Claim,
+    *,
+    ahead: Sequence[Claim],
 ) -> bool:
-    """Return whether ``new`` is next, nobody runs, and what idle processes keep leaves no room.
+    """Return whether ``new`` is next, nobody runs, and what is kept all the same leaves no room.
 
-    Nothing would change by waiting: it has to run alone, with less than it asked for.
+    Idle processes and foreign ones keep it, and no lease that ends gives it back: after a while
+    ``new`` has to run alone, with less than it asked for.
     """
     idle = not any(claim.extra or claim.exclusive for claim in claims)
-    return idle and not ahead and not fits(total, 0, headroom, claims, new)
+    return idle and not ahead and not fits(total, others, headroom, claims, new)
 
 
 def spare(capacity: int, sizes: Iterable[int]) -> int:

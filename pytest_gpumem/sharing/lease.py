@@ -8,17 +8,28 @@ nobody looks again and again.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from pytest_gpumem.sharing.admission import Claim, may_start, never_fits, room, waits_in_vain
+from pytest_gpumem.sharing.admission import (
+    NOTHING,
+    Claim,
+    bounds,
+    fits,
+    foreign,
+    may_start,
+    never_fits,
+    room,
+    waits_in_vain,
+)
 from pytest_gpumem.sharing.ledger import (
     HELD,
     KEPT,
@@ -32,12 +43,14 @@ from pytest_gpumem.sharing.ledger import (
     Vanished,
     card_key,
     entry_of,
+    pid_of,
     run_directory,
 )
 from pytest_gpumem.sharing.locks import POLL, News
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from pytest_gpumem.devices import Usage
     from pytest_gpumem.records import Card
 
 __all__ = [
@@ -48,7 +61,6 @@ __all__ = [
     "LeaseTimeout",
     "TooLarge",
     "Want",
-    "foreign_bytes",
     "gpu_lease",
     "store",
 ]
@@ -61,6 +73,9 @@ _TRIES = 100
 """How often a request is made anew while somebody removes the directory."""
 HOPE = 5.0
 """Seconds that a request waits for processes to spare what they keep; each looks between tests."""
+PATIENCE = 10.0
+"""Seconds that a request without a timeout waits for foreign programs, which may keep what they
+use for good; then it starts with what there is, as it would without leases."""
 _STAND_BY = 0.002
 """Seconds that each waiting request gives the one before it to tidy up after a dead process."""
 
@@ -143,18 +158,71 @@ class Lease:
         self.release()
 
 
+class Driver(Protocol):
+    """Who tells what is used of a card, by UUID."""
+
+    def used(self, uuid: str) -> int:
+        """Return the bytes that anybody uses."""
+
+    def usage(self, uuid: str) -> Usage:
+        """Return who uses it."""
+
+
+class _CudaDriver:
+    """The driver of CUDA's cards."""
+
+    def used(self, uuid: str) -> int:
+        from pytest_gpumem import devices
+        from pytest_gpumem.records import Card
+
+        return devices.used_bytes(Card(uuid, "", 0))
+
+    def usage(self, uuid: str) -> Usage:
+        from pytest_gpumem import devices
+        from pytest_gpumem.records import Card
+
+        return devices.usage(Card(uuid, "", 0))
+
+
+class _Foreign(NamedTuple):
+    """What processes without an entry in the ledger use of a card."""
+
+    size: int = 0
+    """Bytes."""
+    processes: tuple[tuple[int, int | None], ...] = ()
+    """Those that the driver lists: pid, and bytes if it tells them."""
+
+
 class _View(NamedTuple):
     """What a decision rests on: the ledger, and by card what foreign processes use."""
 
     page: Page
-    foreign: Mapping[str, int]
+    foreign: Mapping[str, _Foreign]
+
+    def others(self, key: str) -> int:
+        """Return the bytes of a card that foreign processes use, 0 where that was not asked."""
+        return self.foreign[key].size if key in self.foreign else 0
+
+
+class _Hope(NamedTuple):
+    """What a request still waits for, though no lease that ends brings it."""
+
+    spared: bool = False
+    """That processes archive what they keep."""
+    freed: bool = False
+    """That foreign programs end, if they did when others waited for it."""
+    timed: bool = False
+    """That foreign programs end before its timeout."""
+
+
+_NO_HOPE = _Hope()
 
 
 class LeaseStore:
     """The leases of all processes that use the same directory. Any thread may use it.
 
     ``headroom`` bytes of each card are never given out; it may be set at any time.
-    ``others(uuid, pids)`` returns the bytes of a card that processes other than ``pids`` use.
+    ``driver`` tells what is used of a card; without it nothing is foreign.
     """
 
     def __init__(
@@ -162,11 +230,15 @@ class LeaseStore:
         directory: Path | None = None,
         *,
         headroom: int = 0,
-        others: Callable[[str, Collection[int]], int] | None = None,
+        driver: Driver | None = None,
     ) -> None:
         self._ledger = Ledger(directory or run_directory())
         self.headroom = headroom
-        self._others = others
+        self._driver = driver
+        self._found: dict[str, int] = {}
+        """By card, the foreign bytes that were found last."""
+        self._lasting: dict[str, int] = {}
+        """By card, the foreign bytes that a request waited for in vain."""
         self._cards: dict[str, tuple[str, int]] = {}
         """By key, UUID and total of the cards that this process asked for."""
 
@@ -183,7 +255,8 @@ class LeaseStore:
         """Return a lease of all ``wants`` (by UUID) at once, first come, first served.
 
         ``totals`` are the cards' capacities in bytes, ``timeout`` is in seconds (0: do not wait).
-        For ``hope`` seconds it waits for what others keep and may spare, then it goes without.
+        For ``hope`` seconds it waits for what others keep and may spare, and until the timeout,
+        or else for ``PATIENCE`` seconds, for what foreign programs use; then it goes without.
         ``on_wait`` is called with a sentence that says what is waited for and who holds it, when
         the wait begins and when that changes.
 
@@ -307,9 +380,16 @@ class LeaseStore:
 
         ``total`` is what there is; foreign processes keep the rest, and the headroom.
         """
-        self._cards[card_key(uuid)] = uuid, total
-        foreign = self._foreign({card_key(uuid): Claim(0, 0, exclusive=False)})
-        return total - self.headroom - sum(foreign.values())
+        return total - self.headroom - self.foreign(uuid, total)
+
+    def foreign(self, uuid: str, total: int) -> int:
+        """Return the bytes of a card that others use without an entry in the ledger.
+
+        ``total`` is the card's capacity.
+        """
+        key = card_key(uuid)
+        self._cards[key] = uuid, total
+        return sum(found.size for found in self._foreign((key,)).values())
 
     def close(self) -> None:
         """Give everything of this process back."""
@@ -332,14 +412,14 @@ class LeaseStore:
                 view = _View(self._ledger.page(), foreign)
                 number = self._ledger.next_number(view.page)
                 request = entry_of(WAITING, number, self._ledger.process, claims)
-                if self._admits(view, request, hope=hope > 0 and timeout != 0):
+                if self._admits(view, request, self._hope(0, timeout, hope)):
                     request = request.turned(HELD)
                 self._ledger.write(request, label)
             if request.state == WAITING:
                 view = self._wait(request, timeout, on_wait, hope)
                 request = request.turned(HELD)
             self._ledger.leases[request.name] = threading.current_thread()
-            return request, self._short(view, request)
+            return request, self._note_short(view, request)
         except BaseException:  # Ctrl-C comes at any line
             if request is not None:
                 self._withdraw(request)
@@ -359,8 +439,8 @@ class LeaseStore:
         said, news = "", News(nudged=True, dead=None)
         with self._ledger.watch(request) as watch:
             while True:
-                left = begun + hope - time.monotonic()
-                view, granted = self._look(request, news, hope=left > 0)
+                waited = time.monotonic() - begun
+                view, granted = self._look(request, news, self._hope(waited, timeout, hope))
                 if granted:
                     return view
                 if self.held_here():
@@ -374,10 +454,14 @@ class LeaseStore:
                 if on_wait is not None and (text := self._explain(view, request)) != said:
                     on_wait(text)
                     said = text
-                pause = self._pause(view, request, deadline, left)
+                pause = self._pause(view, request, deadline, hope - waited)
                 news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
 
-    def _look(self, request: Entry, news: News, *, hope: bool) -> tuple[_View, bool]:
+    def _hope(self, waited: float, timeout: float | None, hope: float) -> _Hope:
+        timed = timeout is not None
+        return _Hope(waited < hope and timeout != 0, not timed and waited < PATIENCE, timed)
+
+    def _look(self, request: Entry, news: News, hope: _Hope) -> tuple[_View, bool]:
         """Take what ``request`` waits for if it may start, and wake who else may then."""
         foreign, dead = self._foreign(request.claims), self._ledger.dead(news.dead)
         with self._ledger.alone():
@@ -385,7 +469,7 @@ class LeaseStore:
             view = _View(self._ledger.page(), foreign)
             if request not in view.page.waiting:
                 raise Vanished
-            if granted := self._admits(view, request, hope=hope):
+            if granted := self._admits(view, request, hope):
                 self._ledger.turn(request, HELD)
         if buried:
             self._nudge_first(view.page, but=request)
@@ -396,7 +480,7 @@ class LeaseStore:
     def _pause(self, view: _View, request: Entry, deadline: float | None, hope: float) -> float:
         """Return the seconds until the next look, if nobody wakes us before."""
         pause = hope if 0 < hope < _LOOK_ANYWAY else _LOOK_ANYWAY
-        if self._others is not None and self._admits(_View(view.page, {}), request):
+        if self._driver is not None and self._admits(_View(view.page, {}), request):
             pause = _OTHERS_EVERY
         return pause if deadline is None else min(pause, max(0.0, deadline - time.monotonic()))
 
@@ -406,13 +490,12 @@ class LeaseStore:
         self._nudge_first(self._ledger.read())
 
     def _admits(
-        self, view: _View, request: Entry, *, hint: bool = False, hope: bool = False
+        self, view: _View, request: Entry, hope: _Hope = _NO_HOPE, *, hint: bool = False
     ) -> bool:
         """Return whether ``request`` may start on all of its cards.
 
-        With ``hope`` it does not run alone with too little as long as others may spare some of
-        what they keep. A ``hint`` is for another process, whose headroom and cards this one may
-        not know: it says yes too often rather than never.
+        With ``hope`` it does not run alone with too little. A ``hint`` is for another process,
+        whose headroom and cards this one may not know: it says yes too often rather than never.
         """
         headroom = 0 if hint else self.headroom
         for key, new in request.claims.items():
@@ -420,12 +503,15 @@ class LeaseStore:
                 continue
             total, claims = self._cards[key][1], view.page.claims[key]
             ahead = view.page.ahead(key, request.number)
-            others = view.foreign.get(key, 0)
+            others = view.others(key)
             if may_start(total, others, headroom, claims, new, ahead=ahead):
                 continue
-            if not waits_in_vain(total, headroom, claims, new, ahead=ahead):
+            if not waits_in_vain(total, others, headroom, claims, new, ahead=ahead):
                 return False
-            if hope and self._may_be_spared(view.page, key):
+            if fits(total, 0, headroom, claims, new):  # and foreign programs keep it waiting
+                if hope.timed or (hope.freed and others < self._lasting.get(key, math.inf)):
+                    return False
+            elif hope.spared and self._may_be_spared(view.page, key):
                 return False
         return True
 
@@ -456,25 +542,54 @@ class LeaseStore:
         running = any(claim.extra for claim in claims)
         return running and room(self._cards[key][1], 0, 0, claims) <= 0
 
-    def _foreign(self, claims: Mapping[str, Claim]) -> dict[str, int]:
+    def _foreign(self, keys: Iterable[str]) -> dict[str, _Foreign]:
         """Return what foreign processes use of each card."""
-        if self._others is None:
+        if self._driver is None:
             return {}
         # Without the lock: the driver may take milliseconds.
-        pids = {entry.pid for entry in self._ledger.read().entries} | {os.getpid()}
-        return {key: self._others(self._cards[key][0], pids) for key in claims}
+        page = self._ledger.read()
+        return {key: self._foreign_of(key, page, self._driver) for key in keys}
 
-    def _short(self, view: _View, request: Entry) -> int:
-        """Return how many bytes of what ``request`` was granted are not there."""
-        rooms = (
-            (new.extra, self._cards[key][1], view.foreign.get(key, 0), view.page.claims[key])
-            for key, new in request.claims.items()
-        )
-        missing = (
-            extra - room(total, others, self.headroom, claims)
-            for extra, total, others, claims in rooms
-        )
-        return max([0, *missing])
+    def _foreign_of(self, key: str, page: Page, driver: Driver) -> _Foreign:
+        uuid, total = self._cards[key]
+        ours, used = self._ours(key, page), driver.used(uuid)
+        if used <= sum(claim.resident for claim in ours.values()):
+            self._found[key] = 0
+            return _Foreign()
+        usage = driver.usage(uuid)
+        told = dict(usage.processes)
+        own, known = ours.pop(self._ledger.process, NOTHING), told.pop(os.getpid(), None)
+        # What this process uses is its own, whether or not it was entered.
+        least = max(own.resident, usage.own)
+        most = least if known is not None else max(least, own.resident + own.extra)
+        uses = [bounds(claim, total, told.get(pid_of(each))) for each, claim in ours.items()]
+        size = foreign(used, [(least, most), *uses], self._found.get(key, 0))
+        self._found[key] = size
+        strangers = told.keys() - set(map(pid_of, ours))
+        return _Foreign(size, tuple((pid, told[pid]) for pid in sorted(strangers)))
+
+    def _ours(self, key: str, page: Page) -> dict[str, Claim]:
+        """Return what each process with an entry in the ledger may use of a card."""
+        ours: dict[str, Claim] = {}
+        for entry in page.entries:
+            if key in entry.claims and entry.state != WAITING:
+                before = ours.get(entry.process, NOTHING)
+                ours[entry.process] = entry.claims[key].beside(before)
+        return ours
+
+    def _note_short(self, view: _View, request: Entry) -> int:
+        """Return how many bytes of what ``request`` was granted are not there.
+
+        If foreign programs have them, nobody waits again for as many.
+        """
+        most = 0
+        for key, new in request.claims.items():
+            total, others, claims = self._cards[key][1], view.others(key), view.page.claims[key]
+            short = new.extra - room(total, others, self.headroom, claims)
+            if short > 0 and others:
+                self._lasting[key] = others
+            most = max(most, short)
+        return most
 
     # Words
 
@@ -490,14 +605,14 @@ class LeaseStore:
         )
 
     def _situation(self, view: _View, request: Entry, key: str) -> str:
-        total, others = self._cards[key][1], view.foreign.get(key, 0)
+        total, others = self._cards[key][1], view.others(key)
         free = max(0, room(total, others, self.headroom, view.page.claims[key]))
         parts = [f"{format_bytes(free)} of {format_bytes(total)} are free"]
         for entry in view.page.entries:
             if key in entry.claims and entry.state != WAITING:
                 parts.append(self._possession(entry, entry.claims[key]))
         if others:
-            parts.append(f"{format_bytes(others)} used by other programs")
+            parts.append(_used_by_others(view.foreign[key]))
         if ahead := len(view.page.ahead(key, request.number)):
             parts.append(f"{ahead} waiting before")
         return ", ".join(parts)
@@ -541,29 +656,15 @@ def gpu_lease(
                 allocator.release_cached()
 
 
-def foreign_bytes(uuid: str, pids: Collection[int]) -> int:
-    """Return what processes other than ``pids`` use of a CUDA card, as the driver tells it.
-
-    0 where it does not tell, and where its process numbers are not ours (in a container):
-    strangers cannot be told from our own there.
-    """
-    from pytest_gpumem import devices
-    from pytest_gpumem.records import Card
-
-    told = devices.process_bytes(Card(uuid, "", 0))
-    if not all(map(_exists, told)):
-        return 0
-    return sum(size or 0 for pid, size in told.items() if pid not in pids)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+def _used_by_others(found: _Foreign) -> str:
+    size = format_bytes(found.size)
+    if not found.processes:
+        return f"{size} used without a lease, the driver does not say by whom"
+    listed = (
+        f"pid {pid}" if size is None else f"pid {pid}: {format_bytes(size)}"
+        for pid, size in found.processes
+    )
+    return f"{size} used by other programs ({', '.join(listed)})"
 
 
 def _card(device: int) -> Card:
@@ -598,7 +699,7 @@ def store() -> LeaseStore:
 
     """
     if not _stores:
-        _stores.append(LeaseStore(others=foreign_bytes))
+        _stores.append(LeaseStore(driver=_CudaDriver()))
     return _stores[0]  # the same for all, also if two threads came first
 
 

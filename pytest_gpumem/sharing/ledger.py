@@ -54,7 +54,7 @@ class Entry(NamedTuple):
     @property
     def pid(self) -> int:
         """Number of its process, which may be another container's."""
-        return int(self.process.partition(".")[0])
+        return pid_of(self.process)
 
     def turned(self, state: str) -> Entry:
         """Return it in another state."""
@@ -315,6 +315,11 @@ class Ledger:
         own, self._standing = self._standing, None
         for file in own or ():
             file.close()
+
+
+def pid_of(process: str) -> int:
+    """Return the number of a process by its name in the ledger."""
+    return int(process.partition(".")[0])
 
 
 @functools.cache

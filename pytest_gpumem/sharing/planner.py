@@ -429,17 +429,23 @@ class Planner:
         where.others = size
 
     def used(self, card: CardKey, size: int) -> None:
-        """Take note of what anybody uses of ``card``.
-
-        While none of the run's processes takes or frees anything, what they do not keep is
-        foreign; at other times nothing can be told from it.
-        """
+        """Take note of what anybody uses of ``card``; what the workers do not is foreign."""
         where = self._cards.get(card)
-        if where is None or where.running or self._disturbers(where):
-            return
-        if not any(worker.waiting for worker in self._workers.values() if where in worker.ring):
-            kept = sum(claim.resident for claim in where.claims.values())
-            self.foreign(card, max(0, size - kept))
+        if where is not None:
+            uses = (self._uses(each, where) for each in self._workers.values())
+            self.foreign(card, admission.foreign(size, uses, where.others))
+
+    def _uses(self, worker: _Worker, card: _Card) -> tuple[int, int]:
+        """Return the least and the most that ``worker`` may be using of ``card``."""
+        if card not in worker.ring:
+            return 0, 0
+        claim = card.claims.get(worker.name, admission.NOTHING)
+        least, most = admission.bounds(claim, card.total)
+        if worker.waiting:
+            least = 0  # it gives back, and has not said yet what
+        if self._may_surprise(worker):
+            most = card.total
+        return least, most
 
     def flushed(self, worker: str) -> None:
         """Take note that ``worker`` did what ``Flush`` or ``Reset`` asked."""
@@ -599,7 +605,7 @@ class Planner:
         cards = self._cards_for(worker, test)
         if _busy(cards) or len(cards) < self._tests[test].cards:
             return False
-        # What other programs hold may be theirs for good: waiting for it could last for ever.
+        # What other programs use may be theirs for good: the lease waits for it, not for ever.
         return not any(map(self._owes, worker.card.workers))
 
     def _may_use(self, worker: _Worker) -> bool:
@@ -663,11 +669,12 @@ class Planner:
     def _disturbers(self, card: _Card) -> bool:
         """Return whether tests run that may use ``card`` unexpectedly."""
         return any(
-            not self._tests[test].seen
-            for worker in self._workers.values()
-            if card in worker.ring and not worker.using
-            for test in worker.given
+            card in worker.ring and self._may_surprise(worker) for worker in self._workers.values()
         )
+
+    def _may_surprise(self, worker: _Worker) -> bool:
+        """Return whether ``worker`` runs a test that may use its cards unexpectedly."""
+        return not worker.using and any(not self._tests[test].seen for test in worker.given)
 
     def _take(self, portion: Portion, test: int) -> int:
         """Remove a GPU test from where it waits."""
@@ -684,7 +691,9 @@ class Planner:
         """Keep cards for the first test that does not fit, so that it cannot starve."""
         cards = self._cards_for(worker, test)
         shared = self._need(test) is not None and portion is not self._alone
-        if shared and not any(card.reserved for card in cards) and self._possible(cards, test):
+        taken = any(card.reserved for card in cards)
+        # Not for one that waits for other programs to end: smaller ones may as well go first.
+        if shared and not taken and self._possible(cards, test, beside_others=True):
             reservation = _Reservation(self._take(portion, test), cards)
             for card in cards:
                 card.reserved = reservation
@@ -731,11 +740,12 @@ class Planner:
         """Return what ``worker`` keeps on ``card`` while it runs a test there."""
         return max(self._context, worker.resident.get(card, 0))
 
-    def _possible(self, cards: Sequence[_Card], test: int) -> bool:
-        """Return whether ``test`` fits on ``cards`` when they are empty."""
+    def _possible(self, cards: Sequence[_Card], test: int, *, beside_others: bool = False) -> bool:
+        """Return whether ``test`` fits on ``cards`` when they are empty, other programs aside."""
         claim = Claim(self._context, self._whole(test), exclusive=False)
         return len(cards) == self._tests[test].cards and not any(
-            admission.never_fits(card.total, self._headroom, claim) for card in cards
+            admission.never_fits(card.total - beside_others * card.others, self._headroom, claim)
+            for card in cards
         )
 
     # Claims

@@ -201,17 +201,12 @@ def host_name() -> str:
     return platform.node()
 
 
-def tell_cards(cards: Iterable[Card]) -> list[tuple[str, int, int, int]]:
+def tell_cards(cards: Iterable[Card]) -> list[tuple[str, int, int]]:
     """Return what the scheduler must know of each card.
 
-    Its UUID, and bytes: its total, what anybody uses of it, what this process does.
+    Its UUID, and bytes: its total, what anybody uses of it.
     """
-    told = []
-    for card in cards:
-        reading = devices.driver_reading(card)
-        own = devices.process_bytes(card).get(os.getpid()) or 0
-        told.append((card.uuid, card.total, reading.used if reading else own, own))
-    return told
+    return [(card.uuid, card.total, devices.used_bytes(card)) for card in cards]
 
 
 class Holdings:
@@ -242,10 +237,8 @@ class Holdings:
         # The driver takes a millisecond to answer, so it is asked only when something changed.
         if self._read.get(card.uuid, (0, -1))[1] == reserved:
             return
-        told = devices.process_bytes(card).get(os.getpid())
-        # In a container the driver's pids are the host's: this one may be a stranger's.
-        known = told is not None and told >= reserved
-        self._read[card.uuid] = (told if told and known else self._context + reserved, reserved)
+        told = devices.own_bytes(card, reserved)
+        self._read[card.uuid] = told or self._context + reserved, reserved
 
 
 class CardUse:
@@ -264,8 +257,7 @@ class CardUse:
         if now - self._looked < self.EVERY:
             return {}
         self._looked = now
-        readings = ((card.uuid, devices.driver_reading(card)) for card in self._cards)
-        return {uuid: reading.used for uuid, reading in readings if reading is not None}
+        return {card.uuid: devices.used_bytes(card) for card in self._cards}
 
 
 def give_back() -> None:

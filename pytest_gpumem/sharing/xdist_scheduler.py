@@ -288,7 +288,7 @@ class GpumemScheduling:
 
     def _plan(self, ready: Sequence[_Worker]) -> None:
         hellos = [worker.hello for worker in ready if worker.hello is not None]
-        totals, others = cards_of(hellos)
+        totals, used = cards_of(hellos)
         kept = self._settings.context + self._settings.headroom
         most = max(totals.values(), default=0) - kept
         self._planner = plans.Planner(
@@ -302,11 +302,12 @@ class GpumemScheduling:
             totals,
             context=self._settings.context,
             headroom=self._settings.headroom,
-            others=others,
             optimistic=self._settings.optimistic,
         )
         for worker in ready:
             self._join(self._planner, worker)
+        for card, size in used.items():
+            self._planner.used(card, size)
 
     def _join(self, planner: plans.Planner, worker: _Worker) -> None:
         planner.add_worker(worker.name, worker.cards)
@@ -420,21 +421,18 @@ def planned_tests(
 def cards_of(
     hellos: Iterable[Mapping[str, Any]],
 ) -> tuple[dict[plans.CardKey, int], dict[plans.CardKey, int]]:
-    """Return each card's total, and what others than these workers use of it, in bytes.
+    """Return each card's total, and what anybody uses of it, in bytes.
 
-    Each worker told of its host and cards (uuid, total, used, own): used by anybody, used by
-    itself.
+    Each worker told of its host and cards: uuid, total, used.
     """
     totals: dict[plans.CardKey, int] = {}
     used: dict[plans.CardKey, int] = {}
-    own: dict[plans.CardKey, int] = {}
     for hello in hellos:
-        for uuid, total, by_all, by_it in hello["cards"]:
+        for uuid, total, by_all in hello["cards"]:
             card = hello.get("host", ""), uuid
             totals[card] = total
             used[card] = max(used.get(card, 0), by_all)
-            own[card] = own.get(card, 0) + by_it
-    return totals, {card: max(0, used[card] - own[card]) for card in totals}
+    return totals, used
 
 
 def taken(properties: Iterable[tuple[str, object]]) -> Taken:

@@ -11,7 +11,6 @@ fixture holds is not.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -439,9 +438,7 @@ class Tracker:
         for meter in self._meters.values():
             if meter.process_read_at != meter.last.reserved:
                 meter.process_read_at = meter.last.reserved
-                told = devices.process_bytes(meter.card).get(os.getpid())
-                # In a container the driver's pids are the host's: this one may be a stranger's.
-                meter.process = told if told and told >= meter.last.reserved else None
+                meter.process = devices.own_bytes(meter.card, meter.last.reserved)
 
     def _release_caches(self) -> None:
         for allocator in devices.allocators():

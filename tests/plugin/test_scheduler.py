@@ -672,18 +672,18 @@ def test_what_pytest_does_not_offer_any_more_is_named():
     assert "no attribute 'teardown_exact'" in why_not_with(SetupState, "teardown_exact", None)
 
 
-def test_foreign_use_of_a_card_is_what_the_workers_of_its_host_do_not_own():
+def test_each_card_of_each_host_is_told_of_once():
     hellos = [
-        {"cards": [("GPU-a", 100, 30, 10), ("GPU-b", 50, 0, 0)]},
-        {"cards": [("GPU-a", 100, 25, 5)]},
-        {"cards": [("GPU-a", 80, 7, 1)], "host": "other"},
+        {"cards": [("GPU-a", 100, 30), ("GPU-b", 50, 0)]},
+        {"cards": [("GPU-a", 100, 25)]},
+        {"cards": [("GPU-a", 80, 7)], "host": "other"},
         {"cards": []},
     ]
 
-    totals, others = cards_of(hellos)
+    totals, used = cards_of(hellos)
 
     assert totals == {("", "GPU-a"): 100, ("", "GPU-b"): 50, ("other", "GPU-a"): 80}
-    assert others == {("", "GPU-a"): 15, ("", "GPU-b"): 0, ("other", "GPU-a"): 6}
+    assert used == {("", "GPU-a"): 30, ("", "GPU-b"): 0, ("other", "GPU-a"): 7}
 
 
 def test_without_any_card_marked_tests_are_tests_like_others():

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.sharing.admission import (
     Claim,
+    bounds,
     fits,
+    foreign,
     may_start,
     never_fits,
     room,
@@ -85,10 +88,66 @@ def test_a_request_that_only_foreign_processes_keep_waiting_holds_nobody_up():
 def test_a_request_that_idle_processes_keep_waiting_runs_alone():
     idle, big = Claim(60, 0, exclusive=False), running(40)
 
-    assert waits_in_vain(80, 0, [idle], big, ahead=[])
-    assert not waits_in_vain(80, 0, [idle], running(20), ahead=[])
-    assert not waits_in_vain(80, 0, [idle, running(1)], big, ahead=[])
-    assert not waits_in_vain(80, 0, [idle], big, ahead=[running(1)])
+    assert waits_in_vain(80, 0, 0, [idle], big, ahead=[])
+    assert not waits_in_vain(80, 0, 0, [idle], running(20), ahead=[])
+    assert waits_in_vain(80, 1, 0, [idle], running(20), ahead=[])
+    assert not waits_in_vain(80, 0, 0, [idle, running(1)], big, ahead=[])
+    assert not waits_in_vain(80, 0, 0, [idle], big, ahead=[running(1)])
+
+
+IDLE, BUSY, WHOLE = Claim(5, 0, False), Claim(5, 9, False), Claim(5, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("used", "ours", "before", "found"),
+    [
+        (60, [], 0, 60),
+        (60, [(IDLE, None)], 0, 55),
+        (60, [(IDLE, 5), (IDLE, 5)], 0, 50),
+        # What a process really keeps may be less than it is taken for.
+        (3, [(IDLE, None)], 0, 0),
+        # A running test may use any part of its claim: what is not told is taken for its own,
+        # as far as what was known before allows.
+        (60, [(BUSY, None)], 0, 46),
+        (60, [(BUSY, None)], 52, 52),
+        (60, [(BUSY, None)], 99, 55),
+        (60, [(WHOLE, None)], 0, 0),
+        (60, [(WHOLE, None)], 40, 40),
+        # The driver's figure decides, and what was known before does not.
+        (60, [(BUSY, 7)], 99, 53),
+        (60, [(WHOLE, 30)], 0, 30),
+        # Out of the claim's bounds it is another process's, or more than was asked for.
+        (60, [(BUSY, 50)], 0, 46),
+        (60, [(BUSY, 1)], 0, 55),
+    ],
+)
+def test_what_is_used_and_not_ours_is_foreign(used, ours, before, found):
+    assert foreign(used, [bounds(claim, 100, told) for claim, told in ours], before) == found
+
+
+@given(
+    st.integers(0, 100),
+    st.lists(st.tuples(CLAIMS, st.none() | SIZES), max_size=4),
+    st.integers(0, 100),
+    st.data(),
+)
+def test_what_is_found_is_possible_and_stays_found(others, ours, before, data):
+    """Whatever each process uses within its claim, what is really foreign lies in the bounds."""
+    uses, known = 0, []
+    for claim, told in ours:
+        least, most = bounds(claim, 100, told)
+        uses += data.draw(st.integers(least, most))
+        known.append((least, most))
+    used = others + uses
+    found = foreign(used, known, before)
+
+    lowest, highest = (foreign(used, known, each) for each in (0, 10**6))
+    assert lowest <= found <= highest
+    assert lowest <= others <= highest
+    assert foreign(used, known, others) == others
+    assert foreign(used, known, found) == found
+    if all(least == most for least, most in known):
+        assert found == others
 
 
 def strict(total, claims, new, ahead):

@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from pytest_gpumem.devices import Usage
 from pytest_gpumem.sharing import lease, ledger, locks
 from pytest_gpumem.sharing.admission import Claim, may_start
 from pytest_gpumem.sharing.lease import LeaseError, LeaseStore, LeaseTimeout, TooLarge, Want
@@ -339,24 +340,96 @@ def test_who_waits_spares_only_for_those_before_it(store, stores):
     requests[1].granted()
 
 
-def test_bytes_of_foreign_processes_are_waited_for(stores):
-    used = {A: 500}
-    asked = []
+class FakeDriver:
+    """A driver that tells what it is given: bytes of the card, and by pid."""
 
-    def others(uuid, pids):
-        asked.append(set(pids))
-        return used[uuid]
+    def __init__(self, used, processes=(), own=0):
+        self.told, self.processes, self.own = used, dict(processes), own
 
-    store = stores(others=others)
+    def used(self, uuid):
+        return self.told if uuid == A else 0
+
+    def usage(self, uuid):
+        known = {os.getpid(): self.own} if self.own else {}
+        return Usage(known | self.processes if uuid == A else {}, self.own)
+
+
+STRANGER = 4_000_000_000  # no process has such a number
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"),
+    [
+        ({STRANGER: 490}, f"500 B used by other programs (pid {STRANGER}: 490 B)"),
+        ({STRANGER: None}, f"500 B used by other programs (pid {STRANGER})"),
+        ({}, "500 B used without a lease, the driver does not say by whom"),
+    ],
+)
+def test_bytes_of_foreign_processes_are_waited_for(stores, processes, said):
+    driver = FakeDriver(500, processes)
+    store = stores(driver=driver)
     store.acquire({A: Want(500)}, TOTALS, "beside", 0).release()
     waiter = Asking(store, {A: Want(600)})
     until(lambda: waiter.said)
-    assert waiter.said == [
-        f"600 B of card {A}: 500 B of 1000 B are free, 500 B used by other programs"
-    ]
-    used[A] = 400
+    assert waiter.said == [f"600 B of card {A}: 500 B of 1000 B are free, {said}"]
+    driver.told = 400
     waiter.granted()
-    assert {os.getpid()} in asked
+
+
+@pytest.mark.parametrize(
+    ("driver", "found"),
+    [
+        (FakeDriver(500), 0),  # it may all be of the lease that a neighbour holds
+        (FakeDriver(700), 100),
+        (FakeDriver(700, own=50), 50),
+        (FakeDriver(700, {"neighbour": 100, STRANGER: 600}), 600),
+        (FakeDriver(700, {"neighbour": 650}), 100),  # more than it may have, or another's
+        (FakeDriver(0, {STRANGER: 500}), 0),  # a process that has just ended
+    ],
+)
+def test_what_is_used_without_a_lease_is_foreign(stores, member, driver, found):
+    other = member()
+    other.ask("take(600)")
+    if "neighbour" in driver.processes:
+        driver.processes[other.process.pid] = driver.processes.pop("neighbour")
+
+    assert stores(driver=driver).foreign(A, 1000) == found
+
+
+def test_what_was_found_before_others_ran_their_tests_is_still_there(stores, store):
+    driver = FakeDriver(300)
+    looking = stores(driver=driver)
+    assert looking.foreign(A, 1000) == 300
+    held = store.acquire({A: Want(400)}, TOTALS, "test")
+    driver.told = 500
+    assert looking.foreign(A, 1000) == 300
+    driver.told = 250
+    assert looking.foreign(A, 1000) == 250
+    held.release()
+
+
+def test_foreign_memory_that_stays_is_waited_for_once(stores, monkeypatch):
+    monkeypatch.setattr(lease, "PATIENCE", 0.5)
+    driver = FakeDriver(500, {STRANGER: 500})
+    store = stores(driver=driver)
+    wants = {A: Want(600)}
+
+    def waits_for(**more):
+        begun = time.monotonic()
+        store.acquire(wants, TOTALS, "test", **more).release()
+        return time.monotonic() - begun
+
+    assert waits_for() > 0.5
+    assert waits_for() < 0.4
+    # With a timeout it is waited for until then, and none is granted.
+    with pytest.raises(LeaseTimeout, match=rf"no lease within 0.7 s: .*pid {STRANGER}: 500 B"):
+        store.acquire(wants, TOTALS, "test", 0.7)
+    # It was less meanwhile, so it may become less again.
+    driver.told = 450
+    assert waits_for() > 0.5
+    driver.told = 300
+    with store.acquire(wants, TOTALS, "test") as got:
+        assert got.short == 0
 
 
 def test_headroom_is_never_given_out(stores):

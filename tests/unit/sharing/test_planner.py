@@ -308,24 +308,36 @@ def test_a_host_without_cards_runs_cpu_tests_and_gives_up_nothing_that_others_ca
     assert [type(command) for command in planner.commands()] == [Run]
 
 
-def test_what_others_use_is_told_only_by_a_card_on_which_no_test_runs() -> None:
+def test_what_tests_cannot_be_using_is_foreign() -> None:
     tests = [gpu(name, 20) for name in "abc"]
     planner = planner_of(tests, workers=2)
     assert runs(planner) == [("w0", 0), ("w1", 2)]
-    planner.used("card0", 95)
+    planner.used("card0", 2 * CONTEXT + 40)
     planner.finished("w0", 0, duration=1.0, peak=20)
-    assert runs(planner) == [("w0", 1)]
-    planner.finished("w0", 1, duration=1.0, peak=20)
+    assert runs(planner) == [("w0", 1)]  # it was all of the workers
+    planner.used("card0", 2 * CONTEXT + 40 + 40)
     planner.finished("w1", 2, duration=1.0, peak=20)
-    planner.used("card0", 95)
+    planner.requeue(0)
+    assert runs(planner) == []
+    planner.finished("w0", 1, duration=1.0, peak=20)
+    ((worker, test),) = runs(planner)
+    assert test == 0
+    planner.finished(worker, 0, duration=1.0, peak=20)
+    planner.used("card0", 2 * CONTEXT + 75)
     for test in range(3):
         planner.requeue(test)
-    # 75 of the 95 bytes are not ours: nothing fits, and one test runs alone as a last resort.
-    assert [command.grant.alone for command in planner.commands()] == [True]
+    # Nothing fits: one test is sent with its size, to wait for it as its lease does.
+    ((worker, test, grant),) = planner.commands()
+    assert (grant.size, grant.alone) == (20, True)
     # More room is used as soon as it is told of.
-    planner.finished("w0", 0, duration=1.0, peak=20)
-    planner.used("card0", 20)
+    planner.finished(worker, test, duration=1.0, peak=20)
+    planner.used("card0", 2 * CONTEXT)
     assert len(planner.commands()) == 2
+
+
+def test_a_test_that_waits_for_other_programs_lets_smaller_ones_go_first() -> None:
+    tests = [gpu("large", 60, 9.0), *(gpu(f"small{n}", 10) for n in range(6)), cpu("c")]
+    assert Workers(tests, planner_of(tests, workers=1, others=30)).run()[-1] == 0
 
 
 def test_what_others_use_is_not_told_by_a_card_that_a_worker_gives_something_back_of() -> None:
@@ -917,16 +929,18 @@ class Room(RuleBasedStateMachine):
     @rule(data=st.data(), size=st.integers(0, 2 * TOTAL))
     def a_worker_reads_what_is_used(self, data, size) -> None:
         card = data.draw(st.sampled_from(list(self.totals)))
-        unseen = any(
-            not self.tests[test].seen and test not in self.grants
-            for name, queue in self.queues.items()
-            if card in self.rings[name]
-            for test in queue
-        )
-        giving_back = any(card in self.rings[worker] for worker in self.flushing)
-        if not (self.on_card(card) or unseen or giving_back):
-            kept = sum(kept for (_, place), kept in self.resident.items() if place == card)
-            self.others[card] = max(0, size - kept)
+        # What each worker uses at least, and at most; between them the figure before holds.
+        least = most = 0
+        for name, ring in self.rings.items():
+            if name not in self.queues or card not in ring:
+                continue
+            kept, queue = self.resident.get((name, card), 0), self.queues[name]
+            least += 0 if name in self.flushing else kept
+            unseen = any(not self.tests[test].seen for test in queue if test not in self.grants)
+            unknown = unseen and not self.grants.keys() & set(queue)
+            whole = unknown or self.is_exclusive(self.on_card(card).get(name))
+            most += self.totals[card] if whole else kept + self.granted(name, card)
+        self.others[card] = max(0, min(max(self.others[card], size - most), size - least))
         self.planner.used(card, size)
         self.obey()
 

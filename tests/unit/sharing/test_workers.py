@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import AllocatorReading, DriverReading
+from pytest_gpumem.devices import AllocatorReading, DriverReading, cards
 from pytest_gpumem.records import Card
 from pytest_gpumem.sharing.history import Learned
 from pytest_gpumem.sharing.workers import (
@@ -235,7 +235,7 @@ def driver(monkeypatch):
         asked.append(card.uuid)
         return told
 
-    monkeypatch.setattr(devices, "process_bytes", process_bytes)
+    monkeypatch.setattr(cards, "process_bytes", process_bytes)
     return told, asked
 
 
@@ -295,10 +295,10 @@ def test_without_an_active_framework_nothing_is_kept():
     assert Holdings(context=50)() == {}
 
 
-def test_of_each_card_is_told_who_uses_it(driver, monkeypatch):
+def test_of_each_card_is_told_how_much_of_it_is_used(driver, monkeypatch):
     told, _ = driver
     told[os.getpid()] = 7
     readings = {"GPU-a": DriverReading(used=30, free=70, total=100, reserved=0)}
-    monkeypatch.setattr(devices, "driver_reading", lambda card: readings.get(card.uuid))
+    monkeypatch.setattr(cards, "driver_reading", lambda card: readings.get(card.uuid))
 
-    assert tell_cards(CARDS[:2]) == [("GPU-a", GIB, 30, 7), ("GPU-b", GIB, 7, 7)]
+    assert tell_cards(CARDS[:2]) == [("GPU-a", GIB, 30), ("GPU-b", GIB, 7)]
