@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,36 @@ def test_a_test_that_waits_too_long_names_the_holder(tmp_path, held_card):
     assert finished.outcomes == {"error": 1}, finished.output
     assert "no lease within 0.3 s" in finished.output
     assert "(the neighbour)" in finished.output
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["one process", "scheduled"])
+@pytest.mark.parametrize("timeout", [(), ("--gpumem-lease-timeout=0.5",)], ids=["none", "set"])
+def test_memory_of_another_program_is_waited_for_alike_with_and_without_a_scheduler(
+    tmp_path, timeout, arguments
+):
+    card = SharedCard.create(tmp_path / "card", total=CARD, context=384 * MIB)
+    assert card.join()
+    assert card.reserve(2500 * MIB)
+    write_suite(
+        tmp_path,
+        test_it=WAITS,
+        conftest="import pynvml\nfrom pytest_gpumem.sharing import lease\nlease.PATIENCE = 1.0\n",
+    )
+    finished = run_pytest(
+        tmp_path,
+        *("-p", "gpumem", "--gpumem-json=run.json", f"--gpumem-simulate-card={card.path}"),
+        *timeout,
+        *arguments,
+    )
+    card.close()
+
+    if timeout:
+        assert finished.outcomes == {"error": 1}, finished.output
+        told = rf"used by other programs \(pid {os.getpid()}: 2\.82 GiB\)"
+        assert re.search(rf"no lease within 0\.5 s: .*{told}", finished.output), finished.output
+    else:
+        assert finished.outcomes == {"passed": 1}, finished.output
+        assert finished.test("test_a").lease.waited == pytest.approx(1, abs=0.7)
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "1", "--gpumem-schedule=off")])
