@@ -26,7 +26,7 @@ from pytest_gpumem.sharing.lease import (
     Want,
     store,
 )
-from pytest_gpumem.sharing.workers import Holdings
+from pytest_gpumem.sharing.workers import VISIBLE, Holdings
 from pytest_gpumem.sharing.xdist_private import tear_down
 from pytest_gpumem.state import GRANT, ITEM_MARKS, NO_MARKS, STEP, USAGE, State
 from pytest_gpumem.tracking import release
@@ -84,7 +84,7 @@ class Leasing:
     ) -> None:
         self._capture = config.pluginmanager.getplugin("capturemanager")
         self._settings = state.settings
-        self._cards = state.found.cards
+        self._state = state
         self._history = history
         self._standing = standing
         self._granted = granted
@@ -106,6 +106,17 @@ class Leasing:
         one as well."""
         self._tried: list[str] = []
         """How the attempts before this one ended."""
+
+    @property
+    def _cards(self) -> tuple[Card, ...]:
+        return self._state.found.cards
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self) -> None:
+        """Look at the cards again, if a conftest chose others, before the scheduler is told."""
+        state = self._state
+        if state.simulation is None and os.environ.get(VISIBLE) != state.visible:
+            state.found = devices.find_cards()
 
     # Around a test
 

@@ -170,11 +170,12 @@ def _begin(config: pytest.Config, options: dict[str, Any]) -> None:
             state = State(settings, devices.CardsFound((), "switched off"))
         else:
             found = devices.find_cards()
-            if settings.mode == "on" and len(found.cards) > 1:
+            if settings.mode == "on" and found.cards:
                 found = _place(found)
             state = _simulate(settings, found) if settings.simulated else State(settings, found)
     except BadSettingError as error:
         raise pytest.UsageError(str(error)) from None
+    state.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     config.stash[STATE] = state
 
 
@@ -219,7 +220,7 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
     card = simulation.card
     found = devices.CardsFound((Card(card.uuid, card.name, card.total),))
-    return State(settings, found, simulation, exported)
+    return State(settings, found, simulation=simulation, exported=exported)
 
 
 def _is_controller(config: pytest.Config) -> bool:
@@ -238,6 +239,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"gpumem: {state.settings.mode}, {cards}"]
     if state.simulation is not None:
         lines.append(f"gpumem: {state.simulation.NOT_SIMULATED}")
+    if state.found.note and not _is_controller(config):  # workers choose their cards by UUID
+        lines.append(f"gpumem: {state.found.note}")
     return lines
 
 

@@ -150,7 +150,7 @@ def _scheduled(
             "cards": workers.tell_cards(state.found.cards),
         },
         holding=leasing.keep,
-        used=workers.CardUse(state.found.cards),
+        used=workers.CardUse(lambda: state.found.cards),
         release=_give_back,
         is_oom=lambda error: retry and bool(release.oom_sentence(error)),
         spoiled=lambda: leasing.spoiled,

@@ -28,6 +28,8 @@ class State:
 
     settings: Settings
     found: CardsFound
+    visible: str | None = None
+    """What ``CUDA_VISIBLE_DEVICES`` said when they were found."""
     simulation: Simulation | None = None
     exported: bool = False
     """Whether this process put ``CARD_VARIABLE`` into the environment."""

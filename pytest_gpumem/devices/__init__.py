@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.cards import (
         CardsFound,
         Usage,
+        cards_to_choose,
         driver_reading,
         find_cards,
         own_bytes,
@@ -43,6 +44,7 @@ __all__ = [
     "Usage",
     "allocation_stacks",
     "allocators",
+    "cards_to_choose",
     "driver_reading",
     "find_cards",
     "notes",
@@ -60,6 +62,7 @@ _HOMES = {
     "cards": (
         "CardsFound",
         "Usage",
+        "cards_to_choose",
         "driver_reading",
         "find_cards",
         "own_bytes",

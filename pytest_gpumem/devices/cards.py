@@ -12,6 +12,7 @@ from pytest_gpumem.devices.notebook import note_failure
 from pytest_gpumem.devices.nvml import DriverReading, NoDriverError
 from pytest_gpumem.devices.visibility import (
     Board,
+    choices,
     names_by_uuid,
     order_is_known,
     visible_uuids,
@@ -64,6 +65,17 @@ def find_cards() -> CardsFound:
     others = _from_accelerator(torch_state.accelerator())
     cards = found.cards + others
     return CardsFound(cards, "" if cards else found.why_none, found.note)
+
+
+def cards_to_choose(visible: str | None) -> tuple[Card, ...]:
+    """Return NVML's cards of which a process may have any one as its first.
+
+    ``visible`` is its ``CUDA_VISIBLE_DEVICES``; None where that is unset.
+    """
+    try:
+        return tuple(map(_card, choices(visible, nvml.boards())))
+    except NoDriverError:
+        return ()
 
 
 def driver_reading(card: Card) -> DriverReading | None:
@@ -148,7 +160,7 @@ def _numbers_are_ours(pids: Iterable[int]) -> bool:
 def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's
         return True

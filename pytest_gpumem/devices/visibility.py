@@ -39,16 +39,29 @@ def visible_uuids(text: str | None, boards: Sequence[Board]) -> tuple[str, ...]:
     ``text`` is the value of ``CUDA_VISIBLE_DEVICES``, None when it is unset. ``boards`` are in
     the order of CUDA's indexes; ``order_is_known`` tells when PCI order is that order.
     """
+    allowed = choices(text, boards)
+    slices = {each.uuid for each in _slices(boards)}
+    # A process sees one slice, and no whole card beside it.
+    return tuple(uuid for uuid in allowed if uuid in slices)[:1] or allowed
+
+
+def choices(text: str | None, boards: Sequence[Board]) -> tuple[str, ...]:
+    """Return the UUIDs of the cards of which ``text`` allows any one to be the first.
+
+    Those that it leaves visible, and where MIG is on each slice that it names or leaves: a
+    process sees one of them only, but processes beside one another may each see another one.
+    """
     if text is not None and text.startswith("MIG-"):
         slices = _slices(boards)
         named = _positions(_entries(text), [(each.uuid, each.path) for each in slices])
-        return tuple(slices[position].uuid for position in named[:1])
+        return tuple(slices[position].uuid for position in named)
     if text is not None:
         named = _positions(_entries(text), [(board.uuid,) for board in boards])
         boards = [boards[position] for position in named]
-    if slices := _slices(boards):
-        return (slices[0].uuid,)
-    return tuple(board.uuid for board in boards if board.slices is None)
+    found: list[str] = []
+    for board in boards:
+        found += [board.uuid] if board.slices is None else [each.uuid for each in board.slices]
+    return tuple(found)
 
 
 def order_is_known(order: str | None, boards: Sequence[Board]) -> bool:

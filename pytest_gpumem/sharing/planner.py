@@ -844,17 +844,28 @@ class Planner:
 
     def _give_up(self, test: int, out: list[Command]) -> None:
         planned = self._tests[test]
-        largest = max((card.total for card in self._cards.values()), default=0)
         why = (
             f"{planned.nodeid} needs {format_bytes(self._whole(test))} on {planned.cards} "
             f"card(s), beside a context of {format_bytes(self._context)} and a headroom of "
-            f"{format_bytes(self._headroom)}; there are {len(self._cards)} card(s), "
-            f"the largest of {format_bytes(largest)}"
+            f"{format_bytes(self._headroom)}; {self._what_there_is(planned.cards)}"
         )
         out.append(Fail(test, why))
         self._left -= 1
         self._changed = True
         self._scouted(family(planned.nodeid))
+
+    def _what_there_is(self, count: int) -> str:
+        """Return in words the most that a test on ``count`` cards finds at any worker."""
+        sizes = [
+            min(card.total for card in ring[:count])
+            for ring in self._rings
+            if len(ring) >= count and self._nothing not in ring
+        ]
+        if not sizes:
+            most = max((len(ring) for ring in self._rings if self._nothing not in ring), default=0)
+            return f"no worker sees more than {most}"
+        each = "the card" if count == 1 else f"each of the {count} cards"
+        return f"{each} that a worker uses first has {format_bytes(max(sizes))} at most"
 
     # Sorting tests by how they have to run
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import Card
     from pytest_gpumem.sharing.history import Learned
 
-SLOT = "GPUMEM_WORKER_SLOT"
-"""Environment variable with the number of a worker among those of its host."""
+VIEWS = "GPUMEM_WORKER_VIEWS"
+"""Environment variable that tells a worker which cards the workers of its host may use; itself
+comes last."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 WORKER_RAM = 2**30
 """Bytes of main memory set aside for a worker: an imported torch and its CUDA libraries take
@@ -168,32 +171,64 @@ def _text(path: Path) -> str:
         return ""
 
 
-def slots(specs: Sequence[Any]) -> list[int]:
-    """Return for each of xdist's gateways its number among those of the same host."""
-    seen: dict[tuple[object, ...], int] = {}
-    numbers = []
+def views(specs: Sequence[Any]) -> list[str]:
+    """Return for each of xdist's gateways the text of its ``VIEWS``.
+
+    What it and those before it on its host are given as ``CUDA_VISIBLE_DEVICES``, as far as that
+    is known here: None for what they find on another host.
+    """
+    seen: dict[tuple[object, ...], list[str | None]] = {}
+    texts = []
     for spec in specs:
         place = (spec.ssh, spec.vagrant_ssh, spec.socket, spec.via)
-        numbers.append(seen.get(place, 0))
-        seen[place] = numbers[-1] + 1
-    return numbers
+        found = None if any(place) else os.environ.get(VISIBLE)
+        before = seen.setdefault(place, [])
+        before.append(spec.env.get(VISIBLE, found))
+        texts.append(json.dumps(before))
+    return texts
 
 
 def place(cards: Sequence[Card]) -> list[Card]:
-    """Let this process see its own card first, if it is a worker with a number.
+    """Let this process see its own card first, if it is one of several workers.
 
-    Must run before CUDA is initialised, which reads the variable once. Only the order of
-    ``cards``, the visible ones in CUDA's order, is changed: tests that use two cards see two.
-    Returns the cards in their new order.
+    Must run before CUDA is initialised, which reads the variable once. Of ``cards``, the visible
+    ones in CUDA's order, only the order is changed: tests that use two cards see two. A MIG slice
+    is seen alone. Returns the cards that are visible now.
     """
     # Taken out: what a test starts is not a worker.
-    slot = os.environ.pop(SLOT, "")
-    if not slot.isdecimal() or len(cards) < 2 or any(card.kind != "cuda" for card in cards):
+    told = os.environ.pop(VIEWS, "")
+    if not told or any(card.kind != "cuda" for card in cards):
         return list(cards)
-    first = int(slot) % len(cards)
-    turned = [*cards[first:], *cards[:first]]
-    os.environ[VISIBLE] = ",".join(card.uuid for card in turned)
-    return turned
+    mine = os.environ.get(VISIBLE)
+    before: list[str | None] = json.loads(told)
+    # What this one was given, or found, the others that were given as much did too.
+    texts = [mine if text == before[-1] else text for text in before]
+    allowed = {text: devices.cards_to_choose(text) for text in texts}
+    if len(allowed[mine]) < 2:
+        return list(cards)
+    first = first_cards([allowed[text] for text in texts])[-1]
+    seen = [first]
+    if first in cards:
+        at = cards.index(first)
+        seen = [*cards[at:], *cards[:at]]
+    os.environ[VISIBLE] = ",".join(card.uuid for card in seen)
+    return seen
+
+
+def first_cards(allowed: Sequence[Sequence[Card]]) -> list[Card]:
+    """Return which card each worker of a host uses first, of those that it may.
+
+    The one that fewest workers before it have; of these the largest, so that a large test has
+    a worker to run it; of equal ones the first in the worker's own order. Who may use none is
+    left out.
+    """
+    workers = Counter[str]()
+    found = []
+    for cards in filter(None, allowed):
+        card = min(cards, key=lambda each: (workers[each.uuid], -each.total))
+        workers[card.uuid] += 1
+        found.append(card)
+    return found
 
 
 def host_name() -> str:
@@ -247,7 +282,7 @@ class CardUse:
     EVERY = 1.0
     """Seconds between two looks."""
 
-    def __init__(self, cards: Sequence[Card]) -> None:
+    def __init__(self, cards: Callable[[], Sequence[Card]]) -> None:
         self._cards = cards
         self._looked = 0.0
 
@@ -257,7 +292,7 @@ class CardUse:
         if now - self._looked < self.EVERY:
             return {}
         self._looked = now
-        return {card.uuid: devices.used_bytes(card) for card in self._cards}
+        return {card.uuid: devices.used_bytes(card) for card in self._cards()}
 
 
 def give_back() -> None:

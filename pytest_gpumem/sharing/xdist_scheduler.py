@@ -492,14 +492,14 @@ class Controller:
         return xdist_private.why_not()
 
     def pytest_xdist_setupnodes(self, specs: Sequence[Any]) -> None:
-        """Give the workers of each host numbers, by which they spread over its cards.
+        """Tell the workers of each host of one another, so that they spread over its cards.
 
         In the gateway's environment, because the worker's conftests are loaded before it reads
         ``workerinput``; a replacement inherits its predecessor's.
         """
         self._expected_workers = len(specs)
-        for spec, slot in zip(specs, workers.slots(specs), strict=True):
-            spec.env.setdefault(workers.SLOT, str(slot))
+        for spec, views in zip(specs, workers.views(specs), strict=True):
+            spec.env.setdefault(workers.VIEWS, views)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config) -> GpumemScheduling | None:

@@ -612,12 +612,12 @@ def test_heavy(vram, i):
     assert "KeyboardInterrupt" in output
 
 
-def test_a_replacement_has_the_number_of_its_predecessor(run):
+def test_a_replacement_has_the_place_of_its_predecessor(run):
     source = """
-from pytest_gpumem.sharing.workers import SLOT
+from pytest_gpumem.sharing.workers import VIEWS
 @pytest.mark.parametrize("i", range(8))
-def test_slot(i):
-    log(os.environ[SLOT])
+def test_place(i):
+    log(os.environ[VIEWS].count("null"))
     if os.environ["PYTEST_XDIST_WORKER"] == "gw2":
         open("there", "w").close()
     if i == 0:
@@ -627,11 +627,74 @@ def test_slot(i):
         time.sleep(0.01)
 """
     finished = run(source, workers=2)
-    slots = dict(said(finished))
+    places = dict(said(finished))
 
     assert finished.outcomes == {"passed": 7, "failed": 1}, finished.output
-    assert {slots["gw0"], slots["gw1"]} == {"0", "1"}
-    assert slots["gw2"] == said(finished)[0][1] or slots["gw2"] == said(finished)[1][1]
+    assert {places["gw0"], places["gw1"]} == {"1", "2"}
+    assert places["gw2"] == said(finished)[0][1] or places["gw2"] == said(finished)[1][1]
+
+
+FAKE_DRIVER = """
+import sys, types
+from types import SimpleNamespace
+
+GIB = 2**30
+UUIDS, TOTALS = ("GPU-small", "GPU-large"), (8 * GIB, 80 * GIB)
+fake = types.ModuleType("pynvml")
+fake.nvmlInit = lambda: None
+fake.nvmlDeviceGetCount = lambda: 2
+fake.nvmlDeviceGetHandleByIndex = lambda index: f"handle {index}"
+fake.nvmlDeviceGetUUID = lambda handle: UUIDS[int(handle[-1])]
+fake.nvmlDeviceGetName = fake.nvmlDeviceGetUUID
+fake.nvmlDeviceGetComputeRunningProcesses = lambda handle: []
+fake.nvmlDeviceGetMemoryInfo = lambda handle, version: SimpleNamespace(
+    total=TOTALS[int(handle[-1])], free=TOTALS[int(handle[-1])], used=0
+)
+sys.modules["pynvml"] = fake
+"""
+ON_UNLIKE_CARDS = """
+import os
+import pytest
+
+@pytest.mark.gpu(vram="12GiB")
+@pytest.mark.parametrize("i", range(4))
+def test_a(i, record_property):
+    record_property("seen", os.environ["CUDA_VISIBLE_DEVICES"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"].startswith("GPU-large")
+"""
+GIVEN_THE_SMALL_ONE = "popen//env:CUDA_VISIBLE_DEVICES=GPU-small"
+
+
+CHOSEN = """
+import os
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    seen = {"gw0": "GPU-small", "gw1": "GPU-large,GPU-small"}[worker]
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "conftest"),
+    [
+        (("-n", "1"), ""),
+        (("-n", "2"), ""),
+        ((f"--tx={GIVEN_THE_SMALL_ONE}", "--tx=popen", "--dist=load"), ""),
+        (("-n", "2"), CHOSEN),
+    ],
+    ids=["one worker", "two", "one of them given a card", "chosen by a conftest"],
+)
+def test_a_large_test_runs_at_a_worker_whose_first_card_is_large(tmp_path, arguments, conftest):
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_it.py").write_text(ON_UNLIKE_CARDS)
+    (tmp_path / "fake_driver.py").write_text(FAKE_DRIVER)
+    finished = run_pytest(
+        tmp_path,
+        *("-p", "fake_driver", "-p", "xdist", "-p", "gpumem"),
+        *arguments,
+        env=NO_OTHERS | {"PYTHONPATH": str(tmp_path)},
+    )
+
+    assert finished.outcomes == {"passed": 4}, finished.output
 
 
 def test_it_knows_the_pytest_and_xdist_it_was_written_for():

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,19 @@ import pynvml
 import pytest
 from device_fakes import GIB, NOT_SUPPORTED, FakeBoard, FakeCuda, FakeDriver, FakeSlice, stats, uuid
 
-from pytest_gpumem.devices import driver_reading, find_cards, nvml, process_bytes, torch_state
+from pytest_gpumem.devices import (
+    Usage,
+    cards,
+    cards_to_choose,
+    driver_reading,
+    find_cards,
+    nvml,
+    own_bytes,
+    process_bytes,
+    torch_state,
+    usage,
+    used_bytes,
+)
 from pytest_gpumem.devices.nvml import DriverReading
 from pytest_gpumem.records import Card
 
@@ -147,6 +161,61 @@ def test_a_mig_slice_that_torch_tells_by_its_gpu_is_the_visible_slice(
     driver.boards = [FakeBoard(A, slices=[FakeSlice("MIG-1", 7)])]
     cuda.stats, cuda.uuids = [stats()], [A[4:]]
     assert uuids() == ["MIG-1"]
+
+
+def test_a_process_could_have_each_slice_as_its_card(driver: FakeDriver) -> None:
+    slices = [FakeSlice("MIG-1", 1), None, FakeSlice("MIG-2", 2, total=9 * GIB)]
+    driver.boards = [FakeBoard(A, slices=slices)]
+    assert [(card.uuid, card.total) for card in cards_to_choose(None)] == [
+        ("MIG-1", 5 * GIB),
+        ("MIG-2", 9 * GIB),
+    ]
+
+
+ME, NOBODY = os.getpid(), 4_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("told", "here", "reserved", "own"),
+    [
+        ({ME: 5}, True, 5, 5),
+        ({ME: 5}, True, 0, 5),
+        ({ME: 5}, True, 6, None),  # less than is reserved: somebody else's number
+        ({ME: 5, NOBODY: 1}, True, 0, 5),  # a process that has just ended
+        ({ME: 5}, False, 0, 5),
+        ({ME: 5, NOBODY: 1}, False, 0, None),  # numbers of another pid namespace
+        ({NOBODY: 1}, True, 0, None),
+        ({ME: None}, True, 0, None),  # WSL, MIG
+        ({}, True, 0, None),
+    ],
+)
+def test_a_process_knows_its_own_figure(
+    told: dict[int, int | None],
+    here: bool,
+    reserved: int,
+    own: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    namespace = str(Path("/proc/self/ns/pid").readlink())
+    monkeypatch.setattr(cards, "_FIRST_NAMESPACE", namespace if here else "another")
+    monkeypatch.setattr(cards, "process_bytes", lambda _: told)
+    card = Card(A, "", 0)
+
+    assert own_bytes(card, reserved) == own
+    if not reserved:
+        assert usage(card) == Usage(
+            {pid: own if pid == ME else told[pid] for pid in told if pid != ME or own}, own or 0
+        )
+
+
+def test_what_anybody_uses_is_the_drivers_figure_or_else_that_of_the_processes(
+    driver: FakeDriver,
+) -> None:
+    board = FakeBoard(A, used=3 * GIB, processes={1: GIB, 2: GIB})
+    driver.boards = [board]
+    assert used_bytes(Card(A, "", 0)) == 3 * GIB
+    board.memory_code = NOT_SUPPORTED  # unified memory
+    assert used_bytes(Card(A, "", 0)) == 2 * GIB
 
 
 def test_mig_without_slices_is_one_sentence(driver: FakeDriver) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pytest_gpumem.devices.visibility import (
     Board,
     Slice,
+    choices,
     names_by_uuid,
     order_is_known,
     visible_uuids,
@@ -84,6 +85,24 @@ def mig_boards() -> list[Board]:
 )
 def test_mig_shows_one_slice_only(text: str | None, visible: tuple[str, ...]) -> None:
     assert visible_uuids(text, mig_boards()) == visible
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        pytest.param(None, (A, "MIG-1111", "MIG-1222"), id="unset"),
+        pytest.param("0", (A,), id="card-without-mig"),
+        pytest.param("1", ("MIG-1111", "MIG-1222"), id="each-slice-of-a-card"),
+        pytest.param(f"{B},{A}", ("MIG-1111", "MIG-1222", A), id="in-the-order-named"),
+        pytest.param("2", (), id="mig-card-without-slices"),
+        pytest.param("MIG-1222,MIG-1111", ("MIG-1222", "MIG-1111"), id="several-slices"),
+        pytest.param("MIG-1222,MIG-9", ("MIG-1222",), id="up-to-an-unknown-one"),
+        pytest.param("MIG-1222,MIG-1222", (), id="twice"),
+        pytest.param("", (), id="none"),
+    ],
+)
+def test_a_process_may_have_any_slice_that_it_is_left(text: str, allowed: tuple[str, ...]) -> None:
+    assert choices(text, mig_boards()) == allowed
 
 
 def test_pci_order_is_cudas_order_when_asked_for_or_when_cards_are_alike() -> None:

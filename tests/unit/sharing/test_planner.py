@@ -538,7 +538,28 @@ def test_a_test_larger_than_any_card_fails_at_once_with_the_numbers() -> None:
     failures = [command for command in workers.other if isinstance(command, Fail)]
     assert [failure.test for failure in failures] == [0, 2]
     assert "g.py::huge needs 1.00 GiB" in failures[0].why
-    assert "the largest of 100 B" in failures[0].why
+    assert "the card that a worker uses first has 100 B at most" in failures[0].why
+
+
+@pytest.mark.parametrize(
+    ("rings", "count", "told"),
+    [
+        (["small"], 1, "the card that a worker uses first has 8 B at most"),
+        (["small large", "large small"], 2, "each of the 2 cards that a worker uses first has 8 B"),
+        (["small large", ""], 3, "no worker sees more than 2"),
+        ([""], 1, "no worker sees more than 0"),
+    ],
+)
+def test_a_test_that_can_never_run_is_told_what_workers_use(rings, count, told) -> None:
+    test = gpu("a", 12)._replace(cards=count)
+    cards = {("", "small"): 8, ("", "large"): 80}
+    planner = Planner([test], cards, context=0, headroom=0)
+    for number, ring in enumerate(rings):
+        planner.add_worker(f"w{number}", [("", name) for name in ring.split()])
+
+    (failure,) = (command for command in planner.commands() if isinstance(command, Fail))
+
+    assert told in failure.why
 
 
 def test_an_exclusive_test_shares_its_card_with_no_other_test() -> None:

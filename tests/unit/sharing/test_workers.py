@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -10,15 +11,16 @@ from pytest_gpumem.devices import AllocatorReading, DriverReading, cards
 from pytest_gpumem.records import Card
 from pytest_gpumem.sharing.history import Learned
 from pytest_gpumem.sharing.workers import (
-    SLOT,
+    VIEWS,
     VISIBLE,
     Holdings,
     Host,
+    first_cards,
     give_back,
     host,
     place,
-    slots,
     tell_cards,
+    views,
     worker_count,
 )
 
@@ -158,55 +160,106 @@ def test_a_version_one_group_without_a_quota_sets_no_limit(machine):
     assert host(root).cpus == len(os.sched_getaffinity(0))
 
 
-def spec(**fields):
-    return SimpleNamespace(
-        **{"ssh": None, "vagrant_ssh": None, "socket": None, "via": None} | fields
-    )
+def spec(visible=None, **fields):
+    places = {"ssh": None, "vagrant_ssh": None, "socket": None, "via": None} | fields
+    return SimpleNamespace(env={} if visible is None else {VISIBLE: visible}, **places)
 
 
-def test_workers_are_numbered_on_each_host():
-    specs = [spec(), spec(ssh="a"), spec(), spec(ssh="a"), spec(ssh="b"), spec()]
+def test_workers_are_told_what_those_before_them_on_their_host_may_use(monkeypatch):
+    monkeypatch.setenv(VISIBLE, "2,3")
+    specs = [spec(), spec(ssh="a"), spec("0"), spec("1", ssh="a"), spec(ssh="b"), spec()]
 
-    assert slots(specs) == [0, 0, 1, 1, 0, 2]
+    assert [json.loads(text) for text in views(specs)] == [
+        ["2,3"],
+        [None],
+        ["2,3", "0"],
+        [None, "1"],
+        [None],
+        ["2,3", "0", "2,3"],
+    ]
 
 
 CARDS = [Card(f"GPU-{letter}", "card", GIB) for letter in "abc"]
+SMALL, LARGE = Card("GPU-small", "small", 8 * GIB), Card("GPU-large", "large", 80 * GIB)
+SLICES = [Card("MIG-1", "slice", GIB), Card("MIG-2", "slice", GIB)]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "first"),
+    [
+        (["abc"], "a"),
+        (["abc", "abc", "abc", "abc"], "abca"),
+        (["ab", "bc", "ac"], "abc"),
+        (["c", "abc", "abc"], "cab"),
+        (["a", "b", "", "ab"], "aba"),
+    ],
+)
+def test_workers_spread_over_the_cards_that_each_may_use(allowed, first):
+    by_name = dict(zip("abc", CARDS, strict=True))
+    found = first_cards([[by_name[name] for name in names] for names in allowed])
+
+    assert [card.uuid for card in found] == [f"GPU-{name}" for name in first]
+
+
+@pytest.mark.parametrize(
+    ("count", "first"),
+    [(1, [LARGE]), (2, [LARGE, SMALL]), (3, [LARGE, SMALL, LARGE])],
+)
+def test_the_largest_card_has_a_worker_before_a_smaller_one_has(count, first):
+    assert first_cards([[SMALL, LARGE]] * count) == first
 
 
 @pytest.fixture
-def environment(monkeypatch):
-    monkeypatch.setenv(VISIBLE, "0,1,2")
-    return monkeypatch
+def machine_with(monkeypatch):
+    """Give the machine the cards that each text of CUDA_VISIBLE_DEVICES allows."""
+
+    def make(allowed):
+        monkeypatch.setenv(VISIBLE, "mine")
+        monkeypatch.setattr(devices, "cards_to_choose", lambda text: tuple(allowed[text]))
+
+    return make
 
 
 @pytest.mark.parametrize(
-    ("slot", "seen"),
+    ("told", "cards", "seen"),
     [
-        ("0", "GPU-a,GPU-b,GPU-c"),
-        ("1", "GPU-b,GPU-c,GPU-a"),
-        ("5", "GPU-c,GPU-a,GPU-b"),
+        (["mine"], CARDS, "GPU-a,GPU-b,GPU-c"),
+        (["mine"] * 2, CARDS, "GPU-b,GPU-c,GPU-a"),
+        (["mine"] * 6, CARDS, "GPU-c,GPU-a,GPU-b"),
+        ([None, None], CARDS, "GPU-b,GPU-c,GPU-a"),  # on another host, where it found "mine"
+        (["other", "mine"], CARDS, "GPU-b,GPU-c,GPU-a"),
+        (["mine"], [SMALL, LARGE], "GPU-large,GPU-small"),
+        (["mine"], SLICES, "MIG-1"),
+        (["mine"] * 2, SLICES, "MIG-2"),
+        (["mine"] * 3, SLICES, "MIG-1"),
     ],
 )
-def test_a_worker_sees_its_own_card_first_and_the_others_after_it(environment, slot, seen):
-    environment.setenv(SLOT, slot)
+def test_a_worker_sees_its_own_card_first_and_the_others_after_it(machine_with, told, cards, seen):
+    machine_with({"mine": cards, "other": CARDS[:1]})
+    os.environ[VIEWS] = json.dumps(told)
+    visible = SLICES[:1] if cards is SLICES else cards
 
-    assert ",".join(card.uuid for card in place(CARDS)) == os.environ[VISIBLE] == seen
+    assert ",".join(card.uuid for card in place(visible)) == os.environ[VISIBLE] == seen
+    assert VIEWS not in os.environ  # what a test starts is not a worker
 
 
 @pytest.mark.parametrize(
-    ("slot", "cards"),
+    ("told", "cards"),
     [
         ("", CARDS),
-        ("1", CARDS[:1]),
-        ("1", []),
-        ("1", [CARDS[0], Card("XPU-0", "card", GIB, "xpu")]),
+        ('["mine"]', CARDS[:1]),
+        ('["mine"]', []),
+        ('["mine"]', [CARDS[0], Card("XPU-0", "card", GIB, "xpu")]),
     ],
 )
-def test_where_there_is_nothing_to_turn_the_callers_variable_stays(environment, slot, cards):
-    environment.setenv(SLOT, slot)
+def test_where_there_is_nothing_to_turn_the_callers_variable_stays(
+    machine_with, monkeypatch, told, cards
+):
+    machine_with({"mine": cards})
+    monkeypatch.setenv(VIEWS, told)
 
     assert place(cards) == cards
-    assert os.environ[VISIBLE] == "0,1,2"
+    assert os.environ[VISIBLE] == "mine"
 
 
 class FakeAllocator:
