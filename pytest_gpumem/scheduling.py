@@ -76,7 +76,9 @@ def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
     if state.simulation is not None:
         free = [state.simulation.card.free()]
     else:
-        readings = map(devices.driver_reading, state.found.cards)
+        # Workers spread over the slices of a card, of which each process sees one.
+        cards = devices.cards_to_choose(os.environ.get(workers.VISIBLE)) or state.found.cards
+        readings = map(devices.driver_reading, cards)
         free = [reading.free for reading in readings if reading is not None]
     count = workers.worker_count(
         wanted,

@@ -634,7 +634,8 @@ def gpu_lease(
 
     ``device`` is CUDA's index of the card. ``exclusive`` keeps everybody else's leases off the
     card. At the end the allocator's unused cache goes back to the driver, so that the next in
-    turn finds the bytes. ``timeout`` is in seconds.
+    turn finds the bytes. ``timeout`` is in seconds; without one it waits for programs that have
+    no lease for 10 seconds at most, and then starts with what there is.
 
     Raises:
         ValueError: when ``vram`` is no size or there is no such card.
