@@ -44,8 +44,7 @@ class Usage(NamedTuple):
     """Who uses a card."""
 
     processes: Mapping[int, int | None]
-    """Bytes by pid, None where the driver does not tell; this process only if it is known by its
-    number."""
+    """Bytes by pid, None where the driver does not tell; empty where its numbers are not ours."""
     own: int
     """Bytes that this process uses at least: what the driver says, or its allocators reserved."""
 
@@ -132,8 +131,10 @@ def usage(card: Card) -> Usage:
         if allocator.card(index).uuid == card.uuid
     )
     own = _own(told, reserved)
-    others = {pid: size for pid, size in told.items() if pid != os.getpid()}
-    return Usage(others if own is None else {**others, os.getpid(): own}, own or reserved)
+    if own is None:
+        ours = _numbers_are_ours(told)
+        told = {pid: size for pid, size in told.items() if ours and pid != os.getpid()}
+    return Usage(told, own or reserved)
 
 
 def _own(told: Mapping[int, int | None], reserved: int) -> int | None:
@@ -261,6 +262,8 @@ def _backend_card(kind: str, index: int) -> Card:
 def _reading_from_torch(card: Card) -> DriverReading | None:
     """Return torch's reading of the whole card, None before it has initialised it."""
     cuda, accelerator = torch_state.cuda(), torch_state.accelerator()
+    if cuda is None and accelerator is None:
+        return None
     same_kind = [each.uuid for each in find_cards().cards if each.kind == card.kind]
     if card.uuid not in same_kind:
         return None

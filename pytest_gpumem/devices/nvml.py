@@ -217,7 +217,8 @@ def _pynvml() -> Any:
     if "pynvml" in sys.modules:
         return sys.modules["pynvml"]
     if sys.platform == "linux":
-        _require_library()
+        if problem := _library_problem(_LIBRARY):
+            raise NoDriverError(problem)
     with warnings.catch_warnings():
         # The inactive distribution called "pynvml" warns; -W error would make that fatal.
         warnings.simplefilter("ignore")
@@ -228,19 +229,22 @@ def _pynvml() -> Any:
     return pynvml
 
 
-def _require_library() -> None:
-    """Raise ``NoDriverError`` unless the driver's library can be loaded.
+@functools.cache
+def _library_problem(library: str) -> str:
+    """Return why the driver's library cannot be loaded, "" if it can.
 
-    A dlopen that fails takes microseconds; importing the binding takes 30 ms.
+    A dlopen that fails takes 30 microseconds, which each lease would pay; importing the binding
+    takes 30 ms.
     """
     import ctypes
 
     try:
-        ctypes.CDLL(_LIBRARY)
+        ctypes.CDLL(library)
     except OSError as error:
         if "cannot open shared object file" in str(error):
-            raise NoDriverError(_no_library()) from error
-        raise NoDriverError(f"the NVIDIA driver library cannot be loaded: {error}") from error
+            return _no_library()
+        return f"the NVIDIA driver library cannot be loaded: {error}"
+    return ""
 
 
 def _no_library() -> str:

@@ -45,17 +45,20 @@ def foreign(used: int, ours: Iterable[tuple[int, int]], before: int = 0) -> int:
     return max(0, min(max(before, least), most))
 
 
-def bounds(claim: Claim, total: int, told: int | None = None) -> tuple[int, int]:
+def bounds(claim: Claim, limit: int, told: int | None = None) -> tuple[int, int]:
     """Return the least and the most that a process with ``claim`` may be using of a card.
 
-    It has what it keeps, and of the rest of its claim nobody knows. What the driver has ``told``
+    It has what it keeps, and of the rest of its claim nobody knows, but for ``limit``: the card,
+    or what is used by none of the processes that the driver lists. What the driver has ``told``
     of the process's number decides, within the claim: beyond it, it may be another's in another
     pid namespace, and what a process takes beyond its claim is not there for others either.
     """
-    most = total if claim.exclusive else claim.resident + claim.extra
+    granted = claim.resident + claim.extra
     if told is None:
-        return claim.resident, most
-    exact = min(max(told, claim.resident), most)
+        most = limit if claim.exclusive else min(granted, limit)
+        return claim.resident, max(claim.resident, most)
+    exact = max(told, claim.resident)
+    exact = exact if claim.exclusive else min(exact, granted)
     return exact, exact
 
 

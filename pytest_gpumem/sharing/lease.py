@@ -562,7 +562,10 @@ class LeaseStore:
         # What this process uses is its own, whether or not it was entered.
         least = max(own.resident, usage.own)
         most = least if known is not None else max(least, own.resident + own.extra)
-        uses = [bounds(claim, total, told.get(pid_of(each))) for each, claim in ours.items()]
+        # One that is not listed uses no more than those that are leave unexplained.
+        listed = list(usage.processes.values())
+        limit = total if None in listed or not listed else used - sum(filter(None, listed))
+        uses = [bounds(claim, limit, told.get(pid_of(each))) for each, claim in ours.items()]
         size = foreign(used, [(least, most), *uses], self._found.get(key, 0))
         self._found[key] = size
         strangers = told.keys() - set(map(pid_of, ours))
@@ -660,7 +663,7 @@ def gpu_lease(
 def _used_by_others(found: _Foreign) -> str:
     size = format_bytes(found.size)
     if not found.processes:
-        return f"{size} used without a lease, the driver does not say by whom"
+        return f"{size} used without a lease, it cannot be told by whom"
     listed = (
         f"pid {pid}" if size is None else f"pid {pid}: {format_bytes(size)}"
         for pid, size in found.processes

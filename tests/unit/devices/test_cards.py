@@ -203,9 +203,9 @@ def test_a_process_knows_its_own_figure(
 
     assert own_bytes(card, reserved) == own
     if not reserved:
-        assert usage(card) == Usage(
-            {pid: own if pid == ME else told[pid] for pid in told if pid != ME or own}, own or 0
-        )
+        known = {pid: size for pid, size in told.items() if pid != ME or own}
+        unknown = not here and NOBODY in told
+        assert usage(card) == Usage({} if unknown else known, own or 0)
 
 
 def test_what_anybody_uses_is_the_drivers_figure_or_else_that_of_the_processes(

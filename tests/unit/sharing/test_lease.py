@@ -362,7 +362,7 @@ STRANGER = 4_000_000_000  # no process has such a number
     [
         ({STRANGER: 490}, f"500 B used by other programs (pid {STRANGER}: 490 B)"),
         ({STRANGER: None}, f"500 B used by other programs (pid {STRANGER})"),
-        ({}, "500 B used without a lease, the driver does not say by whom"),
+        ({}, "500 B used without a lease, it cannot be told by whom"),
     ],
 )
 def test_bytes_of_foreign_processes_are_waited_for(stores, processes, said):
@@ -384,6 +384,9 @@ def test_bytes_of_foreign_processes_are_waited_for(stores, processes, said):
         (FakeDriver(700, own=50), 50),
         (FakeDriver(700, {"neighbour": 100, STRANGER: 600}), 600),
         (FakeDriver(700, {"neighbour": 650}), 100),  # more than it may have, or another's
+        (FakeDriver(300, {STRANGER: 300}), 300),  # the neighbour has taken nothing yet
+        (FakeDriver(500, {STRANGER: 300}), 300),  # or something that is not told
+        (FakeDriver(300, {STRANGER: None}), 0),
         (FakeDriver(0, {STRANGER: 500}), 0),  # a process that has just ended
     ],
 )
