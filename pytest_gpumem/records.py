@@ -46,6 +46,9 @@ class Holder(NamedTuple):
     """How many are held at the same place."""
     stack: tuple[str, ...] = ()
     """Where it was allocated, innermost frame first, when allocation stacks are recorded."""
+    whole: int = 0
+    """Bytes that they have where ``size`` is only the part that counts as leaked: the rest took
+    the place of what was freed."""
 
 
 class CardUsage(NamedTuple):

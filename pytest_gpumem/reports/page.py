@@ -314,10 +314,11 @@ def _leaks(run: RunRecord) -> Iterator[str]:
 def _holder(holder: Holder) -> str:
     shape = "x".join(map(str, holder.shape)) or "scalar"
     tensors = f"{holder.tensors} tensors, largest" if holder.tensors > 1 else "tensor"
+    whole = f"of {format_bytes(holder.whole)}" if holder.whole else "in all"
     stack = "".join(f"<br><small>at {escape(frame)}</small>" for frame in holder.stack[:3])
     return (
         f"held by <code>{escape(holder.where)}</code>: {tensors} {escape(holder.dtype)} {shape}, "
-        f"{format_bytes(holder.size)} in all{stack}"
+        f"{format_bytes(holder.size)} {whole}{stack}"
     )
 
 

@@ -153,7 +153,8 @@ def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]
         shape = "x".join(map(str, holder.shape)) or "scalar"
         tensors = f"{holder.tensors} tensors, largest" if holder.tensors > 1 else "tensor"
         yield f"      held by {holder.where}"
-        yield f"          {tensors} {holder.dtype} {shape}, {format_bytes(holder.size)} in all"
+        whole = f"of {format_bytes(holder.whole)}" if holder.whole else "in all"
+        yield f"          {tensors} {holder.dtype} {shape}, {format_bytes(holder.size)} {whole}"
         yield from (f"          allocated at {frame}" for frame in holder.stack[:_HOLDERS_SHOWN])
     if limit is not None and len(holders) > limit:
         yield f"      ... {len(holders) - limit} more holders; -v shows all"

@@ -66,6 +66,8 @@ class Heap:
     """Id of each tensor on a card, and the address of its storage."""
     links: dict[int, list[Link]] = field(default_factory=dict)
     """By id of what is held."""
+    cut: bool = False
+    """Whether an autograd graph was not walked to its end."""
 
     def add(self, thing: object) -> int:
         """Keep ``thing`` alive for the time of the search and return its id."""
@@ -190,7 +192,10 @@ def _link_graph(heap: Heap, tensor: Tensor, on_card: OnCard) -> None:
     A node that an earlier tensor's graph contained is not visited again.
     """
     waiting = [tensor.grad_fn]
-    while waiting and len(heap.links) < _MAX_LINKS:
+    while waiting:
+        if len(heap.links) >= _MAX_LINKS:
+            heap.cut = True
+            return
         node = waiting.pop()
         if node is None or id(node) in heap.links:
             continue

@@ -215,6 +215,8 @@ class Tracker:
         self._standing: list[Fixture] = []
         """Wider fixtures that are set up."""
         self._tensors = TensorLedger(root)
+        self._changed = 0
+        """Net bytes, over all cards, since the ledger met what lives on them."""
         self._reading = False
         self._stacks_wanted = stacks
         self._unwatch: Callable[[], None] | None = None
@@ -275,6 +277,7 @@ class Tracker:
             meter = _Meter(allocator.card(index), _NOTHING)
             self._meters[allocator.name, index] = meter
         before, meter.last = meter.last, now
+        self._changed += now.allocated - before.allocated
         for owner in self._charged_owners():
             account = owner.account(meter.card.uuid)
             account.delta += now.allocated - before.allocated
@@ -288,6 +291,16 @@ class Tracker:
             highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
         if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
             allocator.reset_peak(index)
+
+    def _remember(self) -> None:
+        """Lay the tensors that are new at the door of who was running; a pass over the heap.
+
+        None is where nothing changed but by known tensors that died: what took the place of a
+        leak, so that nothing stayed, must not be laid at a later test's door.
+        """
+        if self._changed + self._tensors.freed:
+            self._tensors.remember(self._charged_owners()[-1].name)
+            self._changed = 0
 
     def _charged_owners(self) -> tuple[Owner, ...]:
         owner = self._owners[-1]
@@ -306,9 +319,8 @@ class Tracker:
             # Before the card is in use: the first test that uses it may reset its peak as well.
             self._watch_peaks()
         self.boundary()
-        if any(account.delta > 0 for account in self._outside.accounts.values()):
-            # Taken at import or between tests: not to be laid at a later test's door.
-            self._tensors.remember("outside of tests")
+        # Taken at import or between tests: not to be laid at a later test's door.
+        self._remember()
         self._outside.accounts.clear()
         self._test = Test(nodeid, found=list(self._standing))
         self._owners = [self._test]
@@ -364,6 +376,7 @@ class Tracker:
             # They may pin a wider fixture's value beyond its teardown.
             for error in errors:
                 release.clear_frames(error)
+        self._remember()
         self._release_caches()
         self._read_processes()
         cards = self._card_usages(test, verdicts, fixtures)
@@ -453,6 +466,8 @@ class Tracker:
         """Start charging a fixture's set-up to it; fixtures may nest."""
         self._end_teardowns()
         fixture = Fixture(name, scope)
+        if fixture.wide:
+            self._remember()
         self._owners.append(fixture)
         return fixture
 
@@ -471,6 +486,8 @@ class Tracker:
     def end_fixture(self, fixture: Fixture, value: object = None, function: object = None) -> None:
         """End charging the set-up of ``fixture``, where ``function`` made ``value``."""
         self.boundary()
+        if fixture.wide:
+            self._remember()
         self._owners.remove(fixture)
         fixture.set_up = {uuid: replace(account) for uuid, account in fixture.accounts.items()}
         if fixture.wide:
@@ -483,8 +500,6 @@ class Tracker:
             return
         if any(account.delta for account in fixture.set_up.values()):
             test.fixtures.append(fixture)
-            if fixture.wide:
-                self._tensors.remember(fixture.name)
         if fixture.wide and holds:
             test.set_up.append(fixture)
         if fixture.wide:

@@ -15,10 +15,10 @@ from pytest_gpumem.tracking.torch_heap import exactly, is_a
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, UntypedStorage
 
     from pytest_gpumem.records import Holder
 
@@ -54,6 +54,14 @@ Owned = tuple[str, str]
 Verdicts = dict[Owned, Verdict]
 
 
+class _Known(weakref.ref["UntypedStorage"]):
+    """A living storage: whose doing it is, and what it takes in the allocator."""
+
+    __slots__ = ("owner", "size")
+    owner: str
+    size: int
+
+
 class TensorLedger:
     """Knows whose doing each living tensor on a card is, without keeping any alive.
 
@@ -66,8 +74,10 @@ class TensorLedger:
         self._root = root
         self._fixtures: dict[int, str] = {}
         """Labels of living wider fixtures, by the identity of their values and code."""
-        self._owners: dict[int, tuple[weakref.ref[object], str]] = {}
-        """By address: the storage, because an address is used again, and who made it."""
+        self._known: dict[int, _Known] = {}
+        """By address, which may be used again when the storage is dead."""
+        self.freed = 0
+        """Bytes of known storages that died since ``remember``."""
 
     def add_fixture(self, label: str, value: object, function: object) -> tuple[int, ...]:
         """Note what a wider fixture holds its memory by; return the identities for its end.
@@ -90,17 +100,27 @@ class TensorLedger:
 
     def remember(self, owner: str) -> None:
         """Lay all tensors that are not known yet at the door of ``owner``."""
-        alive: dict[int, tuple[weakref.ref[object], str]] = {}
+        alive: dict[int, _Known] = {}
 
         def note(tensor: Tensor) -> bool:
             if _on_card(tensor):
                 storage = tensor.untyped_storage()
-                known = self._owner(tensor)
-                alive[storage.data_ptr()] = (weakref.ref(storage), known or owner)
+                address = storage.data_ptr()
+                if address not in alive:
+                    alive[address] = self._find(tensor) or self._meet(storage, owner)
             return False
 
         live_storages(note)
-        self._owners = alive
+        self._known = alive
+        self.freed = 0
+
+    def _meet(self, storage: UntypedStorage, owner: str) -> _Known:
+        known = _Known(storage, self._note_death)
+        known.owner, known.size = owner, _block(storage.nbytes())
+        return known
+
+    def _note_death(self, known: _Known) -> None:
+        self.freed += known.size
 
     def judge(
         self,
@@ -135,7 +155,6 @@ class TensorLedger:
                 if name == owner:
                     here = [each for each in made if cards.get(each.storages[0].device) == uuid]
                     verdicts[name, uuid] = _verdict(size, here, stacks, set(rightful.values()))
-        self.remember(test)
         return verdicts
 
     def _suspended_fixtures(self) -> dict[int, str]:
@@ -149,14 +168,15 @@ class TensorLedger:
 
     def _made_by(self, owner: str, test: str) -> Callable[[Tensor], bool]:
         def made(tensor: Tensor) -> bool:
-            return _on_card(tensor) and (self._owner(tensor) or test) == owner
+            known = self._find(tensor) if _on_card(tensor) else None
+            return _on_card(tensor) and (known.owner if known else test) == owner
 
         return made
 
-    def _owner(self, tensor: Tensor) -> str:
-        """Return who made the storage of ``tensor``, empty where that is not known."""
-        ref, owner = self._owners.get(tensor.untyped_storage().data_ptr(), (None, ""))
-        return owner if ref is not None and ref() is not None else ""
+    def _find(self, tensor: Tensor) -> _Known | None:
+        """Return what is known of the storage of ``tensor``."""
+        known = self._known.get(tensor.untyped_storage().data_ptr())
+        return known if known is not None and known() is not None else None
 
 
 def _last_errors() -> dict[int, str]:
@@ -207,16 +227,41 @@ def _verdict(
     held = min(rest, _blocks(own) + _slack(own))
     unheld = max(0, rest - held - _slack(rightful))
     if 0 < unheld <= WORKSPACES:
-        notes.append(f"{format_bytes(unheld)} held by no Python tensor (a library's workspace)")
+        size = format_bytes(unheld)
+        notes.append(f"{size} held by no Python tensor (probably a library's workspace)")
     leaked = held + (unheld if unheld > WORKSPACES else 0)
-    holders = tuple(_holder(each, stacks) for each in own) if leaked else ()
+    holders = tuple(_within(leaked, own, stacks))
     return Verdict(leaked, holders, "; ".join(notes))
+
+
+def _within(
+    leaked: int, groups: list[Held], stacks: Mapping[int, tuple[str, ...]]
+) -> Iterator[Holder]:
+    """Yield the holders of ``leaked`` bytes; they never sum to more.
+
+    A test may make more than that which lives on, where it replaced what an earlier one leaked.
+    Groups that fit are named first; of one that does not, only a part is this leak.
+    """
+    rest = leaked
+    larger = []
+    for each in groups:
+        if each.size <= rest:
+            rest -= each.size
+            yield _holder(each, stacks)
+        else:
+            larger.append(each)
+    if larger and rest >= _BLOCK:
+        yield _holder(larger[0], stacks)._replace(size=rest, whole=larger[0].size)
+
+
+def _block(size: int) -> int:
+    """Return the bytes that a storage of ``size`` takes in the allocator."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _blocks(groups: list[Held]) -> int:
     """Return the bytes that the storages of ``groups`` take in the allocator."""
-    sizes = (storage.size for each in groups for storage in each.storages)
-    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes)
+    return sum(_block(storage.size) for each in groups for storage in each.storages)
 
 
 def _slack(groups: list[Held]) -> int:

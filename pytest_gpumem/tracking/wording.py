@@ -59,10 +59,10 @@ def below(name: str, chain: Chain) -> Place:
     return Place(name, _steps(chain))
 
 
-def rootless(chain: Chain) -> Place:
-    """Return the place of a chain that begins where the search found no further holder."""
+def rootless(above: str, chain: Chain) -> Place:
+    """Return the place of a chain that begins where the search ended; ``above`` says with what."""
     kind = _class_name(type(chain[0].thing))
-    return Place(f"no Python object above {kind}", _steps(chain))
+    return Place(f"{above} above {kind}", _steps(chain))
 
 
 def cycle(chain: Chain) -> Place:

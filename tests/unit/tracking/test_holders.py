@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import sys
 import textwrap
 import threading
+import time
 import weakref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from pytest_gpumem.tracking import holders
+from pytest_gpumem.tracking import holders, torch_heap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -527,7 +530,7 @@ def test_a_submodule_that_outlives_its_model_in_a_cycle_is_named(suite: Suite) -
 
 def test_what_only_a_library_holds_is_said_to_be_so(suite: Suite) -> None:
     capsule = marked().__dlpack__()
-    assert suite.where() == ["no Python object (library or autograd graph)"]
+    assert suite.where() == ["no Python object (probably a library or an autograd graph)"]
     del capsule
 
 
@@ -582,6 +585,46 @@ def test_the_search_freezes_no_garbage(suite: Suite) -> None:
     assert suite.where() == ["reference cycle through Trainer.me"]
     gc.collect()
     assert suite.where() == []
+
+
+def test_a_machine_that_is_busy_elsewhere_costs_no_leak_its_holder(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=itertools.count(0, 60).__next__, thread_time=time.thread_time)
+    monkeypatch.setattr(holders, "time", clock)
+    suite.module("CACHE = {'a': [marked()]}")
+    assert suite.where() == ["tests/test_x.py: module global CACHE['a'][0]"]
+
+
+@pytest.mark.parametrize(
+    ("source", "where"),
+    [
+        ("CACHE = [[marked()]]", "unknown holder (the search was cut)"),
+        (
+            (
+                "class Net(torch.nn.Module):\n    pass\nclass Kept:\n    pass\n"
+                "KEPT = Kept()\nKEPT.net = Net()\nKEPT.net.weight = torch.nn.Parameter(marked())"
+            ),
+            "unknown holder (the search was cut) above Net.weight",
+        ),
+    ],
+)
+def test_a_search_that_was_cut_says_so(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, source: str, where: str
+) -> None:
+    monkeypatch.setattr(holders, "_MAX_CPU_SECONDS", 0.0)
+    suite.module(source)
+    assert suite.where() == [where]
+
+
+def test_a_graph_that_was_not_walked_to_its_end_says_so(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_heap, "_MAX_LINKS", 0)
+    module = suite.module("LEAF = torch.ones(2, dtype=MARK, requires_grad=True)\nKEPT = LEAF * 2")
+    capsule = marked().__dlpack__()
+    assert "unknown holder (the search was cut)" in suite.where()
+    del capsule, module
 
 
 def test_the_collector_is_left_as_it_was(suite: Suite) -> None:

@@ -1,0 +1,92 @@
+"""Whose leak it is, and who holds it: what one test replaced is not the next one's doing."""
+
+from __future__ import annotations
+
+import random
+import re
+
+SUITE = """
+KEEP = {}
+
+@pytest.mark.parametrize("step", range(len(PROGRAM)))
+def test_it(step):
+    for name, units in PROGRAM[step]:
+        if units:
+            KEEP[name] = torch.zeros(units * 1024, dtype=torch.uint8, device="cuda")
+        else:
+            KEEP.pop(name, None)
+"""
+
+
+def test_holders_are_the_tests_own_tensors_and_never_more_than_the_leak(run):
+    """Random steps of taking, replacing and dropping; sizes in KiB, so that blocks are exact."""
+    chance = random.Random(5)  # noqa: S311  # no secret
+    # First the plainest: what replaced a leak, so that nothing stayed, is not the next one's.
+    program = [[("x", 4)], [("x", 4)], [("y", 4)]]
+    program += [
+        [
+            (chance.choice("xyz"), chance.choice((0, 1, 4, 4, 9)))
+            for _ in range(chance.randint(1, 3))
+        ]
+        for _ in range(45)
+    ]
+    finished = run(f"PROGRAM = {program}\n{SUITE}")
+
+    there: dict[str, int] = {}
+    for step, changes in enumerate(program):
+        before, untouched = sum(there.values()), True
+        own: set[str] = set()
+        for name, units in changes:
+            untouched &= name not in there or name in own
+            there.pop(name, None)
+            own.discard(name)
+            if units:
+                there[name] = units * 1024
+                own.add(name)
+        grown = sum(there.values()) - before
+        cards = finished.test(f"test_it[{step}]").cards
+        leaked = sum(card.leaked for card in cards)
+        holders = [holder for card in cards for holder in card.holders]
+        named = {each for holder in holders for each in re.findall(r"KEEP\['(.)'\]", holder.where)}
+        said = (step, changes, there, cards)
+
+        assert leaked == max(0, grown), said
+        assert sum(holder.size for holder in holders) == leaked, said
+        assert named <= own, said
+        assert sum(holder.tensors for holder in holders) <= len(own), said
+        if untouched and leaked:
+            assert sum(holder.tensors for holder in holders) == len(own), said
+            assert all(not holder.whole for holder in holders), said
+
+
+def test_what_stays_is_laid_at_the_door_of_who_made_it(run):
+    source = """
+@pytest.fixture(scope="session")
+def model():
+    return torch.nn.Linear(256, 256, bias=False, device="cuda")
+
+@pytest.fixture(scope="session")
+def late():
+    return take(8)
+
+def train(model):
+    model.zero_grad(set_to_none=True)
+    model(torch.ones(1, 256, device="cuda")).sum().backward()
+
+def test_first_gradients(model): train(model)
+def test_gradients_made_anew(model): train(model)
+def test_leak_beside_gradients(model): KEPT.append(take(4))
+def test_leak_before_a_fixture(request):
+    KEPT.append(take(4))
+    request.getfixturevalue("late")
+"""
+    finished = run(source)
+
+    assert finished.card("test_first_gradients").leaked == 0
+    assert "held by fixture 'model' (session)" in finished.card("test_first_gradients").note
+    for number, name in enumerate(("test_leak_beside_gradients", "test_leak_before_a_fixture")):
+        card = finished.card(name)
+        assert (card.leftover, card.leaked) == (4096, 4096), card
+        assert [each.where for each in card.holders] == [
+            f"test_it.py: module global KEPT[{number}]"
+        ]
