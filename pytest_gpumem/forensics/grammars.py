@@ -123,7 +123,12 @@ GRAMMARS = (
     _grammar("xpu", r".*UR_RESULT_ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY"),
     _grammar("cuda", r"(?:CUDA error: )?CUBLAS_STATUS_ALLOC_FAILED"),
     _grammar("cuda", r"(?:cuDNN error: )?CUDNN_STATUS_ALLOC_FAILED"),
-    _grammar("cuda", r"(?:CUDA error: )?CUBLAS_STATUS_NOT_INITIALIZED", kind="weak"),
+    _grammar(
+        "cuda",
+        r"(?:CUDA error: |cuDNN error: |cusolver error: )?"
+        r"(?:CUBLAS|CUDNN|CUSOLVER)_STATUS_NOT_INITIALIZED",
+        kind="weak",
+    ),
     _grammar(
         "cpu",
         r"(?:\[enforce fail at .{0,200}?\] ?.{0,60}?|data\. )?DefaultCPUAllocator: "
@@ -272,7 +277,7 @@ GRAMMARS = (
     _grammar("numba", r"\[2\] Call to cu\w+ results in CUDA_ERROR_OUT_OF_MEMORY"),
     _grammar(
         "nccl",
-        r"(?:\S+:\d+:\d+ \[(?P<device>\d+)\] )?(?:.* )?NCCL WARN Cuda failure (?:\d+ )?"
+        r"(?:\S+:\d+:\d+ \[(?P<device>\d+)\] )?(?:.* )?(?:NCCL WARN )?Cuda failure (?:\d+ )?"
         r"'out of memory'",
         bare=True,
     ),

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gc
 import inspect
-import re
 import sys
 import types
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.units import parse_bytes
+from pytest_gpumem import devices
+from pytest_gpumem.forensics import vocabulary
+from pytest_gpumem.forensics.vocabulary import Said
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_TRIED = re.compile(r"Tried to allocate (\d+(?:\.\d+)? [KMGT]iB)")
-_OOM = re.compile(r"(CUDA|HIP|XPU|MPS)( error:| driver error:| backend)? ?out of memory")
+_NEARLY_FULL = 256 * 2**20
+"""Bytes free below which a library that cannot start probably found no room: cuBLAS and cuDNN take
+a handle, their kernels and a workspace of up to 32 MiB (``CUBLAS_WORKSPACE_CONFIG`` in PyTorch's
+notes on CUDA)."""
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
@@ -83,25 +86,61 @@ def collect(above: Callable[[], bool]) -> None:
 
 
 def oom_sentence(error: BaseException) -> str:
-    """Return the first sentences of a card's out-of-memory error in the chain, "" without one."""
-    return ". ".join(oom_text(error).split(". ")[:2])
+    """Return the first sentences of a card's out-of-memory error in the chain, "" without one.
+
+    With the limit that was hit, where somebody had set one below the card's size.
+    """
+    said = _out_of_memory(error)
+    if said is None:
+        return ""
+    sentence = ". ".join(said.text.split(". ")[:2])
+    limit = f" ({said.allowed} allowed)"
+    return f"{sentence}{limit}" if said.allowed and said.allowed not in sentence else sentence
 
 
 def oom_text(error: BaseException) -> str:
     """Return all that such an error says of the card, "" without one in the chain."""
-    for each in chain(error):
-        text = str(each)
-        named = type(each).__name__ == "OutOfMemoryError"
-        if named or (isinstance(each, RuntimeError) and _OOM.match(text)):
-            # torch.AcceleratorError goes on with lines of general advice.
-            return text.partition("\n")[0]
-    return ""
+    said = _out_of_memory(error)
+    return "" if said is None else said.text
 
 
 def asked_for(sentence: str) -> int:
     """Return the bytes of one allocation that failed, 0 where ``sentence`` does not tell."""
-    match = _TRIED.search(sentence)
-    return parse_bytes(match[1]) if match is not None else 0
+    said = vocabulary.classify(sentence)
+    return 0 if said is None else said.tried
+
+
+def _out_of_memory(error: BaseException) -> Said | None:
+    """Return what the chain of ``error`` says of a card whose memory ran out, None if nothing."""
+    told = [said for each in chain(error) if (said := _said(each)) is not None and not said.host]
+    sure = next((said for said in told if not said.weak), None)
+    return sure or next((said for said in told if _nearly_full()), None)
+
+
+def _said(error: BaseException) -> Said | None:
+    """Return what one exception says; an assertion, or pytest's own, quotes what it compared."""
+    if isinstance(error, AssertionError) or _of_pytest(error):
+        return None
+    try:
+        text = str(error)
+    except Exception:  # whatever the suite's class does
+        return None
+    said = vocabulary.classify(text)
+    if said is None and type(error).__name__ == "OutOfMemoryError":
+        known = type(error).__module__.partition(".")[0] in ("torch", "cupy")
+        return Said(text.partition("\n")[0] or "out of memory") if known else None
+    return said
+
+
+def _of_pytest(error: BaseException) -> bool:
+    # pytest.fail's own class says that it is a builtin; its base does not.
+    return any(kind.__module__.startswith("_pytest.") for kind in type(error).__mro__)
+
+
+def _nearly_full() -> bool:
+    """Tell whether a card has less room than a library needs to start; False when not known."""
+    readings = map(devices.driver_reading, devices.find_cards().cards)
+    return any(each is not None and each.free < _NEARLY_FULL for each in readings)
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

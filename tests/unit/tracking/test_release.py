@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_gpumem import devices
+from pytest_gpumem.records import Card
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
@@ -356,3 +358,66 @@ def test_what_a_failed_closure_pins_goes_with_the_traceback() -> None:
 )
 def test_an_out_of_memory_error_tells_what_was_asked_for(sentence: str, size: int) -> None:
     assert release.asked_for(sentence) == size
+
+
+class OutOfMemoryError(Exception):
+    """As Ray's, and many a database's."""
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+class UnspeakableError(RuntimeError):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError(f"Worker failed: {CUDA}. GPU 0 has"), CUDA),
+        (MemoryError("std::bad_alloc: out_of_memory: CUDA error"), None),
+        (raised(KeyError("x"), RuntimeError(CUDA)), CUDA),
+        (raised(AssertionError("x"), RuntimeError(CUDA)), CUDA),
+        (type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})("so full"), "so full"),
+        (
+            RuntimeError(f"{CUDA}. GPU 0 has a capacity of 1 B. 20.00 MiB allowed; Of the"),
+            f"{CUDA} (20.00 MiB allowed)",
+        ),
+        (OutOfMemoryError("the page pool is used up"), ""),
+        (OutOfMemoryError("Task was killed due to the node running low on memory"), ""),
+        (OutOfMemoryError(CUDA), CUDA),
+        (MemoryError(), ""),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:7] . DefaultCPUAllocator: not enough"), ""),
+        (AssertionError(CUDA), ""),
+        (pytest.fail.Exception(CUDA), ""),
+        (UnspeakableError(), ""),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling"), ""),
+    ],
+    ids=repr,
+)
+def test_what_ran_out_of_a_cards_memory(error: BaseException, sentence: str | None) -> None:
+    assert release.oom_sentence(error) == (str(error) if sentence is None else sentence)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 brought exception groups")
+def test_a_member_of_a_group_counts() -> None:
+    group = ExceptionGroup("two", [ValueError("x"), RuntimeError(CUDA)])  # noqa: F821  # from 3.11
+    assert release.oom_sentence(group) == CUDA
+
+
+@pytest.mark.parametrize(("free", "counts"), [(2**20, True), (2**30, False), (None, False)])
+def test_weak_evidence_counts_on_a_card_that_was_nearly_full(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, counts: bool
+) -> None:
+    card = Card("GPU-1", "A card", 2**34)
+    reading = None if free is None else devices.DriverReading(2**34 - free, free, 2**34, 0)
+    monkeypatch.setattr(devices, "find_cards", lambda: devices.CardsFound((card,)))
+    monkeypatch.setattr(devices, "driver_reading", lambda _card: reading)
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling")
+    assert bool(release.oom_sentence(error)) is counts

@@ -1,0 +1,89 @@
+"""What a run asks of the grammars: whether an error says that memory ran out, and whose."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HINT = re.compile(
+    r"(?i)memory|alloc|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|cache blocks"
+)
+"""Lines without any of these are in no grammar; the grammars are loaded only for one that has."""
+_LINES = 100
+"""Lines with a hint that are looked at: an error may carry a whole log."""
+_LENGTH = 2_000
+"""Characters of a line that are looked at."""
+
+_LEADS = re.compile(
+    r"[:;,.|>\])=]\s+|\s-+\s+|\((?:['\"])?"
+    r"|\b(?i:errors?|exception|with|due to|because of|caused by|reason)\s+"
+)
+"""What may stand between somebody's own words and the framework's; of quotation marks only those
+of an exception's ``repr``, for a text in others is data."""
+_SURE = re.compile(r"(?<!['\"`])\b\w+ out of memory\. Tried to allocate \d")
+"""With its figures it is an error wherever it stands."""
+_DATA = re.compile(r"\bassert\b|AssertionError|\bFailed: |Regex pattern|DID NOT RAISE")
+_CLASS = re.compile(r"(?:\w+\.)*OutOfMemoryError\b")
+"""A name alone says nothing: Ray's is about the host, a database's about neither."""
+_OF_HOST = re.compile(r"OUT_OF_HOST_MEMORY|device:CPU:|by allocator (?:mkl)?cpu\b")
+
+
+class Said(NamedTuple):
+    """What an error says of memory that ran out."""
+
+    text: str
+    """The framework's own words, one line."""
+    host: bool = False
+    """Whether it was the machine's memory and not the card's."""
+    weak: bool = False
+    """Whether it means that only on a card that was nearly full."""
+    tried: int = 0
+    """Bytes of the allocation that failed, 0 where it does not tell."""
+    allowed: str = ""
+    """The limit below the card's size that was hit, as printed; empty where there was none."""
+
+
+def classify(text: str) -> Said | None:
+    """Return what the text of an exception says of memory that ran out, None if nothing.
+
+    The words may stand anywhere in it. What only may mean it (``weak``) is returned where nothing
+    better is found.
+    """
+    found = [said for line in _hinted(text) if (said := _line(line)) is not None]
+    return min(found, key=lambda said: said.weak, default=None)
+
+
+def _hinted(text: str) -> list[str]:
+    if _HINT.search(text) is None:
+        return []
+    return [line[:_LENGTH] for line in text.splitlines() if _HINT.search(line)][:_LINES]
+
+
+def _line(line: str) -> Said | None:
+    from pytest_gpumem.forensics import grammars
+
+    for start in sorted(set(_starts(line))):
+        if _DATA.search(line, 0, start) or _DATA.match(line, start):
+            return None
+        rest = line[start:]
+        message = None if _CLASS.match(rest) else grammars.parse(rest, raised=True)
+        if message is not None:
+            return Said(
+                rest,
+                host=message.backend in ("cpu", "host") or _OF_HOST.search(line) is not None,
+                # ONNX Runtime's arena may be the host's.
+                weak=message.kind == "weak" or message.backend == "onnxruntime",
+                tried=message.sizes.get("tried", 0),
+                allowed=message.printed.get("allowed", ""),
+            )
+    return None
+
+
+def _starts(line: str) -> Iterator[int]:
+    """Yield where the framework's words may begin."""
+    yield len(line) - len(line.lstrip())
+    for pattern, end in ((_LEADS, True), (_SURE, False)):
+        yield from (match.end() if end else match.start() for match in pattern.finditer(line))
