@@ -25,14 +25,13 @@ from pytest_gpumem.state import (
     State,
 )
 from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.tracker import Fixture, Tracker, Usage, release_when_shared
 from pytest_gpumem.tracking.verdict import holds_memory
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
-
-"""How torch words it where the class is a plain ``RuntimeError``."""
 
 
 class Memory:
@@ -65,8 +64,11 @@ class Measuring:
         self._settings = state.settings
         self._cards = state.found.cards
         self._pdb = bool(config.getoption("usepdb", False))
-        rules = (release_when_shared(_shared(self._cards)),) if state.settings.mode == "on" else ()
-        self.tracker = Tracker(*rules, stacks=state.settings.stacks, root=config.rootpath)
+        on, settings = state.settings.mode == "on", state.settings
+        rules = (release_when_shared(_shared(self._cards)),) if on else ()
+        # Where the plugin caps it, the memory fraction is the cap's business.
+        left = LeftBehind(put_back=on, fractions=settings.fraction is None)
+        self.tracker = Tracker(*rules, left=left, stacks=settings.stacks, root=config.rootpath)
         self._item: pytest.Item | None = None
         self._tearing_down = False
         self._errors: list[BaseException] = []
@@ -164,7 +166,7 @@ class Measuring:
             self.tracker.fail_fixture(fixture)
             raise
         self.tracker.end_fixture(fixture, value, fixturedef.func)
-        if fixture.wide and self.tracker.active:
+        if fixture.wide:
             # Finalisers run last in, first out: this one marks the start of the teardown.
             fixturedef.addfinalizer(lambda: self._begin_teardown(fixture))
         return value
@@ -258,13 +260,14 @@ def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) ->
     oom = next(filter(None, map(release.oom_sentence, errors)), "")
     item.user_properties[:] = [each for each in item.user_properties if each[0] not in PROPERTIES]
     grant = item.stash.get(GRANT, None)
-    if not (usage.cards or usage.fixtures or oom or grant):
+    if not (usage.cards or usage.fixtures or usage.left or oom or grant):
         return
     record = {
         "cards": [records.to_plain(card) for card in usage.cards],
         "fixtures": [records.to_plain(fixture) for fixture in usage.fixtures],
         "oom": oom,
         "lease": records.to_plain(grant),
+        "left": [records.to_plain(each) for each in usage.left],
     }
     values = (
         sum(card.peak for card in usage.cards),

@@ -82,6 +82,17 @@ class CardUsage(NamedTuple):
     """Allocated by the wider fixtures it uses: what a process without them needs on top."""
 
 
+class Left(NamedTuple):
+    """Something that a test set for its whole process and did not set back."""
+
+    what: str
+    """``memory fraction of cuda:0``, ``default device``, ``CUDA_VISIBLE_DEVICES``."""
+    before: str
+    after: str
+    put_back: bool = False
+    """Whether it was set to what it was before."""
+
+
 class FixtureUsage(NamedTuple):
     """What one fixture's set-up and teardown did to one card."""
 
@@ -160,6 +171,8 @@ class RecordedTest(NamedTuple):
     step: str = ""
     """Why this is a further attempt after one ran out of memory: ``alone`` on the card,
     ``released`` after model state was consolidated, or on the ``cpu``."""
+    left: tuple[Left, ...] = ()
+    """What it set for its whole process and left so."""
 
     @property
     def fell_back(self) -> bool:

@@ -27,6 +27,7 @@ PEAKS = {
     "_xpu_resetPeakMemoryStats": "_xpu_memoryStats",
     "_accelerator_resetPeakStats": "_accelerator_getDeviceStats",
 }
+ALLOCATOR_SETTINGS = "_accelerator_getAllocatorSettings"
 CLEAR_WORKSPACES = "_cuda_clearCublasWorkspaces"
 HAS_CONTEXT = "_cuda_hasPrimaryContext"
 IS_RECORDING = "_cuda_isHistoryEnabled"
@@ -142,6 +143,22 @@ def _wrap(name: str, around: Callable[..., Any]) -> Callable[[], None]:
 
     setattr(core, name, wrapper)
     return undo
+
+
+def default_device() -> str:
+    """Return the device that ``torch.set_default_device`` set, ``cpu`` where it set none.
+
+    The public question makes a tensor there, and with it a context, to tell the device's index.
+    """
+    default = getattr(sys.modules.get("torch"), "_GLOBAL_DEVICE_CONTEXT", None)
+    context = getattr(default, "device_context", None)
+    return "cpu" if context is None else str(context.device)
+
+
+def allocator_settings() -> str:
+    """Return what was set by a call, "" for nothing and where torch does not tell."""
+    ask = _private(ALLOCATOR_SETTINGS)
+    return "" if ask is None else str(ask())
 
 
 def clear_workspaces() -> None:

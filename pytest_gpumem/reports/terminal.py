@@ -12,9 +12,10 @@ from pytest_gpumem.units import format_bytes, format_mib
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
+    from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, Left, RecordedTest, RunRecord
 
 _HOLDERS_SHOWN = 3
+_LEFT_SHOWN = 10
 _STEPS = {
     "alone": "alone on the card",
     "released": "after consolidating model state",
@@ -34,7 +35,11 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
         verbosity: pytest's; below 0 one line says it all, above 0 holders are not shortened.
 
     """
-    touched = [test for test in run.tests if test.cards or test.fixtures or test.oom or test.broke]
+    touched = [
+        test
+        for test in run.tests
+        if test.cards or test.fixtures or test.oom or test.broke or test.left
+    ]
     if not touched:
         return
     yield _summary(run, touched)
@@ -46,6 +51,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
     yield from _fixtures(touched)
     yield from _section("leaked", _leaks(touched, limit))
     yield from _section("out of memory", _ooms(touched))
+    yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))
     yield from _section("routing", _routing(run.tests))
     yield from _section("replaced workers", _replaced(run.tests))
@@ -65,9 +71,10 @@ def usage_lines(usage: CardUsage) -> Iterator[str]:
 def _summary(run: RunRecord, touched: Sequence[RecordedTest]) -> str:
     peak = max((card.peak for test in touched for card in test.cards), default=0)
     leaks = sum(1 for test in touched if _leaked(test))
-    ooms = sum(1 for test in touched if test.oom and test.outcome != "rerun")
+    ooms = sum(1 for test in touched if _felled(test))
     # By name: a test that ran again counts once.
-    used, known = ({test.nodeid for test in tests} for tests in (touched, run.tests))
+    used = {test.nodeid for test in touched if any(card.peak for card in test.cards)}
+    known = {test.nodeid for test in run.tests}
     return (
         f"{_count(len(used), 'test')} of {len(known)} used VRAM, "
         f"highest peak {format_bytes(peak)}, "
@@ -77,6 +84,11 @@ def _summary(run: RunRecord, touched: Sequence[RecordedTest]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _felled(test: RecordedTest) -> bool:
+    """Tell whether a test failed because memory ran out, and was not tried again."""
+    return bool(test.oom) and test.outcome in ("failed", "error")
 
 
 def _leaked(test: RecordedTest) -> int:
@@ -161,10 +173,30 @@ def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]
 
 
 def _ooms(tests: Sequence[RecordedTest]) -> Iterator[str]:
+    limits: dict[tuple[str, str], dict[str, tuple[Left, RecordedTest]]] = {}
+    """By process: the limits that earlier tests left."""
     for test in tests:
-        if test.oom and test.outcome != "rerun":
+        standing = limits.setdefault((test.host, test.worker), {})
+        if _felled(test):
             yield f"  {test.nodeid}{_on(test)}"
             yield f"      {test.oom}"
+            if test.oom.endswith(" allowed)"):
+                for left, culprit in standing.values():
+                    yield f"      {left.what} is {left.after}: {culprit.nodeid} left it so"
+        for left in test.left:
+            if left.what.startswith("memory fraction") and not left.put_back:
+                standing[left.what] = left, test
+
+
+def _left(tests: Sequence[RecordedTest], verbosity: int) -> Iterator[str]:
+    found = [(left, test) for test in tests for left in test.left]
+    shown = found if verbosity > 0 else found[:_LEFT_SHOWN]
+    for left, test in shown:
+        what = f"{left.what} is {left.after}, was {left.before}"
+        done = "; set back" if left.put_back else ""
+        yield f"  {test.nodeid}{_on(test)}: {what}{done}"
+    if len(shown) < len(found):
+        yield f"  ... {len(found) - len(shown)} more; -v shows all"
 
 
 def _alone_again(run: RunRecord) -> list[RecordedTest]:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from pytest_gpumem import devices
 from pytest_gpumem.devices import Allocator, AllocatorReading
-from pytest_gpumem.records import Card, CardUsage, FixtureUsage
+from pytest_gpumem.records import Card, CardUsage, FixtureUsage, Left
 from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdict, Verdicts
 
 ReleaseCache = Callable[[Card, AllocatorReading], bool]
@@ -167,10 +168,11 @@ def _held(fixtures: Iterable[Fixture], uuid: str) -> int:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a test did: one entry for each card and each fixture that moved."""
+    """What a test did: to each card and fixture that moved, and to its process."""
 
     cards: tuple[CardUsage, ...] = ()
     fixtures: tuple[FixtureUsage, ...] = ()
+    left: tuple[Left, ...] = ()
 
 
 @dataclass
@@ -197,6 +199,7 @@ class Tracker:
         release_cache: decides after each test whether the allocator's unused cache is given back.
         stacks: whether to record where tensors are allocated.
         root: directory from which holders' files are named; the working directory unless given.
+        left: watches what tests set for the whole process.
 
     """
 
@@ -204,6 +207,7 @@ class Tracker:
         self,
         release_cache: ReleaseCache = lambda _card, _reading: False,
         *,
+        left: LeftBehind | None = None,
         stacks: bool = False,
         root: Path | None = None,
     ) -> None:
@@ -215,6 +219,7 @@ class Tracker:
         self._standing: list[Fixture] = []
         """Wider fixtures that are set up."""
         self._tensors = TensorLedger(root)
+        self._left = left or LeftBehind()
         self._changed = 0
         """Net bytes, over all cards, since the ledger met what lives on them."""
         self._reading = False
@@ -292,6 +297,10 @@ class Tracker:
         if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
             allocator.reset_peak(index)
 
+    def _look(self) -> None:
+        """Charge what is set for the process to who was running."""
+        self._left.look(by_test=self._charged_owners()[-1] is self._test)
+
     def _remember(self) -> None:
         """Lay the tensors that are new at the door of who was running; a pass over the heap.
 
@@ -321,6 +330,7 @@ class Tracker:
         self.boundary()
         # Taken at import or between tests: not to be laid at a later test's door.
         self._remember()
+        self._look()
         self._outside.accounts.clear()
         self._test = Test(nodeid, found=list(self._standing))
         self._owners = [self._test]
@@ -380,7 +390,8 @@ class Tracker:
         self._release_caches()
         self._read_processes()
         cards = self._card_usages(test, verdicts, fixtures)
-        usage = Usage(cards, _fixture_usages(test, verdicts))
+        self._look()
+        usage = Usage(cards, _fixture_usages(test, verdicts), self._left.settle())
         self._test = None
         self._owners = [self._outside]
         return usage
@@ -468,6 +479,7 @@ class Tracker:
         fixture = Fixture(name, scope)
         if fixture.wide:
             self._remember()
+            self._look()
         self._owners.append(fixture)
         return fixture
 
@@ -478,6 +490,8 @@ class Tracker:
         for the fixture.
         """
         self.boundary()
+        if fixture.wide:
+            self._look()
         self._owners.remove(fixture)
         if self._test is not None and fixture.wide:
             for uuid, account in fixture.accounts.items():
@@ -488,6 +502,7 @@ class Tracker:
         self.boundary()
         if fixture.wide:
             self._remember()
+            self._look()
         self._owners.remove(fixture)
         fixture.set_up = {uuid: replace(account) for uuid, account in fixture.accounts.items()}
         if fixture.wide:
@@ -515,6 +530,7 @@ class Tracker:
         pytest lets go of a fixture's value only after that.
         """
         self._end_teardowns()
+        self._look()
         fixture.torn_down = True
         if fixture in self._standing:
             self._standing.remove(fixture)
@@ -525,6 +541,8 @@ class Tracker:
 
     def _end_teardowns(self) -> None:
         self.boundary()
+        if any(isinstance(owner, Fixture) and owner.torn_down for owner in self._owners):
+            self._look()
         self._owners = [
             owner for owner in self._owners if not (isinstance(owner, Fixture) and owner.torn_down)
         ]

@@ -1,0 +1,107 @@
+"""What a process has set that outlives a test and changes what later ones meet; read, never made.
+
+Nothing here creates a CUDA context or imports torch: what torch has not got yet has its default.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+from pytest_gpumem.devices import torch_private, torch_state
+from pytest_gpumem.devices.notebook import note_failure
+
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+)
+"""Of the environment: which cards there are, and how torch takes their memory.
+
+Looked up by name, twice a test: a look at each variable takes four times as long.
+"""
+FRACTION = "memory fraction of cuda:"
+_DEFAULTS = {
+    "default device": "cpu",
+    "default dtype": "torch.float32",
+    "deterministic algorithms": False,
+    "gradients": True,
+    "float32 matmul precision": "highest",
+    "allocator settings": "",
+    "current device": "cuda:0",
+}
+"""Of torch. The settings of its allocator are those that were made by a call."""
+
+Settings = dict[str, object]
+"""By what is set."""
+
+
+def read(*, fractions: bool = True) -> Settings:
+    """Return what is set now; about 10 us with torch in use."""
+    found: Settings = dict(zip(VARIABLES, map(os.environ.get, VARIABLES), strict=True))
+    torch = sys.modules.get("torch")
+    if isinstance(torch, ModuleType):  # a mock of it has everything
+        try:
+            found |= _of_torch(torch)
+            found |= _of_cuda(fractions)
+        except AttributeError:  # another thread is still importing it
+            pass
+        except Exception as error:
+            note_failure("reading torch's settings", error)
+    return found
+
+
+def _of_torch(torch: Any) -> Settings:
+    return {
+        "default device": torch_private.default_device(),
+        "default dtype": str(torch.get_default_dtype()),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "allocator settings": torch_private.allocator_settings(),
+    }
+
+
+def _of_cuda(fractions: bool) -> Settings:
+    cuda = torch_state.cuda()
+    if cuda is None:
+        return {}
+    found: Settings = {"current device": f"cuda:{cuda.current_device()}"}
+    # Older versions of torch can set it, but not tell it.
+    if fractions and hasattr(cuda.module, "get_per_process_memory_fraction"):
+        for index in range(cuda.device_count()):
+            found[f"{FRACTION}{index}"] = cuda.get_per_process_memory_fraction(index)
+    return found
+
+
+def changes(before: Settings, after: Settings) -> dict[str, tuple[object, object]]:
+    """Return what differs, with its value before and after."""
+    if before == after:
+        return {}
+    told = ((what, _value(before, what), value) for what, value in after.items())
+    return {what: (old, new) for what, old, new in told if old != new}
+
+
+def _value(settings: Settings, what: str) -> object:
+    return settings.get(what, 1.0 if what.startswith(FRACTION) else _DEFAULTS.get(what))
+
+
+def put_back(what: str, value: object) -> bool:
+    """Set ``what`` to ``value`` again where that is safe; return whether it was.
+
+    Only a limit that fails innocent tests is: the memory fraction. What decides how tests compute
+    may be meant to last.
+    """
+    cuda = torch_state.cuda()
+    if cuda is None or not what.startswith(FRACTION):
+        return False
+    try:
+        cuda.set_per_process_memory_fraction(value, int(what.removeprefix(FRACTION)))
+    except Exception as error:
+        note_failure(f"setting the {what} again", error)
+        return False
+    return True

@@ -1,0 +1,57 @@
+"""What a test sets for its whole process and leaves so: whose doing it is, and put back or named.
+
+What wider fixtures and the suite's hooks between tests set is meant to last, and is no test's.
+"""
+
+from __future__ import annotations
+
+from pytest_gpumem.devices import process_state
+from pytest_gpumem.records import Left
+
+
+class LeftBehind:
+    """Compares what is set whenever another owner begins to run.
+
+    Args:
+        put_back: whether to set back what a test left, as far as that is safe.
+        fractions: whether to watch torch's memory fraction.
+
+    """
+
+    def __init__(self, *, put_back: bool = False, fractions: bool = True) -> None:
+        self._put_back = put_back
+        self._fractions = fractions
+        self._last: process_state.Settings | None = None
+        self._before: dict[str, object] = {}
+        """What the running test changed, and the value before its first change."""
+
+    def look(self, *, by_test: bool) -> None:
+        """Charge what changed since the last look to the test, or to nobody."""
+        now = process_state.read(fractions=self._fractions)
+        before = now if self._last is None else self._last
+        for what, (old, _) in process_state.changes(before, now).items():
+            if by_test:
+                self._before.setdefault(what, old)
+            else:
+                self._before.pop(what, None)
+        self._last = now
+
+    def settle(self) -> tuple[Left, ...]:
+        """Return what the test that ends changed and left, put back where that is wanted."""
+        if not self._before:
+            return ()
+        now, self._last = self._last or {}, None  # what is put back is read again
+        left = tuple(
+            Left(what, _text(old), _text(now[what]), self._set_back(what, old))
+            for what, old in self._before.items()
+            if what in now and now[what] != old
+        )
+        self._before.clear()
+        return left
+
+    def _set_back(self, what: str, old: object) -> bool:
+        return self._put_back and process_state.put_back(what, old)
+
+
+def _text(value: object) -> str:
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
