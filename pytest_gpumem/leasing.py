@@ -270,7 +270,7 @@ class Leasing:
 
             self._lease = self._wait(item, wants, on_wait)
         size = min(wants[card.uuid].size or card.total for card in cards)
-        waited = time.monotonic() - begun
+        waited = time.monotonic() - begun if telling.waited else 0.0
         item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, waited)
 
     def _wait(
@@ -417,6 +417,11 @@ class _Telling:
         self._say = say
         self._text = ""
         self._timer: threading.Timer | None = None
+
+    @property
+    def waited(self) -> bool:
+        """Whether there was anything to wait for."""
+        return self._timer is not None
 
     def on_wait(self, text: str) -> None:
         """Take note of what is waited for and who has it."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import devices, records
+from pytest_gpumem.devices.processes import others
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.state import (
     CARDS,
@@ -32,6 +33,10 @@ from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
+
+
+BESIDE: pytest.StashKey[list[records.Process]] = pytest.StashKey()
+"""Who else was on the cards when a test ran out of memory."""
 
 
 class Memory:
@@ -98,6 +103,8 @@ class Measuring:
             return
         if call.excinfo is not None:
             self._errors.append(call.excinfo.value)
+            if release.oom_sentence(call.excinfo.value):
+                item.stash[BESIDE] = [each for card in self._cards for each in others(card)]
         if call.when == "call":
             self._keepers = _keepers(item)
             _attach(item, Usage(self.tracker.usage()), self._errors)
@@ -268,6 +275,7 @@ def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) ->
         "oom": oom,
         "lease": records.to_plain(grant),
         "left": [records.to_plain(each) for each in usage.left],
+        "beside": [records.to_plain(each) for each in item.stash.get(BESIDE, ())] if oom else [],
     }
     values = (
         sum(card.peak for card in usage.cards),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -173,6 +174,10 @@ def _begin(config: pytest.Config, options: dict[str, Any]) -> None:
             if settings.mode == "on" and found.cards:
                 found = _place(found)
             state = _simulate(settings, found) if settings.simulated else State(settings, found)
+            state.notes += [
+                f"{place} does nothing with --gpumem={settings.mode}: it needs --gpumem=on"
+                for place in settings.without_effect
+            ]
     except BadSettingError as error:
         raise pytest.UsageError(str(error)) from None
     state.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -238,6 +243,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     cards = ", ".join(shown) or f"no card: {state.found.why_none}"
     lines = [f"gpumem: {state.settings.mode}, {cards}"]
     if state.simulation is not None:
+        if importlib.util.find_spec("torch") is None:
+            lines.append("gpumem: torch is not installed: no test can use the simulated card")
         lines.append(f"gpumem: {state.simulation.NOT_SIMULATED}")
     if state.found.note and not _is_controller(config):  # workers choose their cards by UUID
         lines.append(f"gpumem: {state.found.note}")

@@ -13,6 +13,8 @@ import os
 import typing
 from typing import Any, NamedTuple, TypeVar
 
+from pytest_gpumem.units import format_bytes
+
 if typing.TYPE_CHECKING:
     from pathlib import Path
 
@@ -91,6 +93,23 @@ class Left(NamedTuple):
     after: str
     put_back: bool = False
     """Whether it was set to what it was before."""
+
+
+class Process(NamedTuple):
+    """Another process on a card, as the driver's list tells."""
+
+    pid: int
+    command: str
+    """Empty where the system does not tell it."""
+    size: int | None
+    """Bytes of the card; None where the driver does not tell."""
+
+    @property
+    def text(self) -> str:
+        """Return it in words."""
+        command = f" ({self.command})" if self.command else ""
+        size = "memory" if self.size is None else format_bytes(self.size)
+        return f"process {self.pid}{command} holds {size}"
 
 
 class FixtureUsage(NamedTuple):
@@ -173,6 +192,8 @@ class RecordedTest(NamedTuple):
     ``released`` after model state was consolidated, or on the ``cpu``."""
     left: tuple[Left, ...] = ()
     """What it set for its whole process and left so."""
+    beside: tuple[Process, ...] = ()
+    """Who else was on the card right after it ran out of memory, the largest first."""
 
     @property
     def fell_back(self) -> bool:

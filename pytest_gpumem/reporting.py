@@ -232,4 +232,5 @@ def _record(report: pytest.TestReport, worker: str, phases: _Phases) -> records.
         oom=usage["oom"],
         lease=usage["lease"] and records.from_plain(records.Grant, usage["lease"]),
         left=tuple(records.from_plain(records.Left, each) for each in usage["left"]),
+        beside=tuple(records.from_plain(records.Process, each) for each in usage["beside"]),
     )

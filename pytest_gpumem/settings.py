@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 MODES = ("off", "track", "on")
+NEED_ON = frozenset(
+    ("schedule", "headroom", "too_large", "oom", "lease_timeout", "history", "fraction")
+)
+"""Options that are about sharing a card."""
 SCHEDULES = ("careful", "optimistic", "off")
 
 
@@ -56,6 +60,8 @@ class Settings(NamedTuple):
     route_large: int = 200 * 2**20
     route_transformers: float = 0.80
     embedding_model: str = "all-MiniLM-L6-v2"
+    without_effect: tuple[str, ...] = ()
+    """Options that were given and need another mode, each with where it stands."""
 
     @property
     def simulated(self) -> bool:
@@ -401,6 +407,7 @@ def resolve(
 
     """
     found: dict[str, Any] = {"mode": "on"} if asked else {}
+    places: dict[str, str] = {}
     for option in OPTIONS:
         for place, value in (
             (option.flag, options.get(option.dest)),
@@ -413,8 +420,12 @@ def resolve(
                 found[option.field] = option.parse(value)
             except ValueError as error:
                 raise BadSettingError(f"{place}: {error}") from None
+            places[option.field] = place
             break
     settings = Settings(**found)
+    if settings.mode != "on":
+        idle = tuple(place for field, place in places.items() if field in NEED_ON)
+        settings = settings._replace(without_effect=idle)
     if settings.simulate is not None and settings.simulate_context >= settings.simulate:
         raise BadSettingError(
             f"--gpumem-simulate: a card of {format_bytes(settings.simulate)} has no room for a "

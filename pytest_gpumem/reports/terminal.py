@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 _HOLDERS_SHOWN = 3
 _LEFT_SHOWN = 10
 _STEPS = {
-    "alone": "alone on the card",
+    "alone": "with no other test on the card",
     "released": "after consolidating model state",
     "cpu": "on the CPU",
 }
 """Of the ladder."""
-_WAITED = 0.01
-"""Seconds from which on a lease counts as waited for."""
 
 
 def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
@@ -48,7 +46,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
     shown = len(touched) if verbosity > 1 else top
     yield from _table(touched, shown)
     limit = None if verbosity > 0 else _HOLDERS_SHOWN
-    yield from _fixtures(touched)
+    yield from _fixtures(touched, shown)
     yield from _section("leaked", _leaks(touched, limit))
     yield from _section("out of memory", _ooms(touched))
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
@@ -117,24 +115,43 @@ def _on(test: RecordedTest) -> str:
     return f" [{test.worker}]" if test.worker else ""
 
 
-def _fixtures(tests: Sequence[RecordedTest]) -> Iterator[str]:
-    """Show the wider fixtures; one that was torn down counts with its teardown's figures."""
-    rows: dict[tuple[str, str, str, str], FixtureUsage] = {}
-    for test in tests:
-        for each in test.fixtures:
-            if each.scope != "function":
-                rows[test.worker, each.name, each.scope, each.card] = each
-    if not rows:
+def _fixtures(tests: Sequence[RecordedTest], top: int) -> Iterator[str]:
+    """Show the wider fixtures' instances, those that took most first."""
+    rows = sorted(_instances(tests), key=lambda row: -row[0].allocated)
+    if not rows[:top]:
         return
     yield ""
     yield f"{'took MiB':>10} {'peak MiB':>10} {'released':>10}  fixture"
-    for (worker, *_), each in rows.items():
+    for each, test in rows[:top]:
         released = "" if each.released is None else format_mib(each.released)
-        where = f" [{worker}]" if worker else ""
         yield (
             f"{format_mib(each.allocated):>10} {format_mib(each.peak):>10} {released:>10}  "
-            f"{each.name} ({each.scope}){where}"
+            f"{each.name} ({each.scope}){_on(test)}"
         )
+    if len(rows) > top:
+        yield f"... {len(rows) - top} more; -vv shows all"
+
+
+def _instances(tests: Sequence[RecordedTest]) -> list[tuple[FixtureUsage, RecordedTest]]:
+    """Return each instance of a wider fixture once, with its teardown's figures where it has any.
+
+    A fixture is set up again for other parameters, and in each module.
+    """
+    rows: list[tuple[FixtureUsage, RecordedTest]] = []
+    standing: dict[tuple[str, ...], int] = {}
+    for test in tests:
+        for each in test.fixtures:
+            if each.scope == "function":
+                continue
+            key = (test.host, test.worker, each.name, each.scope, each.card)
+            if each.released is None:
+                standing[key] = len(rows)
+                rows.append((each, test))
+            elif key in standing:
+                rows[standing.pop(key)] = each, test
+            else:
+                rows.append((each, test))
+    return rows
 
 
 def _section(title: str, found: Iterable[str]) -> Iterator[str]:
@@ -180,6 +197,8 @@ def _ooms(tests: Sequence[RecordedTest]) -> Iterator[str]:
         if _felled(test):
             yield f"  {test.nodeid}{_on(test)}"
             yield f"      {test.oom}"
+            for other in test.beside:
+                yield f"      beside it: {other.text}"
             if test.oom.endswith(" allowed)"):
                 for left, culprit in standing.values():
                     yield f"      {left.what} is {left.after}: {culprit.nodeid} left it so"
@@ -216,7 +235,7 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
     """Show how the workers shared the cards, if there was more than one or somebody waited."""
     leases = [(test.lease, test) for test in run.tests if test.lease is not None]
     again = _alone_again(run)
-    waited = [(lease.waited, test) for lease, test in leases if lease.waited >= _WAITED]
+    waited = [(lease.waited, test) for lease, test in leases if lease.waited]
     if run.workers < 2 and not again and not waited:
         return
     if run.workers:
