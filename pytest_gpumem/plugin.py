@@ -243,7 +243,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     cards = ", ".join(shown) or f"no card: {state.found.why_none}"
     lines = [f"gpumem: {state.settings.mode}, {cards}"]
     if state.simulation is not None:
-        if importlib.util.find_spec("torch") is None:
+        if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
             lines.append("gpumem: torch is not installed: no test can use the simulated card")
         lines.append(f"gpumem: {state.simulation.NOT_SIMULATED}")
     if state.found.note and not _is_controller(config):  # workers choose their cards by UUID

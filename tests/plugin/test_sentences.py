@@ -161,4 +161,6 @@ def test_model(model): pass
     assert "memory fraction of cuda:0 is 0.25, was 0.75; set back\n" in finished.section
     took = re.findall(r"^ *(\S+) +\S+ +(\S+)  model \(session\)$", finished.section, re.MULTILINE)
     assert took == [("3.0", "3.0"), ("2.0", "2.0"), ("1.0", "1.0")]
-    assert "waited for" not in finished.section
+    leases = [each.lease for each in finished.record.tests if each.lease is not None]
+    assert leases
+    assert {each.waited for each in leases} == {0}

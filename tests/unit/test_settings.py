@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import pytest
 
+from pytest_gpumem import plugin
+from pytest_gpumem.devices import CardsFound
+from pytest_gpumem.records import Card
 from pytest_gpumem.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
+from pytest_gpumem.state import STATE, State
 
 # A text other than the default for every option, and what it means.
 EXAMPLES = {
@@ -122,3 +130,28 @@ def test_a_file_that_is_no_history_is_not_replaced_by_one(tmp_path):
 def test_a_card_too_small_for_one_context_is_refused():
     with pytest.raises(BadSettingError, match=r"no room for a context of 384\.00 MiB"):
         settings({"gpumem_simulate": "300MiB"})
+
+
+@pytest.mark.parametrize(
+    ("cli", "env", "expected"),
+    [
+        ({"gpumem_oom": "fail"}, {}, ("--gpumem-oom",)),
+        ({}, {"GPUMEM_FRACTION": "auto"}, ("GPUMEM_FRACTION in the environment",)),
+        ({"gpumem_top": "3", "gpumem_context": "1GiB"}, {}, ()),
+        ({"gpumem_oom": "fail", "gpumem": "on"}, {}, ()),
+    ],
+)
+def test_options_about_sharing_have_an_effect_only_with_on(cli, env, expected):
+    assert settings(cli, env).without_effect == expected
+
+
+def test_a_simulated_card_that_no_test_can_use_is_said_to_be_so(monkeypatch):
+    state = State(
+        Settings(mode="on", simulate=2**30),
+        CardsFound((Card("GPU-1", "Simulated CUDA card", 2**30),)),
+        SimpleNamespace(NOT_SIMULATED="not simulated: speed"),
+    )
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    lines = plugin.pytest_report_header(SimpleNamespace(stash={STATE: state}))
+    assert "gpumem: torch is not installed: no test can use the simulated card" in lines
