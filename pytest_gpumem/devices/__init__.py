@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.nvml import DriverReading
     from pytest_gpumem.devices.torch_private import (
         allocation_stacks,
+        living_blocks,
         record_stacks,
         watch_peaks,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "cards_to_choose",
     "driver_reading",
     "find_cards",
+    "living_blocks",
     "notes",
     "other_maker",
     "own_bytes",
@@ -72,7 +74,7 @@ _HOMES = {
     ),
     "allocator": ("Allocator", "AllocatorReading", "allocators", "register"),
     "nvml": ("DriverReading",),
-    "torch_private": ("allocation_stacks", "record_stacks", "watch_peaks"),
+    "torch_private": ("allocation_stacks", "living_blocks", "record_stacks", "watch_peaks"),
     "notebook": ("notes",),
     "torch_state": ("other_maker",),
 }

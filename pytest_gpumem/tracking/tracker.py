@@ -301,14 +301,27 @@ class Tracker:
         """Charge what is set for the process to who was running."""
         self._left.look(by_test=self._charged_owners()[-1] is self._test)
 
-    def _remember(self) -> None:
-        """Lay the tensors that are new at the door of who was running; a pass over the heap.
+    @property
+    def _unaccounted(self) -> int:
+        """Bytes that changed otherwise than by known tensors that died; 0: nothing is new."""
+        return self._changed + self._tensors.freed
 
-        None is where nothing changed but by known tensors that died: what took the place of a
-        leak, so that nothing stayed, must not be laid at a later test's door.
+    def _remember(self) -> None:
+        """Lay the tensors that are new at the door of who was running: a pass over the heap.
+
+        Needless where nothing changed but by known tensors that died.
         """
-        if self._changed + self._tensors.freed:
+        if self._unaccounted or self._tensors.aside:
             self._tensors.remember(self._charged_owners()[-1].name)
+            self._changed = 0
+
+    def _set_aside(self, test: Test) -> None:
+        """Set aside what is there if the test that ends may have replaced something."""
+        touched = any(
+            account.peak > test.baselines.get(uuid, 0) for uuid, account in test.accounts.items()
+        )
+        if self._unaccounted or (touched and self._tensors.aside):
+            self._tensors.set_aside()
             self._changed = 0
 
     def _charged_owners(self) -> tuple[Owner, ...]:
@@ -329,7 +342,8 @@ class Tracker:
             self._watch_peaks()
         self.boundary()
         # Taken at import or between tests: not to be laid at a later test's door.
-        self._remember()
+        if self._unaccounted:
+            self._remember()
         self._look()
         self._outside.accounts.clear()
         self._test = Test(nodeid, found=list(self._standing))
@@ -382,11 +396,12 @@ class Tracker:
             self._give_back(errors)
             if self.anything_stayed():
                 verdicts = self._judge(test, keepers or {}, passing or {})
+                self._remember()
         elif judge and self._standing:
             # They may pin a wider fixture's value beyond its teardown.
             for error in errors:
                 release.clear_frames(error)
-        self._remember()
+        self._set_aside(test)
         self._release_caches()
         self._read_processes()
         cards = self._card_usages(test, verdicts, fixtures)

@@ -7,6 +7,7 @@ import pytest
 from pytest_gpumem import devices
 from pytest_gpumem.devices import AllocatorReading
 from pytest_gpumem.records import Card
+from pytest_gpumem.tracking import verdict
 from pytest_gpumem.tracking.tracker import Tracker, release_when_shared
 
 CARD = Card("GPU-1", "A card", 1000)
@@ -222,6 +223,17 @@ def test_the_collector_is_not_run_when_everything_came_back(tracker, memory, mon
     memory.give(100)
 
     assert only(tracker.end_test()).peak == 100
+
+
+def test_the_heap_is_not_walked_for_a_test_that_left_nothing(tracker, memory, monkeypatch):
+    tracker.begin_test("a")
+    memory.take(300)
+    tracker.end_test()
+    monkeypatch.setattr(verdict, "live_storages", lambda *_: pytest.fail("the heap was walked"))
+    for name in "bc":
+        tracker.begin_test(name)
+        memory.give(100)
+        tracker.end_test()
 
 
 def test_a_traceback_does_not_pin_the_tests_variables(tracker, memory):
