@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
+from bisect import bisect_right, insort
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -102,6 +102,53 @@ def with_margin(size: int, margin: float) -> int:
     return size * round(margin * 100) // 100
 
 
+class _Kin:
+    """What the tests of one family or one module took, kept in step as they come and go."""
+
+    __slots__ = ("_fixtures", "_nanoseconds", "_on_card", "_peaks")
+
+    def __init__(self) -> None:
+        self._peaks: list[int] = []
+        """The highest of each test that has any, in order."""
+        self._fixtures: list[int] = []
+        """What the wider fixtures of each test held, in order."""
+        self._nanoseconds = 0
+        """A sum of seconds would drift while tests come and go."""
+        self._on_card = 0
+
+    def add(self, entry: _Entry) -> None:
+        if entry.peaks:
+            insort(self._peaks, max(entry.peaks))
+        insort(self._fixtures, entry.fixtures)
+        self._nanoseconds += _nanoseconds(entry)
+        self._on_card += entry.gpu
+
+    def remove(self, entry: _Entry) -> None:
+        # From the right: most values are equal, and what stands behind the last one has to move.
+        if entry.peaks:
+            del self._peaks[bisect_right(self._peaks, max(entry.peaks)) - 1]
+        del self._fixtures[bisect_right(self._fixtures, entry.fixtures) - 1]
+        self._nanoseconds -= _nanoseconds(entry)
+        self._on_card -= entry.gpu
+
+    def __len__(self) -> int:
+        return len(self._fixtures)
+
+    def expectation(self) -> Expectation:
+        """Return what to expect of a test of the same kind."""
+        return Expectation(
+            with_margin(self._peaks[-1], FAMILY_MARGIN) if self._peaks else None,
+            self._nanoseconds / len(self) / 1e9,
+            "family",
+            gpu=self._on_card > 0,
+            fixtures=self._fixtures[-1],
+        )
+
+
+def _nanoseconds(entry: _Entry) -> int:
+    return round(entry.duration * 1e9)
+
+
 class History:
     """Peaks and durations by node id.
 
@@ -114,8 +161,8 @@ class History:
         self._capacity = capacity
         self._entries: dict[str, _Entry] = {}
         """Ordered: the test seen longest ago comes first."""
-        self._kin: dict[str, Expectation] | None = None
-        """What to expect by family and by module; None when it must be worked out again."""
+        self._kin: dict[str, _Kin] | None = None
+        """By family and by module; None until somebody asks, and in step from then on."""
         self.problem = ""
         """One sentence when the file could not be used."""
 
@@ -219,20 +266,28 @@ class History:
         # A test that only tears a wider fixture down, which it does not use, has a record too.
         self.note(nodeid, peak, duration, bool(peak or fixtures), fixtures)
 
-    def merge(self, other: History) -> None:
-        """Take over what ``other`` knows, as if its runs had come after this history's."""
-        for nodeid, entry in other._entries.items():
-            self._put(nodeid, entry)
-
     def _put(self, nodeid: str, entry: _Entry) -> None:
-        known = self._entries.pop(nodeid, None)
-        self._entries[nodeid] = _joined(known, entry) if known else entry
-        self._kin = None
+        known = self._take(nodeid) if nodeid in self._entries else None
+        self._entries[nodeid] = latest = _joined(known, entry) if known else entry
+        for kin in self._relatives(nodeid):
+            kin.add(latest)
         self._forget()
 
     def _forget(self) -> None:
         while len(self._entries) > self._capacity:
-            del self._entries[next(iter(self._entries))]
+            self._take(next(iter(self._entries)))
+
+    def _take(self, nodeid: str) -> _Entry:
+        entry = self._entries.pop(nodeid)
+        for kin in self._relatives(nodeid):
+            kin.remove(entry)
+        return entry
+
+    def _relatives(self, nodeid: str) -> list[_Kin]:
+        """Return what is known of the kinds of a test, once anybody has asked for any."""
+        if self._kin is None:
+            return []
+        return [self._kin.setdefault(kind, _Kin()) for kind in {family(nodeid), module(nodeid)}]
 
     def expect(self, nodeid: str, mark: int | None = None) -> Expectation:
         """Return what to expect of a test.
@@ -258,25 +313,14 @@ class History:
 
     def _of_kin(self, nodeid: str) -> Expectation:
         if self._kin is None:
-            kin: dict[str, list[_Entry]] = {}
+            self._kin = {}
             for known, entry in self._entries.items():
-                for kind in {family(known), module(known)}:
-                    kin.setdefault(kind, []).append(entry)
-            self._kin = {kind: _summary(entries) for kind, entries in kin.items()}
-        guess = Expectation(None, DURATION, "guess", gpu=False)
-        return self._kin.get(family(nodeid)) or self._kin.get(module(nodeid), guess)
-
-
-def _summary(entries: list[_Entry]) -> Expectation:
-    """Return what to expect of a test whose relatives are ``entries``."""
-    peaks = [peak for entry in entries for peak in entry.peaks]
-    return Expectation(
-        with_margin(max(peaks), FAMILY_MARGIN) if peaks else None,
-        statistics.fmean(entry.duration for entry in entries),
-        "family",
-        gpu=any(entry.gpu for entry in entries),
-        fixtures=max(entry.fixtures for entry in entries),
-    )
+                for kin in self._relatives(known):
+                    kin.add(entry)
+        for kind in (family(nodeid), module(nodeid)):
+            if found := self._kin.get(kind):  # one whose tests were all forgotten is empty
+                return found.expectation()
+        return Expectation(None, DURATION, "guess", gpu=False)
 
 
 def _joined(old: _Entry, new: _Entry) -> _Entry:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -202,16 +204,58 @@ def test_what_is_noted_later_changes_what_is_expected_of_relatives() -> None:
     assert history.expect("a.py::x[2]").peak == 260
 
 
-@given(runs, runs)
-def test_merging_is_as_if_the_other_runs_had_come_later(noted, others) -> None:
-    history = history_of(noted)
-    history.merge(history_of(others))
-    later = history_of(noted + others)
-    assert {nodeid for nodeid, _ in history} == {nodeid for nodeid, _ in later}
-    for nodeid, learned in history:
-        assert learned.runs == later[nodeid].runs
-        assert learned.gpu == later[nodeid].gpu
-        assert learned.peak == later[nodeid].peak
+few = st.builds("{}.py::{}[{}]".format, *map(st.sampled_from, ("ab", "xy", "123")))
+noted_few = st.tuples(few, st.integers(0, 9), st.floats(0, 10**6), st.booleans(), st.integers(0, 9))
+
+
+@given(st.lists(noted_few, max_size=30), st.integers(1, 6), few)
+def test_relatives_are_summed_up_as_if_all_were_looked_at_each_time(noted, capacity, asked) -> None:
+    history = History(capacity)
+    for run in noted:
+        assert history.expect(asked) == naive_expectation(history, asked)
+        history.note(*run)
+    assert history.expect(asked) == naive_expectation(history, asked)
+
+
+def naive_expectation(history: History, nodeid: str) -> histories.Expectation:
+    known = json.loads(history.text())["tests"]
+    if nodeid in known:
+        return history.expect(nodeid)
+    kin = [known[each] for each in known if family(each) == family(nodeid)]
+    kin = kin or [known[each] for each in known if module(each) == module(nodeid)]
+    if not kin:
+        return histories.Expectation(None, histories.DURATION, "guess", gpu=False)
+    peaks = [peak for each in kin for peak in each["peaks"]]
+    return histories.Expectation(
+        max(peaks) * 130 // 100 if peaks else None,
+        pytest.approx(sum(each["duration"] for each in kin) / len(kin), abs=1e-9),
+        "family",
+        any(each["gpu"] for each in kin),
+        max(each["fixtures"] for each in kin),
+    )
+
+
+def test_what_a_test_costs_does_not_depend_on_how_many_came_before() -> None:
+    def steps(tests: int) -> int:
+        """Count the lines of Python that a run of ``tests`` tests takes in the history."""
+        history, count = History(), 0
+
+        def line(*_: object) -> Callable[..., object]:
+            nonlocal count
+            count += 1
+            return line
+
+        before = sys.gettrace()
+        sys.settrace(line)
+        try:
+            for number in range(tests):
+                history.expect(f"a.py::x[{number}]")
+                history.note(f"a.py::x[{number}]", number, 1.0, gpu=True)
+        finally:
+            sys.settrace(before)
+        return count
+
+    assert steps(400) < 2.5 * steps(200)
 
 
 @pytest.mark.parametrize(
