@@ -69,6 +69,7 @@ class Leasing:
         standing: returns by card the bytes that wider fixtures hold now.
         granted: returns what xdist's controller has set aside for the test that begins, None if
             nothing; not given where this process decides by itself.
+        used_card: called after a test that used a card.
 
     """
 
@@ -80,7 +81,9 @@ class Leasing:
         state: State,
         history: History,
         standing: Callable[[], Mapping[str, int]],
+        *,
         granted: Callable[[], Need | None] | None = None,
+        used_card: Callable[[], None] = lambda: None,
     ) -> None:
         self._capture = config.pluginmanager.getplugin("capturemanager")
         self._settings = state.settings
@@ -88,6 +91,7 @@ class Leasing:
         self._history = history
         self._standing = standing
         self._granted = granted
+        self._used_card = used_card
         self._holdings = Holdings(state.settings.context_cost)
         self._notes = state.notes
         self._without = False
@@ -132,8 +136,7 @@ class Leasing:
             result = yield
         finally:
             self._give_back()
-        if self._granted is None:
-            self._learn(item)
+        self._learn(item)
         if self._next:
             before, self._step, self._next = self._step, self._next, ""
             try:
@@ -234,8 +237,12 @@ class Leasing:
     def _learn(self, item: pytest.Item) -> None:
         """Expect of the test's relatives in this process what it took."""
         usage = item.stash.get(USAGE, None)
-        if usage is not None:
+        if usage is None:
+            return
+        if self._granted is None:
             self._history.note_usage(item.nodeid, usage.cards, DURATION)
+        elif any(card.extra or card.ooms for card in usage.cards):
+            self._used_card()
 
     # Leases
 

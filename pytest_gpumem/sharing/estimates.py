@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 OPTIMISM = 0.8
 """Share of the peaks seen so far that an optimistic guess covers."""
 TRUST = 8
-"""Tests' worth of weight that planned durations have against observed ones."""
+"""Tests' worth of weight that durations learned earlier have against observed ones."""
+GUESS = 0.1
+"""The same where nothing was learned: the first tests that end are to correct it."""
 
 
 class PlannedTest(NamedTuple):
@@ -57,11 +59,10 @@ class Estimates:
         """Sorted."""
         self._surprising: set[str] = set()
         """Families of tests that used a card although that was not expected."""
-        self._ended: set[str] = set()
-        """Families of which a test has ended."""
         self.ooms: Counter[int] = Counter()
         """How often tests ran out of memory and were to be tried again."""
-        trust = TRUST * sum(test.duration for test in tests) / max(1, len(tests))
+        trust = sum(test.duration * (TRUST if test.seen else GUESS) for test in tests)
+        trust /= max(1, len(tests))
         self._observed = [trust, trust]
         self._expected = [trust, trust]
         """Seconds that tests took and were expected to take: CPU tests, GPU tests."""
@@ -96,18 +97,12 @@ class Estimates:
         """Return whether ``test`` is of a family that turned out to use a card."""
         return bool(self._surprising) and family(self._tests[test].nodeid) in self._surprising
 
-    def harmless(self, test: int) -> bool:
-        """Return whether ``test`` is likely to use no card, as it or one of its family did not."""
-        known = self._tests[test].seen or family(self._tests[test].nodeid) in self._ended
-        return known and not self.on_card(test)
-
     def scouted(self, kin: str) -> bool:
         """Return whether the peak of a test of family ``kin`` was seen."""
         return kin in self._family_peaks
 
     def took(self, test: int, duration: float, *, gpu: bool) -> None:
         """Take note of the seconds that ``test`` took, as a GPU test or not."""
-        self._ended.add(family(self._tests[test].nodeid))
         self._observed[gpu] += duration
         self._expected[gpu] += self._tests[test].duration
 

@@ -13,6 +13,8 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
   of smaller ones, so that none starves.
 - A GPU test of which nothing is known runs alone. One of each family goes first; its peak is
   then expected of the others.
+- Short CPU tests are handed out ahead, many at once, to workers that no GPU test can want. A
+  worker in which one of them uses a card all the same returns those behind it.
 - A test that runs out of memory runs again, alone on its cards. A test never seen before may use
   a card although nobody said so: if one ran beside it, and memory was short once more, it runs a
   last time when no such test is left.
@@ -54,8 +56,9 @@ as keep them below it, where that can be."""
 DRAIN = 4
 """Tests that must run alone, per card, for which the card stops taking others."""
 AHEAD = 0.1
-"""Seconds of CPU tests that wait at a worker; handing out each one costs a round trip."""
-AHEAD_TESTS = 16
+"""Seconds of CPU tests that wait at a worker. They are handed out in one message, and the next
+ones when half of them are done: a round trip for each would cost more than a short test."""
+AHEAD_TESTS = 256
 REPLAN = 32
 """Tests after which the number of contexts is thought over."""
 
@@ -157,6 +160,8 @@ class _Worker:
         """Of these, what its wider fixtures hold."""
         self.given: deque[int] = deque()
         """The test it runs, and those it was handed to run next."""
+        self.refill = 1
+        """With so many given, it is handed further ones."""
         self.cpu: Portion | None = None
         self.gpu: Portion | None = None
         self.using: tuple[_Card, ...] = ()
@@ -397,6 +402,17 @@ class Planner:
         if not self._unscouted:
             self._until_replan = 0
 
+    def returned(self, worker: str, test: int) -> None:
+        """Take note that ``worker`` does not run ``test``, which was handed out ahead.
+
+        A test before it had used a card although that was not expected.
+        """
+        told = self._workers[worker]
+        told.given.remove(test)
+        self._admit(test)
+        self._asking[worker] = told
+        self._changed = True
+
     def resident(
         self, worker: str, size: int, card: CardKey | None = None, fixtures: int = 0
     ) -> None:
@@ -520,19 +536,21 @@ class Planner:
 
         Not the last ones: another worker may be free earlier.
         """
-        if self._gpu_waits() and self._may_use(worker):
+        if len(worker.given) > worker.refill or (self._gpu_waits() and self._may_use(worker)):
             return
         pace = self._pace(gpu=False)
         first, *rest = (pace * self._tests[test].duration for test in worker.given)
         ahead = sum(rest)
-        while worker.cpu is not None and worker.cpu.tests and len(worker.given) < AHEAD_TESTS:
-            test = worker.cpu.tests[0]
+        while len(self._cpu) and len(worker.given) < AHEAD_TESTS:
+            portion = self._cpu_portion(worker)
+            test = portion.tests[0]
             duration = pace * self._tests[test].duration
             last = first + ahead > pace * self._cpu.time / len(self._workers)
-            if ahead + duration > AHEAD or last or not self._seen.harmless(test):
-                return
-            self._run(worker, self._cpu.take(worker.cpu, test), out)
+            if ahead + duration > AHEAD or last or self._seen.surprises(test):
+                break
+            self._run(worker, self._cpu.take(portion, test), out)
             ahead += duration
+        worker.refill = max(1, len(worker.given) // 2)
 
     def _gpu_waits(self) -> bool:
         waits = len(self._gpu) or self._alone.tests or self._wide.tests or self._big.tests

@@ -17,6 +17,7 @@ what can be tried before a run rests on it.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,26 @@ class Worker:
         self.is_oom = is_oom
         self.spoiled = spoiled
         self._grants: dict[int, Granted] = {}
+        self._queue: deque[int] = deque()
+        """What was handed out and has not begun, in the order in which it will."""
+        self._returned: set[int] = set()
+
+    def begins(self) -> bool:
+        """Take note that an item begins, perhaps once more; return whether it is one to run."""
+        index = self._interactor.item_index
+        if self._queue and self._queue[0] == index:
+            self._queue.popleft()
+        if index in self._returned:
+            self._returned.remove(index)
+            return False
+        return True
+
+    def return_queue(self) -> None:
+        """Let the controller hand out anew what waits here: it may want a card after all."""
+        waiting = [index for index in [*self._queue] if index < self._sentinels]
+        if waiting:
+            self._returned.update(waiting)
+            self.send(returned=waiting)
 
     def granted(self) -> Granted | None:
         """Return what was set aside for the test that begins now, once; None if nothing."""
@@ -127,19 +148,22 @@ class Worker:
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Bring the sentinels in, now that the collection has been reported without them."""
         self._listen()
+        self._sentinels = len(session.items)
         # Registered now, as the last of all: its hooks are called before any other plugin's.
         stage = Stage(self, self._interactor, session)
         session.config.pluginmanager.register(stage, "gpumem-stage")
 
     def _listen(self) -> None:
-        """Take note of grants; xdist begins to listen in a moment, and passes over them."""
+        """Take note of grants and of what is handed out; xdist begins to listen in a moment."""
         others = self._interactor.handle_command
 
         def handle(command: Any) -> None:
             if isinstance(command, tuple) and command[0] == GRANTS:
                 self._grants.update(command[1]["grants"])
-            else:
-                others(command)
+                return
+            if isinstance(command, tuple) and command[0] == "runtests":
+                self._queue.extend(command[1]["indices"])
+            others(command)
 
         self._interactor.handle_command = handle
 
@@ -166,7 +190,12 @@ class Stage:
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:
-        """Run a sentinel; note a test, which others run."""
+        """Run a sentinel; note a test, which others run, unless it was returned.
+
+        A sentinel follows those that were: it tears down what stands.
+        """
+        if not self._worker.begins():
+            return True
         if not isinstance(item, Sentinel):
             self.previous, self.spoiled = item, False
             self._index = self._interactor.item_index

@@ -79,6 +79,8 @@ class _Worker:
     """What it keeps, by card, and how much of that its wider fixtures hold."""
     taken: Taken = Taken()  # noqa: RUF009  # a named tuple
     """What the running test took."""
+    returned: set[int] = field(default_factory=set)
+    """Of those sent, the tests that it passes over."""
     oom: bool = False
     """Whether the running test shall be tried again because it shared the card."""
 
@@ -202,6 +204,9 @@ class GpumemScheduling:
             return
         if place > xdist_private.IDLE:
             planner.flushed(worker.name)
+        elif index in worker.returned:
+            worker.returned.remove(index)
+            planner.returned(worker.name, index)
         else:
             took = worker.taken
             planner.finished(
@@ -221,6 +226,7 @@ class GpumemScheduling:
         if worker is None:
             return
         worker.hello = indices.get("hello", worker.hello)
+        worker.returned.update(indices.get("returned", ()))
         planner = self._planner
         for uuid, (size, fixtures) in indices.get("holding", {}).items():
             worker.holding[uuid] = size, fixtures

@@ -326,6 +326,25 @@ def test_cpu(i): time.sleep(0.02)
     assert finished.outcomes["passed"] == 38
 
 
+def test_short_tests_wait_at_a_worker_and_are_returned_when_one_of_them_uses_a_card(run):
+    source = """
+@pytest.mark.parametrize("i", range(120))
+def test_cpu(i): pass
+
+@pytest.mark.parametrize("i", range(20))
+def test_heavy(vram, request, i):
+    from pytest_gpumem.state import GRANT
+    vram(300)
+    log("granted", GRANT in request.node.stash)
+"""
+    finished = run({"test_a": source, "test_b": source}, workers=2)
+
+    assert finished.outcomes == {"passed": 280}, finished.output
+    # Of each family one at each worker, before anything is known of it.
+    assert words(finished).count("granted False") <= 4
+    assert words(finished).count("granted True") >= 36
+
+
 def test_a_fixture_that_ran_out_of_memory_is_set_up_again(run):
     source = """
 @pytest.fixture(scope="session")

@@ -660,6 +660,40 @@ def test_short_cpu_tests_are_handed_out_ahead_but_never_beside_a_gpu_test() -> N
     assert ahead > 1
 
 
+def test_a_suite_of_short_tests_never_seen_before_is_handed_out_in_few_messages() -> None:
+    tests = [cpu(f"c{n}", 1.0, f"m{n // 100}.py")._replace(seen=False) for n in range(2_000)]
+    planner = planner_of(tests, workers=2)
+    queues: dict[str, deque[int]] = {"w0": deque(), "w1": deque()}
+    messages = ended = 0
+    while not planner.done:
+        given = runs(planner)
+        messages += len({worker for worker, _ in given})
+        for worker, test in given:
+            queues[worker].append(test)
+        worker = f"w{ended % 2}" if all(queues.values()) else max(queues, key=queues.__getitem__)
+        planner.finished(worker, queues[worker].popleft(), duration=0.001, peak=0)
+        ended += 1
+    assert messages < len(tests) / 10
+
+
+def test_what_a_worker_returns_runs_where_it_belongs() -> None:
+    tests = [cpu(f"x[{n}]", 0.001)._replace(seen=False) for n in range(20)]
+    planner = planner_of(tests, workers=1)
+    _, *ahead = runs(planner)
+    assert len(ahead) > 1
+    planner.resident("w0", CONTEXT)
+    planner.finished("w0", 0, duration=0.001, peak=30)
+    for worker, test in ahead:
+        planner.returned(worker, test)
+    (command,) = planner.commands()
+    assert isinstance(command, Run)
+    assert command.grant is not None
+    assert command.grant.size == 39
+    workers = Workers(tests, planner)
+    workers.queues["w0"] = deque([(0.0, command.test)])
+    assert sorted([command.test, *workers.run()]) == list(range(1, 20))
+
+
 def test_commands_are_given_once() -> None:
     tests = [cpu("a"), cpu("b")]
     planner = planner_of(tests)
