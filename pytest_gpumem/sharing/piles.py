@@ -72,9 +72,12 @@ class Pile:
         """Add one test, to the portion of its module."""
         group = self._tests[test].group
         portion = self._first.setdefault(group, Portion(group))
+        was_empty = not portion.tests
         self._put(portion, test)
         if not portion.owned:
             self.release(portion)
+        elif was_empty:  # and so may be forgotten as one of which others can have half
+            self._own(portion)
 
     def _put(self, portion: Portion, test: int) -> None:
         portion.add(test, self._tests[test].duration)

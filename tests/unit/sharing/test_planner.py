@@ -17,6 +17,7 @@ from pytest_gpumem.sharing import planner as plans
 from pytest_gpumem.sharing.admission import Claim, fits
 from pytest_gpumem.sharing.estimates import PlannedTest
 from pytest_gpumem.sharing.history import family
+from pytest_gpumem.sharing.piles import Pile
 from pytest_gpumem.sharing.planner import CardKey, Fail, Flush, Grant, Planner, Reset, Run, Stop
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
@@ -646,6 +647,19 @@ def test_tests_handed_out_ahead_go_to_others_when_their_worker_crashes() -> None
     assert sorted(workers.run()) == list(range(1, 20))
 
 
+def test_a_test_put_back_into_what_a_worker_has_handed_out_is_found_by_others() -> None:
+    pile = Pile([cpu("a"), cpu("b")])
+    pile.fill([0], long=9.0)
+    portion = pile.adopt("a.py", None)
+    assert portion is not None
+    pile.take(portion, 0)
+    assert pile.adopt("b.py", None) is None
+    pile.add(1)
+    half = pile.adopt("b.py", None)
+    assert half is not None
+    assert list(half.tests) == [1]
+
+
 def test_short_cpu_tests_are_handed_out_ahead_but_never_beside_a_gpu_test() -> None:
     tests = [gpu(f"g{n}", 10, 0.001) for n in range(5)] + [cpu(f"c{n}", 0.001) for n in range(50)]
     planner = planner_of(tests, workers=2)
@@ -666,7 +680,7 @@ def test_a_suite_of_short_tests_never_seen_before_is_handed_out_in_few_messages(
     queues: dict[str, deque[int]] = {"w0": deque(), "w1": deque()}
     messages = ended = 0
     while not planner.done:
-        given = runs(planner)
+        given = [command[:2] for command in planner.commands() if isinstance(command, Run)]
         messages += len({worker for worker, _ in given})
         for worker, test in given:
             queues[worker].append(test)
