@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.sharing import telling
 from pytest_gpumem.sharing.admission import Claim, may_start, never_fits, room, waits_in_vain
 from pytest_gpumem.sharing.ledger import (
     HELD,
@@ -28,9 +29,11 @@ from pytest_gpumem.sharing.ledger import (
     Entry,
     LeaseError,
     Ledger,
+    LedgerBusyError,
     Page,
     Vanished,
     card_key,
+    entry_named,
     entry_of,
     run_directory,
 )
@@ -143,18 +146,48 @@ class Lease:
         self.release()
 
 
+class _Outside(NamedTuple):
+    """The bytes of cards that processes without leases use, by card."""
+
+    foreign: Mapping[str, int]
+    family: Mapping[str, int]
+    """Of those that this process or an ancestor started: kept, and not waited for."""
+
+
+_NOBODY = _Outside({}, {})
+
+
 class _View(NamedTuple):
-    """What a decision rests on: the ledger, and by card what foreign processes use."""
+    """What a decision rests on: the ledger, and what else is on the cards."""
 
     page: Page
-    foreign: Mapping[str, int]
+    outside: _Outside
+
+    def against(self, request: Entry, key: str) -> list[Claim]:
+        """Return what leaves ``request`` less of a card."""
+        found = self.page.against(request, key)
+        if family := self.outside.family.get(key):
+            found.append(Claim(family, 0, exclusive=False))
+        return found
+
+
+class _Asking(NamedTuple):
+    """How a lease is asked for; see ``LeaseStore.acquire``."""
+
+    label: str
+    timeout: float | None
+    deadline: float | None
+    """Of ``time.monotonic``."""
+    on_wait: Callable[[str], None]
+    hope: float
+    test: bool
 
 
 class LeaseStore:
     """The leases of all processes that use the same directory. Any thread may use it.
 
     ``headroom`` bytes of each card are never given out; it may be set at any time.
-    ``others(uuid, pids)`` returns the bytes of a card that processes other than ``pids`` use.
+    ``others(uuid, pids)`` returns the bytes of a card that each process besides ``pids`` uses.
     """
 
     def __init__(
@@ -162,7 +195,7 @@ class LeaseStore:
         directory: Path | None = None,
         *,
         headroom: int = 0,
-        others: Callable[[str, Collection[int]], int] | None = None,
+        others: Callable[[str, Collection[int]], Mapping[int, int]] | None = None,
     ) -> None:
         self._ledger = Ledger(directory or run_directory())
         self.headroom = headroom
@@ -179,21 +212,26 @@ class LeaseStore:
         on_wait: Callable[[str], None] | None = None,
         *,
         hope: float = HOPE,
+        test: bool = False,
     ) -> Lease:
         """Return a lease of all ``wants`` (by UUID) at once, first come, first served.
 
         ``totals`` are the cards' capacities in bytes, ``timeout`` is in seconds (0: do not wait).
         For ``hope`` seconds it waits for what others keep and may spare, then it goes without.
         ``on_wait`` is called with a sentence that says what is waited for and who holds it, when
-        the wait begins and when that changes.
+        the wait begins and when that changes. Out of the lease of a ``test`` comes what its
+        process asks for meanwhile.
 
         Raises:
             TooLarge: when a card does not have as much.
             LeaseTimeout: when ``timeout`` has passed.
-            LeaseError: when the directory cannot be used, or when this thread would have to wait
-                while it holds a lease, which could last for ever.
+            LeaseError: when the directory cannot be used, when somebody keeps its lock for long,
+                or when this thread would have to wait while it holds a lease that is no test's,
+                which could last for ever.
 
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        asking = _Asking(label, timeout, deadline, on_wait or (lambda _: None), hope, test)
         claims = {}
         for uuid, want in wants.items():
             claim, key = _claim(want), card_key(uuid)
@@ -205,8 +243,12 @@ class LeaseStore:
         tries = _TRIES
         while True:
             try:
-                request, short = self._take(claims, label, timeout, on_wait, hope)
+                request, short = self._take(claims, asking)
                 return Lease(self, request, wants, short)
+            except LedgerBusyError as error:
+                if deadline is None or time.monotonic() < deadline:
+                    raise
+                raise LeaseTimeout(f"no lease within {timeout:g} s: {error}") from None
             except Vanished:
                 tries -= 1
                 if not tries:
@@ -218,24 +260,36 @@ class LeaseStore:
         """Return whether another process has a lease of a card or keeps something on it."""
         key, own = card_key(uuid), self._ledger.process
         return any(
-            entry.process != own and entry.state != WAITING and key in entry.claims
-            for entry in self._ledger.read().entries
+            entry.process != own and key in entry.claims for entry in self._ledger.read().taken
         )
 
-    def held_here(self) -> bool:
-        """Return whether this thread holds a lease of this store, and so may not wait."""
-        return threading.current_thread() in list(self._ledger.leases.values())
+    def held_here(self) -> set[str]:
+        """Return the names of the leases that this thread holds, of tests apart."""
+        return {entry.name for entry in self._entries_here() if not entry.test}
+
+    def has_test(self) -> bool:
+        """Return whether this process holds the lease of a test."""
+        return any(entry_named(name).test for name in list(self._ledger.leases))
+
+    def ancestors(self) -> Mapping[str, int | None]:
+        """Return the processes that started this one and take leases, see ``telling.Waiting``."""
+        return self._ledger.ancestors()
+
+    def _entries_here(self) -> list[Entry]:
+        current = threading.current_thread()
+        taken = list(self._ledger.leases.items())
+        return [entry_named(name) for name, thread in taken if thread is current]
 
     def granted_here(self, uuid: str) -> int | None:
         """Return the bytes of a card that this thread's leases are for; None: the whole card."""
-        key, size, current = card_key(uuid), 0, threading.current_thread()
-        names = {name for name, thread in list(self._ledger.leases.items()) if thread is current}
-        for entry in self._ledger.read().entries if names else ():
+        key, size, here = card_key(uuid), 0, self._entries_here()
+        counted = self._ledger.read().claims[key] if here else {}
+        for entry in here:
             claim = entry.claims.get(key)
-            if entry.name in names and claim is not None:
+            if claim is not None:
                 if claim.exclusive and not claim.extra:
                     return None
-                size += claim.extra
+                size += counted.get(entry.name, claim).extra
         return size
 
     def resident(self, uuid: str) -> int:
@@ -252,7 +306,8 @@ class LeaseStore:
     def holders(self, uuid: str) -> list[HolderInfo]:
         """Return who has leases of a card, and who waits for some, in the order of arrival."""
         dead = self._ledger.dead(None)
-        with self._ledger.alone():
+        # Whoever keeps the lock keeps nobody from looking.
+        with suppress(LedgerBusyError), self._ledger.alone(time.monotonic()):
             self._ledger.bury(dead)
         page = self._ledger.read()
         self._nudge_first(page)
@@ -260,7 +315,7 @@ class LeaseStore:
             HolderInfo(entry.pid, self._ledger.label(entry), *_want(claim), entry.state == WAITING)
             for entry in page.entries
             for key, claim in entry.claims.items()
-            if key == card_key(uuid) and entry.state not in KEPT
+            if key == card_key(uuid) and entry.state not in KEPT and entry.process not in dead
         ]
 
     def set_resident(self, uuid: str, size: int, *, spare: bool | None = None) -> None:
@@ -294,10 +349,12 @@ class LeaseStore:
         ``total`` is the card's capacity.
         """
         key, own, page = card_key(uuid), self._ledger.process, self._ledger.read()
-        kept = sum(claim.resident for claim in page.claims[key])
+        kept = sum(claim.resident for claim in page.claims[key].values())
         for entry in page.waiting:
             if entry.process == own:
                 return False
+            if page.descends(own, entry.process) or page.descends(entry.process, own):
+                continue
             if key in entry.claims and entry.claims[key].extra > total - self.headroom - kept:
                 return True
         return False
@@ -308,81 +365,76 @@ class LeaseStore:
         ``total`` is what there is; foreign processes keep the rest, and the headroom.
         """
         self._cards[card_key(uuid)] = uuid, total
-        foreign = self._foreign({card_key(uuid): Claim(0, 0, exclusive=False)})
-        return total - self.headroom - sum(foreign.values())
+        outside = self._outside([card_key(uuid)])
+        used = sum(outside.foreign.values()) + sum(outside.family.values())
+        return total - self.headroom - used
 
     def close(self) -> None:
         """Give everything of this process back."""
         if self._ledger.close():
             self._nudge_first(self._ledger.read())
 
-    def _take(
-        self,
-        claims: dict[str, Claim],
-        label: str,
-        timeout: float | None,
-        on_wait: Callable[[str], None] | None,
-        hope: float,
-    ) -> tuple[Entry, int]:
+    def _take(self, claims: dict[str, Claim], asking: _Asking) -> tuple[Entry, int]:
         """Return an entry that holds ``claims``, and how many bytes of them are not there."""
-        foreign = self._foreign(claims)
+        ledger = self._ledger
+        ledger.join(asking.deadline, asking.on_wait)
+        outside = self._outside(claims)
         request = None
         try:
-            with self._ledger.alone():
-                view = _View(self._ledger.page(), foreign)
-                number = self._ledger.next_number(view.page)
-                request = entry_of(WAITING, number, self._ledger.process, claims)
-                if self._admits(view, request, hope=hope > 0 and timeout != 0):
+            with ledger.alone(asking.deadline, asking.on_wait):
+                view = _View(ledger.page(), outside)
+                number = ledger.next_number(view.page)
+                request = entry_of(WAITING, number, ledger.process, claims, test=asking.test)
+                if self._admits(view, request, hope=asking.hope > 0 and asking.timeout != 0):
                     request = request.turned(HELD)
-                self._ledger.write(request, label)
+                ledger.write(request, asking.label)
             if request.state == WAITING:
-                view = self._wait(request, timeout, on_wait, hope)
+                view = self._wait(request, asking)
                 request = request.turned(HELD)
-            self._ledger.leases[request.name] = threading.current_thread()
+            ledger.leases[request.name] = threading.current_thread()
             return request, self._short(view, request)
         except BaseException:  # Ctrl-C comes at any line
             if request is not None:
                 self._withdraw(request)
             raise
 
-    def _wait(
-        self,
-        request: Entry,
-        timeout: float | None,
-        on_wait: Callable[[str], None] | None,
-        hope: float,
-    ) -> _View:
+    def _wait(self, request: Entry, asking: _Asking) -> _View:
         """Block until ``request`` is held; return what that was decided by."""
-        begun = time.monotonic()
-        deadline = None if timeout is None else begun + timeout
+        hoped = time.monotonic() + asking.hope
         # Whatever happened before the watch began.
         said, news = "", News(nudged=True, dead=None)
+        page = self._ledger.read()
+        if any(map(page.is_stuck, page.taken)):
+            # That this one waits may be what another one waited for.
+            self._nudge_first(page, but=request)
         with self._ledger.watch(request) as watch:
             while True:
-                left = begun + hope - time.monotonic()
-                view, granted = self._look(request, news, hope=left > 0)
+                left = hoped - time.monotonic()
+                view, granted = self._look(request, news, asking, hope=left > 0)
                 if granted:
                     return view
-                if self.held_here():
+                if not request.test and self.held_here():
                     raise LeaseError(
                         "this thread holds a lease and would wait for another one, which can "
                         f"last for ever; ask for all at once: {self._explain(view, request)}"
                     )
-                if deadline is not None and time.monotonic() >= deadline:
+                if asking.deadline is not None and time.monotonic() >= asking.deadline:
                     situation = self._explain(view, request)
-                    raise LeaseTimeout(f"no lease within {timeout:g} s: {situation}")
-                if on_wait is not None and (text := self._explain(view, request)) != said:
-                    on_wait(text)
+                    raise LeaseTimeout(f"no lease within {asking.timeout:g} s: {situation}")
+                if (text := self._explain(view, request)) != said:
+                    asking.on_wait(text)
                     said = text
-                pause = self._pause(view, request, deadline, left)
+                pause = self._pause(view, request, asking.deadline, left)
                 news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
 
-    def _look(self, request: Entry, news: News, *, hope: bool) -> tuple[_View, bool]:
+    def _look(
+        self, request: Entry, news: News, asking: _Asking, *, hope: bool
+    ) -> tuple[_View, bool]:
         """Take what ``request`` waits for if it may start, and wake who else may then."""
-        foreign, dead = self._foreign(request.claims), self._ledger.dead(news.dead)
-        with self._ledger.alone():
+        outside, dead = self._outside(request.claims), self._ledger.dead(news.dead)
+        with self._ledger.alone(asking.deadline, asking.on_wait):
             buried = self._ledger.bury(dead)
-            view = _View(self._ledger.page(), foreign)
+            view = _View(self._ledger.page(), outside)
             if request not in view.page.waiting:
                 raise Vanished
             if granted := self._admits(view, request, hope=hope):
@@ -396,7 +448,8 @@ class LeaseStore:
     def _pause(self, view: _View, request: Entry, deadline: float | None, hope: float) -> float:
         """Return the seconds until the next look, if nobody wakes us before."""
         pause = hope if 0 < hope < _LOOK_ANYWAY else _LOOK_ANYWAY
-        if self._others is not None and self._admits(_View(view.page, {}), request):
+        family = view._replace(outside=view.outside._replace(foreign={}))
+        if self._others is not None and self._admits(family, request):
             pause = _OTHERS_EVERY
         return pause if deadline is None else min(pause, max(0.0, deadline - time.monotonic()))
 
@@ -418,56 +471,72 @@ class LeaseStore:
         for key, new in request.claims.items():
             if hint and key not in self._cards:
                 continue
-            total, claims = self._cards[key][1], view.page.claims[key]
-            ahead = view.page.ahead(key, request.number)
-            others = view.foreign.get(key, 0)
+            total, claims = self._cards[key][1], view.against(request, key)
+            ahead = view.page.ahead(request, key)
+            others = view.outside.foreign.get(key, 0)
             if may_start(total, others, headroom, claims, new, ahead=ahead):
                 continue
             if not waits_in_vain(total, headroom, claims, new, ahead=ahead):
                 return False
-            if hope and self._may_be_spared(view.page, key):
+            if hope and self._may_be_spared(view.page, request, key):
                 return False
         return True
 
-    def _may_be_spared(self, page: Page, key: str) -> bool:
-        own = self._ledger.process
+    def _may_be_spared(self, page: Page, request: Entry, key: str) -> bool:
+        own = request.process
         return any(
             entry.state == SPARE and entry.process != own and key in entry.claims
-            for entry in page.entries
+            for entry in page.taken
+            if not page.descends(own, entry.process) and not page.descends(entry.process, own)
         )
 
     def _nudge_first(self, page: Page, *, behind: int = 0, but: Entry | None = None) -> None:
         """Wake the first request behind number ``behind`` that may be able to start."""
-        full = {key for key in self._cards if self._is_full(page, key)}
+        full = {key for key in self._cards if page.waiting and self._is_full(page, key)}
         for entry in page.waiting:
             if entry.number <= behind or entry == but:
                 continue
-            if not full.isdisjoint(entry.claims):
+            if not full.isdisjoint(entry.claims) and not page.is_covered(entry):
                 continue
             # One that has gone meanwhile woke somebody itself, but perhaps before this change.
-            if self._admits(_View(page, {}), entry, hint=True) and self._ledger.nudge(entry):
+            if self._admits(_View(page, _NOBODY), entry, hint=True) and self._ledger.nudge(entry):
                 return
 
     def _is_full(self, page: Page, key: str) -> bool:
         """Return whether nobody can start on a card; a long queue is then passed over quickly."""
-        claims = page.claims[key]
+        if any(map(page.is_stuck, page.taken)):
+            return False
+        claims = page.claims[key].values()
         if any(claim.exclusive for claim in claims):
             return True
         running = any(claim.extra for claim in claims)
         return running and room(self._cards[key][1], 0, 0, claims) <= 0
 
-    def _foreign(self, claims: Mapping[str, Claim]) -> dict[str, int]:
-        """Return what foreign processes use of each card."""
+    def _outside(self, keys: Iterable[str]) -> _Outside:
+        """Return what processes without leases use of each card."""
         if self._others is None:
-            return {}
+            return _NOBODY
         # Without the lock: the driver may take milliseconds.
         pids = {entry.pid for entry in self._ledger.read().entries} | {os.getpid()}
-        return {key: self._others(self._cards[key][0], pids) for key in claims}
+        used = {key: self._others(self._cards[key][0], pids) for key in keys}
+        if not any(used.values()):
+            return _NOBODY
+        roots = self._ledger.roots()
+        kin = {pid for told in used.values() for pid in told if self._ledger.is_kin(pid, roots)}
+        return _Outside(
+            {key: sum(told[pid] for pid in told.keys() - kin) for key, told in used.items()},
+            {key: sum(told[pid] for pid in told.keys() & kin) for key, told in used.items()},
+        )
 
     def _short(self, view: _View, request: Entry) -> int:
         """Return how many bytes of what ``request`` was granted are not there."""
         rooms = (
-            (new.extra, self._cards[key][1], view.foreign.get(key, 0), view.page.claims[key])
+            (
+                new.extra,
+                self._cards[key][1],
+                view.outside.foreign.get(key, 0),
+                view.against(request, key),
+            )
             for key, new in request.claims.items()
         )
         missing = (
@@ -490,15 +559,17 @@ class LeaseStore:
         )
 
     def _situation(self, view: _View, request: Entry, key: str) -> str:
-        total, others = self._cards[key][1], view.foreign.get(key, 0)
-        free = max(0, room(total, others, self.headroom, view.page.claims[key]))
+        total, others = self._cards[key][1], view.outside.foreign.get(key, 0)
+        free = max(0, room(total, others, self.headroom, view.against(request, key)))
         parts = [f"{format_bytes(free)} of {format_bytes(total)} are free"]
-        for entry in view.page.entries:
-            if key in entry.claims and entry.state != WAITING:
+        for entry in view.page.taken:
+            if key in entry.claims and not view.page.covers(entry, request):
                 parts.append(self._possession(entry, entry.claims[key]))
         if others:
             parts.append(f"{format_bytes(others)} used by other programs")
-        if ahead := len(view.page.ahead(key, request.number)):
+        if family := view.outside.family.get(key):
+            parts.append(f"{format_bytes(family)} used by programs of the same family")
+        if ahead := len(view.page.ahead(request, key)):
             parts.append(f"{ahead} waiting before")
         return ", ".join(parts)
 
@@ -532,8 +603,12 @@ def gpu_lease(
     from pytest_gpumem import devices
 
     want = Want(parse_bytes(vram), exclusive)
-    card = _card(device)
-    with store().acquire({card.uuid: want}, {card.uuid: card.total}, _label(), timeout) as lease:
+    card, leases = _card(device), store()
+    with telling.Waiting(f"gpu_lease of {_label()}", leases.ancestors) as waiting:
+        lease = leases.acquire(
+            {card.uuid: want}, {card.uuid: card.total}, _label(), timeout, waiting.note
+        )
+    with lease:
         try:
             yield lease
         finally:
@@ -541,10 +616,10 @@ def gpu_lease(
                 allocator.release_cached()
 
 
-def foreign_bytes(uuid: str, pids: Collection[int]) -> int:
-    """Return what processes other than ``pids`` use of a CUDA card, as the driver tells it.
+def foreign_bytes(uuid: str, pids: Collection[int]) -> dict[int, int]:
+    """Return what each process other than ``pids`` uses of a CUDA card, as the driver tells it.
 
-    0 where it does not tell, and where its process numbers are not ours (in a container):
+    Nothing where it does not tell, and where its process numbers are not ours (in a container):
     strangers cannot be told from our own there.
     """
     from pytest_gpumem import devices
@@ -552,8 +627,8 @@ def foreign_bytes(uuid: str, pids: Collection[int]) -> int:
 
     told = devices.process_bytes(Card(uuid, "", 0))
     if not all(map(_exists, told)):
-        return 0
-    return sum(size or 0 for pid, size in told.items() if pid not in pids)
+        return {}
+    return {pid: size for pid, size in told.items() if size and pid not in pids}
 
 
 def _exists(pid: int) -> bool:

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.sharing.admission import Claim
-from pytest_gpumem.sharing.ledger import HELD, WAITING, Ledger, Page, card_key, entry_of
+from pytest_gpumem.sharing.ledger import (
+    HELD,
+    RESIDENT,
+    WAITING,
+    Ledger,
+    Page,
+    card_key,
+    entry_of,
+)
 
 KEYS = st.text("abcdefABCDEF0123456789", min_size=1, max_size=8)
 CLAIMS = st.builds(Claim, st.just(0), st.integers(0, 2**63), st.booleans())
@@ -49,22 +57,22 @@ def test_the_key_of_a_card_is_the_end_of_its_uuid():
     assert card_key("MPS-0") == "MPS0"
 
 
-def test_who_joins_clears_what_is_idle_and_leaves_the_rest_to_those_who_wait(ledgers, tmp_path):
-    idle, asked = ledgers(), ledgers()
-    assert idle.standing
-    assert asked.standing
-    entry = entry_of(WAITING, 1, asked.process, {"key": Claim(0, 1, exclusive=False)})
-    asked.write(entry, "asked")
-    die(idle)
-    die(asked)
-    new = ledgers()
-    assert new.standing
-    left = {entry.process, new.process}
-    assert {path.name for path in (tmp_path / "alive").iterdir()} == left
-    assert new.read().entries == [entry]
-    assert new.dead(None) == [entry.process]
-    assert new.bury([entry.process])
-    assert new.read().entries == []
+def test_who_joins_clears_what_the_dead_left_and_wakes_all_who_may_wait_for_it(ledgers, tmp_path):
+    idle, asked, waits = ledgers(), ledgers(), ledgers()
+    for each in (idle, asked, waits):
+        assert each.standing
+    claims = {"key": Claim(0, 1, exclusive=False)}
+    for ledger, state in ((asked, HELD), (asked, RESIDENT), (waits, WAITING)):
+        ledger.write(entry_of(state, 1, ledger.process, claims), "")
+    waiting = entry_of(WAITING, 1, waits.process, claims)
+    with waits.watch(waiting) as watch:
+        die(idle)
+        die(asked)
+        new = ledgers()
+        assert new.standing
+        assert watch.wait(10).nudged
+    assert {path.name for path in (tmp_path / "alive").iterdir()} == {waits.process, new.process}
+    assert new.read().entries == [waiting]
 
 
 def test_a_living_process_is_not_buried(ledgers):
