@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -108,6 +108,11 @@ class Leasing:
         """Seconds that the test which is set up waited for its lease."""
         self._tried: list[str] = []
         """How the attempts before this one ended."""
+
+    def pytest_runtestloop(self) -> None:
+        """Let what tests start find this process, whether or not these ever take a lease."""
+        with suppress(LeaseError):  # whoever takes one says so
+            self._open().join()
 
     def pytest_unconfigure(self) -> None:
         """Leave the terminal to others."""

@@ -256,6 +256,15 @@ class LeaseStore:
                 time.sleep(POLL)
                 self._ledger.mend()
 
+    def join(self) -> None:
+        """Let processes that this one starts find it, if that can be without waiting.
+
+        Raises:
+            LeaseError: when the directory cannot be used, or somebody has its lock.
+
+        """
+        self._ledger.join(time.monotonic())
+
     def is_shared(self, uuid: str) -> bool:
         """Return whether another process has a lease of a card or keeps something on it."""
         key, own = card_key(uuid), self._ledger.process
@@ -475,6 +484,9 @@ class LeaseStore:
             ahead = view.page.ahead(request, key)
             others = view.outside.foreign.get(key, 0)
             if may_start(total, others, headroom, claims, new, ahead=ahead):
+                continue
+            left = view.page.left(request, key, total - headroom)
+            if not new.exclusive and not ahead and new.extra <= left:
                 continue
             if not waits_in_vain(total, headroom, claims, new, ahead=ahead):
                 return False

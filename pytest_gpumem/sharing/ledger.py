@@ -139,6 +139,17 @@ class Page:
             and (not around or any(self.covers(each, entry) for each in around))
         ]
 
+    def left(self, request: Entry, key: str, total: int) -> int:
+        """Return what nobody has yet of the lease around ``request``, if there is one."""
+        around = (each for each in self.taken if key in each.claims and self.covers(each, request))
+        return max(
+            (
+                (each.claims[key].extra or total) - self._within(each, self.claims[key])
+                for each in around
+            ),
+            default=0,
+        )
+
     def is_covered(self, request: Entry) -> bool:
         """Return whether ``request`` is within somebody's lease."""
         return any(self.covers(each, request) for each in self.taken)
@@ -168,14 +179,14 @@ class Page:
             reverse=True,
         ):
             for key, claim in lease.claims.items():
-                within = sum(
-                    found[key][entry.name].resident + found[key][entry.name].extra
-                    for entry in self.taken
-                    if key in entry.claims and self.covers(lease, entry)
-                )
-                left = max(0, claim.extra - within)
+                left = max(0, claim.extra - self._within(lease, found[key]))
                 found[key][lease.name] = claim._replace(extra=left)
         return found
+
+    def _within(self, lease: Entry, claims: Mapping[str, Claim]) -> int:
+        inside = (entry for entry in self.taken if self.covers(lease, entry))
+        found = (claims[entry.name] for entry in inside if entry.name in claims)
+        return sum(claim.resident + claim.extra for claim in found)
 
 
 def _ancestors(
