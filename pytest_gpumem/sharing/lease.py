@@ -381,7 +381,8 @@ class LeaseStore:
     def close(self) -> None:
         """Give everything of this process back."""
         if self._ledger.close():
-            self._nudge_first(self._ledger.read())
+            with suppress(OSError):  # not ``read``, which takes part again
+                self._nudge_first(self._ledger.page())
 
     def _take(self, claims: dict[str, Claim], asking: _Asking) -> tuple[Entry, int]:
         """Return an entry that holds ``claims``, and how many bytes of them are not there."""

@@ -173,15 +173,24 @@ class Page:
         parents = set().union(*self._ancestors.values())
         around = [entry for entry in self.taken if entry.process in parents or entry.test]
         # Innermost first: what is within them does not count for those around them once more.
-        for lease in sorted(
-            around,
-            key=lambda entry: (len(self._ancestors.get(entry.process, ())), entry.number),
-            reverse=True,
-        ):
+        around.sort(key=self._depth, reverse=True)
+        outside: dict[tuple[str, str, str], int] = {}
+        # What no lease of a process has taken in yet, by process, entry and card.
+        for lease in around:
             for key, claim in lease.claims.items():
-                left = max(0, claim.extra - self._within(lease, found[key]))
+                left = claim.extra
+                for entry in self.taken:
+                    if key in entry.claims and self.covers(lease, entry):
+                        inner = found[key][entry.name]
+                        place = lease.process, entry.name, key
+                        size = outside.get(place, inner.resident + inner.extra)
+                        outside[place] = max(0, size - left)
+                        left = max(0, left - size)
                 found[key][lease.name] = claim._replace(extra=left)
         return found
+
+    def _depth(self, entry: Entry) -> tuple[int, int]:
+        return len(self._ancestors.get(entry.process, ())), entry.number
 
     def _within(self, lease: Entry, claims: Mapping[str, Claim]) -> int:
         inside = (entry for entry in self.taken if self.covers(lease, entry))

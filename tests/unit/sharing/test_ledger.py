@@ -52,6 +52,70 @@ def test_strange_files_are_passed_over():
     assert Page([".swp", "README", "lock"]).entries == []
 
 
+LINES = {"1.a": ("a",), "2.b": ("b", "x", "a"), "3.c": ("c", "b", "x", "a"), "4.d": ("d", "x")}
+
+
+def entry(state, number, process, size, *, test=False):
+    claim = Claim(size, 0, False) if state == RESIDENT else Claim(0, size, exclusive=size == 0)
+    return entry_of(state, number, process, {"key": claim}, test=test)
+
+
+def against(page, request):
+    return sorted(claim.resident + claim.extra for claim in page.against(request, "key"))
+
+
+def test_what_descendants_hold_comes_out_of_a_lease_and_is_not_waited_for():
+    """Of four processes b is a's child, c is b's, and d nobody's."""
+    taken = [entry(HELD, 1, "1.a", 700), entry(HELD, 2, "2.b", 400), entry(HELD, 3, "3.c", 100)]
+    waiting = [entry(WAITING, 4, "4.d", 900), entry(WAITING, 5, "2.b", 50)]
+    page = Page([each.name for each in (*taken, *waiting)], LINES.get)
+    asked = {name: entry(WAITING, 9, name, 1) for name in LINES}
+
+    assert against(page, asked["4.d"]) == [100, 300, 300]
+    assert against(page, asked["3.c"]) == [100]  # its own, of another thread
+    assert against(page, asked["2.b"]) == [100, 300]
+    assert against(page, asked["1.a"]) == [100, 300, 300]
+    kept = [claim.resident for claim in page.against(asked["1.a"], "key")]
+    assert sorted(kept) == [100, 300, 300]
+    # a's lease waits for b's request, and c's for nobody.
+    assert [page.is_stuck(each) for each in taken] == [True, False, False]
+    assert [page.left(asked[name], "key", 1000) for name in LINES] == [0, 300, 300, 0]
+    ahead = [[claim.extra for claim in page.ahead(asked[name], "key")] for name in LINES]
+    assert ahead == [[900], [50], [], [900, 50]]
+
+
+def test_only_what_a_process_asks_for_later_comes_out_of_its_tests_lease():
+    taken = [
+        entry(HELD, 1, "4.d", 300),
+        entry(HELD, 2, "4.d", 500, test=True),
+        entry(HELD, 3, "4.d", 200),
+        entry(RESIDENT, 0, "4.d", 50),
+    ]
+    page = Page([each.name for each in taken])
+
+    assert against(page, entry(WAITING, 9, "1.a", 1)) == [50, 200, 300, 300]
+    assert against(page, entry(WAITING, 9, "4.d", 1)) == [50, 200, 300]
+    assert page.left(entry(WAITING, 9, "4.d", 1), "key", 1000) == 300
+
+
+SIZES = st.lists(st.tuples(st.sampled_from(sorted(LINES)), st.integers(0, 99), st.booleans()))
+
+
+@given(SIZES)
+def test_a_family_never_counts_for_less_than_its_leases_or_than_any_of_them(leases):
+    """Nor for more than all of them."""
+    taken = [entry(HELD, n, *each[:2], test=each[2]) for n, each in enumerate(leases, 1)]
+    page = Page([each.name for each in taken], LINES.get)
+    counted = sum(claim.extra for claim in page.claims["key"].values())
+
+    assert counted <= sum(size for _, size, _ in leases)
+    assert counted >= max((size for _, size, _ in leases), default=0)
+    for process in LINES:
+        outermost = process in ("1.a", "4.d") and not any(test for *_, test in leases)
+        own = [size for name, size, _ in leases if name == process]
+        assert not outermost or counted >= sum(own)
+
+
 def test_the_key_of_a_card_is_the_end_of_its_uuid():
     assert card_key("GPU-6ab9cbd1-3c7d-4e04-9e1c-0123456789ab") == "456789ab"
     assert card_key("MPS-0") == "MPS0"
