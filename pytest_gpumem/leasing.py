@@ -293,12 +293,10 @@ class Leasing:
         cards = self._cards[: need.cards]
         held = self._holdings()
         wants = {card.uuid: self._want(need, card, held) for card in cards}
-        begun = None
+        begun = time.monotonic()
         with telling.Waiting(item.nodeid, self._open().ancestors) as waiting:
 
             def on_wait(text: str) -> None:
-                nonlocal begun
-                begun = begun or time.monotonic()
                 waiting.note(text)
                 if self._spare():
                     self.keep()
@@ -310,7 +308,7 @@ class Leasing:
                     item.add_report_section("setup", "GPU memory", f"waited for {waiting.what}")
                 raise
             finally:
-                self._waited = time.monotonic() - begun if begun else 0.0
+                self._waited = time.monotonic() - begun if waiting.what else 0.0
         if self._lease is None:
             return
         size = min(wants[card.uuid].size or card.total for card in cards)
