@@ -89,7 +89,7 @@ class FileLock:
                 on_long(self._holder())
                 long = _NEVER
             time.sleep(min(pause, deadline - now))
-            pause = min(2 * pause, POLL)
+            pause = POLL if long == _NEVER else min(2 * pause, POLL / 20)
 
     def _holder(self) -> str:
         """Return who has the lock, as far as /proc/locks tells; see proc_locks(5)."""
