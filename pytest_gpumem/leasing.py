@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from pytest_gpumem import devices, marks
 from pytest_gpumem.records import Grant
 from pytest_gpumem.routed import may_fall_back
-from pytest_gpumem.sharing import admission
+from pytest_gpumem.sharing import admission, telling
 from pytest_gpumem.sharing.history import DURATION
 from pytest_gpumem.sharing.lease import (
     HOPE,
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import Card
     from pytest_gpumem.sharing.history import History
 
-TELL_AFTER = 10.0
-"""Seconds that a test waits before the terminal is told what for."""
 ANY = marks.Need(vram=None, cards=1, exclusive=False)
 """What a test without a mark asks for."""
 _SOMETHING = 1
@@ -85,7 +82,7 @@ class Leasing:
         granted: Callable[[], Need | None] | None = None,
         used_card: Callable[[], None] = lambda: None,
     ) -> None:
-        self._capture = config.pluginmanager.getplugin("capturemanager")
+        self._tells = _keep_terminal(config)
         self._settings = state.settings
         self._state = state
         self._history = history
@@ -99,7 +96,8 @@ class Leasing:
         self._stuck = False
         """Whether what could be consolidated was not when another process wanted its room."""
         self._lease: Lease | None = None
-        self._refusal = ""
+        self._fixtures: dict[str, str] = {}
+        """The fixtures whose set-up took leases, by the lease."""
         self._next = ""
         """Of the ladder, the step to take with a test that ran out of memory: a further attempt,
         see ``RecordedTest.step``."""
@@ -108,6 +106,8 @@ class Leasing:
         self.spoiled = False
         """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
         one as well."""
+        self._waited = 0.0
+        """Seconds that the test which is set up waited for its lease."""
         self._tried: list[str] = []
         """How the attempts before this one ended."""
 
@@ -122,16 +122,24 @@ class Leasing:
         if state.simulation is None and os.environ.get(VISIBLE) != state.visible:
             state.found = devices.find_cards()
 
+    def pytest_runtestloop(self) -> None:
+        """Let what tests start find this process, whether or not these ever take a lease."""
+        with suppress(LeaseError):  # whoever takes one says so
+            self._open().join()
+
+    def pytest_unconfigure(self) -> None:
+        """Leave the terminal to others."""
+        if self._tells:
+            telling.drop()
+
     # Around a test
 
-    # First of all, so that waiting is not on the clock of pytest-timeout.
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
-        """Hold a lease while the test runs; run it again if it ran out of memory."""
+        """Give the test's lease back; run the test again if it ran out of memory."""
         self.spoiled = False
-        self._take(item)
         try:
             result = yield
         finally:
@@ -164,10 +172,11 @@ class Leasing:
         with banned:
             item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
 
+    # A phase of the test, so that whatever ends a test ends its wait, and a report is made.
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self) -> None:
-        """Fail or skip a test that can have no lease."""
-        refusal, self._refusal = self._refusal, ""
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Take a lease; fail or skip a test that can have none."""
+        refusal = self._take(item)
         if refusal and self._settings.too_large == "skip":
             pytest.skip(refusal)
         if refusal:
@@ -177,12 +186,19 @@ class Leasing:
     def pytest_fixture_setup(
         self, fixturedef: pytest.FixtureDef[Any]
     ) -> Generator[None, object, object]:
-        """Note that a wider fixture failed, which a test may have asked for as late as it ran."""
+        """Note what a fixture leases, and that a wider one failed.
+
+        Which a test may have asked for as late as it ran.
+        """
+        before = self._leases_here()
         try:
             return (yield)
         except BaseException:
             self.spoiled |= fixturedef.scope != "function"
             raise
+        finally:
+            for lease in self._leases_here() - before:
+                self._fixtures.setdefault(lease, fixturedef.argname)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
@@ -190,6 +206,11 @@ class Leasing:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Call running out of memory an attempt, and no failure, if there is a next step."""
         report = yield
+        if report.when == "setup" and self._waited:
+            # What others made it wait is not the test's time.
+            report.duration -= self._waited
+            report.start += self._waited
+            self._waited = 0.0
         if not report.failed or call.excinfo is None or call.when == "teardown":
             return report
         self.spoiled |= report.when == "setup"
@@ -246,39 +267,67 @@ class Leasing:
 
     # Leases
 
-    def _take(self, item: pytest.Item) -> None:
+    def _take(self, item: pytest.Item) -> str:
+        """Take a lease for the test; return why it can have none, "" otherwise."""
+        if self._lease is not None:  # the attempt before, of a plugin that runs tests again
+            return ""
         if GRANT in item.stash:  # an earlier attempt's
             del item.stash[GRANT]
         need = self._need(item)
         if need is None or self._without:
-            return
+            return ""
         try:
-            if self._open().held_here():
-                return  # the test runs within a lease of the suite's own
-            self._refusal = self._too_large(item, need)
-            if not self._refusal:
+            if self._is_within(item):
+                return ""
+            refusal = self._too_large(item, need)
+            if not refusal:
                 self._acquire(item, need)
+            return refusal
         except (LeaseTimeout, TooLarge) as error:
-            self._refusal = str(error)
+            return str(error)
         except LeaseError as error:
             self._do_without(error)
+            return ""
+
+    def _is_within(self, item: pytest.Item) -> bool:
+        """Return whether a test runs within a lease of the suite's own.
+
+        One of a fixture is for the tests that use the fixture, any other is for all of them; and
+        what a test runs in this process is within that test's.
+        """
+        fixtures = (self._fixtures.get(lease) for lease in self._leases_here())
+        names = getattr(item, "fixturenames", ())
+        return self._open().has_test() or any(name is None or name in names for name in fixtures)
+
+    def _leases_here(self) -> set[str]:
+        try:
+            return set() if self._without else self._open().held_here()
+        except LeaseError as error:
+            self._do_without(error)
+            return set()
 
     def _acquire(self, item: pytest.Item, need: Need) -> None:
         cards = self._cards[: need.cards]
         held = self._holdings()
         wants = {card.uuid: self._want(need, card, held) for card in cards}
         begun = time.monotonic()
-        with _Telling(lambda text: self._say(f"{item.nodeid} waits for {text}")) as telling:
+        with telling.Waiting(item.nodeid, self._open().ancestors) as waiting:
 
             def on_wait(text: str) -> None:
-                telling.on_wait(text)
+                waiting.note(text)
                 if self._spare():
                     self.keep()
 
-            self._lease = self._wait(item, wants, on_wait)
+            try:
+                self._lease = self._wait(item, wants, on_wait)
+            except BaseException:
+                if waiting.what:  # pytest-timeout's, or Ctrl-C
+                    item.add_report_section("setup", "GPU memory", f"waited for {waiting.what}")
+                raise
+            finally:
+                self._waited = time.monotonic() - begun if waiting.what else 0.0
         size = min(wants[card.uuid].size or card.total for card in cards)
-        waited = time.monotonic() - begun if telling.waited else 0.0
-        item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, waited)
+        item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, self._waited)
 
     def _wait(
         self, item: pytest.Item, wants: Mapping[str, Want], on_wait: Callable[[str], None]
@@ -291,11 +340,12 @@ class Leasing:
         totals = {card.uuid: card.total for card in self._cards}
         hope = HOPE if self._granted is None else 0.0
         timeout = self._settings.lease_timeout
-        return self._open().acquire(wants, totals, item.nodeid, timeout, on_wait, hope=hope)
+        return self._open().acquire(
+            wants, totals, item.nodeid, timeout, on_wait, hope=hope, test=True
+        )
 
     def _give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
-        self._refusal = ""
         self._spare()
         self.keep()
         if self._lease is not None:
@@ -401,15 +451,6 @@ class Leasing:
                 )
         return ""
 
-    def _say(self, text: str) -> None:
-        """Write a line to the terminal; from a worker of xdist too, whose stderr is the same."""
-        shown = (
-            nullcontext() if self._capture is None else self._capture.global_and_fixture_disabled()
-        )
-        with shown:
-            sys.stderr.write(f"\ngpumem: {text}\n")
-            sys.stderr.flush()
-
 
 def _consolidator() -> GpuConsolidator | None:
     """Return the process's consolidator, if anybody has used it."""
@@ -417,30 +458,8 @@ def _consolidator() -> GpuConsolidator | None:
     return module.get_gpu_consolidator() if module is not None else None
 
 
-class _Telling:
-    """Says what a test waits for, once it has waited for a while."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._text = ""
-        self._timer: threading.Timer | None = None
-
-    @property
-    def waited(self) -> bool:
-        """Whether there was anything to wait for."""
-        return self._timer is not None
-
-    def on_wait(self, text: str) -> None:
-        """Take note of what is waited for and who has it."""
-        self._text = text
-        if self._timer is None:
-            self._timer = threading.Timer(TELL_AFTER, lambda: self._say(self._text))
-            self._timer.daemon = True
-            self._timer.start()
-
-    def __enter__(self) -> _Telling:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+def _keep_terminal(config: pytest.Config) -> bool:
+    """Let it be told in the terminal what is waited for, whatever captures meanwhile."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        return telling.keep()

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from pytest_gpumem.sharing import telling
 from pytest_gpumem.sharing.admission import (
     NOTHING,
     Claim,
@@ -39,9 +40,11 @@ from pytest_gpumem.sharing.ledger import (
     Entry,
     LeaseError,
     Ledger,
+    LedgerBusyError,
     Page,
     Vanished,
     card_key,
+    entry_named,
     entry_of,
     pid_of,
     run_directory,
@@ -184,24 +187,34 @@ class _CudaDriver:
         return devices.usage(Card(uuid, "", 0))
 
 
-class _Foreign(NamedTuple):
+class _Outside(NamedTuple):
     """What processes without an entry in the ledger use of a card."""
 
-    size: int = 0
+    foreign: int = 0
     """Bytes."""
-    processes: tuple[tuple[int, int | None], ...] = ()
-    """Those that the driver lists: pid, and bytes if it tells them."""
+    family: int = 0
+    """Bytes besides, of those that this process or an ancestor started: kept, not waited for."""
+    strangers: tuple[tuple[int, int | None], ...] = ()
+    """Foreign processes that the driver lists: pid, and bytes if it tells them."""
 
 
 class _View(NamedTuple):
-    """What a decision rests on: the ledger, and by card what foreign processes use."""
+    """What a decision rests on: the ledger, and what else is on the cards."""
 
     page: Page
-    foreign: Mapping[str, _Foreign]
+    outside: Mapping[str, _Outside]
+    """By card; empty where it was not asked for."""
 
-    def others(self, key: str) -> int:
-        """Return the bytes of a card that foreign processes use, 0 where that was not asked."""
-        return self.foreign[key].size if key in self.foreign else 0
+    def beside(self, key: str) -> _Outside:
+        """Return what others use of a card."""
+        return self.outside.get(key, _Outside())
+
+    def against(self, request: Entry, key: str) -> list[Claim]:
+        """Return what leaves ``request`` less of a card."""
+        found = self.page.against(request, key)
+        if family := self.beside(key).family:
+            found.append(Claim(family, 0, exclusive=False))
+        return found
 
 
 class _Hope(NamedTuple):
@@ -216,6 +229,24 @@ class _Hope(NamedTuple):
 
 
 _NO_HOPE = _Hope()
+
+
+class _Asking(NamedTuple):
+    """How a lease is asked for; see ``LeaseStore.acquire``."""
+
+    label: str
+    timeout: float | None
+    deadline: float | None
+    """Of ``time.monotonic``."""
+    on_wait: Callable[[str], None]
+    hope: float
+    test: bool
+
+    def hopes(self, waited: float) -> _Hope:
+        """Return what it still waits for after so many seconds."""
+        timed = self.timeout is not None
+        spared = waited < self.hope and self.timeout != 0
+        return _Hope(spared, freed=not timed and waited < PATIENCE, timed=timed)
 
 
 class LeaseStore:
@@ -251,6 +282,7 @@ class LeaseStore:
         on_wait: Callable[[str], None] | None = None,
         *,
         hope: float = HOPE,
+        test: bool = False,
     ) -> Lease:
         """Return a lease of all ``wants`` (by UUID) at once, first come, first served.
 
@@ -258,15 +290,19 @@ class LeaseStore:
         For ``hope`` seconds it waits for what others keep and may spare, and until the timeout,
         or else for ``PATIENCE`` seconds, for what foreign programs use; then it goes without.
         ``on_wait`` is called with a sentence that says what is waited for and who holds it, when
-        the wait begins and when that changes.
+        the wait begins and when that changes. Out of the lease of a ``test`` comes what its
+        process asks for meanwhile.
 
         Raises:
             TooLarge: when a card does not have as much.
             LeaseTimeout: when ``timeout`` has passed.
-            LeaseError: when the directory cannot be used, or when this thread would have to wait
-                while it holds a lease, which could last for ever.
+            LeaseError: when the directory cannot be used, when somebody keeps its lock for long,
+                or when this thread would have to wait while it holds a lease that is no test's,
+                which could last for ever.
 
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        asking = _Asking(label, timeout, deadline, on_wait or (lambda _: None), hope, test)
         claims = {}
         for uuid, want in wants.items():
             claim, key = _claim(want), card_key(uuid)
@@ -278,8 +314,12 @@ class LeaseStore:
         tries = _TRIES
         while True:
             try:
-                request, short = self._take(claims, label, timeout, on_wait, hope)
+                request, short = self._take(claims, asking)
                 return Lease(self, request, wants, short)
+            except LedgerBusyError as error:
+                if deadline is None or time.monotonic() < deadline:
+                    raise
+                raise LeaseTimeout(f"no lease within {timeout:g} s: {error}") from None
             except Vanished:
                 tries -= 1
                 if not tries:
@@ -287,28 +327,49 @@ class LeaseStore:
                 time.sleep(POLL)
                 self._ledger.mend()
 
+    def join(self) -> None:
+        """Let processes that this one starts find it, if that can be without waiting.
+
+        Raises:
+            LeaseError: when the directory cannot be used, or somebody has its lock.
+
+        """
+        self._ledger.join(time.monotonic())
+
     def is_shared(self, uuid: str) -> bool:
         """Return whether another process has a lease of a card or keeps something on it."""
         key, own = card_key(uuid), self._ledger.process
         return any(
-            entry.process != own and entry.state != WAITING and key in entry.claims
-            for entry in self._ledger.read().entries
+            entry.process != own and key in entry.claims for entry in self._ledger.read().taken
         )
 
-    def held_here(self) -> bool:
-        """Return whether this thread holds a lease of this store, and so may not wait."""
-        return threading.current_thread() in list(self._ledger.leases.values())
+    def held_here(self) -> set[str]:
+        """Return the names of the leases that this thread holds, of tests apart."""
+        return {entry.name for entry in self._entries_here() if not entry.test}
+
+    def has_test(self) -> bool:
+        """Return whether this process holds the lease of a test."""
+        return any(entry_named(name).test for name in list(self._ledger.leases))
+
+    def ancestors(self) -> Mapping[str, int | None]:
+        """Return the processes that started this one and take leases, see ``telling.Waiting``."""
+        return self._ledger.ancestors()
+
+    def _entries_here(self) -> list[Entry]:
+        current = threading.current_thread()
+        taken = list(self._ledger.leases.items())
+        return [entry_named(name) for name, thread in taken if thread is current]
 
     def granted_here(self, uuid: str) -> int | None:
         """Return the bytes of a card that this thread's leases are for; None: the whole card."""
-        key, size, current = card_key(uuid), 0, threading.current_thread()
-        names = {name for name, thread in list(self._ledger.leases.items()) if thread is current}
-        for entry in self._ledger.read().entries if names else ():
+        key, size, here = card_key(uuid), 0, self._entries_here()
+        counted = self._ledger.read().claims[key] if here else {}
+        for entry in here:
             claim = entry.claims.get(key)
-            if entry.name in names and claim is not None:
+            if claim is not None:
                 if claim.exclusive and not claim.extra:
                     return None
-                size += claim.extra
+                size += counted.get(entry.name, claim).extra
         return size
 
     def resident(self, uuid: str) -> int:
@@ -325,7 +386,8 @@ class LeaseStore:
     def holders(self, uuid: str) -> list[HolderInfo]:
         """Return who has leases of a card, and who waits for some, in the order of arrival."""
         dead = self._ledger.dead(None)
-        with self._ledger.alone():
+        # Whoever keeps the lock keeps nobody from looking.
+        with suppress(LedgerBusyError), self._ledger.alone(time.monotonic()):
             self._ledger.bury(dead)
         page = self._ledger.read()
         self._nudge_first(page)
@@ -333,7 +395,7 @@ class LeaseStore:
             HolderInfo(entry.pid, self._ledger.label(entry), *_want(claim), entry.state == WAITING)
             for entry in page.entries
             for key, claim in entry.claims.items()
-            if key == card_key(uuid) and entry.state not in KEPT
+            if key == card_key(uuid) and entry.state not in KEPT and entry.process not in dead
         ]
 
     def set_resident(self, uuid: str, size: int, *, spare: bool | None = None) -> None:
@@ -367,10 +429,12 @@ class LeaseStore:
         ``total`` is the card's capacity.
         """
         key, own, page = card_key(uuid), self._ledger.process, self._ledger.read()
-        kept = sum(claim.resident for claim in page.claims[key])
+        kept = sum(claim.resident for claim in page.claims[key].values())
         for entry in page.waiting:
             if entry.process == own:
                 return False
+            if page.descends(own, entry.process) or page.descends(entry.process, own):
+                continue
             if key in entry.claims and entry.claims[key].extra > total - self.headroom - kept:
                 return True
         return False
@@ -380,93 +444,85 @@ class LeaseStore:
 
         ``total`` is what there is; foreign processes keep the rest, and the headroom.
         """
-        return total - self.headroom - self.foreign(uuid, total)
+        return total - self.headroom - sum(self._outside_of(uuid, total)[:2])
 
     def foreign(self, uuid: str, total: int) -> int:
         """Return the bytes of a card that others use without an entry in the ledger.
 
-        ``total`` is the card's capacity.
+        ``total`` is the card's capacity. What this process's family uses is not foreign.
         """
+        return self._outside_of(uuid, total).foreign
+
+    def _outside_of(self, uuid: str, total: int) -> _Outside:
         key = card_key(uuid)
         self._cards[key] = uuid, total
-        return sum(found.size for found in self._foreign((key,)).values())
+        return self._outside((key,)).get(key, _Outside())
 
     def close(self) -> None:
         """Give everything of this process back."""
         if self._ledger.close():
-            self._nudge_first(self._ledger.read())
+            with suppress(OSError):  # not ``read``, which takes part again
+                self._nudge_first(self._ledger.page())
 
-    def _take(
-        self,
-        claims: dict[str, Claim],
-        label: str,
-        timeout: float | None,
-        on_wait: Callable[[str], None] | None,
-        hope: float,
-    ) -> tuple[Entry, int]:
+    def _take(self, claims: dict[str, Claim], asking: _Asking) -> tuple[Entry, int]:
         """Return an entry that holds ``claims``, and how many bytes of them are not there."""
-        foreign = self._foreign(claims)
+        ledger = self._ledger
+        ledger.join(asking.deadline, asking.on_wait)
+        outside = self._outside(claims)
         request = None
         try:
-            with self._ledger.alone():
-                view = _View(self._ledger.page(), foreign)
-                number = self._ledger.next_number(view.page)
-                request = entry_of(WAITING, number, self._ledger.process, claims)
-                if self._admits(view, request, self._hope(0, timeout, hope)):
+            with ledger.alone(asking.deadline, asking.on_wait):
+                view = _View(ledger.page(), outside)
+                number = ledger.next_number(view.page)
+                request = entry_of(WAITING, number, ledger.process, claims, test=asking.test)
+                if self._admits(view, request, asking.hopes(0)):
                     request = request.turned(HELD)
-                self._ledger.write(request, label)
+                ledger.write(request, asking.label)
             if request.state == WAITING:
-                view = self._wait(request, timeout, on_wait, hope)
+                view = self._wait(request, asking)
                 request = request.turned(HELD)
-            self._ledger.leases[request.name] = threading.current_thread()
+            ledger.leases[request.name] = threading.current_thread()
             return request, self._note_short(view, request)
         except BaseException:  # Ctrl-C comes at any line
             if request is not None:
                 self._withdraw(request)
             raise
 
-    def _wait(
-        self,
-        request: Entry,
-        timeout: float | None,
-        on_wait: Callable[[str], None] | None,
-        hope: float,
-    ) -> _View:
+    def _wait(self, request: Entry, asking: _Asking) -> _View:
         """Block until ``request`` is held; return what that was decided by."""
         begun = time.monotonic()
-        deadline = None if timeout is None else begun + timeout
         # Whatever happened before the watch began.
         said, news = "", News(nudged=True, dead=None)
+        page = self._ledger.read()
+        if any(map(page.is_stuck, page.taken)):
+            # That this one waits may be what another one waited for.
+            self._nudge_first(page, but=request)
         with self._ledger.watch(request) as watch:
             while True:
                 waited = time.monotonic() - begun
-                view, granted = self._look(request, news, self._hope(waited, timeout, hope))
+                view, granted = self._look(request, news, asking, asking.hopes(waited))
                 if granted:
                     return view
-                if self.held_here():
+                if not request.test and self.held_here():
                     raise LeaseError(
                         "this thread holds a lease and would wait for another one, which can "
                         f"last for ever; ask for all at once: {self._explain(view, request)}"
                     )
-                if deadline is not None and time.monotonic() >= deadline:
+                if asking.deadline is not None and time.monotonic() >= asking.deadline:
                     situation = self._explain(view, request)
-                    raise LeaseTimeout(f"no lease within {timeout:g} s: {situation}")
-                if on_wait is not None and (text := self._explain(view, request)) != said:
-                    on_wait(text)
+                    raise LeaseTimeout(f"no lease within {asking.timeout:g} s: {situation}")
+                if (text := self._explain(view, request)) != said:
+                    asking.on_wait(text)
                     said = text
-                pause = self._pause(view, request, deadline, hope - waited)
+                pause = self._pause(view, request, asking.deadline, asking.hope - waited)
                 news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
 
-    def _hope(self, waited: float, timeout: float | None, hope: float) -> _Hope:
-        timed = timeout is not None
-        return _Hope(waited < hope and timeout != 0, not timed and waited < PATIENCE, timed)
-
-    def _look(self, request: Entry, news: News, hope: _Hope) -> tuple[_View, bool]:
+    def _look(self, request: Entry, news: News, asking: _Asking, hope: _Hope) -> tuple[_View, bool]:
         """Take what ``request`` waits for if it may start, and wake who else may then."""
-        foreign, dead = self._foreign(request.claims), self._ledger.dead(news.dead)
-        with self._ledger.alone():
+        outside, dead = self._outside(request.claims), self._ledger.dead(news.dead)
+        with self._ledger.alone(asking.deadline, asking.on_wait):
             buried = self._ledger.bury(dead)
-            view = _View(self._ledger.page(), foreign)
+            view = _View(self._ledger.page(), outside)
             if request not in view.page.waiting:
                 raise Vanished
             if granted := self._admits(view, request, hope):
@@ -480,7 +536,8 @@ class LeaseStore:
     def _pause(self, view: _View, request: Entry, deadline: float | None, hope: float) -> float:
         """Return the seconds until the next look, if nobody wakes us before."""
         pause = hope if 0 < hope < _LOOK_ANYWAY else _LOOK_ANYWAY
-        if self._driver is not None and self._admits(_View(view.page, {}), request):
+        empty = {key: each._replace(foreign=0) for key, each in view.outside.items()}
+        if self._driver is not None and self._admits(_View(view.page, empty), request):
             pause = _OTHERS_EVERY
         return pause if deadline is None else min(pause, max(0.0, deadline - time.monotonic()))
 
@@ -501,34 +558,38 @@ class LeaseStore:
         for key, new in request.claims.items():
             if hint and key not in self._cards:
                 continue
-            total, claims = self._cards[key][1], view.page.claims[key]
-            ahead = view.page.ahead(key, request.number)
-            others = view.others(key)
+            total, claims = self._cards[key][1], view.against(request, key)
+            ahead = view.page.ahead(request, key)
+            others = view.beside(key).foreign
             if may_start(total, others, headroom, claims, new, ahead=ahead):
+                continue
+            left = view.page.left(request, key, total - headroom)
+            if not new.exclusive and not ahead and new.extra <= left:
                 continue
             if not waits_in_vain(total, others, headroom, claims, new, ahead=ahead):
                 return False
             if fits(total, 0, headroom, claims, new):  # and foreign programs keep it waiting
                 if hope.timed or (hope.freed and others < self._lasting.get(key, math.inf)):
                     return False
-            elif hope.spared and self._may_be_spared(view.page, key):
+            elif hope.spared and self._may_be_spared(view.page, request, key):
                 return False
         return True
 
-    def _may_be_spared(self, page: Page, key: str) -> bool:
-        own = self._ledger.process
+    def _may_be_spared(self, page: Page, request: Entry, key: str) -> bool:
+        own = request.process
         return any(
             entry.state == SPARE and entry.process != own and key in entry.claims
-            for entry in page.entries
+            for entry in page.taken
+            if not page.descends(own, entry.process) and not page.descends(entry.process, own)
         )
 
     def _nudge_first(self, page: Page, *, behind: int = 0, but: Entry | None = None) -> None:
         """Wake the first request behind number ``behind`` that may be able to start."""
-        full = {key for key in self._cards if self._is_full(page, key)}
+        full = {key for key in self._cards if page.waiting and self._is_full(page, key)}
         for entry in page.waiting:
             if entry.number <= behind or entry == but:
                 continue
-            if not full.isdisjoint(entry.claims):
+            if not full.isdisjoint(entry.claims) and not page.is_covered(entry):
                 continue
             # One that has gone meanwhile woke somebody itself, but perhaps before this change.
             if self._admits(_View(page, {}), entry, hint=True) and self._ledger.nudge(entry):
@@ -536,28 +597,33 @@ class LeaseStore:
 
     def _is_full(self, page: Page, key: str) -> bool:
         """Return whether nobody can start on a card; a long queue is then passed over quickly."""
-        claims = page.claims[key]
+        if any(map(page.is_stuck, page.taken)):
+            return False
+        claims = page.claims[key].values()
         if any(claim.exclusive for claim in claims):
             return True
         running = any(claim.extra for claim in claims)
         return running and room(self._cards[key][1], 0, 0, claims) <= 0
 
-    def _foreign(self, keys: Iterable[str]) -> dict[str, _Foreign]:
-        """Return what foreign processes use of each card."""
+    def _outside(self, keys: Iterable[str]) -> dict[str, _Outside]:
+        """Return what processes without an entry in the ledger use of each card."""
         if self._driver is None:
             return {}
         # Without the lock: the driver may take milliseconds.
         page = self._ledger.read()
-        return {key: self._foreign_of(key, page, self._driver) for key in keys}
+        return {key: self._look_outside(key, page, self._driver) for key in keys}
 
-    def _foreign_of(self, key: str, page: Page, driver: Driver) -> _Foreign:
+    def _look_outside(self, key: str, page: Page, driver: Driver) -> _Outside:
         uuid, total = self._cards[key]
         ours, used = self._ours(key, page), driver.used(uuid)
         if used <= sum(claim.resident for claim in ours.values()):
             self._found[key] = 0
-            return _Foreign()
+            return _Outside()
         usage = driver.usage(uuid)
         told = dict(usage.processes)
+        strangers = told.keys() - {os.getpid(), *map(pid_of, ours)}
+        kin = self._kin(strangers)
+        family = sum(told[pid] or 0 for pid in kin)
         own, known = ours.pop(self._ledger.process, NOTHING), told.pop(os.getpid(), None)
         # What this process uses is its own, whether or not it was entered.
         least = max(own.resident, usage.own)
@@ -566,18 +632,25 @@ class LeaseStore:
         listed = list(usage.processes.values())
         limit = total if None in listed or not listed else used - sum(filter(None, listed))
         uses = [bounds(claim, limit, told.get(pid_of(each))) for each, claim in ours.items()]
-        size = foreign(used, [(least, most), *uses], self._found.get(key, 0))
+        uses += [(least, most), (family, family)]
+        size = foreign(used, uses, self._found.get(key, 0))
         self._found[key] = size
-        strangers = told.keys() - set(map(pid_of, ours))
-        return _Foreign(size, tuple((pid, told[pid]) for pid in sorted(strangers)))
+        return _Outside(size, family, tuple((pid, told[pid]) for pid in sorted(strangers - kin)))
+
+    def _kin(self, pids: Collection[int]) -> set[int]:
+        """Return those that this process or an ancestor started, or that started this one."""
+        if not pids:
+            return set()
+        roots = self._ledger.roots()
+        return {pid for pid in pids if self._ledger.is_kin(pid, roots)}
 
     def _ours(self, key: str, page: Page) -> dict[str, Claim]:
         """Return what each process with an entry in the ledger may use of a card."""
         ours: dict[str, Claim] = {}
-        for entry in page.entries:
-            if key in entry.claims and entry.state != WAITING:
-                before = ours.get(entry.process, NOTHING)
-                ours[entry.process] = entry.claims[key].beside(before)
+        for entry in page.taken:
+            claim = page.claims[key].get(entry.name)
+            if claim is not None:
+                ours[entry.process] = claim.beside(ours.get(entry.process, NOTHING))
         return ours
 
     def _note_short(self, view: _View, request: Entry) -> int:
@@ -587,8 +660,8 @@ class LeaseStore:
         """
         most = 0
         for key, new in request.claims.items():
-            total, others, claims = self._cards[key][1], view.others(key), view.page.claims[key]
-            short = new.extra - room(total, others, self.headroom, claims)
+            total, others = self._cards[key][1], view.beside(key).foreign
+            short = new.extra - room(total, others, self.headroom, view.against(request, key))
             if short > 0 and others:
                 self._lasting[key] = others
             most = max(most, short)
@@ -608,15 +681,17 @@ class LeaseStore:
         )
 
     def _situation(self, view: _View, request: Entry, key: str) -> str:
-        total, others = self._cards[key][1], view.others(key)
-        free = max(0, room(total, others, self.headroom, view.page.claims[key]))
+        total, beside = self._cards[key][1], view.beside(key)
+        free = max(0, room(total, beside.foreign, self.headroom, view.against(request, key)))
         parts = [f"{format_bytes(free)} of {format_bytes(total)} are free"]
-        for entry in view.page.entries:
-            if key in entry.claims and entry.state != WAITING:
+        for entry in view.page.taken:
+            if key in entry.claims and not view.page.covers(entry, request):
                 parts.append(self._possession(entry, entry.claims[key]))
-        if others:
-            parts.append(_used_by_others(view.foreign[key]))
-        if ahead := len(view.page.ahead(key, request.number)):
+        if beside.foreign:
+            parts.append(_used_by_others(beside))
+        if beside.family:
+            parts.append(f"{format_bytes(beside.family)} used by programs of the same family")
+        if ahead := len(view.page.ahead(request, key)):
             parts.append(f"{ahead} waiting before")
         return ", ".join(parts)
 
@@ -651,8 +726,12 @@ def gpu_lease(
     from pytest_gpumem import devices
 
     want = Want(parse_bytes(vram), exclusive)
-    card = _card(device)
-    with store().acquire({card.uuid: want}, {card.uuid: card.total}, _label(), timeout) as lease:
+    card, leases = _card(device), store()
+    with telling.Waiting(f"gpu_lease of {_label()}", leases.ancestors) as waiting:
+        lease = leases.acquire(
+            {card.uuid: want}, {card.uuid: card.total}, _label(), timeout, waiting.note
+        )
+    with lease:
         try:
             yield lease
         finally:
@@ -660,13 +739,13 @@ def gpu_lease(
                 allocator.release_cached()
 
 
-def _used_by_others(found: _Foreign) -> str:
-    size = format_bytes(found.size)
-    if not found.processes:
+def _used_by_others(found: _Outside) -> str:
+    size = format_bytes(found.foreign)
+    if not found.strangers:
         return f"{size} used without a lease, it cannot be told by whom"
     listed = (
         f"pid {pid}" if size is None else f"pid {pid}: {format_bytes(size)}"
-        for pid, size in found.processes
+        for pid, size in found.strangers
     )
     return f"{size} used by other programs ({', '.join(listed)})"
 

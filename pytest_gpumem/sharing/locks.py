@@ -1,7 +1,7 @@
 """Locks that the kernel takes back when a process ends, and waiting for such an end.
 
-Locks are ``flock(2)`` on Linux and macOS, byte-range locks on Windows. Waiting blocks in
-``inotify(7)`` on Linux; elsewhere, and where inotify has no instance left, it polls.
+Locks are ``flock(2)`` on Linux and macOS, byte-range locks on Windows. Waiting for an end blocks
+in ``inotify(7)`` on Linux; elsewhere, and where inotify has no instance left, it polls.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_gpumem.sharing.family import described
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -27,6 +29,10 @@ POLL = 0.01
 _PATIENCE = 1.0
 """Seconds that a dying process gets between closing its files and losing its locks."""
 _RETRY = 0.0001
+_FIRST = 0.00005
+"""Seconds until a lock that somebody has is tried again, at first; then ever longer."""
+_LONG = 0.05
+"""Seconds after which a lock is held for long: its holder is stopped, or the machine busy."""
 _NEVER = math.inf
 _IN_ATTRIB, _IN_CLOSE_WRITE, _IN_Q_OVERFLOW = 0x4, 0x8, 0x4000
 _EVENT = struct.Struct("iIII")
@@ -36,6 +42,10 @@ _forking = threading.RLock()
 """Held where a file is opened and noted: a child forked in between would keep it for good."""
 _open_files: set[int] = set()
 _idle_watchers: list[int] = []
+
+
+class LockBusyError(Exception):
+    """A lock did not come free in time; says who probably has it."""
 
 
 class FileLock:
@@ -56,9 +66,46 @@ class FileLock:
         """Whether somebody removed the file: the lock then keeps nobody away."""
         return os.fstat(self._file).st_nlink == 0
 
-    def acquire(self) -> None:
-        """Wait until the lock is this process's."""
-        _lock(self._file)
+    def acquire(
+        self, deadline: float = _NEVER, on_long: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Wait until the lock is this process's; ``deadline`` is of ``time.monotonic``.
+
+        No kernel has a wait for such a lock that ends in time, in any thread, without signals. So
+        it is tried again, after at most ``POLL`` seconds: but that long only somebody who is
+        stopped has it. ``on_long`` is told then who that is.
+
+        Raises:
+            LockBusyError: at the deadline.
+
+        """
+        pause, long = _FIRST, 0.0
+        while not _try_to_lock(self._file):
+            now = time.monotonic()
+            if now >= deadline:
+                raise LockBusyError(self._holder())
+            long = long or now + _LONG
+            if now >= long:
+                on_long(self._holder())
+                long = _NEVER
+            time.sleep(min(pause, deadline - now))
+            pause = POLL if long == _NEVER else min(2 * pause, POLL / 20)
+
+    def _holder(self) -> str:
+        """Return who has the lock, as far as /proc/locks tells; see proc_locks(5)."""
+        about = os.fstat(self._file)
+        device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
+                words = line.split()
+                if words[1] == "FLOCK" and words[5] == f"{device}:{about.st_ino}":
+                    # Whoever inherited the file has its lock too, also when that one has ended.
+                    return f"probably {described(int(words[4]))}"
+        return "another process"
+
+    def write(self, text: str) -> None:
+        """Let the file say so."""
+        os.write(self._file, text.encode())
 
     def release(self) -> None:
         """Let others have the lock."""
@@ -90,21 +137,19 @@ def is_held(path: Path | str) -> bool:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: int) -> None:
-        while True:
-            try:
-                return msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-            except OSError:
-                time.sleep(POLL / 10)
+    def _try_to_lock(file: int) -> bool:
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
 
     def _unlock(file: int) -> None:
         with contextlib.suppress(OSError):
             msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
 
     def _could_lock(file: int) -> bool:
-        try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        except OSError:
+        if not _try_to_lock(file):
             return False
         _unlock(file)
         return True
@@ -112,8 +157,12 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _lock(file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    def _try_to_lock(file: int) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def _unlock(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
@@ -183,15 +232,15 @@ class Watch:
                 closed |= new
                 look = time.monotonic() + patience()
             if any(watch == self._watches[0] for watch, _, _ in events):
-                return News(nudged=True, dead=self._dead(closed))
+                return News(nudged=True, dead=self._dead(closed, end))
             if closed and time.monotonic() >= look:
-                if dead := self._dead(closed):
+                if dead := self._dead(closed, end):
                     return News(nudged=False, dead=dead)
                 closed, look = set(), _NEVER
-        return News(nudged=False, dead=self._dead(closed))
+        return News(nudged=False, dead=self._dead(closed, end))
 
-    def _dead(self, closed: set[str]) -> list[str]:
-        return [name for name in closed if _has_died(self._alive / name)]
+    def _dead(self, closed: set[str], end: float) -> list[str]:
+        return [name for name in closed if _has_died(self._alive / name, end)]
 
     def _give_back(self) -> None:
         for watch in self._watches:
@@ -200,12 +249,12 @@ class Watch:
         self._inotify = None
 
 
-def _has_died(path: Path) -> bool:
+def _has_died(path: Path, end: float) -> bool:
     """Return whether the process that closed ``path`` is dead, and nobody has tidied up yet.
 
-    A dying process closes its file a moment before it loses the lock.
+    A dying process closes its file a moment before it loses the lock; not beyond ``end``.
     """
-    end = time.monotonic() + _PATIENCE
+    end = min(end, time.monotonic() + _PATIENCE)
     while is_held(path):
         if time.monotonic() > end:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 from harness import MODES, SIMULATE, run_pytest, write_suite
 
 from pytest_gpumem.sharing.history import History
-from pytest_gpumem.sharing.lease import HOPE, LeaseStore
+from pytest_gpumem.sharing.lease import HOPE
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes
 
@@ -233,45 +234,38 @@ def test_fits(): take(1000 * 1024)
     assert "SystemError" not in finished.output
 
 
-def test_waiting_is_not_on_the_clock_of_pytest_timeout(run):
-    source = """
-import time
+@pytest.fixture
+def neighbour(tmp_path):
+    """Start a process that has something of a card of its own; returns the card's file."""
+    with contextlib.ExitStack() as stack:
 
-@pytest.mark.timeout(2)
-@pytest.mark.gpu(exclusive=True)
-@pytest.mark.parametrize("i", range(3))
-def test_slow(i):
-    time.sleep(0.8)
-"""
-    other = "import pytest\n" + source
-    finished = run(source, *BY_FILE, test_other=other)
+        def start(code):
+            path = tmp_path / "card"
+            card = stack.enter_context(
+                contextlib.closing(SharedCard.create(path, total=CARD, context=384 * MIB))
+            )
+            head = "import sys\nfrom pytest_gpumem.sharing.lease import LeaseStore, Want\n"
+            process = subprocess.Popen(
+                [sys.executable, "-c", head + textwrap.dedent(code), card.uuid],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(process.communicate)
+            assert process.stdout.readline() == "there\n"
+            return path
 
-    assert finished.outcomes == {"passed": 6}, finished.output
-    assert max(grant.waited for grant in grants(finished)) > 0.5
+        yield start
 
 
 @pytest.fixture
-def held_card(tmp_path):
+def held_card(neighbour):
     """A card of which another process holds everything; its file."""
-    path = tmp_path / "card"
-    card = SharedCard.create(path, total=CARD, context=384 * MIB)
-    code = """
-        import sys
-        from pytest_gpumem.sharing.lease import LeaseStore, Want
+    return neighbour("""
         with LeaseStore().acquire({sys.argv[1]: Want()}, {sys.argv[1]: 2**32}, "the neighbour"):
-            print("held", flush=True)
+            print("there", flush=True)
             sys.stdin.read()
-    """
-    holder = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), card.uuid],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline() == "held\n"
-    yield path
-    holder.communicate()
-    card.close()
+    """)
 
 
 WAITS = "import pytest\n\n@pytest.mark.gpu(vram='1GiB')\ndef test_a(): pass\n"
@@ -317,32 +311,155 @@ def test_memory_of_another_program_is_waited_for_alike_with_and_without_a_schedu
         assert finished.test("test_a").lease.waited == pytest.approx(1, abs=0.7)
 
 
-@pytest.mark.parametrize("arguments", [(), ("-n", "1", "--gpumem-schedule=off")])
-def test_a_test_that_waits_for_long_says_what_for(tmp_path, held_card, arguments):
-    write_suite(
-        tmp_path,
-        test_it=WAITS,
-        conftest="from pytest_gpumem import leasing\nleasing.TELL_AFTER = 0.2\n",
-    )
-    card = (f"--gpumem-simulate-card={held_card}", "--gpumem-lease-timeout=1.5")
-    finished = run_pytest(tmp_path, "-p", "gpumem", *card, *arguments)
+LEASES = """
+import subprocess, sys, pytest
+from pytest_gpumem import LeaseTimeout, gpu_lease
 
-    assert "gpumem: test_it.py::test_a waits for " in finished.output
-    assert finished.output.count("(the neighbour)") >= 2
+@pytest.fixture(scope="module")
+def reserved():
+    with pytest.raises(LeaseTimeout), gpu_lease("1GiB", timeout=1):
+        pass
+
+def test_fixture(reserved): pass
+"""
+NESTED = """
+import subprocess, sys
+
+def test_outer(request, tmp_path):
+    (tmp_path / "test_inner.py").write_text(
+        "import pytest\\n@pytest.mark.gpu(vram='1GiB')\\ndef test_inner(): pass\\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "gpumem", "--gpumem-lease-timeout=1.5"]
+    done = subprocess.run([*command, "test_inner.py"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "1", "--gpumem-schedule=off")])
+@pytest.mark.parametrize(
+    ("source", "who"),
+    [
+        (WAITS, "test_it.py::test_a"),
+        (LEASES, "gpu_lease of test_it.py::test_fixture (setup)"),
+        (NESTED, "test_inner.py::test_inner"),
+    ],
+    ids=["test", "fixture", "nested"],
+)
+def test_what_is_waited_for_is_told_at_once(tmp_path, held_card, source, who, arguments):
+    write_suite(tmp_path, test_it=source)
+    card = (f"--gpumem-simulate-card={held_card}", "--gpumem-lease-timeout=1.5")
+    finished = run_pytest(tmp_path, "-p", "gpumem", *card, *arguments, "--show-capture=no")
+
+    told = [line for line in finished.output.splitlines() if f"gpumem: {who} waits for" in line]
+    assert len(told) == 1, finished.output
+    assert "1.00 GiB" in told[0] or "1.38 GiB" in told[0]
+    assert "(the neighbour)" in told[0]
+
+
+@pytest.mark.parametrize("method", ["signal", "thread"])
+def test_pytest_timeout_ends_a_wait(tmp_path, held_card, method):
+    write_suite(tmp_path, test_it=WAITS + "\ndef test_b(): pass\n")
+    arguments = (f"--gpumem-simulate-card={held_card}", "--timeout=1", f"--timeout-method={method}")
+    finished = run_pytest(tmp_path, "-p", "gpumem", *arguments)
+
+    assert "gpumem: test_it.py::test_a waits for 1.38 GiB" in finished.output
+    if method == "signal":  # the other one ends the process
+        assert finished.outcomes == {"passed": 1, "error": 1}, finished.output
+        assert "waited for 1.38 GiB" in finished.output
+    assert finished.status == 1
+
+
+ENGINE = """
+import os, subprocess, sys, pytest
+
+CHILD = "import sys; from without_torch import ALLOCATOR; ALLOCATOR.take(2000 * 2**20); print()"
+
+@pytest.fixture(scope="module")
+def engine():
+    command = [sys.executable, "-c", CHILD + "; sys.stdin.read()"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as child:
+        child.stdout.readline()
+        yield
+
+@pytest.mark.gpu(vram="2500MiB")
+@pytest.mark.parametrize("i", range(2))
+def test_engine(engine, i): pass
+"""
+RESERVED = """
+import pytest
+from pytest_gpumem import gpu_lease
+
+@pytest.fixture(scope="module")
+def reserved():
+    with gpu_lease("2500MiB"):
+        yield
+
+@pytest.mark.gpu(vram="2500MiB")
+@pytest.mark.parametrize("i", range(2))
+def test_uses(reserved, i): pass
+
+@pytest.mark.gpu(vram="2600MiB")
+def test_does_not(): pass
+
+@pytest.mark.gpu(vram="2500MiB")
+def test_inside():
+    with gpu_lease("2500MiB"):
+        pass
+"""
+NESTED_WITHIN = """
+import subprocess, sys, pytest
+
+INNER = '''
+import pytest
+@pytest.mark.gpu(vram="2500MiB")
+@pytest.mark.parametrize("i", range(2))
+def test_inner(i): pass
+'''
+
+def inner(tmp_path, *arguments):
+    (tmp_path / "test_inner.py").write_text(INNER)
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "gpumem", *arguments]
+    done = subprocess.run(
+        [*command, "--gpumem-simulate-context=64MiB"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+@pytest.mark.gpu(vram="2500MiB")
+@pytest.mark.parametrize("arguments", [(), ("-n", "2")])
+def test_sized(tmp_path, arguments): inner(tmp_path, *arguments)
+
+@pytest.mark.gpu(exclusive=True)
+def test_exclusive(tmp_path): inner(tmp_path)
+
+def test_without_a_lease(tmp_path): inner(tmp_path)
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "2"), BY_FILE], ids=["plain", "n2", "by file"])
+@pytest.mark.parametrize(
+    "source", [ENGINE, RESERVED, NESTED_WITHIN], ids=["engine", "lease", "run"]
+)
+def test_nobody_waits_for_what_its_own_family_has(run, source, arguments):
+    finished = run(source, *arguments, "--gpumem-lease-timeout=30")
+
+    assert set(finished.outcomes) == {"passed"}, finished.output
+    assert all(grant.waited < 3 for grant in grants(finished)), grants(finished)
 
 
 @pytest.mark.parametrize(("schedule", "waited"), [("careful", 0), ("off", HOPE)])
 def test_only_without_a_scheduler_is_it_hoped_that_others_spare_what_they_keep(
-    tmp_path, schedule, waited
+    tmp_path, neighbour, schedule, waited
 ):
-    card = SharedCard.create(tmp_path / "card", total=CARD, context=384 * MIB)
-    neighbour = LeaseStore()
-    neighbour.set_resident(card.uuid, CARD - 1024 * MIB, spare=True)
+    card = neighbour("""
+        LeaseStore().set_resident(sys.argv[1], 2877 * 2**20, spare=True)
+        print("there", flush=True)
+        sys.stdin.read()
+    """)
     write_suite(tmp_path, test_it=WAITS)
-    arguments = (f"--gpumem-simulate-card={tmp_path / 'card'}", f"--gpumem-schedule={schedule}")
+    arguments = (f"--gpumem-simulate-card={card}", f"--gpumem-schedule={schedule}")
     finished = run_pytest(tmp_path, "-p", "gpumem", "--gpumem-json=run.json", "-n", "1", *arguments)
-    neighbour.close()
-    card.close()
 
     assert finished.outcomes == {"passed": 1}, finished.output
     assert finished.test("test_a").lease.waited == pytest.approx(waited, abs=1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pytest_gpumem.devices import Usage
-from pytest_gpumem.sharing import lease, ledger, locks
+from pytest_gpumem.sharing import family, lease, ledger, locks
 from pytest_gpumem.sharing.admission import Claim, may_start
 from pytest_gpumem.sharing.lease import LeaseError, LeaseStore, LeaseTimeout, TooLarge, Want
 from pytest_gpumem.simulator import Simulation
@@ -38,6 +38,12 @@ CONTAINERS = (
 def nobody_looks_anyway(monkeypatch):
     """Let a wake-up that is lost show."""
     monkeypatch.setattr(lease, "_LOOK_ANYWAY", 10.0 * PATIENCE)
+
+
+@pytest.fixture(autouse=True)
+def members_are_strangers(monkeypatch):
+    """Let what this process starts wait for it as any other process does."""
+    monkeypatch.setattr(family, "lineage", lambda _: ())
 
 
 def output(code, *words, before=(), **environment):
@@ -110,6 +116,14 @@ def test_a_lease_is_in_the_ledger_until_it_is_given_back(store):
         assert store.holders(B) == []
     assert store.holders(A) == []
     lease.release()
+
+
+def test_a_store_that_is_closed_leaves_nothing(store, tmp_path):
+    store.acquire({A: Want(600)}, TOTALS, "first")
+    store.set_resident(A, 100)
+    store.close()
+    for part in ("queue", "alive"):
+        assert list((tmp_path / "run" / part).iterdir()) == []
 
 
 def test_who_does_not_fit_waits_until_it_does(store):
@@ -232,7 +246,7 @@ def test_a_thread_that_holds_a_lease_is_not_let_wait_for_another(store):
         thread = threading.Thread(target=lambda: elsewhere.append(store.held_here()))
         thread.start()
         thread.join(PATIENCE)
-        assert elsewhere == [False]
+        assert elsewhere == [set()]
     assert not store.held_here()
     assert store.holders(A) == []
 
@@ -512,6 +526,7 @@ def fork_beside_a_thread():
     threads[0].join()
     return statuses
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 for line in sys.stdin:
     print(repr(eval(line)), flush=True)
 """
@@ -597,6 +612,147 @@ def test_ctrl_c_ends_a_wait_and_leaves_no_trace(store, member):
     assert waiting(store) == []
     first.release()
     assert other.ask("take(1000)") == 1000
+
+
+@pytest.fixture
+def locked(tmp_path, member, store):
+    """The ledger of a store that has a lease, whose lock a stopped process has; its number."""
+    lease = store.acquire({A: Want(100)}, TOTALS, "mine")
+    store.set_resident(B, 1)
+    other = member()
+    other.ask("globals().update(lock=locks.FileLock(Path(sys.argv[1]) / 'lock'))")
+    other.ask("lock.acquire()")
+    other.process.send_signal(signal.SIGSTOP)
+    yield lease, other.process.pid
+    other.process.send_signal(signal.SIGCONT)
+    other.ask("lock.release()")
+
+
+def test_a_deadline_holds_while_somebody_has_the_ledgers_lock(store, locked, stores):
+    _, pid = locked
+    for each in (store, stores()):  # which has not joined yet
+        for timeout in (0, 0.2):
+            begun, said = time.monotonic(), []
+            with pytest.raises(LeaseTimeout, match=rf"the lock .* probably pid {pid} \(.*stopped"):
+                each.acquire({A: Want(100)}, TOTALS, "late", timeout, said.append)
+            assert timeout <= time.monotonic() - begun < timeout + 0.5
+            assert len(said) == bool(timeout)
+
+
+def test_a_waiting_request_times_out_while_somebody_has_the_ledgers_lock(store, member, stores):
+    store.acquire({A: Want()}, TOTALS, "mine")
+    waits = Asking(stores(), {A: Want(1)}, timeout=1)
+    until(lambda: waits.said)
+    other, begun = member(), time.monotonic()
+    other.ask("globals().update(lock=locks.FileLock(Path(sys.argv[1]) / 'lock'))")
+    other.ask("lock.acquire()")
+    waits.join(PATIENCE)
+    assert isinstance(waits.error, LeaseTimeout)
+    assert time.monotonic() - begun < 2
+    other.ask("lock.release()")
+    assert waiting(store) == []
+
+
+def test_without_a_deadline_the_ledgers_lock_is_waited_for_a_while(store, locked, monkeypatch):
+    lease, pid = locked
+    monkeypatch.setattr(ledger, "LOCK_PATIENCE", 0.2)
+    said: list[str] = []
+    for ask in (
+        lambda: store.acquire({A: Want(100)}, TOTALS, "late", None, said.append),
+        lambda: store.set_resident(A, 100),
+        lambda: store.set_resident(B, 0),
+        store.close,
+    ):
+        begun = time.monotonic()
+        with pytest.raises(LeaseError, match=f"the lock .* held by probably pid {pid} "):
+            ask()
+        assert time.monotonic() - begun < 0.7
+    assert len(said) == 1
+    assert [holder.label for holder in store.holders(A)] == ["mine"]
+    lease.release()
+    assert store.holders(A) == []
+
+
+def test_a_thread_does_not_wait_beyond_its_deadline_for_another_one(store, locked):
+    patient = Asking(store, {A: Want(100)}, timeout=5)
+    until(lambda: patient.said)
+    begun = time.monotonic()
+    with pytest.raises(LeaseTimeout, match="held by another thread of this process"):
+        store.acquire({A: Want(100)}, TOTALS, "late", 0.1)
+    assert time.monotonic() - begun < 0.6
+    # Its thread ends before the store does.
+    patient.join(PATIENCE)
+
+
+# Families
+
+CHILD = """
+import sys
+from pathlib import Path
+from pytest_gpumem.sharing.lease import LeaseError, LeaseStore, Want
+
+store = LeaseStore(Path(sys.argv[1]))
+for size in map(int, sys.argv[2:]):
+    try:
+        store.acquire({A: Want(size or None)}, {A: 1000}, "child", 0.2).release()
+        print("granted")
+    except LeaseError as error:
+        print("timeout")
+"""
+
+
+@pytest.mark.parametrize("size", [700, None])
+def test_who_is_started_works_within_the_lease_of_who_started_it(
+    tmp_path, store, size, monkeypatch
+):
+    monkeypatch.undo()  # this process tells who it is
+    with store.acquire({A: Want(size)}, TOTALS, "parent"):
+        code = f"A = {A!r}\n{CHILD}"
+        assert output(code, str(tmp_path / "run"), "700", "1000", "0") == ["granted"] * 3
+
+
+def test_siblings_share_the_lease_of_their_parent(tmp_path, store, member, monkeypatch):
+    monkeypatch.undo()
+    with store.acquire({A: Want(700)}, TOTALS, "parent"):
+        first = member()
+        first.ask("take(600)")
+        code = f"A = {A!r}\n{CHILD}"
+        assert output(code, str(tmp_path / "run"), "100", "600") == ["granted", "timeout"]
+        first.ask("lease.release()")
+        assert output(code, str(tmp_path / "run"), "700") == ["granted"]
+
+
+def test_what_a_child_has_is_kept_and_not_waited_for(store, member, monkeypatch):
+    monkeypatch.undo()
+    child = member()
+    child.ask("take(600)")
+    with store.acquire({A: Want(300)}, TOTALS, "fits", 0) as lease:
+        assert lease.short == 0
+    with store.acquire({A: Want(600)}, TOTALS, "does not", 5) as lease:
+        assert lease.short == 200
+
+
+def test_what_a_test_asks_for_comes_out_of_its_lease(store, stores):
+    with store.acquire({A: Want(700)}, TOTALS, "test", test=True):
+        inner = store.acquire({A: Want(600)}, TOTALS, "fixture", 0)
+        assert store.granted_here(A) == 700
+        with stores().acquire({A: Want(300)}, TOTALS, "other", 0):
+            pass
+        elsewhere = Asking(store, {A: Want(100)}, "thread of its own", 0)
+        elsewhere.granted().release()
+    assert store.granted_here(A) == 600
+    # Another test of this process, and two that hold something and wait for one another.
+    with store.acquire({A: Want(400)}, TOTALS, "next", 0, test=True):
+        pass
+    other = stores()
+    held = Asking(other, {A: Want(400)}, "theirs").granted()
+    waits = Asking(other, {A: Want(500)}, "their test", test=True)
+    until(lambda: waits.said or waits.lease)
+    mine = Asking(store, {A: Want(500)}, "my test", test=True)
+    waits.granted().release()
+    held.release()
+    mine.granted().release()
+    inner.release()
 
 
 @pytest.mark.skipif(not CONTAINERS, reason="needs Linux namespaces")
@@ -870,6 +1026,7 @@ def test_a_read_only_directory_is_one_sentence(tmp_path):
 
 ON_SIMULATED_CARD = """
 import asyncio, os, subprocess, sys, threading
+from concurrent.futures import ThreadPoolExecutor
 from pytest_gpumem import LeaseError, LeaseTimeout, TooLarge, gpu_lease
 from pytest_gpumem.sharing.lease import store
 from pytest_gpumem.simulator import Simulation
@@ -938,21 +1095,23 @@ print(len(sums), max(sums) <= 1024, held())
     assert on_simulated_card(script, tmp_path) == ["[1024]", "40 True []"]
 
 
-def test_gpu_lease_works_in_a_subprocess_and_is_not_the_parents(tmp_path):
+def test_gpu_lease_works_in_a_subprocess_within_the_parents(tmp_path):
     script = """
 if sys.argv[2:]:
-    print(take("200 MiB"), flush=True)
+    print(take("500 MiB", timeout=0), flush=True)
     try:
-        take("600 MiB", timeout=0)
+        with gpu_lease("300 MiB"), ThreadPoolExecutor(1) as pool:
+            pool.submit(take, "800 MiB", timeout=0).result()
     except LeaseTimeout as error:
-        print("600.00 MiB of card" in str(error))
-        print("held by pid %d (parent)" % os.getppid() in str(error))
+        print("800.00 MiB of card" in str(error))
+        print("300.00 MiB held by pid %d (child)" % os.getpid() in str(error))
+        print("parent" not in str(error))
 else:
-    os.environ["PYTEST_CURRENT_TEST"] = "parent"
-    with gpu_lease("500 MiB"):
+    os.environ["PYTEST_CURRENT_TEST"] = "child"
+    with gpu_lease("600 MiB"):
         subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[1], simulation.path])
 """
-    assert on_simulated_card(script, tmp_path) == ["[500, 200]", "True", "True"]
+    assert on_simulated_card(script, tmp_path) == ["[600, 500]", "True", "True", "True"]
 
 
 CONFTEST = """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gpumem.sharing import locks
-from pytest_gpumem.sharing.locks import FileLock, News, Watch, is_held
+from pytest_gpumem.sharing.locks import FileLock, LockBusyError, News, Watch, is_held
 
 # Takes the lock, says so, and stays.
 HOLDER = """
@@ -73,6 +73,19 @@ def test_one_process_at_a_time_has_the_lock(tmp_path, holder):
     lock.release()
     assert not is_held(path)
     lock.close()
+    lock.close()
+
+
+def test_a_wait_for_a_lock_ends_in_time_and_says_who_has_it(tmp_path, holder):
+    process, _ = holder(tmp_path / "lock")
+    process.send_signal(signal.SIGSTOP)
+    lock, said, begun = FileLock(tmp_path / "lock"), [], time.monotonic()
+    with pytest.raises(LockBusyError, match=rf"probably pid {process.pid} \(.*, stopped\)"):
+        lock.acquire(begun + 0.3, said.append)
+    assert 0.3 <= time.monotonic() - begun < 1
+    assert len(said) == 1
+    process.kill()
+    lock.acquire(time.monotonic() + 10)
     lock.close()
 
 
@@ -151,6 +164,16 @@ def test_the_end_of_a_process_is_no_news_when_somebody_tidied_up(own, alive, hol
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs inotify")
+def test_a_file_that_was_closed_keeps_no_wait_beyond_its_end(own, alive, holder):
+    holder(alive / "one")
+    with Watch(own, alive) as watch:
+        with (alive / "one").open("a"):
+            pass
+        begun = time.monotonic()
+        assert watch.wait(0.1) == News(nudged=False, dead=[])
+        assert time.monotonic() - begun < 0.6
+
+
 def test_a_touch_is_news_while_others_are_left_to_tidy_up(own, alive, holder):
     process, _ = holder(alive / "somebody")
     with Watch(own, alive) as watch:
