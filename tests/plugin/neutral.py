@@ -163,10 +163,10 @@ def differences(
         if workers not in bare:
             bare[workers] = _run(directory, without, env)[1]
         finished, ours = _run(directory, (*options, *arguments), env)
-        differ = _differ(bare[workers], ours)
+        differ = differing(bare[workers], ours)
         if differ:
             again = _run(directory, without, env)[1]
-            unstable = _differ(bare[workers], again)
+            unstable = differing(bare[workers], again)
             differ = {test: pair for test, pair in differ.items() if test not in unstable}
         yield Difference(way, differ, sum(ours.values()), finished.output)
 
@@ -187,22 +187,32 @@ def _run(
         env=dict(env or {}),
         timeout=1800,
     )
-    found = Counter([("exit status", str(int(finished.status)))])
     if not xml.exists():
         raise RuntimeError(f"the suite did not run:\n{finished.output}")
-    for case in ET.parse(xml).iter("testcase"):  # noqa: S314  # pytest wrote it a moment ago
+    status = Counter([("exit status", str(int(finished.status)))])
+    return finished, status + read_outcomes(xml)
+
+
+def read_outcomes(junit: Path) -> Counter[tuple[str, str]]:
+    """Return how often each test ended how, from pytest's JUnit XML."""
+    found: Counter[tuple[str, str]] = Counter()
+    for case in ET.parse(junit).iter("testcase"):  # noqa: S314  # pytest wrote it a moment ago
         kinds = [f"{each.tag} {each.get('type', '')}".strip() for each in case]
         kinds = sorted(each for each in kinds if not each.startswith(("properties", "system-")))
         name = f"{case.get('classname')}::{case.get('name')}"
         found[name, " and ".join(kinds) or "passed"] += 1
-    return finished, found
+    return found
 
 
-def _differ(
+def differing(
     one: Counter[tuple[str, str]], other: Counter[tuple[str, str]]
 ) -> dict[str, tuple[str, str]]:
-    def shown(counts: Counter[tuple[str, str]], test: str) -> str:
-        return ", ".join(f"{n} x {how}" for (name, how), n in counts.items() if name == test)
-
+    """Return the tests that ended otherwise, each with its outcomes in ``one`` and ``other``."""
     tests = {test for test, _ in ((one - other) + (other - one))}
-    return {test: (shown(one, test), shown(other, test)) for test in tests}
+    return {test: (outcomes(one, test), outcomes(other, test)) for test in tests}
+
+
+def outcomes(counts: Counter[tuple[str, str]], test: str) -> str:
+    """Return in words how a test ended, ``not run`` if it is missing."""
+    found = (f"{n} x {how}" for (name, how), n in counts.items() if name == test)
+    return ", ".join(found) or "not run"
