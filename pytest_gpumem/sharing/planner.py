@@ -21,6 +21,9 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
 - When no GPU test runs on a card and none fits, idle workers give back module fixtures, then
   session fixtures, as many of them as it takes; after that the test runs alone whatever the
   numbers say. What a worker kept even then, such as leaks, it is not asked for again.
+- A running test may wait for something that the fixtures of an idle worker hold: a lock, a port, a
+  database. A worker is stopped as soon as no test waits for one, as in plain xdist; one that is
+  idle before gives its fixtures back whenever a test beside it stalls.
 """
 
 from __future__ import annotations
@@ -95,7 +98,7 @@ class Reset(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """All tests have ended; ``worker`` is not needed any more."""
+    """Every test has ended or is with another worker; ``worker`` shall tear everything down."""
 
     worker: str
 
@@ -171,6 +174,9 @@ class _Worker:
         """1 after a flush, 2 after a reset, 0 once it ran a test again."""
         self.waiting = False
         """Whether it was told to flush or reset and has not done so yet."""
+        self.stalled = False
+        """Whether a test may wait for what it keeps."""
+        self.stopped = False
         self.stays = context
         """Bytes that it cannot give back: its context, and what it kept after its last reset."""
 
@@ -230,7 +236,7 @@ class Planner:
         self._nothing = _Card(-1, 0)
         """The card of workers that have none."""
         self._rings: set[tuple[_Card, ...]] = set()
-        """What workers see or saw; a worker that crashed will be replaced."""
+        """What workers see or saw; one that crashed will be replaced, one that was stopped not."""
         self._workers: dict[str, _Worker] = {}
         self._asking: dict[str, _Worker] = {}
         """Workers that may be given something."""
@@ -267,8 +273,11 @@ class Planner:
     def retries(self, test: int) -> bool:
         """Return whether ``test``, which runs, will run again if it is reported out of memory.
 
-        The first time it may have shared its cards as planned, the next time unexpectedly.
+        The first time it may have shared its cards as planned, the next time unexpectedly. It
+        does not where nobody who is left has a card for it.
         """
+        if not self._possible_anywhere(test):
+            return False
         if test not in self._seen.ooms:
             return True
         return any(
@@ -450,6 +459,19 @@ class Planner:
         self._asking[worker] = told
         self._changed = True
 
+    def keeping(self) -> list[str]:
+        """Return the workers for which there is no test now and which may keep fixtures."""
+        return [name for name, each in self._asking.items() if each.idle and each.given_back < 2]
+
+    def stalled(self, worker: str) -> None:
+        """Take note that ``worker`` has been idle while a test beside it did not go on.
+
+        It may wait for what the worker's fixtures hold. Those of modules and classes are given
+        back at once, those of the session the next time.
+        """
+        self._workers[worker].stalled = True
+        self._changed = True
+
     # Commands
 
     def commands(self) -> list[Command]:
@@ -469,14 +491,22 @@ class Planner:
     def _serve(self, worker: _Worker, out: list[Command]) -> None:
         """Give ``worker`` something to do, if there is anything."""
         if not worker.given and not worker.waiting and not self._hand_out(worker, out):
-            # Not earlier: a crash or a test out of memory may leave work for anybody.
-            if self.done:
-                del self._asking[worker.name]
-                out.append(Stop(worker.name))
+            if self._all_given():
+                self._stop(worker, out)
             return
         del self._asking[worker.name]
         if worker.given and not worker.using:
             self._hand_out_ahead(worker, out)
+
+    def _stop(self, worker: _Worker, out: list[Command]) -> None:
+        del self._asking[worker.name]
+        worker.stopped = True
+        self._rings = {each.ring for each in self._workers.values() if not each.stopped}
+        out.append(Stop(worker.name))
+
+    def _all_given(self) -> bool:
+        """Return whether no test waits for a worker."""
+        return self._left == sum(len(each.given) for each in self._workers.values())
 
     def _hand_out(self, worker: _Worker, out: list[Command]) -> bool:
         test = self._pick_gpu(worker)
@@ -491,12 +521,17 @@ class Planner:
             test = self._last_resort(worker, out)
         if test is not None:
             self._run(worker, test, out)
-        return test is not None
+        elif worker.stalled:
+            self._give_back(worker, out)
+        else:
+            return False
+        return True
 
     def _run(self, worker: _Worker, test: int, out: list[Command]) -> None:
         worker.given.append(test)
         worker.group = self._tests[test].group
         worker.given_back = 0
+        worker.stalled = False
         if not worker.using and not self._tests[test].seen:
             for card in worker.ring:
                 for other in card.users:
@@ -787,11 +822,16 @@ class Planner:
             return False
         if self._enough_comes_back(worker):
             return False
+        self._give_back(worker, out)
+        return True
+
+    def _give_back(self, worker: _Worker, out: list[Command]) -> None:
+        """Let a worker tear down what it keeps: fixtures of modules first, then all."""
         out.append((Reset if worker.given_back else Flush)(worker.name))
         worker.given_back += 1
         worker.waiting = True
+        worker.stalled = False
         worker.group = ""
-        return True
 
     def _owes(self, worker: _Worker) -> bool:
         return worker.given_back < 2 and worker.owed > 0

@@ -9,6 +9,8 @@ comes with its reports.
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,15 @@ from pytest_gpumem.sharing.estimates import PlannedTest
 
 if TYPE_CHECKING:
     from pytest_gpumem.sharing.history import Expectation
+
+
+STALL = 0.25
+"""Seconds after which a test of which nothing was heard may wait for what an idle worker keeps; or
+as many as that worker's slowest set-up took, so that giving back at most doubles a wait..."""
+LONGEST_STALL = 10.0
+"""... but no more than these."""
+LOOK_AGAIN: Mapping[str, Any] = {}
+"""A message of nobody's: by it the clock's thread has the controller look for such tests."""
 
 
 class SchedulerSettings(NamedTuple):
@@ -81,6 +92,10 @@ class _Worker:
     """What the running test took."""
     oom: bool = False
     """Whether the running test shall be tried again because it shared the card."""
+    moved: float = 0.0
+    """When it was last heard or told to do something."""
+    setup: float = 0.0
+    """Seconds of its slowest set-up, without what it may have waited for an idle worker."""
 
     @property
     def name(self) -> str:
@@ -96,6 +111,11 @@ class _Worker:
         """Those that it sees, in CUDA's order."""
         told = self.hello["cards"] if self.hello else ()
         return [(self.host, str(card[0])) for card in told]
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has more to do than to wait behind a sentinel."""
+        return len(self.sent) > 1
 
 
 class GpumemScheduling:
@@ -129,6 +149,10 @@ class GpumemScheduling:
         exist each collects nothing and ends, and the last would wait for the others."""
         self._collection: list[str] = []
         self._planner: plans.Planner | None = None
+        self._clock: threading.Timer | None = None
+        """Runs while a test may wait for an idle worker."""
+        self._gave_way = 0.0
+        """When an idle worker was last told to give its fixtures back for such a test."""
 
     # What xdist asks
 
@@ -196,6 +220,7 @@ class GpumemScheduling:
             self._obey()
 
     def _complete(self, worker: _Worker, index: int, duration: float) -> None:
+        worker.moved = time.monotonic()
         worker.sent.remove(index)
         planner, place = self._planner, index - len(self._collection)
         if planner is None or place == xdist_private.IDLE:
@@ -217,6 +242,9 @@ class GpumemScheduling:
 
     def remove_pending_tests_from_node(self, node: Node, indices: Mapping[str, Any]) -> None:
         """Read a worker's message: xdist's answer to a "steal" is the one free channel."""
+        if indices is LOOK_AGAIN:
+            self._look_for_stalls()
+            return
         worker = self._workers.get(node)
         if worker is None:
             return
@@ -273,6 +301,9 @@ class GpumemScheduling:
         worker = self._workers.get(node)
         if worker is None:
             return
+        worker.moved = time.monotonic()
+        if report.when == "setup":
+            worker.setup = max(worker.setup, min(report.duration, worker.moved - self._gave_way))
         running = worker.sent[0] if worker.sent else None
         if report.when == "teardown" and running == getattr(report, "item_index", None):
             outcome: str = report.outcome
@@ -342,6 +373,34 @@ class GpumemScheduling:
                 indexes.append(end + xdist_private.IDLE)
                 worker.sent.extend(indexes)
                 worker.node.send_runtest_some(indexes)
+                worker.moved = time.monotonic()
+        self._start_clock()
+
+    # What nobody tells
+
+    def _start_clock(self) -> None:
+        """See to it that stalls are looked for, if only silence tells of them."""
+        assert self._planner is not None  # noqa: S101  # callers have planned
+        if self._clock is None and self._planner.keeping():
+            node = next(iter(self._workers))
+            self._clock = threading.Timer(
+                STALL, node.notify_inproc, ("unscheduled",), {"node": node, "indices": LOOK_AGAIN}
+            )
+            self._clock.daemon = True
+            self._clock.start()
+
+    def _look_for_stalls(self) -> None:
+        """Tell the planner of idle workers beside which a test has been silent for too long."""
+        assert self._planner is not None  # noqa: S101  # it started the clock
+        self._clock, now = None, time.monotonic()
+        silent = min((each.moved for each in self._workers.values() if each.busy), default=now)
+        keeping = self._planner.keeping()
+        for worker in self._workers.values():
+            waited = now - max(silent, worker.moved)
+            if worker.name in keeping and waited >= min(LONGEST_STALL, max(STALL, worker.setup)):
+                self._planner.stalled(worker.name)
+                self._gave_way = now
+        self._obey()
 
     def _report_failure(self, command: plans.Fail) -> None:
         """Report a test that can never run, as if a worker had."""
