@@ -107,13 +107,13 @@ def generate(rng: random.Random) -> Suite:
     for package in range(rng.choice([1, 1, 2])):
         kind = "lease" if leased == "package" else rng.choice(kinds)
         path = f"p{package}"
-        of_package = rng.random() < 0.3
+        of_session, of_package = rng.random() < 0.3, rng.random() < 0.3
         files[f"{path}/__init__.py"] = ""
         files[f"{path}/conftest.py"] = "import pytest\nfrom conftest import *\n" + fixture(
             "of_package", "package", kind, "package"
         )
         for module in range(rng.choice([1, 2, 3])):
-            wide = ["of_session"] if rng.random() < 0.3 else []
+            wide = ["of_session"] if of_session else []
             wide += ["of_package"] if of_package else []
             text = "import time, pytest\nfrom conftest import *\n"
             if rng.random() < 0.7:

@@ -153,7 +153,7 @@ def test_a_run_ends_whatever_wide_fixtures_exclude_one_another(suite, count, ran
     workers = workers_of(suite, count)
     while not workers.planner.done:
         ready, keeping = workers.ready(), workers.planner.keeping()
-        assert ready or keeping, "everybody waits"
+        assert ready or keeping, f"all wait: {workers.queues}, holding {workers.held}"
         # The clock strikes when nobody goes on, and sometimes because a test is merely slow.
         if ready and (not keeping or random.random() < 0.9):
             workers.go_on(random.choice(ready), oom=random.random() < 0.1)

@@ -940,10 +940,25 @@ class Room(RuleBasedStateMachine):
         self.planner.flushed(worker)
         self.obey()
 
+    @precondition(lambda self: self.leaving() and not self.planner.done)
+    @rule(data=st.data())
+    def leave(self, data) -> None:
+        self.goes(data.draw(st.sampled_from(self.leaving())))
+
+    def leaving(self) -> list[str]:
+        return [worker for worker in self.queues if worker in self.stopped]
+
+    def goes(self, worker: str) -> None:
+        assert not self.queues.pop(worker)
+        self.rings.pop(worker)
+        assert self.planner.remove_worker(worker) is None
+        self.resident = {key: size for key, size in self.resident.items() if key[0] != worker}
+        self.obey()
+
     @invariant()
     def somebody_is_busy_until_all_is_done(self) -> None:
         if not self.crashed and not self.planner.done:
-            assert self.busy() or self.flushing
+            assert self.busy() or self.flushing or self.leaving()
 
     @invariant()
     def is_done_when_every_test_has_ended(self) -> None:
@@ -957,6 +972,8 @@ class Room(RuleBasedStateMachine):
             self.replace()
         for _ in range(10 * len(self.tests) + 10):
             self.obey()
+            for worker in self.leaving():
+                self.goes(worker)
             for worker in sorted(self.flushing):
                 self.flushing.discard(worker)
                 self.planner.flushed(worker)
