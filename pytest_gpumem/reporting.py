@@ -89,6 +89,7 @@ class Reporting:
     def pytest_testnodedown(self, node: Any) -> None:
         """Take home what a worker leaves: the cards it saw, or why it refused to run."""
         output, worker = getattr(node, "workeroutput", {}), node.gateway.id
+        self._workers.add(worker)  # also one that ran no test
         self._usage_error = output.get(USAGE_ERROR, self._usage_error)
         host = output.get(HOST, "")
         if host != platform.node():

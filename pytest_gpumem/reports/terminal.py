@@ -239,8 +239,11 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
     if run.workers < 2 and not again and not waited:
         return
     if run.workers:
-        idle = timeline.idle(run)
-        yield f"  {_count(run.workers, 'worker')}, without a test for {idle:.0%} of the time"
+        idle, ran = timeline.idle(run), len({test.worker for test in run.tests if test.worker})
+        who = _count(run.workers, "worker")
+        if ran < run.workers:
+            who = f"{ran} of {who} ran tests"
+        yield f"  {who}, without a test for {idle:.0%} of the time"
     yield f"  {_count(len(leases), 'lease')}, {len(waited)} of them waited for"
     if waited:
         longest, test = max(waited, key=lambda each: each[0])

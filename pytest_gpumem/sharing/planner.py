@@ -281,7 +281,8 @@ class Planner:
         The first time it may have shared its cards as planned, the next time unexpectedly. It
         does not where nobody who is left has a card for it.
         """
-        if not self._possible_anywhere(test):
+        cards = self._tests[test].cards
+        if not any(len(ring) >= cards and self._nothing not in ring for ring in self._rings):
             return False
         if test not in self._seen.ooms:
             return True
