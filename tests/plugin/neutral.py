@@ -30,14 +30,22 @@ NEIGHBOURS = {
     "memray": ("-p", "memray", "--memray"),
     "anyio": ("-p", "anyio"),
     "hypothesis": ("-p", "hypothesispytest"),
-    "flaky": ("-p", "flaky", "--force-flaky"),
-    "pytest-retry": ("-p", "pytest-retry", "--retries", "1"),
-    "repeat": ("-p", "repeat", "--count", "2"),
-    "pytest-split": ("-p", "pytest-split", "--splits", "2", "--group", "1"),
-    "isolate": ("-p", "pytest_isolate", "--isolate"),
-    "forked": ("-p", "pytest_forked", "--forked"),
 }
 """Other plugins by name, and how each is used."""
+
+RUNNERS = {
+    "flaky": ("-p", "flaky", "--force-flaky"),
+    "retry": ("-p", "pytest-retry", "--retries", "1"),
+    "repeat": ("-p", "repeat", "--count", "2"),
+    "split": ("-p", "pytest-split", "--splits", "2", "--group", "1"),
+}
+"""Those that run tests in a way of their own, or others, and do not go together."""
+
+ON_PYTEST8 = {
+    "forked": ("-p", "pytest_forked", "--forked"),
+    "isolate": ("-p", "pytest_isolate", "--isolate"),
+}
+"""Those that run tests in a child; isolate fails on pytest 9.2, with us and without."""
 
 NO_AUTOLOAD = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
