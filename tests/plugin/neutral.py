@@ -45,7 +45,7 @@ ON_PYTEST8 = {
     "forked": ("-p", "pytest_forked", "--forked"),
     "isolate": ("-p", "pytest_isolate", "--isolate"),
 }
-"""Those that run tests in a child; isolate fails on pytest 9.2, with us and without."""
+"""Those that run tests in a child; on pytest 9.2 both fail, with us and without."""
 
 NO_AUTOLOAD = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
