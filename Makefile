@@ -58,9 +58,10 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/opinfo_campaign.py
 	$(BIN)/python tests/soak/lease_kills.py
 	$(BIN)/python tests/soak/stopped_holders.py
-	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours
+	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours --pytest8 $(VENV)/pytest8
 	$(BIN)/python tests/soak/peers.py --cache $(VENV)/suites
 	$(BIN)/python tests/soak/exclusive_fixtures.py
+	$(BIN)/python tests/soak/outcomes_fuzz.py
 	$(BIN)/pytest -p no:cacheprovider tests/soak/replay.py
 	$(BIN)/python tests/soak/archive_kills.py
 	$(BIN)/python tests/soak/minilm_routing.py

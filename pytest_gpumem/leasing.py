@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from pytest_gpumem import devices, marks
+from pytest_gpumem import attempts, devices, marks
 from pytest_gpumem.records import Grant
 from pytest_gpumem.routed import may_fall_back
 from pytest_gpumem.sharing import admission, telling
@@ -43,6 +43,10 @@ ANY = marks.Need(vram=None, cards=1, exclusive=False)
 _SOMETHING = 1
 """Bytes for a test that may use a card and of which nothing is known: it shares the card with
 anybody, but not with a test that has to be alone."""
+
+_ELSEWHERE = "elsewhere"
+"""What is left to the controller, which alone knows if others were on the card and will see to it
+that the next attempt is alone there."""
 
 
 class Need(NamedTuple):
@@ -103,6 +107,9 @@ class Leasing:
         see ``RecordedTest.step``."""
         self._step = ""
         """The step that is being taken."""
+        self._running: pytest.Item | None = None
+        """The test whose attempt this process makes, or lets a child make."""
+        self._owed = attempts.Owed()
         self.spoiled = False
         """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
         one as well."""
@@ -139,19 +146,24 @@ class Leasing:
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
         """Give the test's lease back; run the test again if it ran out of memory."""
-        self.spoiled = False
+        self.spoiled, self._next = False, ""
         try:
-            result = yield
-        finally:
-            self._give_back()
-        self._learn(item)
-        if self._next:
-            before, self._step, self._next = self._step, self._next, ""
+            self._running = item
             try:
-                self._climb(item, nextitem)
+                result = yield
             finally:
-                self._step = before
-                self._tried.clear()
+                self._running = None
+                self._give_back()
+            self._learn(item)
+            if self._next:
+                before, self._step = self._step, self._next
+                try:
+                    self._climb(item, nextitem)
+                finally:
+                    self._step = before
+                    self._tried.clear()
+        finally:
+            self._owed.publish(item.ihook)
         return result
 
     def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -202,48 +214,70 @@ class Leasing:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[Any]
+        self, call: pytest.CallInfo[Any]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Call running out of memory an attempt, and no failure, if there is a next step."""
+        """Let the report of a test that ran out of memory say so."""
         report = yield
         if report.when == "setup" and self._waited:
             # What others made it wait is not the test's time.
             report.duration -= self._waited
             report.start += self._waited
             self._waited = 0.0
-        if not report.failed or call.excinfo is None or call.when == "teardown":
-            return report
-        self.spoiled |= report.when == "setup"
-        sentence = release.oom_sentence(call.excinfo.value)
-        if sentence and (step := self._next_step(item, sentence)):
-            self._next = step
-            self._tried.append(
-                f"{self._step or 'at first'}: {release.oom_text(call.excinfo.value)}"
-            )
-            report.outcome = "rerun"  # type: ignore[assignment]  # as rerunfailures calls it
-        elif self._tried:
-            report.sections.append(("GPU memory of earlier attempts", "\n".join(self._tried)))
+        if report.failed and call.excinfo is not None and call.when != "teardown":
+            text = release.oom_text(call.excinfo.value)
+            if text:
+                setattr(report, attempts.OOM, text)
         return report
 
-    def _next_step(self, item: pytest.Item, sentence: str) -> str:
+    # A wrapper and first: who counts failures, pytest itself for -x, sees the settled outcome.
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_logreport(
+        self, report: pytest.TestReport
+    ) -> Generator[None, object, object]:
+        """Call running out of memory an attempt, and no failure, if there is a next step.
+
+        Not earlier: the report may be made in a child that runs this attempt and ends, or be one
+        of several of which another plugin publishes the last.
+        """
+        item = self._running
+        # A subtest, which has a context, is not run again: the tests around it have gone on.
+        if item is not None and report.nodeid == item.nodeid and not hasattr(report, "context"):
+            self._judge(item, report)
+        return (yield)
+
+    def _judge(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        if not self._next:
+            self._owed.settle(report)
+        if not report.failed or report.when == "teardown":
+            return
+        self.spoiled |= report.when == "setup"
+        text: str = getattr(report, attempts.OOM, "")
+        step = self._next_step(item, text) if text else ""
+        if step == _ELSEWHERE:
+            attempts.leave_undecided(report)
+        elif step:
+            self._next = step
+            self._tried.append(f"{self._step or 'at first'}: {text}")
+            self._owed.promise(report)
+        elif self._tried:
+            report.sections.append(("GPU memory of earlier attempts", "\n".join(self._tried)))
+
+    def _next_step(self, item: pytest.Item, text: str) -> str:
         """Return what to try with a test that ran out of memory; "" for nothing."""
         answer, lease = self._settings.oom, self._lease
         if answer == "fail" or self._step == "cpu":
             return ""
         cpu = "cpu" if answer == "cpu" and may_fall_back(item) else ""
-        if cpu and release.asked_for(sentence) > max(
-            (card.total for card in self._cards), default=0
-        ):
+        if release.asked_for(text) > max((card.total for card in self._cards), default=0):
             return cpu  # no card had room for it, were it alone there
+        elsewhere = "" if self._granted is None else _ELSEWHERE
         alone = lease is not None and lease.exclusive
-        if self._granted is not None and not alone and not self._step:
-            return ""  # the controller sees to it that the test is alone
         if not self._step and not alone and any(map(self._is_shared, self._cards)):
-            return "alone"
+            return elsewhere or "alone"
         consolidator = _consolidator()
         if self._step != "released" and consolidator is not None and not consolidator.idle:
             return "released"
-        return cpu
+        return cpu or elsewhere
 
     def _is_shared(self, card: Card) -> bool:
         if self._without:

@@ -169,7 +169,7 @@ class RecordedTest(NamedTuple):
     nodeid: str
     outcome: str
     """``passed``, ``failed``, ``error``, ``skipped``, ``xfailed``, ``xpassed``, ``crashed``, or
-    ``rerun`` for an attempt that ran out of memory beside others and was made again alone."""
+    ``rerun`` for an attempt after which another one was made."""
     duration: float
     worker: str
     """``gw0`` and so on; empty without xdist."""

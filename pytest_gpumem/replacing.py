@@ -15,18 +15,24 @@ from pytest_gpumem.devices import torch_state
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
 EXIT = 70
 """Exit status of a worker that ends itself."""
 
 
 class Replacing:
-    """The hooks in a worker."""
+    """The hooks in a worker.
+
+    Args:
+        leave: tells the controller, where it listens, that the end of this process is no crash.
+
+    """
 
     NAME = "gpumem-replacing"
 
-    def __init__(self) -> None:
+    def __init__(self, leave: Callable[[], None] = lambda: None) -> None:
+        self._leave = leave
         self._broke = ""
 
     @pytest.hookimpl(wrapper=True)
@@ -51,6 +57,7 @@ class Replacing:
         """End the process, now that all of the test's reports have been sent."""
         result = yield
         if self._broke:
+            self._leave()
             os._exit(EXIT)
         return result
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpumem import devices, records
+from pytest_gpumem import attempts, devices, records
 from pytest_gpumem.reports import terminal, trace
 from pytest_gpumem.state import CARDS, HOST, LATE, NOTES, ROUTES, STEP, USAGE_ERROR, State
 from pytest_gpumem.units import format_mib
@@ -27,6 +27,8 @@ class _Phases:
     duration: float = 0.0
     start: float = 0.0
     broke: str = ""
+    again: bool = False
+    """Whether the controller lets it run again, alone on its cards."""
 
 
 class Reporting:
@@ -40,6 +42,8 @@ class Reporting:
         self._cards = {("", card.uuid): card for card in state.found.cards}
         self._running: dict[tuple[str, str], _Phases] = {}
         self._tests: list[records.RecordedTest] = []
+        self._again: set[str] = set()
+        """Tests whose next attempt will be alone on its cards."""
         self._workers: set[str] = set()
         self._hosts: dict[str, str] = {}
         """By worker, where that is another machine."""
@@ -55,6 +59,9 @@ class Reporting:
         """Put a test's phases together; its record is complete with its teardown."""
         if hasattr(report, "gpumem_replaced"):
             return
+        if hasattr(report, attempts.OWED):
+            self._correct(report)
+            return
         worker = getattr(report, "worker_id", "")
         self._workers.add(worker)
         phases = self._running.setdefault((report.nodeid, worker), _Phases())
@@ -62,9 +69,24 @@ class Reporting:
         phases.start = phases.start or report.start
         phases.broke = phases.broke or getattr(report, "gpumem_broke", "")
         phases.outcome = _outcome(report, phases.outcome)
+        phases.again |= phases.outcome == "rerun" and hasattr(report, attempts.UNDECIDED)
         if report.when not in ("setup", "call"):
             del self._running[report.nodeid, worker]
-            self._tests.append(_record(report, worker, phases))
+            test = _record(report, worker, phases)
+            if test.nodeid in self._again:
+                self._again.remove(test.nodeid)
+                test = test._replace(step=test.step or "alone")
+            self._tests.append(test)
+            if phases.again:
+                self._again.add(test.nodeid)
+
+    def _correct(self, report: pytest.TestReport) -> None:
+        """Let an attempt that was called a rerun, and was the last, be the failure that it is."""
+        for place in reversed(range(len(self._tests))) if report.failed else ():
+            test = self._tests[place]
+            if test.nodeid == report.nodeid:
+                self._tests[place] = test._replace(outcome=_outcome(report, ""))
+                return
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport) -> None:
@@ -73,7 +95,7 @@ class Reporting:
         last = next((each for each in reversed(self._tests) if each.worker == worker), None)
         if last is None or last.nodeid != crashitem or not last.broke:
             return
-        if last.outcome in ("failed", "error"):
+        if last.outcome in ("failed", "error", "xfailed"):
             # As the phase of a test that passes nowhere counts, and is not shown.
             report.outcome, report.when = "passed", "setup"
             report.gpumem_replaced = True  # type: ignore[attr-defined]

@@ -13,7 +13,6 @@ from pytest_gpumem.replacing import Replacing
 from pytest_gpumem.sharing import workers, xdist_private
 from pytest_gpumem.sharing.history import History
 from pytest_gpumem.state import HISTORY, ITEM_MARKS, NO_MARKS, State
-from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -130,9 +129,8 @@ def share(config: pytest.Config, state: State) -> None:
         known = given.get(HISTORY)
         history = History.read(known) if known else History()
         leasing = Leasing(config, state, history, standing)
-    config.pluginmanager.register(leasing, Leasing.NAME)
-    if given is not None:
         config.pluginmanager.register(Replacing(), Replacing.NAME)
+    config.pluginmanager.register(leasing, Leasing.NAME)
 
 
 def _scheduled(
@@ -148,7 +146,6 @@ def _scheduled(
         worker.return_queue()
 
     leasing = Leasing(config, state, History(), standing, granted=granted, used_card=used_card)
-    retry = state.settings.oom != "fail"
     worker = xdist_private.Worker(
         config,
         hello=lambda items: {
@@ -159,10 +156,10 @@ def _scheduled(
         holding=leasing.keep,
         used=workers.CardUse(lambda: state.found.cards),
         release=_give_back,
-        is_oom=lambda error: retry and bool(release.oom_sentence(error)),
         spoiled=lambda: leasing.spoiled,
     )
     config.pluginmanager.register(worker, "gpumem-worker")
+    config.pluginmanager.register(Replacing(worker.leave), Replacing.NAME)
     return leasing
 
 

@@ -220,12 +220,10 @@ def _left(tests: Sequence[RecordedTest], verbosity: int) -> Iterator[str]:
 
 def _alone_again(run: RunRecord) -> list[RecordedTest]:
     """Return the tests that ran out of memory and were run again alone on the card, each once."""
-    # Of the scheduler's attempts none is marked: they are all alone.
-    alone = ("", "alone") if run.workers else ("alone",)
     found: dict[str, RecordedTest] = {}
     following: dict[str, str] = {}
     for test in reversed(run.tests):
-        if test.outcome == "rerun" and test.oom and following.get(test.nodeid) in alone:
+        if test.outcome == "rerun" and test.oom and following.get(test.nodeid) == "alone":
             found[test.nodeid] = test
         following[test.nodeid] = test.step
     return list(found.values())[::-1]

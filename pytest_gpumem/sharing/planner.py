@@ -15,9 +15,9 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
   then expected of the others.
 - Short CPU tests are handed out ahead, many at once, to workers that no GPU test can want. A
   worker in which one of them uses a card all the same returns those behind it.
-- A test that runs out of memory runs again, alone on its cards. A test never seen before may use
-  a card although nobody said so: if one ran beside it, and memory was short once more, it runs a
-  last time when no such test is left.
+- A test that runs out of memory beside others, or beside what they keep, runs again, alone on its
+  cards. A test never seen before may use a card although nobody said so: if one ran beside it,
+  and memory was short once more, it runs a last time when no such test is left.
 - A test that catches its own OutOfMemoryError cannot be seen to have run out of memory: it is not
   run again, and on the first run without marks it may have shared the card unexpectedly.
 - When no GPU test runs on a card and none fits, idle workers give back module fixtures, then
@@ -278,19 +278,34 @@ class Planner:
     def retries(self, test: int) -> bool:
         """Return whether ``test``, which runs, will run again if it is reported out of memory.
 
-        The first time it may have shared its cards as planned, the next time unexpectedly. It
-        does not where nobody who is left has a card for it.
+        The first time if anything of others was on its cards, the next time if they were shared
+        unexpectedly. It does not where nobody who is left has a card for it.
         """
         cards = self._tests[test].cards
         if not any(len(ring) >= cards and self._nothing not in ring for ring in self._rings):
             return False
-        if test not in self._seen.ooms:
-            return True
-        return any(
-            worker.disturbed
-            for worker in self._workers.values()
-            if worker.given and worker.given[0] == test
+        worker = next(
+            each for each in self._workers.values() if test in itertools.islice(each.given, 1)
         )
+        return worker.disturbed or (test not in self._seen.ooms and self._accompanied(worker))
+
+    def _accompanied(self, worker: _Worker) -> bool:
+        """Return whether others may use or keep what ``worker``, alone, would find free.
+
+        What they held and gave back meanwhile is not known: that they have a context says enough.
+        """
+        for card in worker.using or worker.ring:
+            others = [
+                each
+                for each in self._workers.values()
+                if each is not worker and card in each.ring and card is not self._nothing
+            ]
+            unseen = any(not self._tests[test].seen for each in others for test in each.given)
+            alone = card.exclusive and worker in card.users
+            kept = (self._owes(each) if alone else each.name in card.claims for each in others)
+            if card.others or unseen or any(kept):
+                return True
+        return False
 
     # Reports
 
@@ -360,11 +375,10 @@ class Planner:
             duration: seconds it took.
             peak: highest bytes beyond what the process kept before it; None when not known.
             fixtures: bytes that the wider fixtures it uses hold.
-            oom: whether it ran out of memory. It is planned again then, once, to run alone.
+            oom: whether it ran out of memory and ``retries`` said so: it is planned again, alone.
 
         """
         ran = self._workers[worker]
-        again = oom and self.retries(test)
         gpu = bool(ran.using)
         if not oom:
             self._seen.took(test, duration, gpu=gpu)
@@ -379,7 +393,7 @@ class Planner:
             self._until_replan = 0
         ran.given.remove(test)
         self._ended(ran, test)
-        if again:
+        if oom:
             self._seen.ooms[test] += 1
             self.requeue(test)
 

@@ -20,12 +20,11 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Generator
+from pytest_gpumem import attempts
 
 SENTINELS = ("idle", "flush", "reset")
 IDLE, FLUSH, RESET = range(3)
@@ -86,7 +85,6 @@ class Worker:
             how many of them wider fixtures hold; nothing of cards it has not used. Cheap.
         used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
-        is_oom: tells whether an exception is the card's running out of memory.
         spoiled: tells whether set-up of the running test failed, by which it would fail again.
 
     """
@@ -99,7 +97,6 @@ class Worker:
         holding: Callable[[], Mapping[str, tuple[int, int]]],
         used: Callable[[], Mapping[str, int]],
         release: Callable[[], None],
-        is_oom: Callable[[BaseException], bool],
         spoiled: Callable[[], bool],
     ) -> None:
         self._interactor = _interactor(config)
@@ -107,7 +104,6 @@ class Worker:
         self.holding = holding
         self.used = used
         self.release = release
-        self.is_oom = is_oom
         self.spoiled = spoiled
         self._grants: dict[int, Granted] = {}
         self._queue: deque[int] = deque()
@@ -134,6 +130,10 @@ class Worker:
     def granted(self) -> Granted | None:
         """Return what was set aside for the test that begins now, once; None if nothing."""
         return self._grants.pop(self._interactor.item_index, None)
+
+    def leave(self) -> None:
+        """Tell that this process ends on purpose, with all of the running test reported."""
+        self.send(left=self._interactor.item_index)
 
     def send(self, **message: Any) -> None:
         """Send builtin values to the controller's scheduler; works over any gateway."""
@@ -216,20 +216,11 @@ class Stage:
             previous.ihook.pytest_runtest_logreport(report=report)
             self._interactor.item_index = running
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_makereport(
-        self, call: pytest.CallInfo[Any]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Leave it to the controller whether running out of memory is the test's fault.
-
-        Not a failure here: under ``-x`` the worker would stop.
-        """
-        report = yield
-        if report.failed and call.excinfo is not None and self._worker.is_oom(call.excinfo.value):
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note that the controller may let the test run again, here or elsewhere."""
+        if hasattr(report, attempts.UNDECIDED):
             self.spoiled = self._worker.spoiled()
-            report.outcome = "rerun"  # type: ignore[assignment]  # as rerunfailures calls it
-            report.gpumem_oom = True  # type: ignore[attr-defined]
-        return report
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logfinish(self) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pytest
 
+from pytest_gpumem import attempts
 from pytest_gpumem.sharing import planner as plans
 from pytest_gpumem.sharing import workers, xdist_private
 from pytest_gpumem.sharing.estimates import PlannedTest
@@ -84,8 +85,8 @@ class _Worker:
     """Indexes sent and not complete, sentinels among them, in the order they run."""
     last: int | None = None
     """The test that it completed last."""
-    reported: bool = False
-    """Whether the running test has been torn down and reported, but is not complete."""
+    left: int | None = None
+    """The test after which it ended itself, with all of it reported."""
     holding: dict[str, tuple[int, int]] = field(default_factory=dict)
     """What it keeps, by card, and how much of that its wider fixtures hold."""
     taken: Taken = Taken()  # noqa: RUF009  # a named tuple
@@ -155,6 +156,7 @@ class GpumemScheduling:
         """Runs while a test may wait for an idle worker."""
         self._gave_way = 0.0
         """When an idle worker was last told to give its fixtures back for such a test."""
+        self._owed = attempts.Owed()
 
     # What xdist asks
 
@@ -243,7 +245,7 @@ class GpumemScheduling:
                 oom=worker.oom,
             )
             worker.last, worker.taken = index, Taken()
-            worker.oom = worker.reported = False
+            worker.oom = False
 
     def remove_pending_tests_from_node(self, node: Node, indices: Mapping[str, Any]) -> None:
         """Read a worker's message: xdist's answer to a "steal" is the one free channel."""
@@ -255,6 +257,7 @@ class GpumemScheduling:
             return
         worker.hello = indices.get("hello", worker.hello)
         worker.returned.update(indices.get("returned", ()))
+        worker.left = indices.get("left", worker.left)
         planner = self._planner
         for uuid, (size, fixtures) in indices.get("holding", {}).items():
             worker.holding[uuid] = size, fixtures
@@ -269,14 +272,13 @@ class GpumemScheduling:
     def remove_node(self, node: Node) -> str | None:
         """Forget a worker that ended or crashed; return the test that crashed it, if one did.
 
-        None did if the worker ended after it had reported all of one test and before it was
-        given the next: so it ends on purpose when its CUDA context is broken.
+        None did if the worker said that it would end, as it does when its CUDA context is broken.
         """
         worker, planner = self._workers.pop(node), self._planner
         if planner is None or worker.collection is None:
             return None
-        if worker.reported:
-            self._complete(worker, worker.sent[0], 0.0)
+        if worker.left is not None:
+            self._complete(worker, worker.left, 0.0)
             crashed = None
         else:
             crashed = self._running(worker)
@@ -303,6 +305,10 @@ class GpumemScheduling:
 
     def take_report(self, report: pytest.TestReport) -> None:
         """Note what a test took; decide whether one that ran out of memory is tried again."""
+        undecided = hasattr(report, attempts.UNDECIDED)
+        if undecided:
+            report.outcome = "failed"
+        self._owed.settle(report)
         node: Any = getattr(report, "node", None)
         worker = self._workers.get(node)
         if worker is None:
@@ -310,16 +316,23 @@ class GpumemScheduling:
         worker.moved = time.monotonic()
         if report.when == "setup":
             worker.setup = max(worker.setup, min(report.duration, worker.moved - self._gave_way))
-        running = worker.sent[0] if worker.sent else None
-        if report.when == "teardown" and running == getattr(report, "item_index", None):
-            outcome: str = report.outcome
-            worker.reported = outcome != "rerun"  # as rerunfailures calls it: it runs once more
-        if getattr(report, "gpumem_oom", False):
-            worker.oom = self._planner is not None and self._planner.retries(report.item_index)
-            if not worker.oom:
-                report.outcome = "failed"
+        if undecided:
+            worker.oom = self._runs_again(report.item_index)
+            if worker.oom:
+                self._owed.promise(report)
         if report.when == "teardown":
             worker.taken = taken(report.user_properties)
+
+    def _runs_again(self, test: int) -> bool:
+        """Return whether a test that ran out of memory will be handed out again."""
+        # Under -x, say, all workers were told to end: none is given anything more.
+        if self._planner is None or all(node.shutting_down for node in self._workers):
+            return False
+        return self._planner.retries(test)
+
+    def publish_owed(self) -> bool:
+        """Report the failures of tests that were to run again and did not; return if any."""
+        return self._owed.publish(self.config.hook)
 
     # What the planner says
 
@@ -581,3 +594,11 @@ class Controller:
         """Read what a test took, and settle its outcome, before anybody else sees the report."""
         if self._scheduler is not None:
             self._scheduler.take_report(report)
+
+    # First, so that everybody who writes results sees them.
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Report failures that were called reruns although the run ended before these."""
+        owed = self._scheduler is not None and self._scheduler.publish_owed()
+        if owed and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

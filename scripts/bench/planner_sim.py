@@ -207,14 +207,15 @@ def run_planner(
             continue
         index, test, oom = host.step()
         case = cases[test]
-        failed += oom and not planner.retries(test)
+        again = oom and planner.retries(test)
+        failed += oom and not again
         if case.gpu:
             planner.resident(str(index), CONTEXT)
         if not oom:
             learned.note(case.nodeid, case.peak, case.duration, case.gpu)
         peak = case.peak if case.gpu and not oom else None
         duration = case.duration * (OOM_PART if oom else 1)
-        planner.finished(str(index), test, duration=duration, peak=peak, oom=oom)
+        planner.finished(str(index), test, duration=duration, peak=peak, oom=again)
     return Result(host.now, host.ooms, failed, host.setups), learned
 
 

@@ -13,6 +13,7 @@ from pytest_gpumem import devices
 from pytest_gpumem.devices import AllocatorReading
 from pytest_gpumem.records import Card
 from pytest_gpumem.simulator.card import SharedCard
+from pytest_gpumem.units import format_bytes
 
 
 class OutOfMemoryError(RuntimeError):
@@ -32,7 +33,7 @@ class PlainAllocator:
         """Take ``size`` bytes and, the first time, a context."""
         if not (self.shared.join() and self.shared.reserve(size)):
             self._ooms += 1
-            raise OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
+            raise OutOfMemoryError(f"CUDA out of memory. Tried to allocate {format_bytes(size)}")
         self._now += size
         self._peak = max(self._peak, self._now)
 

@@ -28,8 +28,24 @@ NEIGHBOURS = {
     "sugar": ("-p", "sugar", "--force-sugar"),
     "benchmark": ("-p", "benchmark"),
     "memray": ("-p", "memray", "--memray"),
+    "anyio": ("-p", "anyio"),
+    "hypothesis": ("-p", "hypothesispytest"),
 }
 """Other plugins by name, and how each is used."""
+
+RUNNERS = {
+    "flaky": ("-p", "flaky", "--force-flaky"),
+    "retry": ("-p", "pytest-retry", "--retries", "1"),
+    "repeat": ("-p", "repeat", "--count", "2"),
+    "split": ("-p", "pytest-split", "--splits", "2", "--group", "1"),
+}
+"""Those that run tests in a way of their own, or others, and do not go together."""
+
+ON_PYTEST8 = {
+    "forked": ("-p", "pytest_forked", "--forked"),
+    "isolate": ("-p", "pytest_isolate", "--isolate"),
+}
+"""Those that run tests in a child; on pytest 9.2 both fail, with us and without."""
 
 NO_AUTOLOAD = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
@@ -38,6 +54,36 @@ import asyncio, pathlib, unittest, warnings
 import pytest
 
 SEEN = []
+
+class OutOfMemoryError(RuntimeError):  # as torch words it; more than any card has
+    def __init__(self):
+        super().__init__("CUDA out of memory. Tried to allocate 9000.00 GiB. GPU 0 is full.")
+
+@pytest.fixture
+def full(): raise OutOfMemoryError
+
+@pytest.fixture(scope="module")
+def wide_and_full(): raise OutOfMemoryError
+
+@pytest.fixture
+def full_at_last():
+    yield
+    raise OutOfMemoryError
+
+def test_runs_out(): raise OutOfMemoryError
+def test_runs_out_in_set_up(full): pass
+def test_runs_out_in_a_wide_fixture(wide_and_full): pass
+def test_runs_out_again_in_a_wide_fixture(wide_and_full): pass
+def test_runs_out_in_teardown(full_at_last): pass
+
+@pytest.mark.xfail
+def test_runs_out_as_expected(): raise OutOfMemoryError
+
+def test_catches_it():
+    with pytest.raises(OutOfMemoryError): raise OutOfMemoryError
+
+def test_runs_out_in_a_subtest(subtests):
+    with subtests.test(): raise OutOfMemoryError
 
 def test_passes(tmp_path): (tmp_path / "a").write_text("a")
 def test_fails(): assert [1, 2] == [1, 3]
@@ -161,17 +207,17 @@ def differences(
         workers = tuple(options[options.index("-n") :]) if "-n" in options else ()
         without = ("-p", "no:gpumem", *workers, *arguments)
         if workers not in bare:
-            bare[workers] = _run(directory, without, env)[1]
-        finished, ours = _run(directory, (*options, *arguments), env)
+            bare[workers] = run_outcomes(directory, without, env)[1]
+        finished, ours = run_outcomes(directory, (*options, *arguments), env)
         differ = differing(bare[workers], ours)
         if differ:
-            again = _run(directory, without, env)[1]
+            again = run_outcomes(directory, without, env)[1]
             unstable = differing(bare[workers], again)
             differ = {test: pair for test, pair in differ.items() if test not in unstable}
         yield Difference(way, differ, sum(ours.values()), finished.output)
 
 
-def _run(
+def run_outcomes(
     directory: Path, arguments: Sequence[str], env: Mapping[str, str] | None
 ) -> tuple[Run, Counter[tuple[str, str]]]:
     """Run a suite and return how often each test ended how, and the exit status among them."""

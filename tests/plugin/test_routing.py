@@ -284,7 +284,7 @@ def test_wants_its_room():
     assert "failed" not in done.outcomes, done.output
 
 
-def test_rerunfailures_reruns_only_what_is_left_to_it(run):
+def test_rerunfailures_reruns_as_without_the_plugin_and_the_ladder_takes_what_is_left(run):
     done = run(
         HELP
         + """
@@ -303,7 +303,7 @@ def test_has_no_room():
     )
 
     assert attempts(done) == {
-        "test_fails_once_on_the_cpu": [("rerun", ""), ("rerun", "cpu"), ("passed", "cpu")],
+        "test_fails_once_on_the_cpu": [("rerun", "")] * 2 + [("rerun", "cpu"), ("passed", "cpu")],
         "test_has_no_room": [("rerun", ""), ("failed", "")],
     }
     assert "alone" not in done.section

@@ -75,11 +75,16 @@ def vram():
         give(mib)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logfinish(nodeid):
-    # End this worker, as one whose CUDA context is broken does, after all was reported.
-    if os.path.exists("leave-" + os.environ.get("PYTEST_XDIST_WORKER", "")):
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    result = yield
+    # All was reported. End this worker, as one whose CUDA context is broken does, or just so.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if os.path.exists("leave-" + worker):
+        item.config.pluginmanager.get_plugin("gpumem-worker").leave()
+    if os.path.exists("leave-" + worker) or os.path.exists("die-" + worker):
         os._exit(1)
+    return result
 
 
 @pytest.hookimpl(trylast=True)
@@ -361,7 +366,7 @@ def test_second(model): pass
     assert finished.outcomes == {"passed": 2, "rerun": 1}, finished.output
 
 
-def test_running_out_of_memory_alone_as_well_is_a_failure(run):
+def test_what_no_card_has_room_for_is_a_failure_at_once(run):
     source = """
 @pytest.mark.gpu(exclusive=True)
 def test_greedy(vram): vram(5000)
@@ -369,7 +374,8 @@ def test_b(): pass
 """
     finished = run(source)
 
-    assert finished.outcomes == {"passed": 1, "failed": 1, "rerun": 1}, finished.output
+    assert finished.outcomes == {"passed": 1, "failed": 1}, finished.output
+    assert "beside others" not in finished.section
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -456,6 +462,47 @@ def test_second(vram):
     finished = run(TWO_LIARS + source)
 
     assert finished.outcomes == {"passed": 2, "rerun": 1}, finished.output
+
+
+def test_a_worker_that_dies_between_reports_costs_what_it_costs_under_xdist(run):
+    # Neither the first attempt's report nor the last one's says that the test is over.
+    source = """
+@pytest.mark.flaky(reruns=1)
+def test_second_attempt():
+    if os.path.exists("tried"):
+        os._exit(3)
+    open("tried", "w").close()
+    assert 0
+def test_reported(): open("die-" + os.environ["PYTEST_XDIST_WORKER"], "w").close()
+"""
+    ours = run(source, "-v", workers=1)
+    (ours.directory / "tried").unlink()
+    for path in ours.directory.glob("die-*"):
+        path.unlink()
+    plain = run(source, "-v", workers=1, plain=True)
+
+    assert results(ours) == results(plain), ours.output
+    assert ours.status == plain.status == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_retry_that_does_not_come_is_a_failure(run):
+    source = """
+@pytest.mark.gpu(vram="100MiB")
+def test_second(vram): second(vram)
+"""
+    liars = TWO_LIARS.replace("first(vram)\n", "first(vram); assert 0\n")
+    arguments = ("-x", "--gpumem-json=run.json")
+    finished = run(liars + source, *arguments)
+
+    assert finished.outcomes == {"failed": 2, "rerun": 1}, finished.output
+    assert finished.status == pytest.ExitCode.INTERRUPTED  # as under plain xdist
+    ended = [each.outcome for each in finished.record.tests if "test_second" in each.nodeid]
+    assert ended == ["failed"]
+    assert "1 failure out of memory" in finished.section
+    assert "ran again alone" not in finished.section
+    cache = finished.directory.with_name(f"{finished.directory.name}-cache")
+    failed = json.loads((cache / "v" / "cache" / "lastfailed").read_text())
+    assert set(failed) == {"test_it.py::test_first", "test_it.py::test_second"}
 
 
 def test_a_crashed_test_is_run_again_when_rerunfailures_asks(run):

@@ -6,7 +6,8 @@ compared test by test through JUnit XML. A test that differs is run again withou
 whose outcome changes there too is not counted.
 
 ``--neighbours`` names the directory where the plugins of the dependency group ``neighbours`` are
-installed (``pip install --target``); without it only those of the group ``test`` are tried.
+installed (``pip install --target``); without it only those of the group ``test`` are tried. Some
+work on pytest 8 only: ``--pytest8`` names the directory where that is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
 
-from neutral import NEIGHBOURS, NO_AUTOLOAD, OURS, TRACK, Difference, differences, write_habits
+from neutral import (
+    NEIGHBOURS,
+    NO_AUTOLOAD,
+    ON_PYTEST8,
+    OURS,
+    RUNNERS,
+    TRACK,
+    Difference,
+    differences,
+    write_habits,
+)
 
 CORE = "numpy._core.tests.test_"
 SUITES = {
@@ -55,33 +66,45 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=[*SUITES, "plugins"], help="this one")
     parser.add_argument("--neighbours", type=Path, metavar="DIRECTORY", help="more plugins")
+    parser.add_argument("--pytest8", type=Path, metavar="DIRECTORY", help="an older pytest")
     chosen = parser.parse_args()
     found = 0
     for name, arguments in SUITES.items():
         if chosen.only in (None, name):
             found += compare(name, ("--pyargs", *arguments), TRACK | OURS)
     if chosen.only in (None, "plugins"):
-        found += plugins(chosen.neighbours)
+        found += plugins(chosen.neighbours, chosen.pytest8)
     print(f"{found} differences in all")
     return 1 if found else 0
 
 
-def plugins(directory: Path | None) -> int:
-    """Compare with other plugins, one by one and all together; return how many tests differ."""
-    env = dict(NO_AUTOLOAD)
+def plugins(directory: Path | None, pytest8: Path | None) -> int:
+    """Compare with other plugins, one by one and many together; return how many tests differ."""
     if directory is not None:
         sys.path.insert(0, str(directory.resolve()))
-        paths = (str(directory.resolve()), os.environ.get("PYTHONPATH"))
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     installed = {each.name for each in metadata.entry_points(group="pytest11")}
-    there = {
-        name: ("-p", "xdist", *arguments)
-        for name, arguments in NEIGHBOURS.items()
-        if arguments[arguments.index("-p") + 1] in installed
-    }
-    print(f"plugins: {', '.join(there)}")
-    there["all of them"] = tuple(argument for each in there.values() for argument in each)
-    return sum(compare(name, arguments, OURS, env) for name, arguments in there.items())
+
+    def there(named):
+        return {
+            name: ("-p", "xdist", *arguments)
+            for name, arguments in named.items()
+            if arguments[arguments.index("-p") + 1] in installed
+        }
+
+    together, alone = there(NEIGHBOURS), there(RUNNERS)
+    together["many at once"] = tuple(argument for each in together.values() for argument in each)
+    older = there(ON_PYTEST8) if pytest8 is not None else {}
+    print(f"plugins: {', '.join([*together, *alone, *older])}")
+    now, before = _beside(directory), _beside(pytest8, directory)
+    found = sum(compare(each, how, OURS, now) for each, how in (together | alone).items())
+    return found + sum(compare(each, how, OURS, before) for each, how in older.items())
+
+
+def _beside(*directories: Path | None) -> dict[str, str]:
+    """Return the environment in which packages of these directories are found first."""
+    paths = [str(each.resolve()) for each in directories if each is not None]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    return NO_AUTOLOAD | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 
 def compare(name, arguments, ways, env=None) -> int:

@@ -31,15 +31,19 @@ def test_report_shows_the_section_of_a_finished_run(tmp_path, capsys):
 
 
 def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
-    last = RUN.tests[0]
-    again = last._replace(outcome="rerun", oom="CUDA out of memory")
-    records.save(RUN._replace(workers=2, tests=(again, again, last)), tmp_path / "run.json")
+    last = RUN.tests[0]._replace(step="alone")
+    first = last._replace(outcome="rerun", oom="CUDA out of memory", step="")
+    again = first._replace(step="alone")
+    # rerunfailures made this one again, beside whom it was before.
+    other = first._replace(nodeid="test_x.py::test_other")
+    tests = (first, again, last, other, other._replace(outcome="failed"))
+    records.save(RUN._replace(workers=2, tests=tests), tmp_path / "run.json")
 
     assert cli.main(["report", str(tmp_path / "run.json")]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("1 test of 1 used VRAM")
+    assert shown.startswith("2 tests of 2 used VRAM")
     _, told = shown.split("  1 test ran out of memory beside others and ran again alone\n")
-    assert told == "      test_x.py::test_a\n"
+    assert told.startswith("      test_x.py::test_a\n\nrouting\n")
 
 
 def test_a_run_that_touched_no_card_says_so(tmp_path, capsys):

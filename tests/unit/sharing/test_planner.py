@@ -93,7 +93,8 @@ class Workers:
         peak = peak if peak is not None else self.peaks.get(test, planned.peak)
         if peak is not None:
             self.planner.resident(name, CONTEXT)
-        self.planner.finished(name, test, duration=planned.duration, peak=peak, oom=oom)
+        again = oom and self.planner.retries(test)
+        self.planner.finished(name, test, duration=planned.duration, peak=peak, oom=again)
         return test
 
     def running(self) -> set[int]:
@@ -206,7 +207,6 @@ def test_a_test_out_of_memory_runs_once_more_and_alone() -> None:
     assert len(workers.running()) == 2
     assert planner.retries(min(workers.running()))
     again = workers.finish(oom=True)
-    assert not planner.retries(again)
     beside = None
     while not planner.done:
         workers.obey()
@@ -244,10 +244,25 @@ def test_a_retry_beside_tests_that_ran_before_is_the_last() -> None:
     tests = [gpu("g", None)] + [cpu(f"c{n}", 5.0) for n in range(6)]
     workers = Workers(tests, planner_of(tests, workers=2))
     workers.obey()
+    workers.planner.resident("w1", CONTEXT + 30)
     workers.finish(oom=True)
+    workers.planner.resident("w1", CONTEXT)
     workers.obey()
     assert len(workers.running()) == 2
+    assert 0 in workers.running()
     assert not workers.planner.retries(0)
+
+
+@pytest.mark.parametrize("test", [gpu("g", None), gpu("g", 50), cpu("c")])
+@pytest.mark.parametrize(
+    ("others", "kept", "again"), [(0, 0, False), (0, CONTEXT + 30, True), (20, 0, True)]
+)
+def test_only_what_was_not_alone_on_its_card_runs_again(test, others, kept, again) -> None:
+    planner = planner_of([test], workers=2, others=others)
+    (run,) = (each for each in planner.commands() if isinstance(each, Run))
+    (neighbour,) = {"w0", "w1"} - {run.worker}
+    planner.resident(neighbour, kept)
+    assert planner.retries(0) == again
 
 
 def test_no_estimate_is_larger_than_the_card() -> None:
@@ -359,7 +374,7 @@ def test_what_others_use_is_not_told_by_a_card_that_a_worker_gives_something_bac
 
 def test_a_cpu_test_that_runs_out_of_memory_is_tried_again_as_a_gpu_test() -> None:
     tests = [cpu("c")]
-    planner = planner_of(tests, workers=1)
+    planner = planner_of(tests, workers=1, others=10)
     workers = Workers(tests, planner)
     workers.obey()
     workers.finish(oom=True)
@@ -944,18 +959,38 @@ class Room(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(self.busy()))
         test = self.queues[worker].pop(0)
         again = self.planner.retries(test)
-        # Not where nobody who is left has a card for it.
-        if again or (any(self.rings.values()) and not self.stopped):
-            assert again == (not self.ooms[test] or test in self.beside_unseen)
+        if self.ooms[test]:
+            assert again <= (test in self.beside_unseen)
+            assert again or test not in self.beside_unseen or not self.may_move()
+        else:
+            self.check_first_retry(worker, test, again)
         self.ended[test] += 1
         self.grants.pop(test, None)
-        if (oom or peak) and not self.tests[test].gpu:
+        if ((oom and again) or peak) and not self.tests[test].gpu:
             self.surprising.add(family(self.tests[test].nodeid))
         self.ooms[test] += oom and again
         self.planner.finished(
-            worker, test, duration=duration, peak=peak, fixtures=fixtures, oom=oom
+            worker, test, duration=duration, peak=peak, fixtures=fixtures, oom=oom and again
         )
         self.obey()
+
+    def may_move(self) -> bool:
+        """Return whether a worker is sure to be left that has a card for any test."""
+        seen = [self.totals[ring[0]] for ring in self.rings.values() if ring]
+        return not self.stopped and max(seen, default=0) == TOTAL
+
+    def check_first_retry(self, worker: str, test: int, again: bool) -> None:
+        """A test runs again if others are on its cards, and only if somebody else is there."""
+        cards = self.cards_of(worker, test) if test in self.grants else self.rings[worker]
+        neighbours = {
+            other
+            for other, ring in self.rings.items()
+            if other != worker and set(ring) & set(cards)
+        }
+        if self.may_move() and any(set(self.on_card(card)) - {worker} for card in cards):
+            assert again
+        if not neighbours and not any(self.others[card] for card in cards):
+            assert not again
 
     @precondition(lambda self: self.queues)
     @rule(data=st.data())
