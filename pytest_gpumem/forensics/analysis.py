@@ -8,54 +8,44 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.forensics import events, readers
 from pytest_gpumem.forensics.records import (
     SCHEMA,
+    Death,
     Findings,
     OomSequence,
     Place,
     SequenceTest,
     Signature,
+    Source,
     Totals,
 )
+from pytest_gpumem.forensics.runs import LETTERS, WORDS
 from pytest_gpumem.forensics.signatures import signature, subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from pytest_gpumem.forensics.readers import Reading
     from pytest_gpumem.forensics.records import OomEvent
     from pytest_gpumem.forensics.runs import Run
     from pytest_gpumem.records import RunRecord
 
 _SIGNATURES_KEPT = 200
 _EXAMPLES = 5
-_WORDS = {
-    "PASSED": "passed",
-    "FAILED": "failed",
-    "ERROR": "error",
-    "SKIPPED": "skipped",
-    "XFAIL": "xfailed",
-    "XPASS": "xpassed",
-}
-_LETTERS = {".": "PASSED", "F": "FAILED", "E": "ERROR", "s": "SKIPPED", "x": "XFAIL", "X": "XPASS"}
+_TOLD = ("passed", "failed", "error", "skipped")
+_NEAR = 0.01
+"""Share by which two reports of one run may differ in its duration."""
 
 
 def analyse(paths: Iterable[str]) -> Findings:
-    """Return what the files tell; ``-`` is standard input, directories are walked.
+    """Return what the files tell; ``-`` is standard input, directories and archives are walked.
 
     Raises:
         OSError: when a file that was named cannot be read.
         ValueError: in one sentence, when it is of no use.
 
     """
-    logs, notes = [], []
-    given = list(paths)
-    for path in readers.paths(given):
-        try:
-            logs.append((path, readers.read(path)))
-        except ValueError as error:
-            if path in given:
-                raise ValueError(f"{path!r} {error}") from None
-            notes.append(f"{path!r} {error}")
-    return findings(logs, notes)
+    inputs = readers.gather(paths)
+    return _findings(inputs.readings, inputs.notes)
 
 
 def analyze_oom_sequence(log: str | Path) -> OomSequence:
@@ -66,10 +56,10 @@ def analyze_oom_sequence(log: str | Path) -> OomSequence:
         ValueError: in one sentence, when it is of no use.
 
     """
-    runs = readers.read(str(log))
-    tests = (test for run in runs for test in run.order)
+    inputs = readers.gather([str(log)])
+    tests = (test for each in inputs.readings for run in each.runs for test in run.order)
     return OomSequence(
-        findings([(str(log), runs)]).events,
+        _findings(inputs.readings, inputs.notes).events,
         tuple(
             SequenceTest(test.nodeid, test.position, test.worker, test.outcome) for test in tests
         ),
@@ -83,23 +73,31 @@ def of_record(run: RunRecord, name: str = "") -> Findings:
 
 def findings(logs: Sequence[tuple[str, list[Run]]], notes: Sequence[str] = ()) -> Findings:
     """Return what the runs of the files tell together."""
+    readings = [readers.Reading(path, "log", 0, runs) for path, runs in logs]
+    return _findings(readings, notes)
+
+
+def _findings(readings: Sequence[Reading], notes: Sequence[str]) -> Findings:
+    told, sources = _once(readings)
     drafts: list[events.Draft] = []
     kills: list[events.Draft] = []
+    deaths: list[events.Draft] = []
     number = 1
-    for path, runs in logs:
-        told, killed = events.draft(path, runs, number)
+    for path, runs in told:
+        found = events.draft(path, runs, number)
         number += sum(run.pytest for run in runs)
-        drafts += told
-        kills += killed
-    events.explain_deaths(drafts, kills)
+        drafts += found.drafts
+        kills += found.kills
+        deaths += found.deaths
+    drafts += events.explain_deaths(deaths, kills)
     drafts += kills
-    order = {path: at for at, (path, _) in enumerate(logs)}
+    order = {path: at for at, (path, _) in enumerate(told)}
     drafts.sort(key=lambda each: (order[each.file], each.number, events.when(each)))
-    every = [run for _, runs in logs for run in runs]
+    every = [run for _, runs in told for run in runs]
     told_events = events.finish(drafts)
     return Findings(
         schema=SCHEMA,
-        files=tuple(path for path, _ in logs),
+        files=tuple(each.path for each in readings),
         events=told_events,
         totals=_totals(every, told_events),
         signatures=_signatures(every),
@@ -108,32 +106,116 @@ def findings(logs: Sequence[tuple[str, list[Run]]], notes: Sequence[str] = ()) -
         peaks={name: peak for run in every for name, peak in run.peaks.items()},
         outcomes=_outcomes(every),
         notes=tuple(notes),
+        sources=sources,
+        complete=all(source.complete for source in sources),
+        deaths=_deaths(told, {each.nodeid for each in drafts}),
+        leaks={name: size for run in every for name, size in run.leaks.items()},
+        recovered=tuple(name for run in every for name in run.recovered),
     )
 
 
-def _counts(run: Run) -> Counter[str]:
-    """Return how many tests passed, failed and so on: by pytest's own word if it had the last."""
-    if run.tally["tests"]:
-        failed = sum(bool(failure.nodeid) for failure in run.failures)
-        return Counter(passed=run.tally["tests"] - failed, failed=failed)
-    if run.tally:
-        return run.tally
-    counts = Counter(_WORDS[test.outcome] for test in run.order if test.outcome in _WORDS)
-    for (_, letter), number in run.letters.items() if not counts else ():
-        counts[_WORDS.get(_LETTERS.get(letter, ""), "")] += number
-    for failure in run.failures if not counts else ():
-        counts[_WORDS[failure.kind]] += bool(failure.nodeid)
-    return counts
+def _once(
+    readings: Sequence[Reading],
+) -> tuple[list[tuple[str, list[Run]]], tuple[Source, ...]]:
+    """Return the runs of each input without those that another input tells better."""
+    kept: list[tuple[Run, str]] = []
+    notes: dict[int, str] = {}
+    dropped: set[int] = set()
+    for reading in readings:
+        for run in reading.runs:
+            others = (each for each in kept if each[1] != reading.path)
+            twin = next((each for each in others if _same(each[0], run)), None)
+            if twin is None:
+                kept.append((run, reading.path))
+                continue
+            worse, better = sorted([twin[0], run], key=_worth)
+            where = reading.path if better is run else twin[1]
+            dropped.add(id(worse))
+            notes[id(worse)] = f"the same run as {where}"
+            if better is run:
+                kept[kept.index(twin)] = (run, reading.path)
+    told = [(each.path, [run for run in each.runs if id(run) not in dropped]) for each in readings]
+    return told, tuple(_source(each, notes) for each in readings)
+
+
+def _source(reading: Reading, twins: dict[int, str]) -> Source:
+    runs = [run for run in reading.runs if run.pytest]
+    same = [twins[id(run)] for run in runs if id(run) in twins]
+    lacks = [run.missing for run in runs if run.missing and id(run) not in twins]
+    note = "; ".join(dict.fromkeys([*lacks, *same, *([reading.cut] if not lacks else [])]))
+    return Source(
+        reading.path,
+        reading.kind,
+        reading.size,
+        sum(run.tests for run in runs),
+        not lacks and not reading.cut,
+        note.strip("; "),
+    )
+
+
+def _worth(run: Run) -> tuple[bool, bool, int, int]:
+    """Return what ranks two tellings of one run: whole, in order, with figures, by name."""
+    figures = sum(bool(each.seen and each.seen.message.figures) for each in run.failures)
+    return (run.ended, run.ordered and bool(run.order or run.letters), figures, len(run.order))
+
+
+def _same(one: Run, two: Run) -> bool:
+    """Tell whether two inputs tell of the same run, such as a log and its JUnit report."""
+    if not (one.pytest and two.pytest):
+        return False
+    mine, other = _failed(one), _failed(two)
+    if not all(_agree(mine[name], other[name]) for name in mine.keys() & other.keys()):
+        return False
+    if not (one.ended and two.ended):
+        part, whole = (two, one) if one.ended else (one, two)
+        return _part_of(part, whole) and bool(mine.keys() & other.keys())
+    if mine.keys() != other.keys() or any(one.counts[name] != two.counts[name] for name in _TOLD):
+        return False
+    longest = max(one.duration, two.duration)
+    if one.duration and two.duration and abs(one.duration - two.duration) > longest * _NEAR:
+        return False
+    return bool(mine) or one.duration == two.duration
+
+
+def _part_of(part: Run, whole: Run) -> bool:
+    """Tell whether what a cut run tells stands in a whole one, and is more than a coincidence."""
+    ended = {test.nodeid: test.outcome for test in whole.order}
+    known = [test for test in part.order if test.outcome]
+    return len(known) > 1 and all(ended.get(test.nodeid) == test.outcome for test in known)
+
+
+def _failed(run: Run) -> dict[str, dict[str, str]]:
+    """Return the figures of each failing test, as they were printed."""
+    return {
+        each.nodeid: each.seen.message.printed if each.seen else {}
+        for each in run.failures
+        if each.nodeid
+    }
+
+
+def _agree(one: dict[str, str], two: dict[str, str]) -> bool:
+    return all(one[name] == two[name] for name in one.keys() & two.keys())
+
+
+def _deaths(told: Sequence[tuple[str, list[Run]]], of_memory: set[str | None]) -> tuple[Death, ...]:
+    """Return the workers that died and did not run out of memory, as far as the log tells."""
+    return tuple(
+        Death(each.nodeid, each.worker, run.faults.get(each.worker, ""), path, each.line)
+        for path, runs in told
+        for run in runs
+        for each in run.failures
+        if each.died and each.nodeid not in of_memory
+    )
 
 
 def _totals(runs: Sequence[Run], told: Sequence[OomEvent]) -> Totals:
     counts: Counter[str] = Counter()
     for run in runs:
-        counts += _counts(run)
+        counts += run.counts
     judged = counts["passed"] + counts["failed"] + counts["error"]
     return Totals(
         runs=sum(run.pytest for run in runs),
-        tests=sum(counts[name] for name in _WORDS.values()),
+        tests=sum(counts[name] for name in WORDS.values()),
         passed=counts["passed"],
         failed=counts["failed"],
         errors=counts["error"],
@@ -223,7 +305,7 @@ def _by_path(run: Run) -> Iterator[tuple[str, str, int, float]]:
         return
     for (path, letter), number in run.letters.items():
         if path:
-            yield path, _LETTERS.get(letter, ""), number, 0.0
+            yield path, LETTERS.get(letter, ""), number, 0.0
     for failure in run.failures if not any(path for path, _ in run.letters) else ():
         if failure.nodeid:
             yield failure.nodeid.partition("::")[0], failure.kind, 1, 0.0

@@ -31,6 +31,10 @@ def resolve(run: Run) -> None:
             entry = Summary(test.outcome, test.nodeid, "", 0)
             waiting[test.outcome, _short(test.nodeid)].append(entry)
     _in_order(run, waiting)
+    marked = _marked(run)
+    for failure, (_, file) in marked:
+        # A section may end in the file that raised; the letters stand beside the test's own.
+        failure.file = file or failure.file
     shorts = {_short(test.nodeid): test.nodeid for test in run.order}
     for failure in run.failures:
         _name(failure, run, waiting, shorts)
@@ -151,19 +155,23 @@ def _from_summary(entry: Summary, run: Run) -> Failure:
     return failure
 
 
-def _positions(run: Run) -> None:
-    """Find positions without -v: the k-th F of the progress is the k-th section of FAILURES."""
-    if run.order or not run.letters:
-        return
+def _marked(run: Run) -> list[tuple[Failure, tuple[int, str]]]:
+    """Find each failure's letter without -v: the k-th F is the k-th section of FAILURES."""
     found = []
     for kind, letter in (("FAILED", "F"), ("ERROR", "E")):
         # Subtests have sections, but no letters.
         told = [each for each in run.failures if each.kind == kind and not each.subtest]
         marked = run.marked[letter]
-        if len(told) == len(marked) and not any(each.worker for each in told):
-            found += list(zip(marked, told, strict=True))
+        if len(told) == len(marked) and not run.distributed and not run.order:
+            found += list(zip(told, marked, strict=True))
+    return found
+
+
+def _positions(run: Run) -> None:
+    """Enter the failures of a run without -v at the places of their letters."""
+    found = _marked(run) if not any(each.worker for each in run.failures) else []
     late = 0
-    for position, failure in sorted(found, key=lambda pair: pair[0]):
+    for failure, (position, _) in sorted(found, key=lambda pair: pair[1][0]):
         # A teardown's E is a second letter of the test before it.
         late += failure.phase == "teardown"
         run.place(failure.nodeid, None, position - late, failure.kind)

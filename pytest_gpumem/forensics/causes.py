@@ -17,7 +17,9 @@ _CONTEXT = 3 * 2**29
 _SANE = 2**50
 """Sizes above are not sizes: NVML's "not available" prints as 17179869184.00 GiB."""
 
-_HOST = {"cpu", "host"}
+HOST = {"cpu", "host"}
+"""Backends whose memory is the host's."""
+_SHOWN = 5
 _TORCH = {"cuda", "hip", "xpu", "npu", "musa"}
 
 
@@ -28,29 +30,42 @@ class Leftover(NamedTuple):
     size: int
 
 
+class Past(NamedTuple):
+    """What is known of a worker's earlier tests."""
+
+    leftovers: Sequence[Leftover] = ()
+    """What records say that they left, the largest first."""
+    grew: bool = False
+    """Whether each of its failures found more allocated than the one before."""
+
+
 class Finding(NamedTuple):
     """A cause and what speaks for it."""
 
     cause: str
     evidence: tuple[str, ...]
+    inferred: bool = False
+    """Whether something else may explain the evidence, too."""
 
 
-def assess(event: OomEvent, *, limit: bool = False, leftovers: Sequence[Leftover] = ()) -> OomEvent:
+def assess(event: OomEvent, *, limit: bool = False, past: Past = Past()) -> OomEvent:  # noqa: B008 - it is a tuple
     """Return ``event`` with its cause, evidence and advice.
 
     Args:
         event: with its figures.
         limit: whether the message itself says that a limit was hit.
-        leftovers: of tests that ran before it in the same worker.
+        past: what is known of the tests that ran before it in the same worker.
 
     """
-    finding = _finding(event, limit, leftovers)
-    advice = tuple(_ADVICE[finding.cause](event))
-    return event._replace(cause=finding.cause, evidence=finding.evidence, advice=advice)
+    finding = _finding(event, limit, past)
+    event = event._replace(
+        cause=finding.cause, evidence=finding.evidence, inferred=finding.inferred
+    )
+    return event._replace(advice=tuple(_ADVICE[finding.cause](event)))
 
 
-def _finding(event: OomEvent, limit: bool, leftovers: Sequence[Leftover]) -> Finding:
-    if event.backend in _HOST:
+def _finding(event: OomEvent, limit: bool, past: Past) -> Finding:
+    if event.backend in HOST:
         return _host(event)
     tried, total, free, allowed = (
         _sane(size)
@@ -62,32 +77,34 @@ def _finding(event: OomEvent, limit: bool, leftovers: Sequence[Leftover]) -> Fin
         )
     )
     if event.backend == "vllm" and tried is not None and free is not None and free < tried:
-        return Finding(
-            "other_processes",
-            (f"{_b(free)} was free at startup, {_b(tried)} was wanted",),
-        )
+        return _startup(tried, free, limit)
     if tried is not None and total is not None and tried > total:
         return Finding(
             "larger_than_card", (f"one request for {_b(tried)} on a card of {_b(total)}",)
         )
     if event.backend == "mps" and allowed is not None:
-        return _mps(event, tried, allowed, leftovers)
+        return _mps(event, tried, allowed, past)
     if limit or (allowed is not None and (total is None or allowed < total)):
         found = _limited(event, tried, free, allowed)
         if limit or found is not None:
             return found or Finding("memory_fraction", ("the message names a limit",))
     if tried is None or free is None:
-        return _without_free(event, leftovers)
-    return _on_card(event, tried, free, total, leftovers)
+        return _without_free(event, past)
+    return _on_card(event, tried, free, total, past)
+
+
+def _startup(tried: int, free: int, limit: bool) -> Finding:
+    """Tell what vLLM did not find: room on the card, or in what it may use of it."""
+    if limit:
+        return Finding("memory_fraction", (f"{_b(tried)} was needed, {_b(free)} was set aside",))
+    return Finding("other_processes", (f"{_b(free)} was free at startup, {_b(tried)} was wanted",))
 
 
 def _host(event: OomEvent) -> Finding:
     tried = event.tried_bytes
     size = f", {_b(tried)} in it" if tried else ""
-    if not event.message and event.cause == "unknown":
-        return Finding("unknown", ("the worker died; no line of the log says why",))
     said = "the host said so" if event.confirmed else "a process was killed by SIGKILL"
-    return Finding("host_ram", (f"{said}{size}",))
+    return Finding("host_ram", (f"{said}{size}",), inferred=not event.confirmed)
 
 
 def _limited(
@@ -102,9 +119,7 @@ def _limited(
     return Finding("memory_fraction", (f"a limit of {_b(allowed)} was set{room}",))
 
 
-def _mps(
-    event: OomEvent, tried: int | None, allowed: int, leftovers: Sequence[Leftover]
-) -> Finding:
+def _mps(event: OomEvent, tried: int | None, allowed: int, past: Past) -> Finding:
     if tried is not None and tried > allowed:
         return Finding(
             "larger_than_card", (f"one request for {_b(tried)}, {_b(allowed)} is allowed",)
@@ -112,44 +127,46 @@ def _mps(
     others = sum(each.bytes for each in event.processes if not each.own)
     if others > (event.allocated_bytes or 0):
         return Finding("other_processes", (f"other allocations hold {_b(others)}",))
-    return _own(event, leftovers)
+    return _own(event, past)
 
 
-def _without_free(event: OomEvent, leftovers: Sequence[Leftover]) -> Finding:
-    if not leftovers:
+def _without_free(event: OomEvent, past: Past) -> Finding:
+    if not past.leftovers:
         return Finding("unknown", ("the message has no figures of the card",))
     need = (event.allocated_bytes or 0) + (_sane(event.tried_bytes) or 0)
-    left = sum(each.size for each in leftovers)
+    left = sum(each.size for each in past.leftovers)
     if event.total_bytes and need - left > event.total_bytes:
         return Finding("unknown", (f"{_b(need)} was needed, {_b(left)} of it left by others",))
-    return _own(event, leftovers)
+    return _own(event, past)
 
 
-def _on_card(
-    event: OomEvent, tried: int, free: int, total: int | None, leftovers: Sequence[Leftover]
-) -> Finding:
+def _on_card(event: OomEvent, tried: int, free: int, total: int | None, past: Past) -> Finding:
     pieces = _sane(event.reserved_unallocated_bytes) or 0
     others, said = _others(event, free, total)
     if free >= tried and pieces < tried:
         return Finding("driver", (f"{_b(free)} was free, {_b(tried)} was asked for",))
-    left = sum(each.size for each in leftovers) or event.growth_bytes or 0
+    grown = event.growth_bytes if past.grew else 0
+    left = sum(each.size for each in past.leftovers) or grown or 0
     candidates = [
-        (others if others >= _share(total, event) else 0, "other_processes", said),
+        (
+            others if others >= _share(total, event) else 0,
+            Finding("other_processes", said, inferred=not event.processes),
+        ),
         (
             pieces if pieces >= tried else 0,
-            "fragmentation",
-            (
-                f"{_b(pieces)} was reserved but in pieces, {_b(tried)} was asked for",
-                f"{_b(free)} was free",
+            Finding(
+                "fragmentation",
+                (
+                    f"{_b(pieces)} was reserved but in pieces, {_b(tried)} was asked for",
+                    f"{_b(free)} was free",
+                ),
             ),
         ),
-        (left, "accumulation", _own(event, leftovers).evidence),
+        (left, _own(event, past)),
     ]
     # Blamed is who holds most among those without whom the request would have been met.
-    size, cause, evidence = max(candidates, key=lambda candidate: candidate[0])
-    if size and size + free >= tried:
-        return Finding(cause, evidence)
-    return _own(event, leftovers)
+    size, finding = max(candidates, key=lambda candidate: candidate[0])
+    return finding if size and size + free >= tried else _own(event, past)
 
 
 def _share(total: int | None, event: OomEvent) -> int:
@@ -164,10 +181,12 @@ def _others(event: OomEvent, free: int, total: int | None) -> tuple[int, tuple[s
     if listed:
         held = sum(each.bytes for each in listed)
         count = f"{len(listed)} other process{'es' if len(listed) > 1 else ''}"
-        return held, (
-            f"{count} held {_b(held)}: "
-            + ", ".join(f"{each.pid} {_b(each.bytes)}" for each in listed),
+        largest = sorted(listed, key=lambda each: -each.bytes)[:_SHOWN]
+        named = ", ".join(
+            f"{_b(each.bytes)} by {'pid ' if each.pid else 'others'}{each.pid or ''}"
+            for each in largest
         )
+        return held, (f"{count} held {_b(held)}: {named}",)
     if event.processes or total is None or event.allocated_bytes is None:
         return 0, ()
     own = event.allocated_bytes + (event.reserved_unallocated_bytes or 0)
@@ -177,25 +196,22 @@ def _others(event: OomEvent, free: int, total: int | None) -> tuple[int, tuple[s
     return rest, (f"{_b(rest)} of the card was neither free nor this process's",)
 
 
-def _own(event: OomEvent, leftovers: Sequence[Leftover]) -> Finding:
-    """Tell accumulation from a test that fills the card alone."""
-    if leftovers:
-        named = tuple(f"{each.nodeid} left {_b(each.size)}" for each in leftovers[:5])
-        return Finding("accumulation", named)
-    held = event.allocated_bytes
-    if event.growth_bytes:
-        return Finding(
-            "accumulation",
-            (f"{_b(event.growth_bytes)} more allocated than at the worker's first failure",),
-        )
-    tried = event.tried_bytes
-    # The first test of a worker cannot meet leftovers; where the position is unknown it may.
-    if held and tried and held > tried and event.nodeid and event.position != 1:
-        said = [f"this process held {_b(held)} when {_b(tried)} was asked for"]
-        if event.position:
-            said.append(f"{event.position - 1} tests ran before in the same process")
-        return Finding("accumulation", tuple(said))
-    return Finding("unknown", ("this process alone filled the card",) if held else ())
+def _own(event: OomEvent, past: Past) -> Finding:
+    """Tell what earlier tests left from what the test may need itself."""
+    if past.leftovers:
+        named = (f"{each.nodeid} left {_b(each.size)}" for each in past.leftovers[:_SHOWN])
+        return Finding("accumulation", tuple(named))
+    if past.grew and event.growth_bytes:
+        said = f"{_b(event.growth_bytes)} more was allocated than at the worker's first failure"
+        return Finding("accumulation", (said, "and more at each of them"), inferred=True)
+    if not event.allocated_bytes:
+        return Finding("unknown", ())
+    before = event.position - 1 if event.position else 0
+    who = f", after {before} other tests" if before else ""
+    return Finding(
+        "unknown",
+        (f"this process alone filled the card: it held {_b(event.allocated_bytes)}{who}",),
+    )
 
 
 def _sane(size: int | None) -> int | None:

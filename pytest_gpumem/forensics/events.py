@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import causes
 from pytest_gpumem.forensics.records import GpuProcess, OomEvent
-from pytest_gpumem.forensics.runs import FAILING
+from pytest_gpumem.forensics.runs import FAILING, STICKY
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pytest_gpumem.forensics.grammars import Message
     from pytest_gpumem.forensics.runs import Failure, Run, Seen, Test
@@ -20,7 +21,10 @@ _FAR = 5000
 """Lines within which messages that do not contradict one another tell of one event: of any
 framework, and of the same one. TensorFlow prints its allocator's state in between."""
 _RECENT = 20
+_TREND = 3
+_SHOWN = 20
 _BEFORE_SHOWN = 5
+_STICKY_BACKENDS = {"cuda", "hip"}
 
 
 @dataclass
@@ -41,6 +45,13 @@ class Draft:
     last: int = 0
     """The last line that tells of it."""
     pids: set[int] = field(default_factory=set)
+    sticky: bool = False
+    """Whether it may be the echo of an earlier error of its worker: it has no figures."""
+
+    @property
+    def text(self) -> str:
+        """The message as it stood there."""
+        return self.message.text if self.message else ""
 
     @property
     def test(self) -> Test | None:
@@ -48,8 +59,18 @@ class Draft:
         return self.run.find(self.nodeid, self.worker)
 
 
-def draft(path: str, runs: Sequence[Run], first: int) -> tuple[list[Draft], list[Draft]]:
-    """Return the events of one file, and its kills whose victim is not known.
+class Told(NamedTuple):
+    """What one file tells of memory."""
+
+    drafts: list[Draft]
+    kills: list[Draft]
+    """Processes that were killed, their victims unknown."""
+    deaths: list[Draft]
+    """Workers that died, why unknown."""
+
+
+def draft(path: str, runs: Sequence[Run], first: int) -> Told:
+    """Return what one file tells of memory.
 
     Args:
         path: the file.
@@ -57,49 +78,82 @@ def draft(path: str, runs: Sequence[Run], first: int) -> tuple[list[Draft], list
         first: number of the first run.
 
     """
-    drafts: list[Draft] = []
-    kills: list[Draft] = []
+    told = Told([], [], [])
     number = first - 1
     for run in runs:
         number += run.pytest
-        drafts += _failures(path, max(number, 1), run)
-        drafts += _loose(path, max(number, 1), run, {each.nodeid for each in drafts})
-        kills += _kills(path, max(number, 1), run)
-    _running(runs, drafts, kills)
-    return drafts, kills
+        drafts, deaths = _failures(path, max(number, 1), run)
+        named = {each.nodeid for each in (*told.drafts, *drafts)}
+        told.drafts.extend(drafts)
+        told.deaths.extend(deaths)
+        told.drafts.extend(_loose(path, max(number, 1), run, named))
+        told.kills.extend(_kills(path, max(number, 1), run))
+    _running(runs, told)
+    return told
 
 
-def explain_deaths(drafts: Sequence[Draft], kills: list[Draft]) -> None:
-    """Let the host's word, from whatever file, explain the workers that died without one."""
-    for dead in drafts:
-        if dead.message is None and not dead.killed:
-            kill = next((each for each in kills if each.nodeid is None), None)
-            if kill is None:
-                return
-            kills.remove(kill)
-            dead.killed = True
-            dead.confirmed, dead.message = kill.confirmed, kill.message
+def explain_deaths(deaths: Sequence[Draft], kills: list[Draft]) -> list[Draft]:
+    """Return the workers that died of what the host says, in whatever file it says so."""
+    explained = []
+    for dead in deaths:
+        kill = next((each for each in kills if each.nodeid is None), None)
+        if kill is None:
+            break
+        kills.remove(kill)
+        dead.killed = True
+        dead.confirmed, dead.message = kill.confirmed, kill.message
+        explained.append(dead)
+    return explained
 
 
-def _failures(path: str, number: int, run: Run) -> list[Draft]:
+def _failures(path: str, number: int, run: Run) -> tuple[list[Draft], list[Draft]]:
+    """Return the failures of memory, and the workers that died without a word."""
     drafts: list[Draft] = []
+    deaths: list[Draft] = []
     kept: dict[tuple[str | None, str, str], Draft] = {}
-    for failure in run.failures:
+    last: dict[str | None, Draft] = {}
+    broken: set[str | None] = set()
+    for failure in sorted(run.failures, key=_ran(run)):
         seen = failure.seen or failure.aside
-        if seen is None and (not failure.died or run.faulted):
+        if seen is None:
+            if failure.died and not run.faults.get(failure.worker):
+                deaths.append(_failed(path, number, run, failure, None))
+            if STICKY.search(failure.error):
+                broken.add(failure.worker)
             continue
         # A wider fixture's error is kept and raised again for each test that needs it.
         # Where the text has little to be known by, fixtures of other files may fail alike.
-        telling = seen is not None and len(seen.message.printed) > 1
+        telling = len(seen.message.printed) > 1
         place = "" if telling else (failure.nodeid or "").partition("::")[0]
-        key = (failure.worker, place, _state(seen.message) if seen else "")
+        key = (failure.worker, place, _state(seen.message))
         if failure.phase == "setup" and key in kept:
             kept[key].felled += 1
             continue
-        drafts.append(_failed(path, number, run, failure, seen))
+        # What a broken card answers is no word of its memory, and is the same to every test.
+        echo = not seen.message.figures and seen.message.backend in _STICKY_BACKENDS
+        if echo and failure.worker in broken:
+            continue
+        before = last.get(failure.worker)
+        if echo and before is not None and before.sticky and before.text == seen.message.text:
+            before.felled += 1
+            continue
+        new = _failed(path, number, run, failure, seen)
+        new.sticky = echo
+        drafts.append(new)
+        last[failure.worker] = new
         if failure.phase == "setup":
-            kept[key] = drafts[-1]
-    return drafts
+            kept[key] = new
+    return drafts, deaths
+
+
+def _ran(run: Run) -> Callable[[Failure], tuple[int, int]]:
+    """Return what sorts failures as their tests ran, where that is known."""
+
+    def key(failure: Failure) -> tuple[int, int]:
+        test = run.find(failure.nodeid, failure.worker)
+        return (test.rank if test else len(run.order), failure.line)
+
+    return key
 
 
 def _state(message: Message) -> str:
@@ -149,7 +203,10 @@ def _fatal(run: Run, seen: Seen, test: Test | None) -> bool:
         return seen.message.kind != "weak"
     if test is None:
         return not run.ended or seen.line > run.end_line
-    return test.outcome is None or test.outcome in FAILING
+    if test.outcome is None:
+        # It went on to another test, or was running when the log ended.
+        return test is run.order[-1] and not run.ended
+    return test.outcome in FAILING
 
 
 def _one_event(before: Draft, after: Draft) -> bool:
@@ -205,18 +262,18 @@ def _kills(path: str, number: int, run: Run) -> list[Draft]:
     return killed
 
 
-def _running(runs: Sequence[Run], drafts: Sequence[Draft], kills: list[Draft]) -> None:
+def _running(runs: Sequence[Run], told: Told) -> None:
     """Give a kill the test that was running: the shell may tell of it before pytest's output."""
-    told = {each.nodeid for each in drafts}
-    cut = [run for run in runs if run.pytest and not run.ended]
-    for kill in kills:
+    named = {each.nodeid for each in (*told.drafts, *told.deaths)}
+    dead = [each.run for each in told.deaths]
+    cut = [run for run in runs if run.pytest and not run.ended and run not in dead]
+    for kill in told.kills:
         if not cut:
             return
         run = kill.run if kill.run in cut else cut[0]
         cut.remove(run)
         unfinished = [test for test in run.order if test.outcome is None]
-        dead = any(each.run is run and each.message is None for each in drafts)
-        if unfinished and not dead and unfinished[-1].nodeid not in told:
+        if unfinished and unfinished[-1].nodeid not in named:
             kill.run, kill.phase = run, "call"
             kill.nodeid, kill.worker = unfinished[-1].nodeid, unfinished[-1].worker
 
@@ -229,23 +286,44 @@ def when(each: Draft) -> tuple[int, int]:
     return (test.rank if test else last if known else 0, each.line)
 
 
+class _Trend:
+    """Whether what a worker's failures found allocated only rises."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self._last = -1
+        self._steps = 0
+        self._rising = True
+
+    def goes_on(self, size: int) -> bool:
+        """Enter the next failure; two are no trend: the second may just be the larger test."""
+        self._rising = self._rising and size > self._last
+        self._last = size
+        self._steps += 1
+        return self._rising and self._steps >= _TREND
+
+
 def finish(drafts: Sequence[Draft]) -> tuple[OomEvent, ...]:
     """Return the events, in the order of ``drafts``, with what compares them to earlier ones."""
     events: list[OomEvent] = []
-    held: dict[tuple[str, int, str | None], int] = {}
+    trends: dict[tuple[str, int, str | None], _Trend] = {}
     texts: dict[tuple[str, int, str | None, str], int] = {}
     for each in drafts:
         event, message = _event(each), each.message
-        if event.allocated_bytes is not None:
-            first = held.setdefault((each.file, each.number, each.worker), event.allocated_bytes)
-            event = event._replace(growth_bytes=event.allocated_bytes - first)
+        grew = False
+        held = event.allocated_bytes
+        if held is not None:
+            trend = trends.setdefault((each.file, each.number, each.worker), _Trend(held))
+            event = event._replace(growth_bytes=held - trend.first)
+            grew = trend.goes_on(held)
         # What was asked for alone is no state.
         if message is not None and len(message.printed) > 1 and each.nodeid:
             key = (each.file, each.number, each.worker, _state(message))
             same = texts.setdefault(key, len(events))
             event = event._replace(cascade_of=same if same < len(events) else None)
         limit = message is not None and message.limit
-        events.append(causes.assess(event, limit=limit, leftovers=_leftovers(each)))
+        past = causes.Past(_leftovers(each), grew)
+        events.append(causes.assess(event, limit=limit, past=past))
     return tuple(events)
 
 
@@ -255,7 +333,7 @@ def _event(each: Draft) -> OomEvent:
     return OomEvent(
         nodeid=each.nodeid,
         worker=each.worker or (test.worker if test else None),
-        position=test.position if test else None,
+        position=test.position if test and each.run.ordered else None,
         backend=message.backend if message else "host",
         device=message.device if message else None,
         tried_bytes=sizes.get("tried"),
@@ -272,7 +350,8 @@ def _event(each: Draft) -> OomEvent:
         phase=each.phase,
         printed=message.printed if message else {},
         message=message.text if message else "",
-        before=_before(each.run, test) if test else (),
+        before=_before(each.run, test) if test and each.run.ordered else (),
+        non_torch_bytes=_outside(message) if message else None,
         felled=each.felled,
         run=each.number,
     )
@@ -296,15 +375,20 @@ def _processes(message: Message) -> tuple[GpuProcess, ...]:
     return tuple(each._replace(own=each is own) for each in listed)
 
 
+def _outside(message: Message) -> int | None:
+    """Return what the process holds that is not PyTorch's: its context and other libraries."""
+    own = next((each.bytes for each in _processes(message) if each.own), None)
+    reserved = message.sizes.get("allocated", 0) + message.sizes.get("reserved_unallocated", 0)
+    if own is None or "allocated" not in message.sizes or own < reserved:
+        return None
+    return own - reserved
+
+
 def _before(run: Run, test: Test) -> tuple[str, ...]:
     """Return the tests that the same worker ran before, the latest last."""
-    found: list[str] = []
-    for other in reversed(run.order[: test.rank]):
-        if other.worker == test.worker:
-            found.append(other.nodeid)
-        if len(found) == _BEFORE_SHOWN:
-            break
-    return tuple(reversed(found))
+    mine = run.of_worker(test.worker)
+    end = min(test.position - 1, len(mine))
+    return tuple(other.nodeid for other in mine[max(0, end - _BEFORE_SHOWN) : end])
 
 
 def _leftovers(each: Draft) -> list[causes.Leftover]:
@@ -314,9 +398,7 @@ def _leftovers(each: Draft) -> list[causes.Leftover]:
         return []
     found = (
         left
-        for worker, left in each.run.leftovers
-        if worker == each.worker
-        and (other := each.run.find(left.nodeid, worker)) is not None
-        and other.rank < test.rank
+        for left in each.run.leftovers.get(each.worker, ())
+        if (other := each.run.find(left.nodeid, each.worker)) is not None and other.rank < test.rank
     )
-    return sorted(found, key=lambda left: -left.size)
+    return heapq.nlargest(_SHOWN, found, key=lambda left: left.size)

@@ -12,6 +12,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_gpumem.forensics import grammars
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -21,55 +23,51 @@ _REGION = 1 << 22
 _LONG = 1 << 14
 """Longer lines are read in part, from a little before the anchor."""
 
-_ANSI = rb"(?:\x1b?\[[\d;]*m)*"
-_ANCHORS = rb"|".join(
-    part.replace(b"~", rb"(?:\s|\x1b\[[\d;]*m)+").replace(b"ANSI", _ANSI)
+# Also as JSON and other loggers escape it.
+_ANSI = rb"(?:(?:\x1b|\\u001[bB]|\\x1[bB]|\\033|\\e)?\[[\d;]*m)*"
+_SPACE = rb"(?:\s|(?:\x1b|\\u001[bB])?\[[\d;]*m)+"
+_STRUCTURE = rb"|".join(
+    part.replace(b"ANSI", _ANSI)
     for part in (
-        # Memory.
-        rb"(?i:out[~_]*of[~_]*memory)".replace(b"[~_]*", rb"(?:\s|_|\x1b\[[\d;]*m)*"),
-        rb"(?i:tried~to~allocate)",
-        rb"reserved~by~PyTorch",
-        rb"(?i:ailed~to~(?:CUDA~)?(?:allocate|calloc))",
-        rb"OOM~when~allocating",
-        rb"ALLOC_FAILED|STATUS_NOT_INITIALIZED",
-        rb"CPUAllocator|posix_memalign\(",
-        rb"ool~size~exceeded|cudaErrorMemoryAllocation|UR_RESULT_ERROR_OUT_OF",
-        rb"Free~memory~on~device|No~available~memory~for",
-        rb"nable~to~allocate|could~not~be~allocated|nforce~allocating",
-        rb"NVML_SUCCESS ==",
         # The host.
         rb"[Kk]illed(?:\s|ANSI$)|(?:[Cc]ode|status|exited?|Error)[ :=\"']+137",
-        rb"invoked oom|oom[-_]kill|oom_reaper|OOMKilled",
         # pytest's lines.
         rb"\.(?:py|md|rst|txt|ya?ml|json|ipynb)ANSI::|\.pyANSI:\d+: ",
-        rb"\[gw\d+\]|'gw\d+'",
+        rb"\[gw\d+\]|'gw\d+'|bringing up nodes|\d+ workers? \[\d+ items?\]",
         rb" _+[ \r]*ANSI[ \r]*$",
         # The same within JSON.
-        rb" _+ *(?:\\[rn])+\"|[Kk]illed(?:\\[rn])+\"",
+        rb" _+ *ANSI(?:\\[rn])*\"|[Kk]illed(?:\\[rn])*\"",
         rb"={2,}ANSI \S",
         rb"-ANSI Captured ",
         rb"\d%\]|\[ *\d+/\d+\]",
+        rb"\.py\", line \d+, in [Tt]est|^rootdir: |what\(\): ",
+        rb"collected \d+ item|(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)ANSI[ \r]*$",
         rb" (?:passed|failed|errors?|skipped|\w+ed|warnings?|rerun|ran)ANSI in \d",
         rb"testMethod=|python3? \S+\.py [\w.]+ANSI\s",
-        rb"would~exceed~allowed|low~on~memory|EANSI {2,}ANSI(?:MemoryError|\| )",
+        rb"EANSI {2,}ANSI(?:MemoryError|\| )",
         rb"EANSI {2,}ANSI[\w.]+(?:Error|Exception|Exit|Failed|Warning|Timeout)\w*:",
         rb"EANSI {2,}ANSI(?:assert |Failed: )",
         rb"(?:ERROR|FAIL): \w+ \(|Ran \d+ tests? in ",
         rb"ERROR|CRITICAL|FAILED|SUBFAIL",
         rb"object has no attribute '",
-        rb"Fatal Python error|terminate called",
+        rb"Fatal Python error|terminate called|Segmentation fault|\+{3} Timeout \+{3}",
     )
 )
 
 
-@functools.cache
-def _anchors() -> Any:
+@functools.lru_cache(2)
+def _anchors(needles: tuple[str, ...]) -> Any:
     """Return the compiled anchors; compiled late, for their engine is slow to import."""
     import re2
 
+    memory = (
+        _SPACE.join(re.escape(part).encode() for part in needle.split()) for needle in needles
+    )
+    # Loggers and shells write the commonest words in many ways.
+    words = (rb"(?i:out(?:\s|_|\x1b\[[\d;]*m)*of(?:\s|_|\x1b\[[\d;]*m)*memory)", *memory)
     options = re2.Options()
     options.max_mem = 256 << 20
-    return re2.compile(b"(?m)" + _ANCHORS, options)
+    return re2.compile(b"(?m)" + b"|".join((*words, _STRUCTURE)), options)
 
 
 class Line(NamedTuple):
@@ -128,7 +126,7 @@ def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
 
 def _hits(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int, int]]:
     """Return where each line with an anchor starts and ends, and where its anchor is."""
-    search = _anchors().search
+    search = _anchors(grammars.needles()).search
     while position < limit:
         match = search(buffer, position)
         if match is None or match.start() >= limit:
@@ -250,28 +248,48 @@ _BANNER = re.compile(
 _QUOTED = re.compile(r"\s*(?:E |[>|]|#(?!\d))")
 
 
-def _of_json(text: str) -> str:
-    """Return the text that a line of JSON logs wraps."""
+_TOLD = ("log", "message", "msg", "textPayload", "MESSAGE", "event", "text", "line")
+_WHY = ("error", "err", "exception", "exc_info", "traceback", "stack_trace", "stack")
+_WITHIN = ("fields", "jsonPayload", "data", "record")
+
+
+def _of_json(text: str) -> tuple[list[str], str]:
+    """Return the lines that a record of a JSON log wraps, and its level."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
-        return text
-    for key in ("log", "message", "msg", "textPayload"):
-        told = record.get(key)
-        if isinstance(told, str):
-            return _ESCAPES.sub("", told.strip("\r\n").partition("\n")[0]).rstrip()
-    return text
+        return [text], ""
+    for key in _WITHIN:
+        within = record.get(key)
+        record = {**record, **within} if isinstance(within, dict) else record
+    told = next((record[key] for key in _TOLD if isinstance(record.get(key), str)), None)
+    if told is None:
+        return [text], ""
+    why = [record[key] for key in _WHY if isinstance(record.get(key), str)]
+    level = next((str(record[key]) for key in ("level", "severity", "levelname", "lvl")
+                  if isinstance(record.get(key), str)), "")  # fmt: skip
+    told_lines = [told.strip("\r\n"), *why]
+    return [line for part in told_lines for line in part.split("\n")], level.upper()
 
 
-def read(raw: bytes, learned: re.Pattern[str] | None = None) -> Text:
-    """Return the text of one line, whatever its encoding, without what was learned of a carrier."""
+def read_all(raw: bytes, learned: re.Pattern[str] | None = None) -> list[Text]:
+    """Return the texts of one line: one, unless it is a record that wraps several."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:
         text = raw.decode("cp1252", errors="replace")
-    whole = _ESCAPES.sub("", text).rstrip()
-    if whole.startswith('{"') and whole.endswith("}"):
-        whole = _of_json(whole)
+    bare = text.strip()
+    wrapped, level = _of_json(bare) if bare[:2] == '{"' and bare[-1:] == "}" else ([text], "")
+    texts = (_read(_ESCAPES.sub("", line).rstrip(), learned) for line in wrapped)
+    return [text._replace(level=text.level or level) for text in texts]
+
+
+def read(raw: bytes, learned: re.Pattern[str] | None = None) -> Text:
+    """Return the text of one line, whatever its encoding, without what was learned of a carrier."""
+    return read_all(raw, learned)[0]
+
+
+def _read(whole: str, learned: re.Pattern[str] | None) -> Text:
     body, level, rank = whole, "", ""
     if learned is not None and (match := learned.match(body)):
         body = body[match.end() :]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import html
 import io
 import json
+import os
 import pickle
 import re
+import stat
 import sys
+import tempfile
 import zlib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from pytest_gpumem import records
 from pytest_gpumem.forensics import grammars, lines
@@ -20,32 +24,98 @@ from pytest_gpumem.forensics.runs import Failure, Run, Seen
 from pytest_gpumem.forensics.sequence import Follower
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 CHUNK = 1 << 22
 _HEAD = 4096
-_ZSTD = b"\x28\xb5\x2f\xfd"
 _TREE_LIMIT = 1 << 28
 """JSON, HTML and pickles are read whole; what is larger is no report of a test run."""
+_SPOOLED = 1 << 26
+_NESTED = 3
+"""Archives within archives that are opened."""
+_PSEUDO = {"/proc", "/sys", "/dev"}
+"""Their files are the kernel's: some never end, some wait for a reader's partner."""
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b")) + b"\x7f"
+_BINARY = 20
+"""One control character in so many bytes, and it is no text. Random bytes have one in ten."""
 
 
-def paths(given: Iterable[str]) -> Iterator[str]:
-    """Return the files that ``given`` names, those of directories in order of their names.
+class Reading(NamedTuple):
+    """What one file holds, or one entry of an archive."""
+
+    path: str
+    kind: str
+    size: int
+    """Bytes, unpacked."""
+    runs: list[Run]
+    cut: str = ""
+    """Why the input ends before its end, if it does."""
+
+
+class Inputs(NamedTuple):
+    """What was read, and sentences on what could not be."""
+
+    readings: list[Reading]
+    notes: list[str]
+
+
+def gather(given: Iterable[str]) -> Inputs:
+    """Return what the files hold; ``-`` is standard input, directories and archives are walked.
 
     Raises:
-        OSError: when one is not there.
+        OSError: when a file that was named cannot be read.
+        ValueError: in one sentence, when it is of no use.
 
     """
+    inputs = Inputs([], [])
     for each in given:
-        path = Path(each)
-        if each != "-" and path.is_dir():
-            yield from sorted(
-                str(file)
-                for file in path.rglob("*")
-                if file.is_file() and not any(part.startswith(".") for part in file.parts[1:])
-            )
+        if each == "-":
+            inputs.readings.extend(_stdin(inputs.notes))
+        elif Path(each).is_dir():
+            _walk(each, inputs)
         else:
-            yield each
+            try:
+                with Path(each).open("rb") as file:
+                    inputs.readings.extend(read_stream(file, each, inputs.notes))
+            except ValueError as error:
+                raise ValueError(f"{each!r} {error}") from None
+    return inputs
+
+
+def _stdin(notes: list[str]) -> list[Reading]:
+    # A process may be started without one.
+    file = getattr(sys.stdin, "buffer", None)
+    if file is None:
+        raise ValueError("'-': standard input is closed")
+    try:
+        return read_stream(file, "-", notes)
+    except ValueError as error:
+        raise ValueError(f"'-' {error}") from None
+
+
+def _walk(root: str, inputs: Inputs) -> None:
+    """Read the files of a directory in order of their names; what cannot be read is a note."""
+
+    def unreadable(error: OSError) -> None:
+        inputs.notes.append(f"{error.filename!r}: {error.strerror}")
+
+    for directory, names, files in os.walk(root, onerror=unreadable):
+        names[:] = sorted(
+            name
+            for name in names
+            if not name.startswith(".") and os.path.join(directory, name) not in _PSEUDO  # noqa: PTH118 - as os.walk tells it
+        )
+        for name in sorted(files):
+            path = Path(directory, name)
+            try:
+                if name.startswith(".") or not stat.S_ISREG(path.stat().st_mode):
+                    continue
+                with path.open("rb") as file:
+                    inputs.readings.extend(read_stream(file, str(path), inputs.notes))
+            except ValueError as error:
+                inputs.notes.append(f"{str(path)!r} {error}")
+            except OSError as error:
+                unreadable(error)
 
 
 def read(path: str) -> list[Run]:
@@ -56,62 +126,200 @@ def read(path: str) -> list[Run]:
         ValueError: in one sentence, when it is of no use.
 
     """
-    if path == "-":
-        return read_stream(sys.stdin.buffer)
-    with Path(path).open("rb") as file:
-        return read_stream(file)
+    return [run for reading in gather([path]).readings for run in reading.runs]
 
 
-def read_stream(file: IO[bytes]) -> list[Run]:
-    """Return the runs that the open file tells of, whatever its kind is."""
+def read_stream(
+    file: IO[bytes], path: str = "", notes: list[str] | None = None, depth: int = 0
+) -> list[Reading]:
+    """Return what the open file holds, whatever its kind is: several readings of an archive.
+
+    Args:
+        file: the open file.
+        path: what to call it.
+        notes: where to say which entries of an archive cannot be read.
+        depth: how many archives it lies in.
+
+    Raises:
+        ValueError: in one sentence, when it is of no use.
+
+    """
     head, stream = _peek(file)
-    if head[:2] == b"\x1f\x8b":
-        return read_stream(cast("IO[bytes]", _Inflated(stream)))
-    if head[:4] == _ZSTD:
-        import zstandard
+    for magic, unpacked in _PACKED.items():
+        if head.startswith(magic):
+            inner = unpacked(stream)
+            found = read_stream(inner, path, notes, depth)
+            cut = "the archive is cut off" if getattr(inner, "cut", False) else ""
+            return [each._replace(cut=each.cut or cut) for each in found]
+    if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
+        if depth >= _NESTED:
+            raise ValueError("lies too deep in archives")
+        entries = _zipped if head.startswith(b"PK") else _tarred
+        return entries(stream, path, notes if notes is not None else [], depth + 1)
+    counted = _Counted(stream)
+    kind, runs, cut = _told(head, cast("IO[bytes]", counted))
+    return [Reading(path, kind, counted.size, runs, cut)]
 
-        unpacked = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-        return read_stream(cast("IO[bytes]", unpacked))
+
+def _told(head: bytes, stream: IO[bytes]) -> tuple[str, list[Run], str]:
+    """Return a file's kind, its runs, and why it ends early if it does."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] == b"<" and re.search(rb"<testsuites?\b", head):
-        return _junit(stream)
-    if start[:1] == b"<" and re.search(rb"(?i)<html|data-jsonblob", head):
-        return _html(stream)
+    if start[:1] == b"<" and re.search(rb"(?i)<html|<!doctype html|data-jsonblob", head):
+        return "pytest-html", *_html(stream)
+    if re.match(rb"<\?xml|<!DOCTYPE|<testsuites?\b", start):
+        return "JUnit XML", *_junit(head, stream)
     if start[:1] == b"{" and re.search(rb'"schema"\s*:', head):
-        return _json(stream)
+        return "--gpumem-json", _json(stream), ""
     if re.match(rb"\x80[\x02-\x05]", head):
-        return _snapshot(stream)
-    return Follower().follow(lines.scan(_chunks(head, stream)))
+        return "torch snapshot", _snapshot(stream), ""
+    _refuse_binary(head)
+    runs = Follower().follow(lines.scan(_chunks(head, stream)))
+    return ("pytest log" if any(run.pytest for run in runs) else "log"), runs, ""
 
 
-class _Inflated(io.RawIOBase):
-    """A gzip file that ends where it is cut off or damaged, with all that stands before."""
+def _refuse_binary(head: bytes) -> None:
+    """Raise for bytes that are no text of any encoding: nothing found there would be a finding."""
+    nulls = head.count(0)
+    # UTF-16 has every other byte 0, whether or not a mark says so.
+    wide = nulls and max(head[::2].count(0), head[1::2].count(0)) * 10 >= nulls * 9
+    controls = len(head) - len(head.translate(None, _CONTROL)) - (nulls if wide else 0)
+    if controls * _BINARY > len(head):
+        raise ValueError("is neither text nor a report that is known")
 
-    def __init__(self, packed: IO[bytes]) -> None:
+
+class _Unpacked(io.RawIOBase):
+    """A packed file that ends where it is cut off or damaged, with all that stands before."""
+
+    def __init__(self, packed: IO[bytes], make: Callable[[], Any], errors: type[Exception]) -> None:
         self._packed = packed
-        self._inflate = zlib.decompressobj(wbits=31)
+        self._make = make
+        self._errors = errors
+        self._unpack = make()
         self._input = b""
+        self.cut = False
+        """Whether it ended before its end."""
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        limit = max(0, size)
-        while True:
-            if self._inflate.eof:
+        limit = size if size > 0 else CHUNK
+        while not self.cut:
+            if self._unpack.eof:
                 # Members follow one another when logs were appended.
-                self._input = self._inflate.unused_data
-                self._inflate = zlib.decompressobj(wbits=31)
-            self._input = self._input or self._packed.read(1 << 18)
-            if not self._input:
-                return self._inflate.flush()
+                self._input = self._unpack.unused_data or self._packed.read(1 << 18)
+                if not self._input.strip(b"\0"):
+                    return b""
+                self._unpack = self._make()
+            elif not self._input and getattr(self._unpack, "needs_input", True):
+                self._input = self._packed.read(1 << 18)
+                self.cut = not self._input
             try:
-                told = self._inflate.decompress(self._input, limit)
-            except zlib.error:
+                told = cast("bytes", self._unpack.decompress(self._input, limit))
+            except self._errors:
+                self.cut = True
                 return b""
-            self._input = self._inflate.unconsumed_tail
+            self._input = getattr(self._unpack, "unconsumed_tail", b"")
             if told:
                 return told
+        return b""
+
+
+def _gzip(packed: IO[bytes]) -> IO[bytes]:
+    unpacked = _Unpacked(packed, lambda: zlib.decompressobj(wbits=31), zlib.error)
+    return cast("IO[bytes]", unpacked)
+
+
+def _bzip2(packed: IO[bytes]) -> IO[bytes]:
+    import bz2
+
+    return cast("IO[bytes]", _Unpacked(packed, bz2.BZ2Decompressor, OSError))
+
+
+def _xz(packed: IO[bytes]) -> IO[bytes]:
+    import lzma
+
+    return cast("IO[bytes]", _Unpacked(packed, lzma.LZMADecompressor, lzma.LZMAError))
+
+
+def _zstd(packed: IO[bytes]) -> IO[bytes]:
+    import zstandard
+
+    unpacked = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+    return cast("IO[bytes]", unpacked)
+
+
+_PACKED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+    b"\x1f\x8b": _gzip,
+    b"BZh": _bzip2,
+    b"\xfd7zXZ\0": _xz,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
+
+
+def _zipped(stream: IO[bytes], path: str, notes: list[str], depth: int) -> list[Reading]:
+    """Read the entries of a zip archive, such as GitHub serves the logs of a run."""
+    import zipfile
+
+    found: list[Reading] = []
+    with tempfile.SpooledTemporaryFile(_SPOOLED) as whole:
+        for chunk in iter(lambda: stream.read(CHUNK), b""):
+            whole.write(chunk)
+        try:
+            archive = zipfile.ZipFile(whole)
+        except (zipfile.BadZipFile, ValueError, OverflowError):
+            raise ValueError("is a zip archive that is cut off or damaged") from None
+        for entry in sorted(archive.infolist(), key=lambda each: each.filename):
+            if entry.is_dir():
+                continue
+            name = f"{path}/{entry.filename}"
+            try:
+                with archive.open(entry) as file:
+                    found += read_stream(file, name, notes, depth)
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
+                notes.append(f"{name!r} is damaged")
+            except (RuntimeError, NotImplementedError) as error:
+                notes.append(f"{name!r}: {error}")
+            except ValueError as error:
+                notes.append(f"{name!r} {error}")
+    return found
+
+
+def _tarred(stream: IO[bytes], path: str, notes: list[str], depth: int) -> list[Reading]:
+    """Read the entries of a tar archive."""
+    import tarfile
+
+    found: list[Reading] = []
+    with contextlib.suppress(tarfile.ReadError, EOFError):
+        archive = tarfile.open(fileobj=stream, mode="r|")  # noqa: SIM115 - it holds nothing
+        for entry in archive:
+            file = archive.extractfile(entry) if entry.isfile() else None
+            if file is None:
+                continue
+            name = f"{path}/{entry.name}"
+            try:
+                found += read_stream(file, name, notes, depth)
+            except (ValueError, tarfile.ReadError) as error:
+                notes.append(f"{name!r} {error}")
+        return found
+    notes.append(f"{path!r} is an archive that is cut off or damaged")
+    return found
+
+
+class _Counted(io.RawIOBase):
+    """Counts what is read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        told = self._file.read(size)
+        self.size += len(told)
+        return told
 
 
 def _peek(file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
@@ -183,30 +391,58 @@ def _report(run: Run, nodeid: str, kind: str, phase: str, *, text: str, message:
     run.failures.append(failure)
 
 
-def _junit(stream: IO[bytes]) -> list[Run]:
+def _junit(head: bytes, stream: IO[bytes]) -> tuple[list[Run], str]:
     from xml.etree import ElementTree as ET
 
+    if b"<!DOCTYPE" in head or b"<!ENTITY" in head:
+        raise ValueError("has a document type definition, which no JUnit report needs")
     run = Run()
     run.pytest = run.ended = True
+    run.ordered = False  # its rows are in the order in which workers reported
+    run.end = "the report is cut off"
     parser: Any = ET.XMLPullParser(("start", "end"))
-    suite: Any = None
-    broken = False
-    while not broken and (chunk := stream.read(CHUNK)):
+    suites: list[Any] = []
+    root = cut = False
+    rows = 0
+    while not cut and (chunk := stream.read(CHUNK)):
         try:
             parser.feed(chunk)
         except ET.ParseError:
-            broken = True
+            cut = True
         try:
             for what, element in parser.read_events():
-                if what == "start":
-                    suite = element if element.tag == "testsuite" else suite
-                elif element.tag == "testcase":
+                if not root and element.tag not in {"testsuites", "testsuite"}:
+                    raise ValueError("is XML, but no JUnit report")
+                root = True
+                if what == "start" and element.tag == "testsuite":
+                    suites.append(element)
+                    _suite(run, element)
+                elif what == "end" and element.tag == "testcase":
+                    rows += 1
                     _testcase(run, element)
-                    if suite is not None:
-                        suite.clear()
+                    if suites:
+                        suites[-1].clear()
         except ET.ParseError:
-            broken = True
-    return [run]
+            cut = True
+    try:
+        parser.close()
+    except ET.ParseError:
+        cut = True
+    if not root:
+        raise ValueError("is XML, but no JUnit report")
+    # A test whose teardown failed has two rows.
+    run.collected = run.collected if rows < (run.collected or 0) else None
+    run.ended = not cut
+    return [run], "the report is cut off" if cut else ""
+
+
+def _suite(run: Run, element: Any) -> None:
+    """Take the suite's own word on how many tests it has, and how long it took."""
+    count, seconds = element.get("tests") or "", element.get("time") or ""
+    if re.fullmatch(r"\d{1,9}", count):
+        run.collected = (run.collected or 0) + int(count)
+    if re.fullmatch(r"\d{1,9}(?:\.\d+)?", seconds):
+        run.duration += float(seconds)
 
 
 def _testcase(run: Run, element: Any) -> None:
@@ -215,10 +451,8 @@ def _testcase(run: Run, element: Any) -> None:
     )
     again = any(test.nodeid == nodeid for test in run.order[-2:])
     test = run.test(nodeid)
-    try:
-        test.duration += float(element.get("time") or 0)
-    except ValueError:
-        test.duration += 0.0
+    seconds = element.get("time") or ""
+    test.duration += float(seconds) if re.fullmatch(r"\d{1,9}(?:\.\d+)?", seconds) else 0.0
     outcome = "PASSED"
     for child in element:
         text, message = child.text or "", child.get("message") or ""
@@ -246,10 +480,13 @@ def _junit_nodeid(classname: str, name: str, file: str | None) -> str:
     return "::".join(filter(None, [path.replace("\\", "/"), *parts[split:], name]))
 
 
-def _html(stream: IO[bytes]) -> list[Run]:
+def _html(stream: IO[bytes]) -> tuple[list[Run], str]:
     text = _whole(stream).decode("utf-8", "replace")
     run = Run()
     run.pytest = run.ended = True
+    run.ordered = False
+    run.end = "the page is cut off"
+    cut = not text.rstrip().lower().endswith("</html>")
     blob = re.search(r"data-jsonblob=(\"[^\"]*\"|'[^']*')", text)
     if blob is not None:
         try:
@@ -259,35 +496,45 @@ def _html(stream: IO[bytes]) -> list[Run]:
                 for name, group in tests.items()
                 for each in group
             ]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError("is a damaged report of pytest-html") from None
+    elif "data-jsonblob" in text:
+        raise ValueError("is a report of pytest-html that is cut off before its results")
     else:
         rows = list(_old_html(text))
+        if not rows:
+            raise ValueError("is a page, but no report of pytest-html that has results")
     for nodeid, result, log in rows:
-        name, _, _ = nodeid.partition("::setup")
-        name, _, late = name.partition("::teardown")
-        kind = {
-            "passed": "PASSED",
-            "failed": "FAILED",
-            "error": "ERROR",
-            "skipped": "SKIPPED",
-            "xfailed": "XFAIL",
-            "xpassed": "XPASS",
-            "rerun": "RERUN",
-        }.get(result.lower())
-        test = run.test(name)
-        test.outcome = kind if test.outcome in {None, "PASSED", "RERUN"} else test.outcome
-        if kind in {"FAILED", "ERROR"}:
-            plain = html.unescape(re.sub(r"<br ?/?>", "\n", log))
-            where = "teardown" if late or nodeid.endswith("::teardown") else "setup"
-            _report(
-                run,
-                name,
-                kind,
-                "call" if kind == "FAILED" else where,
-                text=re.sub(r"</?span[^>]*>", "", plain),
-            )
-    return [run]
+        _row(run, nodeid, result, log)
+    run.ended = not cut
+    return [run], "the page is cut off" if cut else ""
+
+
+def _row(run: Run, nodeid: str, result: str, log: str) -> None:
+    """Enter a row of pytest-html's table."""
+    name, _, _ = nodeid.partition("::setup")
+    name, _, late = name.partition("::teardown")
+    kind = {
+        "passed": "PASSED",
+        "failed": "FAILED",
+        "error": "ERROR",
+        "skipped": "SKIPPED",
+        "xfailed": "XFAIL",
+        "xpassed": "XPASS",
+        "rerun": "RERUN",
+    }.get(result.lower())
+    test = run.test(name)
+    test.outcome = kind if test.outcome in {None, "PASSED", "RERUN"} else test.outcome
+    if kind in {"FAILED", "ERROR"}:
+        plain = html.unescape(re.sub(r"<br ?/?>", "\n", log))
+        where = "teardown" if late or nodeid.endswith("::teardown") else "setup"
+        _report(
+            run,
+            name,
+            kind,
+            "call" if kind == "FAILED" else where,
+            text=re.sub(r"</?span[^>]*>", "", plain),
+        )
 
 
 _ROW = re.compile(
@@ -309,15 +556,18 @@ def _old_html(text: str) -> Iterator[tuple[str, str, str]]:
 def _json(stream: IO[bytes]) -> list[Run]:
     try:
         plain = json.loads(_whole(stream))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is damaged JSON: {error}") from None
     if not isinstance(plain, dict) or "tests" not in plain or plain["schema"] != records.SCHEMA:
         raise ValueError(f"is not a run of schema {records.SCHEMA} (--gpumem-json)")
     try:
         recorded = records.from_plain(records.RunRecord, plain)
         return [of_record(recorded)]
-    except (TypeError, AttributeError, KeyError) as error:
+    except (TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"is a damaged run: {error}") from None
+
+
+_ENDED_WELL = {"passed", "skipped", "xfailed", "xpassed"}
 
 
 def of_record(recorded: records.RunRecord) -> Run:
@@ -334,19 +584,25 @@ def of_record(recorded: records.RunRecord) -> Run:
         "xpassed": "XPASS",
         "crashed": "FAILED",
     }
+    again: set[str] = set()
     for number, each in enumerate(recorded.tests, 1):
         if each.outcome == "rerun":
+            again.update([each.nodeid] if each.oom else [])
             continue  # it was made again alone, and that attempt counts
         worker = "/".join(filter(None, (each.host, each.worker))) or None
         test = run.test(each.nodeid, worker)
         test.outcome = words.get(each.outcome, "FAILED")
         test.duration += each.duration
         if each.cards:
-            run.peaks[each.nodeid] = max(card.peak for card in each.cards)
+            # What others left there before it, or a fixture holds, is not its own.
+            run.peaks[each.nodeid] = max(card.peak - card.baseline for card in each.cards)
         leaked = sum(card.leaked for card in each.cards) + sum(f.leaked for f in each.fixtures)
         if leaked:
-            run.leftovers.append((worker, Leftover(each.nodeid, leaked)))
-        if not (each.oom or each.outcome == "crashed"):
+            run.leftovers[worker].append(Leftover(each.nodeid, leaked))
+            run.leaks[each.nodeid] = leaked
+        if each.nodeid in again and each.outcome == "passed":
+            run.recovered.append(each.nodeid)
+        if not (each.oom or each.outcome == "crashed") or each.outcome in _ENDED_WELL:
             continue
         kind = "ERROR" if each.outcome == "error" else "FAILED"
         failure = Failure(number, each.nodeid, kind, "call" if kind == "FAILED" else "setup")

@@ -74,6 +74,10 @@ class OomEvent(NamedTuple):
     """Tests that failed by it: a fixture's error is told once."""
     cascade_of: int | None = None
     """Index of the event whose very state this one met again."""
+    inferred: bool = False
+    """Whether something else may explain the evidence for the cause, too: probably."""
+    non_torch_bytes: int | None = None
+    """What its process held beyond PyTorch's allocator: the context, and other libraries."""
     run: int = 1
 
 
@@ -94,6 +98,17 @@ class OomSequence(NamedTuple):
     test_sequence: tuple[SequenceTest, ...]
 
 
+class Death(NamedTuple):
+    """A worker that died of something else than memory, or of what the log does not tell."""
+
+    nodeid: str | None
+    worker: str | None
+    why: str
+    """In the log's words, such as ``Timeout``; empty where it has none."""
+    file: str
+    line: int
+
+
 class Signature(NamedTuple):
     """One kind of error, with what varies taken out."""
 
@@ -105,6 +120,22 @@ class Signature(NamedTuple):
     """What stood where the signature says 'X'."""
     tests: tuple[str, ...] = ()
     """Up to five examples."""
+
+
+class Source(NamedTuple):
+    """One input, and how much of a run it holds."""
+
+    path: str
+    kind: str
+    """``pytest log``, ``log``, ``JUnit XML``, ``pytest-html``, ``--gpumem-json``, ``torch
+    snapshot``."""
+    size: int
+    """Bytes read, unpacked."""
+    tests: int
+    """Whose end it tells."""
+    complete: bool
+    note: str = ""
+    """What it lacks, or which other input holds the same run."""
 
 
 class Totals(NamedTuple):
@@ -147,7 +178,15 @@ class Findings(NamedTuple):
     by_file: tuple[Place, ...]
     by_directory: tuple[Place, ...]
     peaks: dict[str, int] = {}  # noqa: RUF012 - never written to
-    """Highest allocated bytes by test, where the input has them."""
+    """By test, the most that it allocated beyond what was there when it began."""
     outcomes: dict[str, str] = {}  # noqa: RUF012 - never written to
     notes: tuple[str, ...] = ()
     """What could not be read, and why."""
+    sources: tuple[Source, ...] = ()
+    complete: bool = True
+    """Whether each input holds its runs whole."""
+    deaths: tuple[Death, ...] = ()
+    leaks: dict[str, int] = {}  # noqa: RUF012 - never written to
+    """What tests left behind, in bytes, where the input has it."""
+    recovered: tuple[str, ...] = ()
+    """Tests that ran out of memory and passed when they ran again."""

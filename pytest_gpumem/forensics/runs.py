@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -11,6 +11,21 @@ if TYPE_CHECKING:
     from pytest_gpumem.forensics.grammars import Message
 
 FAILING = ("FAILED", "ERROR")
+STICKY = re.compile(
+    r"illegal memory access|device-side assert|unspecified launch failure|misaligned address"
+    r"|cudaErrorIllegalAddress|uncorrectable ECC|CUDA_ERROR_ILLEGAL_ADDRESS"
+)
+"""Errors after which a process's card answers nothing else."""
+WORDS = {
+    "PASSED": "passed",
+    "FAILED": "failed",
+    "ERROR": "error",
+    "SKIPPED": "skipped",
+    "XFAIL": "xfailed",
+    "XPASS": "xpassed",
+}
+"""Outcomes as pytest prints them, and as it counts them."""
+LETTERS = {".": "PASSED", "F": "FAILED", "E": "ERROR", "s": "SKIPPED", "x": "XFAIL", "X": "XPASS"}
 
 
 class Seen(NamedTuple):
@@ -75,6 +90,8 @@ class Failure:
         self.error = ""
         self.died = False
         self.subtest = False
+        self.compares = False
+        """Whether the lines that are read now are an assertion's comparison."""
 
     def note(self, seen: Seen) -> None:
         """Keep the fullest message, and the line of the first."""
@@ -91,7 +108,16 @@ class Run:
         self.pytest = False
         self.ended = False
         self.end_line = 0
+        self.end = "the log ends before its summary"
+        """How an input ends that holds no whole run."""
+        self.root = ""
+        self.collected: int | None = None
+        """How many tests it was to run, where it says so."""
+        self.workers = False
+        """Whether it says that workers of xdist run it."""
         self.order: list[Test] = []
+        self.ordered = True
+        """Whether ``order`` is that in which each worker ran its tests."""
         self.named: defaultdict[str, list[Test]] = defaultdict(list)
         self.current: Test | None = None
         """The test that runs, where the log shows it before its outcome."""
@@ -99,8 +125,8 @@ class Run:
         self.summary: list[Summary] = []
         self.letters: Counter[tuple[str, str]] = Counter()
         """The dots of a run without -v, by file and letter."""
-        self.marked: dict[str, list[int]] = {"F": [], "E": []}
-        """The positions of failures among them."""
+        self.marked: dict[str, list[tuple[int, str]]] = {"F": [], "E": []}
+        """The positions of failures among them, and their files."""
         self.tally: Counter[str] = Counter()
         self.duration = 0.0
         self.loose: list[tuple[Seen, Test | None]] = []
@@ -108,14 +134,18 @@ class Run:
         self.kills: list[Kill] = []
         self.down: dict[str, int] = {}
         """The line where each worker's end is told."""
-        self.faulted = False
-        """Whether a process died of something that is not memory, such as a bad address."""
+        self.faults: dict[str | None, str] = {}
+        """By worker, what ended it that is not memory: a bad address, a timeout."""
         self.logged: Counter[str] = Counter()
         """Signatures of errors in lines of logs, and in ``subjects`` what they are about."""
         self.subjects: defaultdict[str, set[str]] = defaultdict(set)
         self.peaks: dict[str, int] = {}
-        self.leftovers: list[tuple[str | None, Leftover]] = []
-        self._positions: defaultdict[str | None, count[int]] = defaultdict(lambda: count(1))
+        self.leftovers: defaultdict[str | None, list[Leftover]] = defaultdict(list)
+        """By worker."""
+        self.leaks: dict[str, int] = {}
+        self.recovered: list[str] = []
+        """Tests that ran out of memory and passed when they ran again."""
+        self._workers: defaultdict[str | None, list[Test]] = defaultdict(list)
 
     def test(self, nodeid: str, worker: str | None = None) -> Test:
         """Return the test of that name, entered as the worker's next if it is new."""
@@ -124,12 +154,21 @@ class Run:
                 return test
             if worker is not None and test.worker is None and test.outcome is None:
                 # xdist names a test when it begins, and its worker when it has ended.
-                test.worker, test.position = worker, next(self._positions[worker])
-                return test
-        test = Test(nodeid, worker, next(self._positions[worker]), len(self.order))
+                return self._enter(test, worker)
+        test = Test(nodeid, worker, 0, len(self.order))
         self.named[nodeid].append(test)
         self.order.append(test)
+        return self._enter(test, worker)
+
+    def _enter(self, test: Test, worker: str | None) -> Test:
+        mine = self._workers[worker]
+        mine.append(test)
+        test.worker, test.position = worker, len(mine)
         return test
+
+    def of_worker(self, worker: str | None) -> list[Test]:
+        """Return the tests of a worker, in the order in which they ended."""
+        return self._workers[worker]
 
     def place(self, nodeid: str | None, worker: str | None, position: int, kind: str) -> None:
         """Enter a test whose position alone is known."""
@@ -139,10 +178,42 @@ class Run:
 
     def find(self, nodeid: str | None, worker: str | None = None) -> Test | None:
         """Return the test of that name, the worker's own if it ran on several."""
-        found = self.named.get(nodeid or "", [])
+        found = self.named.get(nodeid, []) if nodeid else []
         return next((test for test in found if test.worker == worker), found[0] if found else None)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many tests passed, failed and so on: by pytest's own word if it had the last."""
+        if self.tally["tests"]:
+            failed = sum(bool(failure.nodeid) for failure in self.failures)
+            return Counter(passed=self.tally["tests"] - failed, failed=failed)
+        if self.tally:
+            return self.tally
+        counts = Counter(WORDS[test.outcome] for test in self.order if test.outcome in WORDS)
+        for (_, letter), number in self.letters.items() if not counts else ():
+            counts[WORDS.get(LETTERS.get(letter, ""), "")] += number
+        for failure in self.failures if not counts else ():
+            counts[WORDS[failure.kind]] += bool(failure.nodeid)
+        return counts
+
+    @property
+    def tests(self) -> int:
+        """How many tests it tells the end of."""
+        return sum(self.counts[name] for name in WORDS.values())
+
+    @property
+    def missing(self) -> str:
+        """What of a pytest run the input lacks, in words; empty for a whole one."""
+        tests = f"{self.tests:,} test{'' if self.tests == 1 else 's'}"
+        if self.collected is not None:
+            tests = f"{self.tests:,} of {self.collected:,} tests"
+        if not self.ended:
+            return f"{tests}, {self.end}"
+        if self.collected is not None and self.tests < self.collected:
+            return f"{tests}, the run stopped early"
+        return ""
 
     @property
     def distributed(self) -> bool:
         """Whether workers of xdist ran it."""
-        return bool(self.down) or bool(self.order and self.order[0].worker)
+        return self.workers or bool(self.down) or bool(self.order and self.order[0].worker)

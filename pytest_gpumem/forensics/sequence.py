@@ -20,6 +20,10 @@ _LOGGED_KEPT = 1000
 _SURVIVED = {"TRACE", "DEBUG", "INFO", "NOTICE", "WARNING", "WARN"}
 """Levels of log records: who logs a failure as less than an error goes on."""
 
+_SAID = 80
+"""How far into a line a program says what it does next; further on are advice and paths."""
+_FATAL_LEVELS = {"ERROR", "CRITICAL", "FATAL"}
+
 FILE = r"[^\s:=]\S*?\.(?:py|md|rst|txt|ya?ml|json|ipynb)"
 _WORDS = r"PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|RERUN|SUBPASSED|SUBPASS|SUBFAILED|SUBFAIL"
 _SUBTESTS = {"SUBFAIL": "FAILED", "SUBFAILED": "FAILED"}
@@ -41,18 +45,27 @@ _SUMMARY = re.compile(
     rf"({FILE}(?:::\S(?:[^\[]*?\[.*?\](?=$| [A-Z-]|\[)|[^\[]*?))?)(?: - (.*))?$"
 )
 _CUT_SUMMARY = re.compile(rf"(FAILED|ERROR) ({FILE}::\S+?)(?:\.\.\.)?()$")
-_DURATION = re.compile(rf"([\d.]+)s (?:setup|call|teardown) +({FILE}::.*)$")
+_BEHIND = re.compile(rf"(?<![\w./-])(FAILED|ERROR) ({FILE}::\S.{{0,400}}?) - (\S.*)$")
+_DURATION = re.compile(rf"(\d{{1,9}}(?:\.\d+)?)s (?:setup|call|teardown) +({FILE}::.*)$")
 _TALLY = re.compile(
-    r"(\d+) (passed|failed|skipped|deselected|xfailed|xpassed|errors?|warnings?|rerun)\b"
+    r"\b(\d{1,9}) (passed|failed|skipped|deselected|xfailed|xpassed|errors?|warnings?|rerun)\b"
 )
-_TOOK = re.compile(r"\bin (\d+(?:\.\d+)?)s\b")
+_TOOK = re.compile(r"\bin (\d{1,9}(?:\.\d+)?)s\b")
 _NO_TESTS = re.compile(r"no tests (?:ran|collected)")
-_LOCATION = re.compile(rf"({FILE}):(\d+): (\S.*)?")
+_LOCATION = re.compile(rf"({FILE}):(\d+):(?: (\S.*))?$")
+# --tb=native, and groups of exceptions in any style: the frame that bears the test's name.
+_NATIVE = re.compile(r'[ |]*File "([^"]+\.py)", line \d+, in (\w+)$')
+_ROOT = re.compile(r"rootdir: ([^,]+)")
+_COLLECTED = re.compile(
+    r"collected (\d{1,9}) items?(?: / (?:\d+ errors? / )?(\d{1,9}) deselected)?"
+)
+_WORKERS = re.compile(r"\d+ workers? \[(\d{1,9}) items?\]|gw0 \[(\d{1,9})\]|bringing up nodes")
+_LONE_OUTCOME = re.compile(r"(.*?)(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)$")
 _SELF = re.compile(r"self = <([\w.]+)\.(\w+) testMethod=(\w+)>")
 _UNITTEST = re.compile(r"(?:ERROR|FAIL): (\w+) \(([\w.]+)\)")
-_UNITTEST_TOTAL = re.compile(r"Ran (\d+) tests? in ([\d.]+)s")
+_UNITTEST_TOTAL = re.compile(r"Ran (\d{1,9}) tests? in (\d{1,9}(?:\.\d+)?)s")
 _REPEAT = re.compile(r"(?:\w+=\S+ )*python3? (\S+\.py) (?:\w+\.)?(\w+)$")
-_CRASH = re.compile(r"worker '(gw\d+)' crashed while running '(.+?)'?$")
+_CRASH = re.compile(r"(?:worker|Slave|slave) '(gw\d+)' crashed while running '(.+?)'?$")
 _DOWN = re.compile(r"\[(gw\d+)\] node down: ")
 _ERROR_LINE = re.compile(r"E {2,}(.*)")
 _WHAT = re.compile(
@@ -62,8 +75,19 @@ _EXCEPTION = re.compile(
     r"(?:[A-Za-z_]\w{0,80}\.){0,12}\w{0,80}"
     r"(?:Error|Exception|Exit|Failed|Warning|Timeout)\w{0,80}: "
 )
-_FATAL = re.compile(r"Fatal Python error: (.*)")
-_NOT_MEMORY = re.compile(r"Segmentation fault|Illegal instruction|Bus error|stack overflow")
+# An error whose words are on the next line, or were cut by a width.
+_UNENDED = re.compile(
+    r"(?:[A-Za-z_][\w.]{0,200}(?:Error|Exception|Exhausted)\w*: (?!.{0,2000}emory).*"
+    r"|.{0,400}(?:(?:Error|Exception|failure|what\(\)|exhausted|EXHAUSTED)[^:]{0,80}|\(\d+\)): ?"
+    r"|.{0,400}\b(?:Out|of|memory|CUDA|RESOURCE_EXHAUSTED:|exhausted:)) *$"
+)
+_FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
+_FAULT = re.compile(
+    r"Fatal Python error: (?P<fatal>Segmentation fault|Illegal instruction|Bus error"
+    r"|Floating.point exception|Cannot recover from stack overflow)"
+    r"|\+{3,} (?P<timeout>Timeout) \+{3,}|^(?P<shell>Segmentation fault|Bus error)\b"
+)
+"""What ends a process in its own words, which are not memory's."""
 _PHASE = re.compile(r"ERROR (?:at (setup|teardown) of|(collecting)) (.+)")
 _NAME = re.compile(r"[\w.:<>/\\ ()-]+(?:\[.*)?")
 # Where a new thing begins, a message that was wrapped has ended.
@@ -82,6 +106,8 @@ class Follower:
         """``progress``, ``failures``, ``errors``, ``short`` (the summary), ``other``, or none."""
         self._failure: Failure | None = None
         self._captured = False
+        self._fault = ""
+        """What ended a process since the last worker went down."""
         self._carrier: re.Pattern[str] | None = None
         """What stands before each line, where a banner has shown it."""
         # Each takes the line, or leaves it to the next.
@@ -103,13 +129,15 @@ class Follower:
     def follow(self, found: Iterable[Line]) -> list[Run]:
         """Read the lines and return the runs."""
         for line in found:
-            text = lines.read(line.raw, self._carrier)
-            if text.body.endswith(("===", "%]")) and not (
-                self._run.pytest or _UNCARRIED.match(text.body)
+            texts = lines.read_all(line.raw, self._carrier)
+            first = texts[0]
+            if first.body.endswith(("===", "%]")) and not (
+                self._run.pytest or _UNCARRIED.match(first.body)
             ):
-                self._carrier = lines.carrier(text.whole) or self._carrier
-                text = lines.read(line.raw, self._carrier)
-            any(step(line, text) for step in self._steps)
+                self._carrier = lines.carrier(first.whole) or self._carrier
+                texts = lines.read_all(line.raw, self._carrier)
+            for text in texts:
+                any(step(line, text) for step in self._steps)
         for run in self.runs:
             resolve(run)
         return self.runs
@@ -117,6 +145,8 @@ class Follower:
     def _banner(self, line: Line, text: Text) -> bool:
         """Read a line that begins or ends a section or a run."""
         body = text.body
+        if (self._section == "progress" or not self._run.pytest) and self._prologue(body):
+            return True
         if not body.startswith("="):
             # -q prints the last line bare.
             last = _TOOK.search(body) and (_TALLY.match(body) or _NO_TESTS.match(body))
@@ -143,6 +173,20 @@ class Follower:
             self._section = "other"
         return True
 
+    def _prologue(self, body: str) -> bool:
+        """Read what pytest says before the first test."""
+        run = self._run
+        if match := _ROOT.match(body):
+            run.root = match[1].strip()
+        elif match := _COLLECTED.match(body):
+            run.collected = int(match[1]) - int(match[2] or 0)
+        elif match := _WORKERS.match(body):
+            run.workers = True
+            run.collected = int(match[1] or match[2] or 0) or run.collected
+        else:
+            return False
+        return True
+
     def _resume(self) -> None:
         """Make sure that what comes belongs to a pytest run that has not ended."""
         if self._run.ended:
@@ -163,7 +207,7 @@ class Follower:
     def _progress(self, line: Line, text: Text) -> bool:
         """Read a line that tells that a test began or ended."""
         body = text.body
-        if "::" not in body and "]" not in body:
+        if "::" not in body and "]" not in body and self._run.current is None:
             return self._dots(body)
         if match := _XDIST.match(body):
             self._resume()
@@ -187,11 +231,24 @@ class Follower:
             self._outcome(self._run.test(begun[1]), ended[1])
             self._run.current = None
             return True
-        if ended and ended[2] and self._run.current is not None:
-            self._outcome(self._run.current, ended[1])
+        if self._run.current is not None and (word := self._lone(line, body, ended)):
+            self._outcome(self._run.current, word)
             self._run.current = None
+            # What the test printed before it on the same line was survived, or is its failure's.
             return True
         return self._dots(body) or (begun is not None and self._begin(line, begun))
+
+    def _lone(self, line: Line, body: str, ended: re.Match[str] | None) -> str | None:
+        """Return the outcome that -s leaves at the end of what a test printed."""
+        if ended and ended[2]:
+            return ended[1]
+        match = _LONE_OUTCOME.match(body)
+        if match is None:
+            return None
+        # A program may print such a word itself: then its test has not ended.
+        after = next((text.body for text in _following(line, 1, self._carrier)), "")
+        alone = not match[1] or not after.strip() or _BEGUN.match(after) or after.startswith("=")
+        return match[2] if alone else None
 
     def _begin(self, line: Line, begun: re.Match[str]) -> bool:
         """Enter a test whose nodeid stands alone, or before what it prints."""
@@ -200,7 +257,7 @@ class Follower:
         if not self._run.distributed:
             self._run.current = self._run.test(begun[1])
             if begun[2] and not (crashed := _WHAT.match(begun[2])):
-                self._loose(line, begun[2])
+                _ = self._loose(line, begun[2]) or self._kill(line, begun[2])
             elif begun[2] and crashed:
                 return True
         return True
@@ -225,14 +282,17 @@ class Follower:
         for number, letter in enumerate(match[2], run.letters.total() + 1):
             run.letters[file, letter] += 1
             if letter in run.marked:
-                run.marked[letter].append(number)
+                run.marked[letter].append((number, file))
         return True
 
     def _summary(self, line: Line, text: Text) -> bool:
         body = text.body
         match = body[:1].isupper() and (_SUMMARY.match(body) or _CUT_SUMMARY.match(body))
         if not match:
-            return False
+            # Behind a head that nobody knows, what it says of memory shows that it is one.
+            match = not self._captured and _BEHIND.search(body)
+            if not match or grammars.parse(match[3], raised=True) is None:
+                return False
         kind = _SUBTESTS.get(match[1], match[1])
         if kind in FAILING:
             self._run.pytest = True
@@ -282,6 +342,11 @@ class Follower:
             self._failure, self._section = None, ""
             return True
         failure = self._failure
+        if failure is not None and (match := _NATIVE.match(text.whole)):
+            base = failure.name.partition("[")[0].rpartition(".")[2]
+            if match[2] == base and not self._captured:
+                failure.file = match[1].removeprefix(f"{self._run.root}/")
+            return True
         location = _LOCATION.match(body) if not self._captured else None
         if location and self._section == "failures" and not (failure and failure.name):
             # --tb=line has no headers: a line with the place ends each failure.
@@ -305,6 +370,7 @@ class Follower:
             failure.name = failure.name or f"{match[2]}.{match[3]}"
             failure.file = failure.file or f"{match[1].replace('.', '/')}.py"
         elif location:
+            failure.compares = False
             if failure.file is None and "site-packages" not in location[1]:
                 failure.file = location[1].replace("\\", "/")
         else:
@@ -326,11 +392,13 @@ class Follower:
             return True
         if match := _DOWN.match(text.body):
             run.down.setdefault(match[1], line.number)
-            run.pytest = True
+            run.faults.setdefault(match[1], self._fault)
+            run.pytest, self._fault = True, ""
             return True
-        if match := _FATAL.search(text.body):
-            run.faulted = run.faulted or _NOT_MEMORY.search(match[1]) is not None
-            return True
+        if match := _FAULT.search(text.body):
+            self._fault = match["fatal"] or match["timeout"] or match["shell"]
+            run.faults[None] = self._fault
+            return "Fatal" in text.body
         return False
 
     def _memory(self, line: Line, text: Text) -> bool:
@@ -347,10 +415,13 @@ class Follower:
                 self._resume()
                 self._run.current = self._run.test(begun[1])
             return self._loose(line, match[2] or "", rank=text.rank, raised=True)
-        if failure is not None and not self._captured and self._section in {"failures", "errors"}:
+        if not self._captured and (
+            self._section == "failures" or (failure is not None and self._section == "errors")
+        ):
             # Source lines are indented; --tb=native prints the error at the margin.
-            found = self._read(line, body, raised=True)
+            found = None if body[:1].isspace() else self._message(line, body, raised=True)
             if found and found.named and found.kind != "kill":
+                failure = failure or self._fail(line, "")
                 failure.note(Seen(line.number, found))
                 failure.error = body
                 return True
@@ -363,7 +434,11 @@ class Follower:
         if failure is None and self._section == "failures":
             failure = self._fail(line, "")
         stripped = message.strip()
-        found = self._read(line, stripped, raised=True)
+        if failure is not None and (failure.compares or grammars.QUOTING.search(stripped)):
+            failure.error = failure.error if failure.compares else stripped
+            failure.compares = True
+            return True
+        found = self._message(line, stripped, raised=True)
         if found and found.kind != "kill" and (found.named or found.sizes or stripped != message):
             failure = failure or self._fail(line, "")
             failure.note(Seen(line.number, found))
@@ -378,7 +453,11 @@ class Follower:
         self, line: Line, body: str, level: str = "", rank: str = "", *, raised: bool = False
     ) -> bool:
         """Keep a message outside of failures; how the test ends decides what it meant."""
-        found = self._read(line, body, raised=raised)
+        found = self._message(line, body, raised=raised)
+        if found is None and not raised and self._traced(line):
+            # The last line of a traceback is an error, at whatever level a carrier logs it.
+            found = self._message(line, body, raised=True)
+            level = ""
         if found is None:
             return False
         if found.kind == "kill":
@@ -390,22 +469,17 @@ class Follower:
         if self._failure is not None and self._captured:
             if found.named or raised:
                 self._failure.aside = self._failure.aside or seen
-        elif found.named or raised or found.sizes:
+        elif found.named or raised or found.sizes or level in _FATAL_LEVELS:
             self._run.loose.append((seen, self._run.current))
         return True
 
     def _kill(self, line: Line, body: str) -> bool:
         if self._captured:
             return False
-        # kubectl indents what it describes.
-        found = grammars.parse(body.strip()) if body[:1].isspace() else None
-        if found is not None and found.kind == "kill":
-            self._run.kills.append(Kill(line.number, found, found.pid))
-            return True
-        match = grammars.PROBABLE_KILL.fullmatch(body)
+        match = grammars.SHELL_KILL.search(body) or grammars.PROBABLE_KILL.fullmatch(body)
         if match is None:
             return False
-        pid = match["pid"]
+        pid = match["pid"] if "pid" in match.groupdict() else None
         self._run.kills.append(Kill(line.number, None, int(pid) if pid else None))
         return True
 
@@ -426,23 +500,36 @@ class Follower:
 
     def _soon(self, line: Line) -> str:
         """Return the two lines that follow, where a program says that it tries again."""
-        return "\n".join(text.body for text in _following(line, 2, self._carrier))
+        return "\n".join(text.body[:_SAID] for text in _following(line, 2, self._carrier))
 
-    def _read(self, line: Line, body: str, *, raised: bool) -> Message | None:
+    def _traced(self, line: Line) -> bool:
+        """Tell whether the line above is a frame of a traceback."""
+        start = line.end - len(line.raw)
+        above = line.buffer[max(0, start - 4096) : start].rstrip(b"\r\n").rpartition(b"\n")[2]
+        return _FRAME.match(lines.read(above, self._carrier).body) is not None
+
+    def _message(self, line: Line, body: str, *, raised: bool) -> Message | None:
         """Parse a message, with the lines that it was wrapped onto."""
-        if body[:1].isspace():
-            return None
-        message = grammars.parse(body, raised=raised)
-        broken = message is None and "emory" not in body and _EXCEPTION.match(body) is not None
+        body = body.strip()
+        found = grammars.parse(body, raised=raised)
+        broken = found is None and _UNENDED.match(body) is not None
         if not broken and (
-            message is None or message.complete or body.endswith(("...", "\N{HORIZONTAL ELLIPSIS}"))
+            found is None or found.complete or body.endswith(("...", "\N{HORIZONTAL ELLIPSIS}"))
         ):
-            return message
+            return found or self._escaped(body, raised=raised)
         for text in _joined(line, body, self._carrier):
-            other = grammars.parse(text, raised=raised or message is not None)
-            if other is not None and other.figures > (message.figures if message else -1):
-                message = other
-        return message
+            other = grammars.parse(text, raised=raised or found is not None)
+            if other is not None and other.figures > (found.figures if found else -1):
+                found = other
+        return found
+
+    def _escaped(self, body: str, *, raised: bool) -> Message | None:
+        """Parse the lines of a text that a record has in one, with its newlines escaped."""
+        if "\\n" not in body:
+            return None
+        parts = re.split(r"\\+n", body)
+        found = (grammars.parse(part.strip(), raised=raised) for part in parts)
+        return next((each for each in found if each is not None and each.named), None)
 
 
 def _following(line: Line, limit: int, carrier: re.Pattern[str] | None) -> Iterator[Text]:
@@ -471,7 +558,9 @@ def _joined(line: Line, body: str, carrier: re.Pattern[str] | None) -> tuple[str
         part = text.body
         if match := _ERROR_LINE.match(part):
             part = match[1]
-        if not part.strip() or _NEW.match(part) or _NEW.match(text.body):
+        # What a first line lacks altogether may be all that the second has.
+        new = _NEW.match(part) or _NEW.match(text.body)
+        if not part.strip() or (new and ("emory" in body or len(parts) > 1)):
             break
         parts.append(part)
         widths.append(len(text.whole))
