@@ -62,3 +62,11 @@ def format_bytes(size: int) -> str:
 def format_mib(size: int) -> str:
     """Return ``size`` bytes as bare MiB with one decimal, for table columns that name the unit."""
     return f"{size / 2**20:.1f}"
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with its control characters written out, so that a terminal obeys none."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -238,13 +238,13 @@ def _mark(event: OomEvent) -> Iterator[str]:
 
 
 def _several(event: OomEvent) -> Iterator[str]:
-    yield from _mark(event)
     held = max((each.bytes for each in event.processes if each.bytes < _SANE), default=0)
     own = (event.allocated_bytes or 0) + (event.reserved_unallocated_bytes or 0)
     share = max(held, own + (_sane(event.tried_bytes) or 0))
     if event.total_bytes and share and event.nodeid:
         count = max(1, min(64, event.total_bytes * 9 // 10 // share))
         yield f"pytest -p gpumem -n {count}  # as many workers as the card has room for"
+    yield from _mark(event)
     yield "nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv"
 
 
@@ -265,8 +265,9 @@ def _accumulated(event: OomEvent) -> Iterator[str]:
     yield "gc.collect(); torch.cuda.empty_cache()  # after deleting the models, in the fixture"
 
 
-def _too_large(_: OomEvent) -> Iterator[str]:
-    yield "a smaller batch or model, or the CPU: no setting makes the card larger"
+def _too_large(event: OomEvent) -> Iterator[str]:
+    yield from _mark(event)
+    yield "pytest -p gpumem --gpumem-too-large=skip  # no setting makes the card larger"
 
 
 def _fraction(event: OomEvent) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.units import format_bytes, parse_bytes
@@ -40,6 +41,12 @@ class Limits(NamedTuple):
     max_errors: int | None = None
     min_pass_rate: float | None = None
     max_peak_growth: Growth | None = None
+    max_leaks: int | None = None
+
+    @property
+    def given(self) -> int:
+        """How many there are."""
+        return sum(limit is not None for limit in self)
 
 
 class Change(NamedTuple):
@@ -54,6 +61,7 @@ class Comparison(NamedTuple):
     """Two runs side by side."""
 
     schema: int
+    verdict: str
     before: Totals
     after: Totals
     better: tuple[Change, ...]
@@ -62,10 +70,23 @@ class Comparison(NamedTuple):
     new: tuple[Change, ...]
     """Tests and kinds of error that only the later run has."""
     gone: tuple[Change, ...]
+    """Kinds of error that only the earlier run has."""
+    missing: tuple[Change, ...]
+    """Tests that only the earlier run has."""
+    skipped: tuple[Change, ...]
+    """Tests that the later run skips and the earlier did not."""
     peaks: tuple[Change, ...]
-    """Tests whose peak differs, the most grown first."""
+    """Tests whose own peak differs, the most grown first."""
+    leaks: tuple[Change, ...]
+    """Tests that leave another amount behind than before, the most grown first."""
     missed: tuple[str, ...]
     """Each threshold that the later run misses, in a sentence."""
+    incomplete: tuple[str, ...] = ()
+    """What either side lacks of its runs, in a sentence each."""
+
+
+SCHEMA = 2
+"""Version of the JSON form of a ``Comparison``."""
 
 
 def percent(text: str) -> float:
@@ -92,62 +113,189 @@ def growth(text: str) -> Growth:
         ) from None
 
 
+def check(before: Findings, after: Findings, limits: Limits, *, incomplete: bool) -> None:
+    """Refuse a comparison that would tell of tests that nobody ran or nobody wrote down.
+
+    Args:
+        before: the earlier side.
+        after: the later side.
+        limits: what the later side must keep.
+        incomplete: whether thresholds count though a side is known to be incomplete.
+
+    Raises:
+        ValueError: in one sentence.
+
+    """
+    sides = {"BEFORE": before, "AFTER": after}
+    for name, side in sides.items():
+        if not side.totals.tests:
+            raise ValueError(f"{name} ({_files(side)}) has no tests: there is nothing to compare")
+    lacks = _incomplete(before, after)
+    if limits.given and lacks and not incomplete:
+        raise ValueError(
+            f"{lacks[0]}: no threshold can be judged by it; --allow-incomplete insists"
+        )
+    for name, side in sides.items():
+        if limits.max_peak_growth is not None and not side.peaks:
+            raise ValueError(
+                f"--max-peak-growth: {name} ({_files(side)}) has no peaks; --gpumem-json has them"
+            )
+    if limits.max_leaks is not None and not after.peaks:
+        raise ValueError(
+            f"--max-leaks: AFTER ({_files(after)}) does not tell of leaks; --gpumem-json does"
+        )
+
+
+def _files(side: Findings) -> str:
+    more = f" and {len(side.files) - 1} more" if len(side.files) > 1 else ""
+    return f"{side.files[0]}{more}" if side.files else "no file"
+
+
+def _incomplete(before: Findings, after: Findings) -> tuple[str, ...]:
+    return tuple(
+        f"{name} ({source.path}) is incomplete: {source.note}"
+        for name, side in (("BEFORE", before), ("AFTER", after))
+        for source in side.sources
+        if not source.complete
+    )
+
+
 def compare(before: Findings, after: Findings, limits: Limits) -> Comparison:
     """Return what changed from ``before`` to ``after``, and which limits ``after`` misses."""
-    tests = list(_tests(before, after))
-    errors = list(_signatures(before, after))
-    grown = sorted(
-        (
-            (name, before.peaks[name], peak)
-            for name, peak in after.peaks.items()
-            if name in before.peaks and before.peaks[name] != peak
-        ),
-        key=lambda row: row[1] - row[2],
-    )
+    names = _paired(before, after)
+    changes: dict[str, list[Change]] = defaultdict(list)
+    for kind, change in (*_tests(before, after, names), *_signatures(before, after)):
+        changes[kind].append(change)
+    grown = _sizes(before.own_peaks, after.own_peaks, names)
+    leaks = _sizes(before.leaks, after.leaks, names, absent=0)
+    missed = tuple(_missed(after, limits, grown))
     return Comparison(
-        schema=1,
-        before=before.totals,
-        after=after.totals,
-        better=tuple(change for kind, change in tests + errors if kind == "better"),
-        worse=tuple(change for kind, change in tests + errors if kind == "worse"),
-        new=tuple(change for kind, change in tests + errors if kind == "new"),
-        gone=tuple(change for kind, change in tests + errors if kind == "gone"),
-        peaks=tuple(Change(name, format_bytes(one), format_bytes(two)) for name, one, two in grown),
-        missed=tuple(_missed(after.totals, limits, grown)),
+        SCHEMA,
+        _verdict(changes, limits, missed),
+        before.totals,
+        after.totals,
+        **{kind: tuple(changes[kind]) for kind in _KINDS},
+        peaks=_shown(grown),
+        leaks=_shown(leaks),
+        missed=missed,
+        incomplete=_incomplete(before, after),
     )
 
 
-def _tests(before: Findings, after: Findings) -> Iterator[tuple[str, Change]]:
+_KINDS = ("better", "worse", "new", "gone", "missing", "skipped")
+
+
+def _shown(rows: list[tuple[str, int, int]]) -> tuple[Change, ...]:
+    return tuple(Change(name, format_bytes(one), format_bytes(two)) for name, one, two in rows)
+
+
+def _verdict(changes: dict[str, list[Change]], limits: Limits, missed: tuple[str, ...]) -> str:
+    counts = ", ".join(f"{len(changes[kind]):,} {kind}" for kind in _KINDS if changes[kind])
+    if not limits.given:
+        judged = "no threshold given"
+    elif missed:
+        judged = "a threshold is missed"
+    else:
+        judged = "the threshold is kept" if limits.given == 1 else "all thresholds are kept"
+    return f"{judged}; {counts or 'nothing changed'}"
+
+
+def _paired(before: Findings, after: Findings) -> dict[str, str]:
+    """Return what each test of ``before`` is called in ``after``.
+
+    Where one parametrisation of a test went and one came, it is the same, renamed.
+    """
+    names = {name: name for name in before.outcomes if name in after.outcomes}
+    left: dict[str, list[str]] = defaultdict(list)
+    came: dict[str, list[str]] = defaultdict(list)
+    for side, other, found in ((before, after, left), (after, before, came)):
+        for name in side.outcomes:
+            if name not in other.outcomes and "[" in name:
+                found[name.partition("[")[0]].append(name)
+    for base, olds in left.items():
+        if len(olds) == len(came[base]) == 1:
+            names[olds[0]] = came[base][0]
+    return names
+
+
+def _sizes(
+    before: dict[str, int], after: dict[str, int], names: dict[str, str], absent: int | None = None
+) -> list[tuple[str, int, int]]:
+    """Return the tests whose size differs, the most grown first."""
+    pairs = {old: new for old, new in names.items() if old in before or new in after}
+    if absent is not None:
+        pairs |= {name: name for name in (*before, *after) if name not in names.values()}
+    rows = []
+    for old, new in pairs.items():
+        one, two = before.get(old, absent), after.get(new, absent)
+        if one is not None and two is not None and one != two:
+            rows.append((_renamed(old, new), one, two))
+    return sorted(rows, key=lambda row: row[1] - row[2])
+
+
+def _renamed(old: str, new: str) -> str:
+    return old if old == new else f"{old} -> [{new.partition('[')[2]}"
+
+
+def _tests(
+    before: Findings, after: Findings, names: dict[str, str]
+) -> Iterator[tuple[str, Change]]:
     ooms = [
-        {event.nodeid for event in findings.events if event.nodeid} for findings in (before, after)
+        {name for event in findings.events for name in (event.nodeid, *event.felled_tests) if name}
+        for findings in (before, after)
     ]
-    for name in sorted(set(before.outcomes) | set(after.outcomes)):
-        words = [
-            _word(findings.outcomes.get(name), name in oom)
-            for findings, oom in zip((before, after), ooms, strict=True)
-        ]
-        one, two = words
-        if one == two:
-            continue
-        bad = [findings.outcomes.get(name) in _FAILING for findings in (before, after)]
-        change = Change(name, one, two)
-        if one == "-" or two == "-":
-            # A log without -v names only the tests that failed: the others may have run too.
-            if before.totals.tests > len(before.outcomes) or after.totals.tests > len(
-                after.outcomes
-            ):
-                yield ("worse" if bad[1] else "better"), change
-            else:
-                yield ("new" if one == "-" else "gone"), change
-        elif bad[0] and not bad[1]:
-            yield "better", change
-        elif bad[1]:
-            yield ("better" if two == "failed" and one == "out of memory" else "worse"), change
+    renamed = set(names.values())
+    pairs = [(name, names.get(name, name)) for name in before.outcomes]
+    pairs += [(name, name) for name in after.outcomes if name not in renamed]
+    room = _room(before, after), _room(after, before)
+    for old, new in sorted(dict.fromkeys(pairs)):
+        one, two = before.outcomes.get(old), after.outcomes.get(new)
+        one = one or ("PASSED" if room[0] and two in _FAILING else None)
+        two = two or ("PASSED" if room[1] and one in _FAILING else None)
+        change = Change(_renamed(old, new), _word(one, old in ooms[0]), _word(two, new in ooms[1]))
+        kind = _kind(one, two, change)
+        hidden = (one is None and _unnamed(before)) or (two is None and _unnamed(after))
+        if kind is not None and not hidden:
+            yield kind, change
+
+
+def _unnamed(side: Findings) -> bool:
+    return side.totals.tests > len(side.outcomes)
+
+
+def _room(side: Findings, other: Findings) -> bool:
+    """Tell whether the tests that failed on the other side alone may have passed on this one.
+
+    A log without -v names only the tests that failed; its totals tell how many others there were.
+    """
+    failed = sum(
+        outcome in _FAILING and name not in side.outcomes
+        for name, outcome in other.outcomes.items()
+    )
+    return side.totals.tests - len(side.outcomes) >= failed > 0
+
+
+def _kind(one: str | None, two: str | None, change: Change) -> str | None:
+    """Return what became of a test."""
+    if one is None:
+        return "new"
+    if two is None:
+        return "missing"
+    if two == "SKIPPED":
+        return "skipped" if one != "SKIPPED" else None
+    if change.before == change.after:
+        return None
+    if two in _FAILING:
+        return "better" if change.before == _OOM and change.after != _OOM else "worse"
+    return "better" if one in _FAILING else None
+
+
+_OOM = "out of memory"
 
 
 def _word(outcome: str | None, oom: bool) -> str:
-    if oom:
-        return "out of memory"
+    if oom and outcome in _FAILING:
+        return _OOM
     return outcome.lower() if outcome else "-"
 
 
@@ -162,15 +310,22 @@ def _signatures(before: Findings, after: Findings) -> Iterator[tuple[str, Change
             yield kind, Change(name, f"{one} x", f"{two} x")
 
 
-def _missed(totals: Totals, limits: Limits, grown: list[tuple[str, int, int]]) -> Iterator[str]:
+def _missed(after: Findings, limits: Limits, grown: list[tuple[str, int, int]]) -> Iterator[str]:
+    totals = after.totals
     if limits.max_oom is not None and totals.oom > limits.max_oom:
-        yield f"{totals.oom} tests out of memory, allowed are {limits.max_oom}"
+        noun = "test" if totals.oom == 1 else "tests"
+        yield f"{totals.oom} {noun} out of memory, allowed are {limits.max_oom}"
     if limits.max_errors is not None and totals.errors > limits.max_errors:
-        yield f"{totals.errors} errors, allowed are {limits.max_errors}"
+        noun = "error" if totals.errors == 1 else "errors"
+        yield f"{totals.errors} {noun}, allowed are {limits.max_errors}"
     rate = limits.min_pass_rate
     if rate is not None and (totals.pass_rate is None or totals.pass_rate < rate):
         told = "unknown" if totals.pass_rate is None else f"{totals.pass_rate:.2f} %"
         yield f"the pass rate is {told}, at least {rate:g} % is asked for"
+    if limits.max_leaks is not None and len(after.leaks) > limits.max_leaks:
+        size = format_bytes(sum(after.leaks.values()))
+        noun = "test leaves" if len(after.leaks) == 1 else "tests leave"
+        yield f"{len(after.leaks)} {noun} {size} behind, allowed are {limits.max_leaks}"
     if limits.max_peak_growth is not None:
         for name, one, two in grown:
             if not limits.max_peak_growth.allows(one, two):

@@ -41,7 +41,8 @@ class Draft:
     message: Message | None = None
     confirmed: bool = True
     killed: bool = False
-    felled: int = 1
+    also: list[str] = field(default_factory=list)
+    """Tests that the same failure felled besides."""
     last: int = 0
     """The last line that tells of it."""
     pids: set[int] = field(default_factory=set)
@@ -127,7 +128,7 @@ def _failures(path: str, number: int, run: Run) -> tuple[list[Draft], list[Draft
         place = "" if telling else (failure.nodeid or "").partition("::")[0]
         key = (failure.worker, place, _state(seen.message))
         if failure.phase == "setup" and key in kept:
-            kept[key].felled += 1
+            kept[key].also.append(failure.nodeid or failure.name)
             continue
         # What a broken card answers is no word of its memory, and is the same to every test.
         echo = not seen.message.figures and seen.message.backend in _STICKY_BACKENDS
@@ -135,7 +136,7 @@ def _failures(path: str, number: int, run: Run) -> tuple[list[Draft], list[Draft
             continue
         before = last.get(failure.worker)
         if echo and before is not None and before.sticky and before.text == seen.message.text:
-            before.felled += 1
+            before.also.append(failure.nodeid or failure.name)
             continue
         new = _failed(path, number, run, failure, seen)
         new.sticky = echo
@@ -352,7 +353,8 @@ def _event(each: Draft) -> OomEvent:
         message=message.text if message else "",
         before=_before(each.run, test) if test and each.run.ordered else (),
         non_torch_bytes=_outside(message) if message else None,
-        felled=each.felled,
+        felled=1 + len(each.also),
+        felled_tests=tuple(each.also),
         run=each.number,
     )
 

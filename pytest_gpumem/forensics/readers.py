@@ -594,8 +594,10 @@ def of_record(recorded: records.RunRecord) -> Run:
         test.outcome = words.get(each.outcome, "FAILED")
         test.duration += each.duration
         if each.cards:
-            # What others left there before it, or a fixture holds, is not its own.
-            run.peaks[each.nodeid] = max(card.peak - card.baseline for card in each.cards)
+            run.peaks[each.nodeid] = max(card.peak for card in each.cards)
+            # What others left there before it, or a wider fixture holds, is not its own.
+            own = max(card.peak - card.baseline for card in each.cards)
+            run.own_peaks[each.nodeid] = max(own, run.own_peaks.get(each.nodeid, 0))
         leaked = sum(card.leaked for card in each.cards) + sum(f.leaked for f in each.fixtures)
         if leaked:
             run.leftovers[worker].append(Leftover(each.nodeid, leaked))

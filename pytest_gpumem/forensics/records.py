@@ -72,6 +72,8 @@ class OomEvent(NamedTuple):
     """How much more was allocated than at the first event of the same worker and run."""
     felled: int = 1
     """Tests that failed by it: a fixture's error is told once."""
+    felled_tests: tuple[str, ...] = ()
+    """Those besides ``nodeid``."""
     cascade_of: int | None = None
     """Index of the event whose very state this one met again."""
     inferred: bool = False
@@ -178,7 +180,7 @@ class Findings(NamedTuple):
     by_file: tuple[Place, ...]
     by_directory: tuple[Place, ...]
     peaks: dict[str, int] = {}  # noqa: RUF012 - never written to
-    """By test, the most that it allocated beyond what was there when it began."""
+    """Highest allocated bytes by test, where the input has them."""
     outcomes: dict[str, str] = {}  # noqa: RUF012 - never written to
     notes: tuple[str, ...] = ()
     """What could not be read, and why."""
@@ -186,6 +188,8 @@ class Findings(NamedTuple):
     complete: bool = True
     """Whether each input holds its runs whole."""
     deaths: tuple[Death, ...] = ()
+    own_peaks: dict[str, int] = {}  # noqa: RUF012 - never written to
+    """By test, the most that it allocated beyond what was there when it began."""
     leaks: dict[str, int] = {}  # noqa: RUF012 - never written to
     """What tests left behind, in bytes, where the input has it."""
     recovered: tuple[str, ...] = ()

@@ -140,6 +140,7 @@ class Run:
         """Signatures of errors in lines of logs, and in ``subjects`` what they are about."""
         self.subjects: defaultdict[str, set[str]] = defaultdict(set)
         self.peaks: dict[str, int] = {}
+        self.own_peaks: dict[str, int] = {}
         self.leftovers: defaultdict[str | None, list[Leftover]] = defaultdict(list)
         """By worker."""
         self.leaks: dict[str, int] = {}

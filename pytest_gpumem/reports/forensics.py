@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics.records import CAUSES
-from pytest_gpumem.units import format_bytes
+from pytest_gpumem.units import format_bytes, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pytest_gpumem.forensics.compare import Change, Comparison
-    from pytest_gpumem.forensics.records import Findings, OomEvent, Place, Totals
+    from pytest_gpumem.forensics.records import Death, Findings, OomEvent, Place
 
 
 class Section(NamedTuple):
@@ -30,12 +30,26 @@ class Section(NamedTuple):
     code: tuple[str, ...] = ()
 
 
-def sections(found: Findings, top: int) -> Iterator[Section]:
-    """Return the report; each table has at most ``top`` rows and says how many it leaves out."""
-    yield Section("GPU memory forensics", tuple(_totals(found.totals)) + _read(found))
+def sections(found: Findings, top: int | None = None) -> Iterator[Section]:
+    """Return the report: what a maintainer needs first, and with ``top`` the tables behind it.
+
+    Each table has at most ``top`` rows and says how many it leaves out.
+    """
+    yield Section("GPU memory forensics", (*_totals(found), *_read(found)))
+    if found.events:
+        yield from _causes(found.events)
+        yield from _worst(found)
+        yield from _fixtures(found.events)
+    if found.deaths:
+        yield _died(found.deaths)
+    if found.notes:
+        yield Section("Not read", _some(found.notes, top or _FEW))
+    if top is None:
+        if hidden := _hidden(found):
+            yield Section("More", (f"--top 20 shows {hidden}; --format json has everything",))
+        return
     if found.events:
         yield from _first(found)
-        yield _causes(found.events)
         yield _table(
             "Out of memory",
             ("test", "worker", ">place", ">cause", ">tried", ">line"),
@@ -60,14 +74,32 @@ def sections(found: Findings, top: int) -> Iterator[Section]:
         shown = [each for each in places if each.oom or each.failed or each.errors]
         if shown:
             yield _table(title, _PLACE_COLUMNS, [_place_row(each) for each in shown], top)
-    if found.notes:
-        yield Section("Not read", found.notes)
+
+
+_FEW = 5
+"""Rows of what the first screen lists."""
+
+
+def _hidden(found: Findings) -> str:
+    """Return what the first screen leaves out, in words."""
+    parts = {
+        "each test that ran out of memory": len(found.events) > 1,
+        "other errors": bool(found.signatures),
+        "files and directories": len(found.by_file) > _FEW,
+    }
+    return ", ".join(name for name, there in parts.items() if there)
+
+
+def _some(lines: Sequence[str], top: int) -> tuple[str, ...]:
+    more = (f"and {len(lines) - top:,} more",) if len(lines) > top else ()
+    return (*lines[:top], *more)
 
 
 _PLACE_COLUMNS = ("path", ">tests", ">passed", ">failed", ">errors", ">OOM", ">seconds")
 
 
-def _totals(totals: Totals) -> Iterator[str]:
+def _totals(found: Findings) -> Iterator[str]:
+    totals = found.totals
     names = ("passed", "failed", "errors", "skipped", "xfailed", "xpassed")
     counts = ", ".join(f"{count:,} {name}" for name in names if (count := getattr(totals, name)))
     if totals.tests:
@@ -75,13 +107,27 @@ def _totals(totals: Totals) -> Iterator[str]:
         took = f", {_duration(totals.duration)}" if totals.duration else ""
         runs = _count(totals.runs, "run")
         yield f"{_count(totals.tests, 'test')} in {runs}: {counts}{rate}{took}"
-    yield f"{_count(totals.oom, 'test or process', 'tests or processes')} ran out of memory"
+    elif totals.runs:
+        yield f"no test in {_count(totals.runs, 'run')}"
+    again = len(found.recovered)
+    passed = f"; {again:,} more did and passed when run again" if again else ""
+    sure = sum(event.felled for event in found.events if event.confirmed)
+    probably = f", {totals.oom - sure:,} of them probably" if sure < totals.oom else ""
+    noun = "test or process", "tests or processes"
+    yield f"{_count(totals.oom, *noun)} ran out of memory{probably}{passed}"
 
 
-def _read(found: Findings) -> tuple[str, ...]:
-    names = ", ".join(found.files[:3])
-    more = f" and {len(found.files) - 3} more" if len(found.files) > 3 else ""
-    return (f"read: {names}{more}",)
+def _read(found: Findings) -> Iterator[str]:
+    """Tell what was read, and how much of it there was."""
+    sources = found.sources or ()
+    for source in sources[:_FEW]:
+        state = source.note or ("whole" if source.tests else "no test")
+        lacks = "" if source.complete else "INCOMPLETE: "
+        yield f"read: {source.path} ({source.kind}): {lacks}{state}"
+    if len(sources) > _FEW:
+        cut = sum(not source.complete for source in sources)
+        more = f"; {cut:,} of all are incomplete" if cut else ""
+        yield f"and {len(sources) - _FEW:,} more files{more}"
 
 
 def _duration(seconds: float) -> str:
@@ -131,32 +177,81 @@ def _where(event: OomEvent) -> str:
 def _figures(event: OomEvent) -> str:
     names = ("tried", "total", "free", "allocated", "reserved_unallocated", "allowed")
     told = []
+    other = max((each for each in event.processes if not each.own), default=None,
+                key=lambda each: each.bytes)  # fmt: skip
     for name in names:
         size = getattr(event, f"{name}_bytes")
         if size is not None:
             printed = event.printed.get(name) or format_bytes(size)
             told.append(f"{name.replace('_', ' but ')} {printed}")
+    if event.non_torch_bytes:
+        told.append(f"{format_bytes(event.non_torch_bytes)} of its process not PyTorch's")
+    if other is not None and other.pid is not None:
+        told.append(f"largest other process {other.pid} with {format_bytes(other.bytes)}")
     device = f"{event.backend} {event.device}: " if event.device is not None else ""
     return f"{device}{', '.join(told)}" if told else ""
 
 
 def _cause(event: OomEvent) -> str:
-    return f"{'' if event.confirmed else 'probably '}{CAUSES[event.cause]}"
+    sure = event.confirmed and not event.inferred
+    return f"{'' if sure else 'probably '}{CAUSES[event.cause]}"
 
 
-def _causes(events: Sequence[OomEvent]) -> Section:
-    counts: Counter[str] = Counter()
+def _causes(events: Sequence[OomEvent]) -> Iterator[Section]:
+    """Rank the causes by the tests that they felled, each with what to do and its first test."""
+    felled: Counter[str] = Counter()
+    by_cause: dict[str, list[OomEvent]] = {}
     for event in events:
-        counts[event.cause] += event.felled
-    advice = {event.cause: event.advice for event in reversed(events)}
-    first = events[0].cause
-    code = [line for cause, _ in counts.most_common() if cause != first for line in advice[cause]]
-    return Section(
-        "Causes",
-        columns=(">tests", "cause"),
-        rows=tuple((str(count), CAUSES[cause]) for cause, count in counts.most_common()),
-        code=tuple(dict.fromkeys(code)),
-    )
+        felled[event.cause] += event.felled
+        by_cause.setdefault(event.cause, []).append(event)
+    for cause, count in felled.most_common():
+        first = by_cause[cause][0]
+        probably = sum(event.inferred or not event.confirmed for event in by_cause[cause])
+        doubt = "probably " if probably * 2 > len(by_cause[cause]) else ""
+        told = [f"first: {first.nodeid or 'outside of tests'}{_where(first)}"]
+        told += first.evidence[:2]
+        if figures := _figures(first):
+            told.append(figures)
+        again = sum(each.cascade_of is not None for each in by_cause[cause])
+        if again:
+            told.append(f"{_count(again, 'test')} met the very state of an earlier one again")
+        title = f"{_count(count, 'test')}: {doubt}{CAUSES[cause]} ({cause})"
+        yield Section(title, tuple(told), code=first.advice[:1])
+
+
+def _worst(found: Findings) -> Iterator[Section]:
+    for title, places in (("files", found.by_file), ("directories", found.by_directory)):
+        hit = [each for each in places if each.oom]
+        # One test each is no file to begin with.
+        if len(hit) > 1 and hit[0].oom > 1:
+            lines = [
+                f"{each.oom:,} of {_count(each.tests, 'test')}  {each.path}"
+                if each.tests
+                else f"{each.oom:,}  {each.path}"
+                for each in hit
+            ]
+            yield Section(f"Worst {title}", _some(lines, _FEW))
+            return
+
+
+def _fixtures(events: Sequence[OomEvent]) -> Iterator[Section]:
+    """Tell what the set-ups of fixtures felled."""
+    shared = sorted((each for each in events if each.felled > 1), key=lambda each: -each.felled)
+    if shared:
+        total = sum(each.felled for each in shared)
+        lines = [f"{each.felled:,} by the failure of {each.nodeid}" for each in shared]
+        title = f"{_count(total, 'test')} felled by {_count(len(shared), 'shared failure')}"
+        yield Section(f"{title}; --felled lists them", _some(lines, _FEW))
+
+
+def _died(deaths: Sequence[Death]) -> Section:
+    """Tell of workers that died, and that nothing says it was memory."""
+    lines = [
+        f"{each.worker or 'a worker'} in {each.nodeid or 'no test'} ({each.file}:{each.line}): "
+        + (each.why or "the log does not tell why; dmesg or exit codes may")
+        for each in deaths
+    ]
+    return Section(f"{_count(len(deaths), 'worker')} died", _some(lines, _FEW))
 
 
 def _event_row(event: OomEvent) -> tuple[str, ...]:
@@ -165,7 +260,7 @@ def _event_row(event: OomEvent) -> tuple[str, ...]:
         f"{event.nodeid or '-'}{felled}",
         event.worker or "",
         str(event.position or ""),
-        event.cause if event.confirmed else f"{event.cause}?",
+        event.cause if event.confirmed and not event.inferred else f"{event.cause}?",
         "" if event.tried_bytes is None else format_bytes(event.tried_bytes),
         str(event.line or ""),
     )
@@ -191,14 +286,14 @@ def _table(
     return Section(title, note, columns, tuple(rows[:top]))
 
 
-def show(found: Findings, top: int) -> None:
+def show(found: Findings, top: int | None = None) -> None:
     """Print the report to the terminal, in colour where that is one."""
     from rich.console import Console
 
     _print(Console(soft_wrap=False, highlight=False), sections(found, top))
 
 
-def text(found: Findings, top: int) -> Iterator[str]:
+def text(found: Findings, top: int | None = None) -> Iterator[str]:
     """Return the lines that ``show`` prints, without colour, 120 columns wide."""
     return _plain(sections(found, top))
 
@@ -217,10 +312,10 @@ def _print(console: Console, told: Iterable[Section]) -> None:
 
     for section in told:
         console.print()
-        console.print(Text(section.title, style="bold"))
+        console.print(Text(printable(section.title), style="bold"))
         for sentence in section.sentences:
-            style = "red" if sentence.startswith("cause:") else ""
-            console.print(Text(f"  {sentence}", style=style))
+            style = "red" if sentence.startswith("cause:") or "INCOMPLETE" in sentence else ""
+            console.print(Text(f"  {printable(sentence)}", style=style), soft_wrap=True)
         if section.rows:
             table = Table(box=None, pad_edge=True, header_style="dim")
             for column in section.columns:
@@ -232,13 +327,13 @@ def _print(console: Console, told: Iterable[Section]) -> None:
                     overflow="fold",
                 )
             for row in section.rows:
-                table.add_row(*map(Text, row))
+                table.add_row(*(Text(printable(cell)) for cell in row))
             console.print(table)
         for line in section.code:
-            console.print(Text(f"    {line}", style="green"), soft_wrap=True)
+            console.print(Text(f"    {printable(line)}", style="green"), soft_wrap=True)
 
 
-def markdown(found: Findings, top: int) -> Iterator[str]:
+def markdown(found: Findings, top: int | None = None) -> Iterator[str]:
     """Return the report as Markdown."""
     yield from _markdown(sections(found, top))
 
@@ -287,7 +382,7 @@ pre { background: #f4f6f8; padding: .7rem; overflow-x: auto } p { margin: .2rem 
 """
 
 
-def html(found: Findings, top: int) -> Iterator[str]:
+def html(found: Findings, top: int | None = None) -> Iterator[str]:
     """Return the report as one page that needs nothing else."""
     escape = markup.escape
     yield "<!DOCTYPE html>"
@@ -340,14 +435,24 @@ def _compared(told: Comparison, top: int) -> Iterator[Section]:
         ("pass rate", *rates, ""),
         ("seconds", f"{told.before.duration:.1f}", f"{told.after.duration:.1f}", ""),
     ]
-    verdict = [f"missed: {each}" for each in told.missed] or ["no threshold is missed"]
-    yield Section("Comparison", tuple(verdict), ("", ">before", ">after", ">change"), tuple(rows))
+    leaks = [f"leaks: {each.name} {each.before} -> {each.after}" for each in told.leaks[:_FEW]]
+    more = [f"and {len(told.leaks) - _FEW:,} more leaks"] if len(told.leaks) > _FEW else []
+    lines = [
+        told.verdict,
+        *(f"missed: {each}" for each in told.missed),
+        *(f"INCOMPLETE: {each}" for each in told.incomplete),
+        *leaks,
+        *more,
+    ]
+    yield Section("Comparison", tuple(lines), ("", ">before", ">after", ">change"), tuple(rows))
     groups: tuple[tuple[str, tuple[Change, ...]], ...] = (
-        ("Better", told.better),
         ("Worse", told.worse),
+        ("Better", told.better),
         ("New", told.new),
+        ("Missing", told.missing),
+        ("Skipped now", told.skipped),
         ("Gone", told.gone),
-        ("Peaks", told.peaks),
+        ("Own peaks", told.peaks),
     )
     for title, changes in groups:
         if changes:
