@@ -1,0 +1,212 @@
+"""One message behind any head, in each framework's words; and what only speaks of one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from forensic_corpus import ERROR, torch
+
+from pytest_gpumem.forensics import analysis, grammars, lines
+from pytest_gpumem.forensics.causes import HOST
+from pytest_gpumem.forensics.sequence import Follower
+
+
+def events(text):
+    return analysis.findings([("log", Follower().follow(lines.scan([text.encode()])))]).events
+
+
+HEADS = {
+    "blanks": "    {}",
+    "a tab": "\t{}",
+    "a bullet": "- {}",
+    "brackets of another script": "【worker 3】{}",
+    "a level and a file": "ERROR  worker.py:31 {}",
+    "sentences": "Error: request 7 failed: {}",
+    "klog": 'E1129 10:11:12.123456       1 server.go:44] "Predict failed" err="{}"',
+    "klog with JSON": 'E1129 10:11:12.123456       1 server.go:44] "x" err="{{\\"message\\":\\"{}\\"}}"',
+    "logfmt": 'time=2025-03-04T10:20:30Z level=error source=run.go:9 msg="{}"',
+    "loguru": "2025-03-04 10:20:30.123 | ERROR    | app.core:run:45 - {}",
+    "loguru's main": "2025-03-04 10:20:30.123 | ERROR    | __main__:<module>:12 - {}",
+    "compose": "tests-1  | {}",
+    "Buildkite": "[2025-03-04T10:20:30Z] (Worker_TP0 pid=9) ERROR 03-04 10:20:30 [core.py:8] {}",
+    "Buildkite's own": "\x1b_bk;t=1741083630123\x07{}",
+    "mail": "> {}",
+    "mail, twice": "> > {}",
+    "Markdown": "`{}`",
+    "a JSON list": '["step 3", "{}"]',
+    "JSON fields": '{{"timestamp":"t","level":"ERROR","fields":{{"message":"{}"}}}}',
+    "Go": 'panic: runner: "{}"',
+    "an unknown one": "<7!> ~@ {}",
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("message", [ERROR, torch(), f"Worker failed: {torch()}"])
+def test_a_message_with_figures_counts_behind_any_head(head, message):
+    (event,) = events(f"starting\n{head.format(message)}\nstopped\n")
+
+    assert event.backend == "cuda"
+    assert (event.tried_bytes, event.free_bytes) == (46 << 20, int(21.06 * 2**20))
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(
+    "message",
+    ["RuntimeError: CUDA error: out of memory", "torch.OutOfMemoryError: CUDA out of memory."],
+)
+def test_an_error_without_figures_counts_behind_any_head(head, message):
+    assert [event.backend for event in events(head.format(message))] == ["cuda"]
+
+
+@pytest.mark.parametrize(
+    "head", ["    {}", "\t{}", "- {}", "【ci】 {}", "job/7 >> {}", "[step 2] {}"]
+)
+def test_a_line_of_the_summary_counts_behind_any_head(head):
+    lines = "FAILED tests/test_x.py::test_y[a b] - torch.OutOfMemoryError: CUDA out of mem..."
+
+    (event,) = events(head.format(lines))
+
+    assert (event.nodeid, event.backend) == ("tests/test_x.py::test_y[a b]", "cuda")
+
+
+WORDS = [
+    ("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.", "card", None),
+    ("RESOURCE_EXHAUSTED: Attempting to allocate 31.06M. That was not possible. There are 29.00M "
+     "free.; (0x0x0_HBM0)", "card", "31.06 MiB"),
+    ("RESOURCE_EXHAUSTED: Attempting to reserve 9.62G at the bottom of memory. That was not "
+     "possible. There are 8.11G free, 0B reserved, and 8.11G reservable.", "card", "9.62 GiB"),
+    ("ResourceExhaustedError: failed to allocate memory [Op:Mul]", "card", None),
+    ("  (0) RESOURCE_EXHAUSTED: OOM when allocating tensor with shape[1024,1024] and type float on "
+     "/job:localhost/replica:0/task:0/device:GPU:0 by allocator GPU_0_bfc", "card", "4 MiB"),
+    ("OOM when allocating tensor with shape[1024,1024] and type float on /job:localhost/replica:0/"
+     "task:0/device:CPU:0 by allocator cpu", "host", "4 MiB"),
+    ("alloc_tensor_range: failed to allocate CUDA0 buffer of size 1048576", "card", "1 MiB"),
+    ("alloc_tensor_range: failed to allocate CPU buffer of size 1048576", "host", "1 MiB"),
+    ("onnxruntime: Requested amount of memory (1048576 bytes) could not be allocated", "card",
+     "1 MiB"),
+    ("[TRT] [E] 2: Cuda Error in allocate: 2 (out of memory)", "card", None),
+    ("(raylet) node_manager.cc:3069: 2 Workers (tasks / actors) killed due to memory pressure (OOM)",
+     "host", None),
+    ("exit_type = NODE_OUT_OF_MEMORY, exit_detail = Task was killed", "host", None),
+    *(
+        (f"RuntimeError: {name} when calling `create(handle)`", "card", None)
+        for name in (
+            "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED,",
+            "CUDA error: CUSPARSE_STATUS_ALLOC_FAILED",
+            "CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES",
+            "cuFFT error: CUFFT_ALLOC_FAILED",
+            "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED",
+            "miopenStatusAllocFailed",
+            "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        )
+    ),
+    ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 1.00 GiB for an array with "
+     "shape (2, 3) and data type float64", "host", "1 GiB"),
+    ("ValueError: To serve at least one request with the models's max seq len (131072), (16.00 GiB "
+     "KV cache is needed, which is larger than the available KV cache memory (10.25 GiB). Try "
+     "increasing `gpu_memory_utilization`.", "card", "16 GiB"),
+    ("torch.OutOfMemoryError: memory allocation failed with OOM on device 0 while trying to "
+     "allocate 1048576 bytes (free: 2097152, total: 4194304)", "card", "1 MiB"),
+    ("pycuda._driver.MemoryError: cuMemAlloc failed: out of memory", "card", None),
+    ("pycuda._driver.MemoryError: cuStreamCreate failed: out of memory", "card", None),
+    ("Warp CUDA error 2: out of memory (in function wp_alloc_device_async, warp.cu:631)", "card",
+     None),
+    ("RuntimeError: Failed to allocate 1048576 bytes on device 'cuda:1'", "card", "1 MiB"),
+    ("[E 02/03/24 10:20:30.1 7] [cuda_driver.h:operator()@92] CUDA Error CUDA_ERROR_OUT_OF_MEMORY: "
+     "out of memory while calling malloc (cuMemAlloc_v2)", "card", None),
+    ("ERROR: Out of GPU memory trying to allocate 1.000 GiB", "card", "1 GiB"),
+    ("RuntimeError: [metal::malloc] Attempting to allocate 1048576 bytes which is greater than the "
+     "maximum allowed buffer size of 524288 bytes.", "card", "1 MiB"),
+    ("OptixError: OPTIX_ERROR_DEVICE_OUT_OF_MEMORY", "card", None),
+    ("what():  UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "card", None),
+    ("what():  UR_RESULT_ERROR_OUT_OF_HOST_MEMORY", "host", None),
+    ("E   MemoryError", "host", None),
+    ("terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc",
+     "host", None),
+    ("RESOURCE_EXHAUSTED: Compilation failure:\nRan out of memory in memory space hbm. Used 8.50G of "
+     "7.48G hbm.", "card", "8.5 GiB"),
+    ("RuntimeError: INTERNAL: Failed to load in-memory CUBIN:\nCUDA_ERROR_OUT_OF_MEMORY: out of "
+     "memory", "card", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "memory", "tried"), WORDS, ids=range(len(WORDS)))
+def test_each_framework_s_words_are_known(text, memory, tried):
+    (event,) = events(f"starting\n{text}\nstopped\n")
+
+    assert ("host" if event.backend in HOST else "card") == memory
+    assert event.tried_bytes == (None if tried is None else grammars.size(tried))
+
+
+NOTHING = [
+    "If you see CUDA out of memory, reduce the batch size.",
+    "to avoid CUDA out of memory errors set max_split_size_mb",
+    "  except torch.cuda.OutOfMemoryError:",
+    "from torch.cuda import OutOfMemoryError",
+    "    if 'CUDA out of memory' in str(error):",
+    f'    raise RuntimeError("{torch()}")',
+    f'MESSAGE = "{torch()}"',
+    f"# {torch()}",
+    f"assert '{torch()}' in output",
+    f"with pytest.raises(RuntimeError, match='{torch()}'):",
+    "tests/test_oom.py::test_cuda_out_of_memory PASSED",
+    f"2025-03-04 10:20:30 | WARNING  | app:run:4 - {torch()}",
+    f"level=warning msg='{torch()}'",
+    json.dumps({"level": "info", "message": torch()}),
+    f"UserWarning: {torch()}",
+    f"caught: {torch()}",
+    f"{torch()} Retrying with batch size 4",
+    '    "OOMKilled": false,',
+    "oom_score_adj: 0, oom_kill_disable 0",
+    "CUDA error: an illegal memory access was encountered",
+    "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+    "0 Workers (tasks / actors) killed due to memory pressure (OOM), 1 Workers crashed due to other",
+    "[W304 10:20:30.1 CUDACachingAllocator.cpp:3933] memory allocation failed with OOM on device 0 "
+    "while trying to allocate 2097152 bytes (free: 1048576, total: 4090956349).",
+    "enum value 'CUDA_ERROR_OUT_OF_MEMORY' not handled in switch",
+    "java.lang.OutOfMemoryError: Java heap space",
+]
+
+
+@pytest.mark.parametrize("text", NOTHING, ids=range(len(NOTHING)))
+def test_what_speaks_of_a_message_is_none(text):
+    assert events(f"starting\n{text}\nstopped\n") == ()
+
+
+def test_a_suite_adds_its_own_messages(tmp_path, monkeypatch, capsys):
+    from pytest_gpumem import cli
+
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.gpumem.forensics.messages]\n"
+        '"tile pool is empty: wanted <tried> of <total>" = "card"\n'
+        '"staging area exhausted" = "host"\n'
+    )
+    log = (
+        "[7] tile pool is empty: wanted 2.00 MiB of 1.00 GiB\n"
+        + "\n" * 99
+        + "staging area exhausted\n"
+    )
+    (tmp_path / "run.log").write_text(log)
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert cli.main(["forensics", "run.log", "--format", "json"]) == 0
+    finally:
+        grammars.learn({})
+
+    card, host = json.loads(capsys.readouterr().out)["events"]
+    assert (card["tried_bytes"], card["total_bytes"]) == (2 << 20, 1 << 30)
+    assert host["cause"] == "host_ram"
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ({"tile pool is empty": "gpu"}, "'gpu' for 'tile pool is empty' is neither 'card' nor"),
+        ({"<tryed> wanted, none there": "card"}, "<tryed> in .* is no figure; allowed are <tried>"),
+        ({"<tried>": "card"}, "is too short to be told from other lines"),
+    ],
+)
+def test_a_message_that_is_none_is_one_sentence(messages, said):
+    with pytest.raises(ValueError, match=said):
+        grammars.learn(messages)
