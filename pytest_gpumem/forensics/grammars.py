@@ -451,6 +451,14 @@ GRAMMARS = (
         r"(?:\bCL_)?MEM_OBJECT_ALLOCATION_FAILURE",
         distinct=True,
     ),
+    _grammar(
+        "opencl",
+        "bytes on device",
+        r"POCL\b.{0,200}Failed to allocate \d+ bytes on device"
+        r"|ERROR \| +Failed to allocate \d+ bytes on device",
+        r"allocate <tried>",
+        distinct=True,
+    ),
     _grammar("cuda", "DEVICE_OUT_OF_MEMORY", r"\bOPTIX_ERROR_DEVICE_OUT_OF_MEMORY", distinct=True),
     # ONNX Runtime: the arena may be the host's.
     _grammar(
@@ -538,6 +546,22 @@ GRAMMARS = (
         r"(?i:\bout of (?:gpu|device|video) memory)",
         r"trying to allocate <tried>",
     ),
+    _grammar("cuda", "out of GPU and shared host memory", "", distinct=True),
+    _grammar(
+        "cuda",
+        "(cudaMalloc error out",
+        r"\bsize \d+ bytes \(cudaMalloc error out of memory",
+        r"size <tried>",
+        distinct=True,
+    ),
+    _grammar("cuda", "ailed to cudaMalloc", "", r"cudaMalloc <tried>", distinct=True),
+    _grammar("cuda", "inside the cuDNN", r"Resource allocation failed inside the cuDNN library"),
+    _grammar(
+        "cuda",
+        "Memory allocation failed",
+        r"storage_manager\.h:\d+: Memory allocation failed",
+        distinct=True,
+    ),
     _grammar(
         "cuda",
         "on device 'cuda",
@@ -560,10 +584,10 @@ GRAMMARS = (
     ),
     _grammar(
         "cuda",
-        "out of memory",
+        "ut of memory",
         rf"\b(?i:CUDA (?:driver |runtime )?(?:API )?(?:error|fail(?:ure|ed)|runtime)|cu(?:da)?blas)"
         rf"\b.{{0,100}}?\b{_OUT}\b"
-        rf"|\b(?:cuda|cu)[A-Z]\w+.{{0,160}}?\b{_OUT}\b"
+        rf"|\b(?:cuda|cu)[A-Z]\w+.{{0,160}}?\b{_OUT}\b|\bOut of memory in cu[A-Z]\w+\("
         rf"|(?i:gpu api call\)? ?\(?){_OUT}|\bcuda: ?{_OUT}\b"
         rf"|== cudaSuccess.{{0,60}}?\b{_OUT}\b|\bcudaSuccess ==.{{0,60}}?\b{_OUT}\b",
         r"cudaMalloc\w* <tried>",
@@ -658,6 +682,7 @@ _ERROR_HEAD = re.compile(
     r"(?i:error|exception|fail(?:ed|ure|s)?\b|fatal|panic|abort|critical|crash|terminat|\berr\b"
     r"|could not|cannot|unable)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
 )
+_STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 _SEPARATED = re.compile(r"(?:^|[:=>|\]})\"'`(,.;!*-]|\\n)\s*$")
 # Code and documents speak of the message; they do not report it.
 _CODE = re.compile(
@@ -838,7 +863,9 @@ def _reported(text: str, span: tuple[int, int], found: Message, *, raised: bool)
         return False
     if found.figures or found.kind == "kill":
         return True
-    return not (_PROSE_HEAD.search(head) or _PROSE_TAIL.match(text[end : end + _AROUND]))
+    if _PROSE_HEAD.search(head):
+        return False
+    return _STATED.search(head) is not None or not _PROSE_TAIL.match(text[end : end + _AROUND])
 
 
 def _survived(text: str, end: int, head: str) -> bool:

@@ -75,6 +75,8 @@ _EXCEPTION = re.compile(
     r"(?:[A-Za-z_]\w{0,80}\.){0,12}\w{0,80}"
     r"(?:Error|Exception|Exit|Failed|Warning|Timeout)\w{0,80}: "
 )
+# Only a traceback names the exception's module.
+_QUALIFIED = re.compile(r"(?:[A-Za-z_]\w{0,80}\.){1,12}\w{0,80}(?:Error|Exception)\w{0,80}: ")
 # An error whose words are on the next line, or were cut by a width.
 _UNENDED = re.compile(
     r"(?:[A-Za-z_][\w.]{0,200}(?:Error|Exception|Exhausted)\w*: (?!.{0,2000}emory).*"
@@ -455,7 +457,6 @@ class Follower:
         """Keep a message outside of failures; how the test ends decides what it meant."""
         found = self._message(line, body, raised=raised)
         if found is None and not raised and self._traced(line):
-            # The last line of a traceback is an error, at whatever level a carrier logs it.
             found = self._message(line, body, raised=True)
             level = ""
         if found is None:
@@ -463,6 +464,9 @@ class Follower:
         if found.kind == "kill":
             self._run.kills.append(Kill(line.number, found, found.pid))
             return True
+        if level in _SURVIVED and (_QUALIFIED.match(body) or self._traced(line)):
+            # The last line of a traceback is an error, at whatever level a carrier logs it.
+            level = ""
         if level in _SURVIVED or (not raised and grammars.HANDLED.search(self._soon(line))):
             return True
         seen = Seen(line.number, found, rank or None)
