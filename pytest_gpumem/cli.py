@@ -14,7 +14,7 @@ from pytest_gpumem.archive import cli as archive
 from pytest_gpumem.forensics import cli as forensics
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.sharing.ledger import LeaseError
-from pytest_gpumem.units import format_mib
+from pytest_gpumem.units import format_mib, printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(chosen, "run_command"):
             return int(chosen.run_command(chosen))
         for line in archive.run(chosen) if chosen.command == "archive" else _report(chosen):
-            sys.stdout.write(f"{line}\n")
+            sys.stdout.write(f"{printable(line)}\n")
     except BrokenPipeError:  # whoever reads has seen enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # until the end
     except OSError as error:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(command: str, sentence: str) -> int:
-    sys.stderr.write(f"gpumem {command}: error: {sentence}\n")
+    sys.stderr.write(f"gpumem {command}: error: {printable(sentence)}\n")
     return 2
 
 

@@ -252,10 +252,22 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _value(hint: Any, plain: Any) -> Any:
     """Return ``plain`` as the type ``hint`` of a record's field."""
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is tuple and isinstance(plain, list | tuple):
         return tuple(_value(typing.get_args(hint)[0], each) for each in plain)
     kinds = [kind for kind in (hint, *typing.get_args(hint)) if hasattr(kind, "_fields")]
-    return from_plain(kinds[0], plain) if kinds and plain is not None else plain
+    if kinds and isinstance(plain, dict):
+        return from_plain(kinds[0], plain)
+    if not isinstance(plain, _leaves(hint)):
+        raise ValueError(f"{plain!r:.40} is no {getattr(hint, '__name__', hint)}")
+    return plain
+
+
+@functools.cache
+def _leaves(hint: Any) -> tuple[type, ...]:
+    """Return the builtin types that a field may have; JSON writes a whole float as an integer."""
+    kinds = () if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
+    plain = {kind for kind in kinds if kind in {int, float, str, bool, type(None)}}
+    return (*plain, *([int] if float in plain else []))
 
 
 def save(run: RunRecord, path: Path) -> None:
@@ -296,12 +308,43 @@ def load(path: Path) -> RunRecord:
 
     """
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
+        raise ValueError(f"{str(path)!r} {error}") from None
+
+
+def parse(text: bytes) -> RunRecord:
+    """Return the run that ``save`` wrote.
+
+    Raises:
+        ValueError: in one sentence, without a subject, when it is none.
+
+    """
+    try:
+        plain = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
+    except RecursionError:
+        raise ValueError("is not JSON of ours: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
-        raise ValueError(f"{str(path)!r} is not a run of schema {SCHEMA} (--gpumem-json)")
-    return from_plain(RunRecord, plain)
+        raise ValueError(f"is not a run of schema {SCHEMA} (--gpumem-json)")
+    try:
+        return from_plain(RunRecord, plain)
+    except ValueError as error:
+        raise ValueError(f"is a damaged run: {error}") from None
+
+
+_LARGEST = 2**63
+"""No card has more bytes, no run more seconds."""
+
+
+def _number(text: str) -> float:
+    """Return a number as an int where it is one; one that cannot be is refused."""
+    whole = text.lstrip("-").isdigit()
+    number = (int(text) if len(text) < 20 else _LARGEST) if whole else float(text)
+    if not -_LARGEST < number < _LARGEST:
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
 
 
 def merge(runs: dict[str, RunRecord]) -> RunRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import events, readers
 from pytest_gpumem.forensics.records import (
@@ -119,22 +119,22 @@ def _once(
     readings: Sequence[Reading],
 ) -> tuple[list[tuple[str, list[Run]]], tuple[Source, ...]]:
     """Return the runs of each input without those that another input tells better."""
-    kept: list[tuple[Run, str]] = []
+    kept: list[_Twin] = []
     notes: dict[int, str] = {}
     dropped: set[int] = set()
     for reading in readings:
-        for run in reading.runs:
-            others = (each for each in kept if each[1] != reading.path)
-            twin = next((each for each in others if _same(each[0], run)), None)
-            if twin is None:
-                kept.append((run, reading.path))
+        mine = []
+        for run in reading.runs if len(readings) > 1 else ():
+            new = _Twin(run, reading.path, run.counts, _failed(run)) if run.pytest else None
+            at = next((at for at, each in enumerate(kept) if new and _same(each, new)), None)
+            if new is None or at is None:
+                mine += [new] if new else []
                 continue
-            worse, better = sorted([twin[0], run], key=_worth)
-            where = reading.path if better is run else twin[1]
-            dropped.add(id(worse))
-            notes[id(worse)] = f"the same run as {where}"
-            if better is run:
-                kept[kept.index(twin)] = (run, reading.path)
+            worse, better = sorted([kept[at], new], key=lambda each: _worth(each.run))
+            dropped.add(id(worse.run))
+            notes[id(worse.run)] = f"the same run as {better.path}"
+            kept[at] = better
+        kept += mine
     told = [(each.path, [run for run in each.runs if id(run) not in dropped]) for each in readings]
     return told, tuple(_source(each, notes) for each in readings)
 
@@ -160,22 +160,33 @@ def _worth(run: Run) -> tuple[bool, bool, int, int]:
     return (run.ended, run.ordered and bool(run.order or run.letters), figures, len(run.order))
 
 
-def _same(one: Run, two: Run) -> bool:
+class _Twin(NamedTuple):
+    """A run, and what tells whether another is the same."""
+
+    run: Run
+    path: str
+    counts: Counter[str]
+    failed: dict[str, dict[str, str]]
+
+
+def _same(one: _Twin, two: _Twin) -> bool:
     """Tell whether two inputs tell of the same run, such as a log and its JUnit report."""
-    if not (one.pytest and two.pytest):
+    ended = one.run.ended and two.run.ended
+    if ended and any(one.counts[name] != two.counts[name] for name in _TOLD):
         return False
-    mine, other = _failed(one), _failed(two)
-    if not all(_agree(mine[name], other[name]) for name in mine.keys() & other.keys()):
+    mine, other = one.failed, two.failed
+    common = mine.keys() & other.keys()
+    if not all(_agree(mine[name], other[name]) for name in common):
         return False
-    if not (one.ended and two.ended):
-        part, whole = (two, one) if one.ended else (one, two)
-        return _part_of(part, whole) and bool(mine.keys() & other.keys())
-    if mine.keys() != other.keys() or any(one.counts[name] != two.counts[name] for name in _TOLD):
+    if not ended:
+        part, whole = (two, one) if one.run.ended else (one, two)
+        return bool(common) and _part_of(part.run, whole.run)
+    lasted = one.run.duration, two.run.duration
+    if len(common) != len(mine) or len(common) != len(other):
         return False
-    longest = max(one.duration, two.duration)
-    if one.duration and two.duration and abs(one.duration - two.duration) > longest * _NEAR:
+    if all(lasted) and abs(lasted[0] - lasted[1]) > max(lasted) * _NEAR:
         return False
-    return bool(mine) or one.duration == two.duration
+    return bool(mine) or lasted[0] == lasted[1]
 
 
 def _part_of(part: Run, whole: Run) -> bool:

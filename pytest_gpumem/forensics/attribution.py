@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.forensics import grammars
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 _SUBTEST = re.compile(r"(\S+?(?:\[.*?\])?) (?:\[.*\]|\(.*\)|\[.*\] \(.*\))$")
 _CRASHED = re.compile(r"worker '(gw\d+)' crashed while running '(.+?)(?:'|\.\.\.)?$")
+
+_NEARBY = 1000
+"""How many of the waiting are searched for an error: sections stand in the summary's order."""
 
 Waiting = dict[tuple[str, str], list[Summary]]
 """By kind and short name: tests that failed and whose section has not been met."""
@@ -76,6 +80,8 @@ def _name(failure: Failure, run: Run, waiting: Waiting, shorts: dict[str, str]) 
                 (each for each in entries if _same(failure.file, each.nodeid)), entries[0]
             )
             entries.remove(chosen)
+            if not entries:
+                del waiting[failure.kind, key]
             failure.nodeid = chosen.nodeid
             _adopt(failure, chosen)
             break
@@ -99,8 +105,8 @@ def _strike(nodeid: str, waiting: Waiting) -> None:
 
 def _by_error(failure: Failure, waiting: Waiting) -> str:
     """Return the name of the test that the summary lists with a nameless failure's error."""
-    for (kind, key), entries in waiting.items():
-        for entry in entries if kind == failure.kind else ():
+    for (kind, key), entries in islice(waiting.items(), _NEARBY):
+        for entry in entries[:_NEARBY] if kind == failure.kind else ():
             start = entry.message.removesuffix("...")
             if failure.error.startswith(start) if start else _same(failure.file, entry.nodeid):
                 return key
@@ -179,13 +185,14 @@ def _positions(run: Run) -> None:
 
 def _deaths(run: Run) -> None:
     """Give a worker's death the message that its process printed before it ended."""
+    outside = deque(seen for seen, test in run.loose if test is None)
+    taken = set()
     for failure in _dead(run.failures):
         end = max(run.down.get(failure.worker or "", 0), failure.line)
-        for each in run.loose:
-            if each[0].line <= end and each[1] is None:
-                failure.seen = each[0]
-                run.loose.remove(each)
-                break
+        if outside and outside[0].line <= end:
+            failure.seen = outside.popleft()
+            taken.add(id(failure.seen))
+    run.loose = [each for each in run.loose if id(each[0]) not in taken]
 
 
 def _dead(failures: Iterable[Failure]) -> list[Failure]:

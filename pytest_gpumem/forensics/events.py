@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import causes
@@ -81,13 +81,16 @@ def draft(path: str, runs: Sequence[Run], first: int) -> Told:
     """
     told = Told([], [], [])
     number = first - 1
+    named: set[str | None] = set()
     for run in runs:
         number += run.pytest
         drafts, deaths = _failures(path, max(number, 1), run)
-        named = {each.nodeid for each in (*told.drafts, *drafts)}
+        named.update(each.nodeid for each in drafts)
         told.drafts.extend(drafts)
         told.deaths.extend(deaths)
-        told.drafts.extend(_loose(path, max(number, 1), run, named))
+        loose = _loose(path, max(number, 1), run, named)
+        named.update(each.nodeid for each in loose)
+        told.drafts.extend(loose)
         told.kills.extend(_kills(path, max(number, 1), run))
     _running(runs, told)
     return told
@@ -95,15 +98,14 @@ def draft(path: str, runs: Sequence[Run], first: int) -> Told:
 
 def explain_deaths(deaths: Sequence[Draft], kills: list[Draft]) -> list[Draft]:
     """Return the workers that died of what the host says, in whatever file it says so."""
+    unknown = [kill for kill in kills if kill.nodeid is None]
     explained = []
-    for dead in deaths:
-        kill = next((each for each in kills if each.nodeid is None), None)
-        if kill is None:
-            break
-        kills.remove(kill)
+    for dead, kill in zip(deaths, unknown, strict=False):
         dead.killed = True
         dead.confirmed, dead.message = kill.confirmed, kill.message
         explained.append(dead)
+    used = {id(kill) for kill in unknown[: len(explained)]}
+    kills[:] = [kill for kill in kills if id(kill) not in used]
     return explained
 
 
@@ -266,8 +268,8 @@ def _kills(path: str, number: int, run: Run) -> list[Draft]:
 def _running(runs: Sequence[Run], told: Told) -> None:
     """Give a kill the test that was running: the shell may tell of it before pytest's output."""
     named = {each.nodeid for each in (*told.drafts, *told.deaths)}
-    dead = [each.run for each in told.deaths]
-    cut = [run for run in runs if run.pytest and not run.ended and run not in dead]
+    dead = {id(each.run) for each in told.deaths}
+    cut = [run for run in runs if run.pytest and not run.ended and id(run) not in dead]
     for kill in told.kills:
         if not cut:
             return
@@ -394,7 +396,7 @@ def _before(run: Run, test: Test) -> tuple[str, ...]:
 
 
 def _leftovers(each: Draft) -> list[causes.Leftover]:
-    """Return what earlier tests of the same worker left, the largest first."""
+    """Return what earlier tests of the same worker left; ``leftovers`` has the largest first."""
     test = each.test
     if test is None:
         return []
@@ -403,4 +405,4 @@ def _leftovers(each: Draft) -> list[causes.Leftover]:
         for left in each.run.leftovers.get(each.worker, ())
         if (other := each.run.find(left.nodeid, each.worker)) is not None and other.rank < test.rank
     )
-    return heapq.nlargest(_SHOWN, found, key=lambda left: left.size)
+    return list(islice(found, _SHOWN))

@@ -687,7 +687,8 @@ _SEPARATED = re.compile(r"(?:^|[:=>|\]})\"'`(,.;!*-]|\\n)\s*$")
 # Code and documents speak of the message; they do not report it.
 _CODE = re.compile(
     r"\s*(?:>\s+|\d+\s+)?(?:(?:raise|return|assert|def|class|import|case|throw|grep|echo)\s"
-    r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|with\s+[\w.]+\("
+    r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
+    r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?\.\w+\(|self\.\w+\(|pytest\.|#(?!\d)|//|/?\*(?!\*)|\"\"\"|\x27{3})"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$",

@@ -554,17 +554,7 @@ def _old_html(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _json(stream: IO[bytes]) -> list[Run]:
-    try:
-        plain = json.loads(_whole(stream))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is damaged JSON: {error}") from None
-    if not isinstance(plain, dict) or "tests" not in plain or plain["schema"] != records.SCHEMA:
-        raise ValueError(f"is not a run of schema {records.SCHEMA} (--gpumem-json)")
-    try:
-        recorded = records.from_plain(records.RunRecord, plain)
-        return [of_record(recorded)]
-    except (TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ValueError(f"is a damaged run: {error}") from None
+    return [of_record(records.parse(_whole(stream)))]
 
 
 _ENDED_WELL = {"passed", "skipped", "xfailed", "xpassed"}
@@ -619,6 +609,8 @@ def of_record(recorded: records.RunRecord) -> Run:
                 sizes.setdefault("total", totals.get(usage.card, 0))
             failure.seen = Seen(number, found._replace(sizes=sizes))
         run.failures.append(failure)
+    for left in run.leftovers.values():
+        left.sort(key=lambda each: -each.size)
     return run
 
 

@@ -13,8 +13,8 @@ SCHEMA = 1
 
 CAUSES = {
     "other_processes": "other processes hold the card",
-    "fragmentation": "free memory is in pieces (fragmentation)",
-    "accumulation": "earlier tests left memory behind (accumulation)",
+    "fragmentation": "free memory is in pieces",
+    "accumulation": "earlier tests left memory behind",
     "larger_than_card": "one request larger than the card",
     "memory_fraction": "a limit below the card's size was hit",
     "driver": "the driver refused although enough was free (limit or race)",

@@ -132,6 +132,8 @@ class Run:
         self.loose: list[tuple[Seen, Test | None]] = []
         """Messages outside of failures, with the test that ran when they were printed."""
         self.kills: list[Kill] = []
+        self.crashed: set[str] = set()
+        """Tests whose workers died."""
         self.down: dict[str, int] = {}
         """The line where each worker's end is told."""
         self.faults: dict[str | None, str] = {}

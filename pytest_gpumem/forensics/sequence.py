@@ -384,8 +384,9 @@ class Follower:
         run = self._run
         if match := _CRASH.search(text.body):
             worker, nodeid = match[1], match[2].rstrip("'")
-            if any(each.died and each.nodeid == nodeid for each in run.failures):
+            if nodeid in run.crashed:
                 return True
+            run.crashed.add(nodeid)
             failure = self._failure
             if failure is None or self._section != "failures":
                 failure = self._fail(line, nodeid)

@@ -31,7 +31,7 @@ def test_the_terminal_names_test_cause_and_advice(log, capsys):
     assert status == 0
     assert "3 tests in 1 run: 2 passed, 1 failed, pass rate 66.7 %, 9.10 s" in out
     assert NODE in out
-    assert "cause: free memory is in pieces (fragmentation)" in out
+    assert "1 test: free memory is in pieces (fragmentation)" in out
     assert "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in out
 
 
@@ -170,14 +170,14 @@ def test_a_comparison_without_missed_thresholds_is_0(log, tmp_path, capsys):
     status, out = run(capsys, "compare", log, better, "--max-oom", 0, "--min-pass-rate", "98%")
 
     assert status == 0
-    assert "no threshold is missed" in out
+    assert "all thresholds are kept; 1 better, 2 missing" in out
     assert "Better" in out
 
 
 @pytest.mark.parametrize(
     ("option", "value", "missed"),
     [
-        ("--max-oom", "0", "1 tests out of memory, allowed are 0"),
+        ("--max-oom", "0", "1 test out of memory, allowed are 0"),
         ("--min-pass-rate", "98", "the pass rate is 66.67 %, at least 98 % is asked for"),
     ],
 )
@@ -221,7 +221,7 @@ def test_every_field_and_cause_is_in_the_document():
     document = (Path(__file__).parents[3] / "docs" / "forensics.md").read_text()
     kinds = (
         records.OomEvent, records.Findings, records.Totals, records.Signature, records.Place,
-        records.GpuProcess,
+        records.GpuProcess, records.Source, records.Death,
     )  # fmt: skip
     names = {name for kind in kinds for name in kind._fields}
     names |= set(records.CAUSES) | {grammar.backend for grammar in grammars.GRAMMARS}

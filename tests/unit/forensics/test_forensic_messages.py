@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from forensic_corpus import ERROR, torch
@@ -24,7 +25,7 @@ HEADS = {
     "a level and a file": "ERROR  worker.py:31 {}",
     "sentences": "Error: request 7 failed: {}",
     "klog": 'E1129 10:11:12.123456       1 server.go:44] "Predict failed" err="{}"',
-    "klog with JSON": 'E1129 10:11:12.123456       1 server.go:44] "x" err="{{\\"message\\":\\"{}\\"}}"',
+    "klog with JSON": 'E1129 10:11:12.123456  1 server.go:44] "x" err="{{\\"message\\":\\"{}\\"}}"',
     "logfmt": 'time=2025-03-04T10:20:30Z level=error source=run.go:9 msg="{}"',
     "loguru": "2025-03-04 10:20:30.123 | ERROR    | app.core:run:45 - {}",
     "loguru's main": "2025-03-04 10:20:30.123 | ERROR    | __main__:<module>:12 - {}",
@@ -71,72 +72,20 @@ def test_a_line_of_the_summary_counts_behind_any_head(head):
 
 
 WORDS = [
-    ("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.", "card", None),
-    ("RESOURCE_EXHAUSTED: Attempting to allocate 31.06M. That was not possible. There are 29.00M "
-     "free.; (0x0x0_HBM0)", "card", "31.06 MiB"),
-    ("RESOURCE_EXHAUSTED: Attempting to reserve 9.62G at the bottom of memory. That was not "
-     "possible. There are 8.11G free, 0B reserved, and 8.11G reservable.", "card", "9.62 GiB"),
-    ("ResourceExhaustedError: failed to allocate memory [Op:Mul]", "card", None),
-    ("  (0) RESOURCE_EXHAUSTED: OOM when allocating tensor with shape[1024,1024] and type float on "
-     "/job:localhost/replica:0/task:0/device:GPU:0 by allocator GPU_0_bfc", "card", "4 MiB"),
-    ("OOM when allocating tensor with shape[1024,1024] and type float on /job:localhost/replica:0/"
-     "task:0/device:CPU:0 by allocator cpu", "host", "4 MiB"),
-    ("alloc_tensor_range: failed to allocate CUDA0 buffer of size 1048576", "card", "1 MiB"),
-    ("alloc_tensor_range: failed to allocate CPU buffer of size 1048576", "host", "1 MiB"),
-    ("onnxruntime: Requested amount of memory (1048576 bytes) could not be allocated", "card",
-     "1 MiB"),
-    ("[TRT] [E] 2: Cuda Error in allocate: 2 (out of memory)", "card", None),
-    ("(raylet) node_manager.cc:3069: 2 Workers (tasks / actors) killed due to memory pressure (OOM)",
-     "host", None),
-    ("exit_type = NODE_OUT_OF_MEMORY, exit_detail = Task was killed", "host", None),
-    *(
-        (f"RuntimeError: {name} when calling `create(handle)`", "card", None)
-        for name in (
-            "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED,",
-            "CUDA error: CUSPARSE_STATUS_ALLOC_FAILED",
-            "CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES",
-            "cuFFT error: CUFFT_ALLOC_FAILED",
-            "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED",
-            "miopenStatusAllocFailed",
-            "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-        )
-    ),
-    ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 1.00 GiB for an array with "
-     "shape (2, 3) and data type float64", "host", "1 GiB"),
-    ("ValueError: To serve at least one request with the models's max seq len (131072), (16.00 GiB "
-     "KV cache is needed, which is larger than the available KV cache memory (10.25 GiB). Try "
-     "increasing `gpu_memory_utilization`.", "card", "16 GiB"),
-    ("torch.OutOfMemoryError: memory allocation failed with OOM on device 0 while trying to "
-     "allocate 1048576 bytes (free: 2097152, total: 4194304)", "card", "1 MiB"),
-    ("pycuda._driver.MemoryError: cuMemAlloc failed: out of memory", "card", None),
-    ("pycuda._driver.MemoryError: cuStreamCreate failed: out of memory", "card", None),
-    ("Warp CUDA error 2: out of memory (in function wp_alloc_device_async, warp.cu:631)", "card",
-     None),
-    ("RuntimeError: Failed to allocate 1048576 bytes on device 'cuda:1'", "card", "1 MiB"),
-    ("[E 02/03/24 10:20:30.1 7] [cuda_driver.h:operator()@92] CUDA Error CUDA_ERROR_OUT_OF_MEMORY: "
-     "out of memory while calling malloc (cuMemAlloc_v2)", "card", None),
-    ("ERROR: Out of GPU memory trying to allocate 1.000 GiB", "card", "1 GiB"),
-    ("RuntimeError: [metal::malloc] Attempting to allocate 1048576 bytes which is greater than the "
-     "maximum allowed buffer size of 524288 bytes.", "card", "1 MiB"),
-    ("OptixError: OPTIX_ERROR_DEVICE_OUT_OF_MEMORY", "card", None),
-    ("what():  UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "card", None),
-    ("what():  UR_RESULT_ERROR_OUT_OF_HOST_MEMORY", "host", None),
-    ("E   MemoryError", "host", None),
-    ("terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc",
-     "host", None),
-    ("RESOURCE_EXHAUSTED: Compilation failure:\nRan out of memory in memory space hbm. Used 8.50G of "
-     "7.48G hbm.", "card", "8.5 GiB"),
-    ("RuntimeError: INTERNAL: Failed to load in-memory CUBIN:\nCUDA_ERROR_OUT_OF_MEMORY: out of "
-     "memory", "card", None),
-]  # fmt: skip
+    line.split("\t")
+    for line in (Path(__file__).parent / "messages.tsv").read_text().splitlines()[1:]
+]
+"""Whose memory, the size that was asked for, and the message, its newlines as ``\\n``."""
 
 
-@pytest.mark.parametrize(("text", "memory", "tried"), WORDS, ids=range(len(WORDS)))
-def test_each_framework_s_words_are_known(text, memory, tried):
-    (event,) = events(f"starting\n{text}\nstopped\n")
+@pytest.mark.parametrize(("memory", "tried", "text"), WORDS, ids=range(len(WORDS)))
+def test_each_framework_s_words_are_known(memory, tried, text):
+    message = text.replace("\\n", "\n")
+
+    (event,) = events(f"starting\n{message}\nstopped\n")
 
     assert ("host" if event.backend in HOST else "card") == memory
-    assert event.tried_bytes == (None if tried is None else grammars.size(tried))
+    assert event.tried_bytes == (None if tried == "-" else grammars.size(tried))
 
 
 NOTHING = [
@@ -161,9 +110,11 @@ NOTHING = [
     "oom_score_adj: 0, oom_kill_disable 0",
     "CUDA error: an illegal memory access was encountered",
     "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
-    "0 Workers (tasks / actors) killed due to memory pressure (OOM), 1 Workers crashed due to other",
-    "[W304 10:20:30.1 CUDACachingAllocator.cpp:3933] memory allocation failed with OOM on device 0 "
-    "while trying to allocate 2097152 bytes (free: 1048576, total: 4090956349).",
+    "0 Workers (tasks / actors) killed due to memory pressure (OOM), 1 Workers crashed",
+    (
+        "[W304 10:20:30.1 CUDACachingAllocator.cpp:3933] memory allocation failed with OOM on "
+        "device 0 while trying to allocate 2097152 bytes (free: 1048576, total: 4090956349)."
+    ),
     "enum value 'CUDA_ERROR_OUT_OF_MEMORY' not handled in switch",
     "java.lang.OutOfMemoryError: Java heap space",
 ]
