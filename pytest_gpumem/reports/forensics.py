@@ -113,7 +113,8 @@ def _totals(found: Findings) -> Iterator[str]:
     passed = f"; {again:,} more did and passed when run again" if again else ""
     sure = sum(event.felled for event in found.events if event.confirmed)
     probably = f", {totals.oom - sure:,} of them probably" if sure < totals.oom else ""
-    noun = "test or process", "tests or processes"
+    outside = any(event.nodeid is None for event in found.events)
+    noun = ("test or process", "tests or processes") if outside else ("test", "tests")
     yield f"{_count(totals.oom, *noun)} ran out of memory{probably}{passed}"
 
 
