@@ -113,7 +113,7 @@ def _make(log: Path, size: int) -> None:
     noise = [_noise(draw) for _ in range(256)]
     per_section = max(1, (size - 3_000_000) // (OOMS + ERRORS + FAILED))
     with log.open("w", encoding="utf-8") as file:
-        for line in _lines(draw, lambda: _captured(draw, noise, per_section)):
+        for line in lines_of(draw, lambda: _captured(draw, noise, per_section)):
             file.write(line)
 
 
@@ -136,7 +136,8 @@ def _captured(draw: random.Random, noise: list[str], size: int) -> str:
     return "".join(pieces)
 
 
-def _lines(draw: random.Random, captured: Callable[[], str]) -> Iterator[str]:
+def lines_of(draw: random.Random, captured: Callable[[], str]) -> Iterator[str]:
+    """Return the lines of the log; ``captured`` returns what each failure printed."""
     names = [
         f"tests/area{number % 40}/test_part{number % 211}.py::TestPart::test_case[{number}]"
         for number in range(TESTS)
