@@ -131,7 +131,12 @@ GRAMMARS = (
         )
     ),
     _grammar("unknown", "Tried to allocate", r"\bOut of memory\. Tried to allocate", *_TORCH),
-    _grammar("cuda", "failed with OOM on device", "", *_REFUSED),
+    _grammar(
+        "cuda",
+        "failed with OOM on device",
+        r"(?:memory \w+ )?failed with OOM on device",
+        *_REFUSED,
+    ),
     # Jetson: the allocator's own report fails before it can say that memory ran out.
     _grammar(
         "cuda",
@@ -190,7 +195,7 @@ GRAMMARS = (
     _grammar(
         "cuda",
         "STATUS_NOT_INITIALIZED",
-        r"\bCUBLAS_STATUS_NOT_INITIALIZED",
+        r"\b(?:CUBLAS|CUDNN|CUSOLVER)_STATUS_NOT_INITIALIZED",
         kind="weak",
         distinct=True,
     ),
@@ -523,7 +528,7 @@ GRAMMARS = (
     _grammar(
         "nccl",
         "Cuda failure",
-        r"(?:\S+:\d+:\d+ \[(?P<device>\d{1,4})\] .{0,80}?)?NCCL WARN Cuda failure (?:\d+ )?"
+        r"(?:\S+:\d+:\d+ \[(?P<device>\d{1,4})\] .{0,80}?)?(?:NCCL WARN )?Cuda failure (?:\d+ )?"
         "'out of memory'",
         distinct=True,
     ),
@@ -760,6 +765,8 @@ class Message(NamedTuple):
     whole: bool
     """Whether each figure of its grammar was there."""
     text: str
+    start: int
+    """Where in ``text`` the framework's own words begin."""
 
     @property
     def figures(self) -> int:
@@ -951,6 +958,7 @@ def _message(grammar: Grammar, text: str, match: re.Match[str] | None) -> Messag
         None if pid is None else int(pid),
         not missing,
         text,
+        start,
     )
 
 

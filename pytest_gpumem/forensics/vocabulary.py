@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_gpumem.forensics.grammars import Message
+
 _HINT = re.compile(
-    r"(?i)memory|alloc|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|cache blocks"
+    r"(?i)memory|alloc|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|KV cache|cache blocks"
+    r"|INSUFFICIENT_RESOURCES|That was not possible|mem-fraction-static"
 )
 """Lines without any of these are in no grammar; the grammars are loaded only for one that has."""
 _LINES = 100
@@ -70,9 +73,11 @@ def _line(line: str) -> Said | None:
             return None
         rest = line[start:]
         message = None if _CLASS.match(rest) else grammars.parse(rest, raised=True)
-        if message is not None:
+        if message is not None and not _quoted(rest, message):
+            if _DATA.search(rest, 0, message.start):
+                return None
             return Said(
-                rest,
+                rest[message.start :],
                 host=message.backend in ("cpu", "host") or _OF_HOST.search(line) is not None,
                 # ONNX Runtime's arena may be the host's.
                 weak=message.kind == "weak" or message.backend == "onnxruntime",
@@ -80,6 +85,13 @@ def _line(line: str) -> Said | None:
                 allowed=message.printed.get("allowed", ""),
             )
     return None
+
+
+def _quoted(text: str, message: Message) -> bool:
+    """Tell whether somebody's own words speak of a message, rather than report it."""
+    if not message.start:
+        return False
+    return not message.named or text[message.start - 1] in "'\"`"
 
 
 def _starts(line: str) -> Iterator[int]:

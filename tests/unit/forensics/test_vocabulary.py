@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,15 @@ def test_the_grammars_are_loaded_only_for_a_text_that_may_be_one() -> None:
         "sys.exit('pytest_gpumem.forensics.grammars' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_knows_the_words_that_forensics_knows() -> None:
+    table = Path(__file__).parent / "messages.tsv"
+    rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
+    unknown = [
+        text
+        for memory, _, text in rows
+        if (said := classify(text.removeprefix("E   ").replace("\\n", "\n"))) is None
+        or said.host != (memory == "host")
+    ]
+    assert unknown == []
