@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from pytest_gpumem.forensics.readers import Reading
+    from pytest_gpumem.forensics.readers import Reading, Watch
     from pytest_gpumem.forensics.records import OomEvent
     from pytest_gpumem.forensics.runs import Run
     from pytest_gpumem.records import RunRecord
@@ -36,15 +36,19 @@ _NEAR = 0.01
 """Share by which two reports of one run may differ in its duration."""
 
 
-def analyse(paths: Iterable[str]) -> Findings:
+def analyse(paths: Iterable[str], watch: Watch | None = None) -> Findings:
     """Return what the files tell; ``-`` is standard input, directories and archives are walked.
+
+    Args:
+        paths: of the files.
+        watch: told of each message of a standard input that has not ended, when it comes.
 
     Raises:
         OSError: when a file that was named cannot be read.
         ValueError: in one sentence, when it is of no use.
 
     """
-    inputs = readers.gather(paths)
+    inputs = readers.gather(paths, watch)
     return _findings(inputs.readings, inputs.notes)
 
 

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_gpumem.forensics.records import Findings
+    from pytest_gpumem.forensics.runs import Seen
 
 _EPILOG = (
     "Exit status: 0 when a test run was read, whatever it tells; 1 when --cause or --felled has no "
     "test; 2 when the input cannot be used or holds no test run."
 )
+
+
+_LIVE = 200
+"""Characters of a message that comes while a log is written."""
 
 
 def add_forensics(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -105,13 +110,15 @@ def _forensics(chosen: argparse.Namespace) -> int:
     from pytest_gpumem.forensics import analysis
 
     _learn()
-    found = analysis.analyse(chosen.logs)
+    person = chosen.format == "terminal" and chosen.output is None
+    asks = bool(chosen.cause or chosen.felled)
+    found = analysis.analyse(chosen.logs, _live if person and not asks else None)
     if chosen.cause or chosen.felled:
         return _names(found, chosen.cause)
     told = bool(found.totals.runs or found.events or found.deaths)
     if not told and chosen.format != "json":
         raise ValueError(_nothing(found))
-    if chosen.format == "terminal" and chosen.output is None:
+    if person:
         from pytest_gpumem.reports import forensics as report
 
         report.show(found, chosen.top)
@@ -120,6 +127,13 @@ def _forensics(chosen: argparse.Namespace) -> int:
     if not told:
         raise ValueError(_nothing(found))
     return 0
+
+
+def _live(seen: Seen, test: str | None) -> None:
+    """Print a message of a log that is still being written."""
+    text = seen.message.text.strip()[: _LIVE - 1]
+    sys.stdout.write(printable(f"line {seen.line}: {f'{test}: ' if test else ''}{text}\n"))
+    sys.stdout.flush()
 
 
 def _learn() -> None:

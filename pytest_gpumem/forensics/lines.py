@@ -84,7 +84,8 @@ class Line(NamedTuple):
 def scan(chunks: Iterable[bytes]) -> Iterator[Line]:
     """Return the lines that hold an anchor, the same ones however ``chunks`` are cut.
 
-    Memory stays that of a region and its windows.
+    An empty chunk says that more is not there yet: the lines so far are returned. Memory stays
+    that of a region and its windows.
     """
     number, position = 1, 0
     for region in _regions(chunks):
@@ -112,12 +113,13 @@ class _Region(NamedTuple):
 def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
     """Return the log in regions that begin where a line begins, unless lines are too long."""
     buffer, begin, base = b"", 0, 0
-    for more in _gather(chunks):
+    for more, window in _gather(chunks):
         buffer += more
         limit = len(buffer)
-        if more:
-            limit -= WINDOW
-            limit = buffer.rfind(b"\n", begin, max(limit, begin)) + 1 or limit
+        if window is not None:
+            limit -= window
+            whole = buffer.rfind(b"\n", begin, max(limit, begin)) + 1
+            limit = whole or (limit if window else begin)
         if limit > begin:
             yield _Region(buffer, begin, limit, base)
             cut = max(0, limit - WINDOW)
@@ -137,18 +139,21 @@ def _hits(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int, 
         position = max(end, at + 1)
 
 
-def _gather(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Return larger pieces, without the NULs of text in UTF-16, and an empty one at the end."""
+def _gather(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, int | None]]:
+    """Return larger pieces, without the NULs of text in UTF-16.
+
+    With each comes how much of its end awaits context: a window, nothing where more is not there
+    yet, None at the end.
+    """
     held: list[bytes] = []
     size = 0
     for chunk in chunks:
         held.append(chunk.replace(b"\0", b"") if b"\0" in chunk else chunk)
         size += len(chunk)
-        if size >= _REGION and (joined := b"".join(held)):
-            yield joined
+        if size >= _REGION or not chunk:
+            yield b"".join(held), WINDOW if chunk else 0
             held, size = [], 0
-    yield from filter(None, [b"".join(held)])
-    yield b""
+    yield b"".join(held), None
 
 
 def _line(buffer: bytes, at: int) -> tuple[int, int]:

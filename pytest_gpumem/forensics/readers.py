@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import select
 import stat
 import sys
 import tempfile
@@ -26,8 +27,12 @@ from pytest_gpumem.forensics.sequence import Follower
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    Watch = Callable[[Seen, str | None], None]
+
 CHUNK = 1 << 22
 _HEAD = 4096
+_PATIENCE = 0.3
+"""Seconds after which a pipe that gives nothing is taken to be written still."""
 _TREE_LIMIT = 1 << 28
 """JSON, HTML and pickles are read whole; what is larger is no report of a test run."""
 _SPOOLED = 1 << 26
@@ -59,8 +64,12 @@ class Inputs(NamedTuple):
     notes: list[str]
 
 
-def gather(given: Iterable[str]) -> Inputs:
+def gather(given: Iterable[str], watch: Watch | None = None) -> Inputs:
     """Return what the files hold; ``-`` is standard input, directories and archives are walked.
+
+    Args:
+        given: their paths.
+        watch: told of each message of a standard input that has not ended, when it comes.
 
     Raises:
         OSError: when a file that was named cannot be read.
@@ -70,7 +79,7 @@ def gather(given: Iterable[str]) -> Inputs:
     inputs = Inputs([], [])
     for each in given:
         if each == "-":
-            inputs.readings.extend(_stdin(inputs.notes))
+            inputs.readings.extend(_stdin(inputs.notes, watch))
         elif Path(each).is_dir():
             _walk(each, inputs)
         else:
@@ -82,13 +91,13 @@ def gather(given: Iterable[str]) -> Inputs:
     return inputs
 
 
-def _stdin(notes: list[str]) -> list[Reading]:
+def _stdin(notes: list[str], watch: Watch | None) -> list[Reading]:
     # A process may be started without one.
     file = getattr(sys.stdin, "buffer", None)
     if file is None:
         raise ValueError("'-': standard input is closed")
     try:
-        return read_stream(file, "-", notes)
+        return read_stream(_live(file), "-", notes, watch=watch)
     except ValueError as error:
         raise ValueError(f"'-' {error}") from None
 
@@ -130,7 +139,11 @@ def read(path: str) -> list[Run]:
 
 
 def read_stream(
-    file: IO[bytes], path: str = "", notes: list[str] | None = None, depth: int = 0
+    file: IO[bytes],
+    path: str = "",
+    notes: list[str] | None = None,
+    depth: int = 0,
+    watch: Watch | None = None,
 ) -> list[Reading]:
     """Return what the open file holds, whatever its kind is: several readings of an archive.
 
@@ -139,6 +152,7 @@ def read_stream(
         path: what to call it.
         notes: where to say which entries of an archive cannot be read.
         depth: how many archives it lies in.
+        watch: told of each message that is read before the end is there.
 
     Raises:
         ValueError: in one sentence, when it is of no use.
@@ -157,11 +171,19 @@ def read_stream(
         entries = _zipped if head.startswith(b"PK") else _tarred
         return entries(stream, path, notes if notes is not None else [], depth + 1)
     counted = _Counted(stream)
-    kind, runs, cut = _told(head, cast("IO[bytes]", counted))
+    idle = getattr(file, "idle", None)
+
+    def heard(seen: Seen, test: str | None) -> None:
+        if watch is not None and idle is not None and idle.met:
+            watch(seen, test)
+
+    kind, runs, cut = _told(head, cast("IO[bytes]", counted), idle, heard)
     return [Reading(path, kind, counted.size, runs, cut)]
 
 
-def _told(head: bytes, stream: IO[bytes]) -> tuple[str, list[Run], str]:
+def _told(
+    head: bytes, stream: IO[bytes], idle: _Idle | None, watch: Watch
+) -> tuple[str, list[Run], str]:
     """Return a file's kind, its runs, and why it ends early if it does."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] == b"<" and re.search(rb"(?i)<html|<!doctype html|data-jsonblob", head):
@@ -173,7 +195,7 @@ def _told(head: bytes, stream: IO[bytes]) -> tuple[str, list[Run], str]:
     if re.match(rb"\x80[\x02-\x05]", head):
         return "torch snapshot", _snapshot(stream), ""
     _refuse_binary(head)
-    runs = Follower().follow(lines.scan(_chunks(head, stream)))
+    runs = Follower(watch).follow(lines.scan(_chunks(head, stream, idle)))
     return ("pytest log" if any(run.pytest for run in runs) else "log"), runs, ""
 
 
@@ -185,6 +207,45 @@ def _refuse_binary(head: bytes) -> None:
     controls = len(head) - len(head.translate(None, _CONTROL)) - (nulls if wide else 0)
     if controls * _BINARY > len(head):
         raise ValueError("is neither text nor a report that is known")
+
+
+class _Idle:
+    """Tells whether a pipe has nothing to read for a while, though it has not ended."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.met = False
+        """Whether it ever had not."""
+
+    def __call__(self) -> bool:
+        ready, _, _ = select.select([self._descriptor], [], [], _PATIENCE)
+        self.met = self.met or not ready
+        return not ready
+
+
+class _Live(io.RawIOBase):
+    """A pipe that is read as far as it goes."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.idle = _Idle(descriptor)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return os.read(self._descriptor, size if size > 0 else CHUNK)
+
+
+def _live(file: IO[bytes]) -> IO[bytes]:
+    """Return standard input so that what comes can be told while it comes."""
+    try:
+        live = _Live(file.fileno())
+        live.idle()
+    except (OSError, ValueError):  # no pipe, or a system that cannot wait for one
+        return file
+    live.idle.met = False
+    return cast("IO[bytes]", live)
 
 
 class _Unpacked(io.RawIOBase):
@@ -325,8 +386,11 @@ class _Counted(io.RawIOBase):
 def _peek(file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
     """Return the first bytes, and the file as from its beginning; pipes cannot seek."""
     head = b""
+    idle = getattr(file, "idle", None)
     while len(head) < _HEAD and (more := file.read(_HEAD - len(head))):
         head += more
+        if idle is not None and idle():
+            break
     return head, cast("IO[bytes]", _Again(head, file))
 
 
@@ -348,14 +412,20 @@ class _Again(io.RawIOBase):
         return taken
 
 
-def _chunks(head: bytes, stream: IO[bytes]) -> Iterator[bytes]:
-    """Return the log in pieces, as UTF-8 where a byte order mark says that it is UTF-16."""
+def _chunks(head: bytes, stream: IO[bytes], idle: _Idle | None) -> Iterator[bytes]:
+    """Return the log in pieces, as UTF-8 where a byte order mark says that it is UTF-16.
+
+    An empty piece says that more is not there yet.
+    """
     encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(head[:2])
     if b"\0" not in head:
         encoding = None  # two stray bytes, not a mark
     decoder = codecs.getincrementaldecoder(encoding)("replace") if encoding else None
     while chunk := stream.read(CHUNK):
-        yield decoder.decode(chunk).encode() if decoder else chunk
+        if text := decoder.decode(chunk).encode() if decoder else chunk:
+            yield text
+        if idle is not None and idle():
+            yield b""
 
 
 def _whole(stream: IO[bytes]) -> bytes:

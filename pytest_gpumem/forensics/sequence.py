@@ -102,8 +102,11 @@ _NEW = re.compile(
 class Follower:
     """Reads the lines of one log in order and keeps its runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Callable[[Seen, str | None], None] | None = None) -> None:
         self.runs = [Run()]
+        self._watch = watch
+        """Told of each message when it is read, with its test as far as it is known by then."""
+        self._watched = 0
         self._section = ""
         """``progress``, ``failures``, ``errors``, ``short`` (the summary), ``other``, or none."""
         self._failure: Failure | None = None
@@ -140,9 +143,22 @@ class Follower:
                 texts = lines.read_all(line.raw, self._carrier)
             for text in texts:
                 any(step(line, text) for step in self._steps)
+            if self._watch is not None:
+                self._report(self._watch)
         for run in self.runs:
             resolve(run)
         return self.runs
+
+    def _report(self, watch: Callable[[Seen, str | None], None]) -> None:
+        """Tell of the messages that came with the last line."""
+        run, failure = self._run, self._failure
+        told = [(seen, test.nodeid if test else None) for seen, test in run.loose[-1:]]
+        if failure is not None and failure.seen is not None:
+            told.append((failure.seen, failure.nodeid or failure.name))
+        for seen, test in told:
+            if seen.line > self._watched:
+                self._watched = seen.line
+                watch(seen, test)
 
     def _banner(self, line: Line, text: Text) -> bool:
         """Read a line that begins or ends a section or a run."""
