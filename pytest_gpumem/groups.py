@@ -126,7 +126,7 @@ def read(path: Path) -> list[Group]:
     """
     try:
         plain = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not TOML: {error}") from None
     table: Any = plain
     for key in ("tool", "gpumem", "groups"):

@@ -221,3 +221,11 @@ def test_the_time_for_many_events_is_linear():
 
     took(10)
     assert took(3200) < 8 * took(800)
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_one_sentence(tmp_path, capsys):
+    path = tmp_path / "deep.toml"
+    path.write_text(f"a = {'[' * 100_000}")
+
+    assert cli.main(["groups", "--config", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
