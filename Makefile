@@ -19,7 +19,7 @@ help:
 	@echo "make test           all tests on pytest 9, those of the plugin's core also on pytest 8"
 	@echo "make lint           ruff and mypy"
 	@echo "make docs           the documentation as pages, into build/site"
-	@echo "make bench          overhead against bare pytest, pytest-memray and pytest-monitor"
+	@echo "make bench          overhead against bare pytest, xdist, pytest-memray and pytest-monitor"
 	@echo "make soak           property tests with many more examples; all of torch's operators; other packages' suites"
 	@echo "make replay         the suite of 4,479 tests that ran out of memory, without and with the plugin"
 	@echo "make gpu-check      the real-GPU suite; prints its figures as Markdown"

@@ -290,12 +290,17 @@ class Leasing:
             return False
 
     def _learn(self, item: pytest.Item) -> None:
-        """Expect of the test's relatives in this process what it took."""
+        """Expect of the test's relatives in this process what it took.
+
+        A test that took nothing, as expected, teaches nothing.
+        """
         usage = item.stash.get(USAGE, None)
         if usage is None:
             return
         if self._granted is None:
-            self._history.note_usage(item.nodeid, usage.cards, DURATION)
+            expected = self._history.expect(item.nodeid)
+            if usage.cards or expected.gpu or expected.source == "guess":
+                self._history.note_usage(item.nodeid, usage.cards, DURATION)
         elif any(card.extra or card.ooms for card in usage.cards):
             self._used_card()
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_gpumem import devices
+from pytest_gpumem.sharing.ledger import LeaseError, run_directory
+from pytest_gpumem.sharing.watching import Glimpse, Teller, is_watched
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from pytest_gpumem.sharing.watching import Teller
 
 
 class Watched:
@@ -21,8 +21,6 @@ class Watched:
     NAME = "gpumem-watched"
 
     def __init__(self) -> None:
-        from pytest_gpumem.sharing.ledger import LeaseError, run_directory
-
         self._directory: Path | None = None
         self._teller: Teller | None = None
         self._test = ""
@@ -34,8 +32,6 @@ class Watched:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Look for a monitor once a test; nothing else is done without one."""
-        from pytest_gpumem.sharing.watching import Teller, is_watched
-
         if self._directory is None:
             return
         if not is_watched(self._directory):
@@ -70,8 +66,6 @@ class Watched:
     def _tell(self, phase: str) -> None:
         if self._teller is None:
             return
-        from pytest_gpumem.sharing.watching import Glimpse
-
         worker = os.environ.get("PYTEST_XDIST_WORKER", "")
         try:
             self._teller.tell(Glimpse(os.getpid(), worker, self._test, phase, _held()))

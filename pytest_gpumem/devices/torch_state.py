@@ -64,7 +64,10 @@ def accelerator() -> Any:
     None too before torch 2.9, whose accelerators tell no memory statistics in common.
     """
     module: Any = getattr(sys.modules.get("torch"), "accelerator", None)
-    if not hasattr(module, "memory_stats") or kind(module) in ("", "cuda"):
+    # torch has one kind of accelerator at a time, and asking which takes longer.
+    if not hasattr(module, "memory_stats") or cuda() is not None:
+        return None
+    if kind(module) in ("", "cuda"):
         return None
     its = backend(kind(module))
     if hasattr(its, "is_initialized"):

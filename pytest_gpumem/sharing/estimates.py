@@ -58,7 +58,9 @@ class Estimates:
         self._peaks: list[int] = []
         """Sorted."""
         self._surprising: set[str] = set()
-        """Families of tests that used a card although that was not expected."""
+        """Families and modules of tests that used a card although that was not expected."""
+        self._harmless: set[str] = set()
+        """Families of which a test has used no card."""
         self.ooms: Counter[int] = Counter()
         """How often tests ran out of memory and were to be tried again."""
         trust = sum(test.duration * (TRUST if test.seen else GUESS) for test in tests)
@@ -97,6 +99,13 @@ class Estimates:
         """Return whether ``test`` is of a family that turned out to use a card."""
         return bool(self._surprising) and family(self._tests[test].nodeid) in self._surprising
 
+    def suspect(self, test: int) -> bool:
+        """Return whether all that is known of ``test`` is that others of its module use a card."""
+        planned = self._tests[test]
+        if planned.seen or planned.group not in self._surprising:
+            return False
+        return family(planned.nodeid) not in self._harmless
+
     def scouted(self, kin: str) -> bool:
         """Return whether the peak of a test of family ``kin`` was seen."""
         return kin in self._family_peaks
@@ -108,13 +117,18 @@ class Estimates:
 
     def used_card(self, test: int, peak: int | None, fixtures: int = 0) -> None:
         """Take note that ``test`` used a card, and expect the same of its relatives."""
-        kin = family(self._tests[test].nodeid)
-        if not self._tests[test].gpu:
-            self._surprising.add(kin)
+        planned = self._tests[test]
+        kin = family(planned.nodeid)
+        if not planned.gpu and peak != 0:
+            self._surprising |= {kin, planned.group}
         if peak is not None:
             bisect.insort(self._peaks, peak)
             self._family_peaks[kin] = max(peak, self._family_peaks.get(kin, 0))
             self._family_fixtures[kin] = max(fixtures, self._family_fixtures.get(kin, 0))
+
+    def used_none(self, test: int) -> None:
+        """Take note that ``test`` used no card."""
+        self._harmless.add(family(self._tests[test].nodeid))
 
     def pace(self, *, gpu: bool) -> float:
         """Return how long tests take, as a ratio to what was expected."""

@@ -13,6 +13,8 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
   of smaller ones, so that none starves.
 - A GPU test of which nothing is known runs alone. One of each family goes first; its peak is
   then expected of the others.
+- Where not every worker has room for a context, a test of which nothing is known but that others
+  of its module turned out to use a card counts as a GPU test, until one of its family used none.
 - Short CPU tests are handed out ahead, many at once, to workers that no GPU test can want. A
   worker in which one of them uses a card all the same returns those behind it.
 - A test that runs out of memory beside others, or beside what they keep, runs again, alone on its
@@ -389,6 +391,8 @@ class Planner:
             self._seen.used_card(test, self._need(test), self._seen.fixtures(test))
         elif gpu or peak:
             self._seen.used_card(test, peak, fixtures)
+        if peak == 0 and not oom:
+            self._seen.used_none(test)
         if peak and not self._tests[test].gpu:
             self._until_replan = 0
         ran.given.remove(test)
@@ -596,7 +600,7 @@ class Planner:
             test = portion.tests[0]
             duration = pace * self._tests[test].duration
             last = first + ahead > pace * self._cpu.time / len(self._workers)
-            if ahead + duration > AHEAD or last or self._seen.surprises(test):
+            if ahead + duration > AHEAD or last or self._on_card(test):
                 break
             self._run(worker, self._cpu.take(portion, test), out)
             ahead += duration
@@ -612,10 +616,23 @@ class Planner:
         while len(self._cpu):
             portion = self._cpu_portion(worker)
             test = self._cpu.take(portion, portion.tests[0])
-            if not self._seen.surprises(test):
+            if not self._on_card(test):
                 return test
             self._admit(test)
+            self._changed = True  # it may be what a worker has room for that was asked before
         return None
+
+    def _on_card(self, test: int) -> bool:
+        """Return whether ``test`` uses a card, or is better not taken for one that does not.
+
+        Where not every worker has room for a context, never-seen tests of a module that uses a
+        card would run out of memory in those that have none.
+        """
+        return self._seen.on_card(test) or (self._seen.suspect(test) and self._crowded())
+
+    def _crowded(self) -> bool:
+        """Return whether a card has no room for a context of each of its workers."""
+        return any(self._capacity(card, len(card.workers)) < 0 for card in self._cards.values())
 
     def _cpu_portion(self, worker: _Worker) -> Portion:
         long = self._cpu.long
@@ -1006,7 +1023,7 @@ class Planner:
         """Put one test where it belongs."""
         planned = self._tests[test]
         whole = self._whole(test)
-        if not self._seen.on_card(test):
+        if not self._on_card(test):
             self._cpu.add(test)
         elif self._lone(test) or whole > self._roomiest():
             self._run_alone(test)

@@ -360,6 +360,10 @@ class Tracker:
     def anything_stayed(self) -> bool:
         """Whether the running test, or a fixture torn down in it, keeps memory at this moment."""
         self.boundary()
+        return self._anything_stayed()
+
+    def _anything_stayed(self) -> bool:
+        """Whether anything stayed at the last boundary."""
         if self._test is None:
             return False
         self._test.pay_back()
@@ -392,7 +396,7 @@ class Tracker:
             return Usage()
         self._end_teardowns()
         verdicts: Verdicts = {}
-        if judge and self.anything_stayed():
+        if judge and self._anything_stayed():
             self._give_back(errors)
             if self.anything_stayed():
                 verdicts = self._judge(test, keepers or {}, passing or {})
@@ -480,7 +484,7 @@ class Tracker:
                 meter.process = devices.own_bytes(meter.card, meter.last.reserved)
 
     def _release_caches(self) -> None:
-        for allocator in devices.allocators():
+        for allocator in devices.allocators() if self._meters else ():
             meters = [meter for (name, _), meter in self._meters.items() if name == allocator.name]
             if any(self._release_cache(meter.card, meter.last) for meter in meters):
                 allocator.release_cached()

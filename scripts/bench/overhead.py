@@ -1,8 +1,8 @@
-"""What the plugin costs a suite that allocates nothing, beside bare pytest and its peers.
+"""What the plugin costs a suite that allocates nothing, beside bare pytest, xdist and its peers.
 
-Every variant runs the same generated suites (1,000 trivial tests in 10 files, and 1 test) in fresh
-processes, interleaved over several rounds. Times are wall and CPU seconds of the whole process; a
-ratio is the median over rounds of "this variant / its bare baseline in the same round".
+Every variant runs the same generated suites of trivial tests, 100 in each file, in fresh processes,
+interleaved over several rounds. Times are wall and CPU seconds of the whole process and its
+workers; a ratio is the median over rounds of "this variant / its baseline in the same round".
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-FILES, TESTS_PER_FILE = 10, 100
+SIZES = (1_000, 4_000, 16_000)
+"""Tests: what each costs must not depend on how many ran before it."""
+TESTS_PER_FILE = 100
+PEER_TESTS = 1_000
 IMPORT_TARGET_MS = 15.0
-SIMULATE = ("-p", "gpumem", "--gpumem-simulate", "3.81GiB")
+SIMULATE = ("-p", "gpumem", "--gpumem=on", "--gpumem-simulate", "3.81GiB")
+XDIST = ("-p", "xdist", "-n", "2")
 
 # With automatic collection off, every collection that happens was asked for by somebody.
 CONFTEST = """
@@ -87,8 +91,10 @@ class Row:
     """One line of the result."""
 
     name: str
+    tests: int
     seconds: float
-    per_test_us: float
+    extra_us: float
+    """Microseconds of wall time that a test takes more than in the baseline."""
     ratio: float
     cpu_ratio: float
     baseline: str
@@ -97,18 +103,15 @@ class Row:
 
 def variants(peers: Path | None, pytest8: Path | None) -> list[Variant]:
     """Return what is compared; peers only where they are installed."""
+    torch = "bare, torch loaded"
     found = [
         Variant("bare"),
         Variant("gpumem, no GPU", ("-p", "gpumem"), target=1.05),
-        Variant("gpumem, simulated card", SIMULATE, target=1.25),
-        Variant("bare, torch loaded", torch="cpu"),
-        Variant(
-            "gpumem, torch active on the simulated card",
-            SIMULATE,
-            baseline="bare, torch loaded",
-            torch="cuda",
-            target=1.25,
-        ),
+        Variant("gpumem on, a card", SIMULATE, target=1.15),
+        Variant(torch, torch="cpu"),
+        Variant("gpumem on, torch active on the card", SIMULATE, torch, torch="cuda", target=1.08),
+        Variant("xdist -n 2", XDIST),
+        Variant("xdist -n 2, gpumem on, a card", (*XDIST, *SIMULATE), "xdist -n 2", target=1.10),
     ]
     if peers:
         found.append(
@@ -122,14 +125,15 @@ def variants(peers: Path | None, pytest8: Path | None) -> list[Variant]:
     return found
 
 
-def write_suite(folder: Path, files: int, tests: int) -> Path:
-    """Write a suite of ``files`` x ``tests`` trivial tests and return its folder."""
+def write_suite(folder: Path, tests: int) -> Path:
+    """Write a suite of ``tests`` trivial tests and return its folder."""
     folder.mkdir()
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "conftest.py").write_text(CONFTEST)
-    body = "\n\n".join(f"def test_{number}():\n    assert True" for number in range(tests))
-    for number in range(files):
-        (folder / f"test_file_{number}.py").write_text(body)
+    for first in range(0, tests, TESTS_PER_FILE):
+        numbers = range(first, min(tests, first + TESTS_PER_FILE))
+        body = "\n\n".join(f"def test_{number}():\n    assert True" for number in numbers)
+        (folder / f"test_file_{first // TESTS_PER_FILE}.py").write_text(body)
     return folder
 
 
@@ -158,32 +162,35 @@ def run(variant: Variant, suite: Path) -> Timing:
 
 
 def measure(
-    compared: list[Variant], many: Path, one: Path, rounds: int, peer_rounds: int
+    compared: list[Variant], suites: dict[int, Path], rounds: int, peer_rounds: int
 ) -> list[Row]:
-    """Run everything in turn, ``rounds`` times, and return one row per variant."""
-    big: dict[str, list[Timing]] = {variant.name: [] for variant in compared}
-    small: dict[str, list[Timing]] = {variant.name: [] for variant in compared}
+    """Run everything in turn, ``rounds`` times, and return one row per variant and size."""
+    timings: dict[tuple[str, int], list[Timing]] = {}
     for number in range(rounds):
-        for variant in compared:
-            if number < (peer_rounds if variant.peer else rounds):
-                big[variant.name].append(run(variant, many))
-                small[variant.name].append(run(variant, one))
-        print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    return [row(variant, big, small[variant.name]) for variant in compared]
+        for tests, suite in suites.items():
+            for variant in compared:
+                if variant.peer and (tests != PEER_TESTS or number >= peer_rounds):
+                    continue
+                timings.setdefault((variant.name, tests), []).append(run(variant, suite))
+            print(f"round {number + 1} of {rounds}, {tests:,} tests", file=sys.stderr)
+    return [
+        row(variant, tests, timings[variant.name, tests], timings[variant.baseline, tests])
+        for variant in compared
+        for tests in suites
+        if (variant.name, tests) in timings
+    ]
 
 
-def row(variant: Variant, big: dict[str, list[Timing]], small: list[Timing]) -> Row:
-    """Return the medians of one variant."""
-    mine = big[variant.name]
+def row(variant: Variant, tests: int, mine: list[Timing], baseline: list[Timing]) -> Row:
+    """Return the medians of one variant at one size."""
     # Round by round: what slows the machine for a while slows both sides of a pair. A baseline
     # may have run in more rounds than its peer.
-    pairs = list(zip(mine, big[variant.baseline], strict=False))
-    seconds = statistics.median(timing.wall for timing in mine)
-    alone = statistics.median(timing.wall for timing in small)
+    pairs = list(zip(mine, baseline, strict=False))
     return Row(
         name=variant.name,
-        seconds=seconds,
-        per_test_us=(seconds - alone) / (FILES * TESTS_PER_FILE - 1) * 1e6,
+        tests=tests,
+        seconds=statistics.median(timing.wall for timing in mine),
+        extra_us=statistics.median(one.wall - base.wall for one, base in pairs) / tests * 1e6,
         ratio=statistics.median(one.wall / base.wall for one, base in pairs),
         cpu_ratio=statistics.median(one.cpu / base.cpu for one, base in pairs),
         baseline=variant.baseline,
@@ -217,19 +224,31 @@ def import_ms(repeat: int = 9) -> float:
 
 def print_table(rows: list[Row]) -> None:
     """Print the rows as a Markdown table."""
-    print("| variant | 1,000 tests (s) | per test (us) | ratio | CPU ratio | against | target |")
-    print("|---|---:|---:|---:|---:|---|---|")
+    print("| variant | tests | seconds | us more per test | ratio | CPU ratio | against | target |")
+    print("|---|---:|---:|---:|---:|---:|---|---|")
     for each in rows:
         target = f"<= {each.target:.2f}" if each.target else ""
         print(
-            f"| {each.name} | {each.seconds:.2f} | {each.per_test_us:.0f} | {each.ratio:.2f} "
-            f"| {each.cpu_ratio:.2f} | {each.baseline} | {target} |"
+            f"| {each.name} | {each.tests:,} | {each.seconds:.2f} | {each.extra_us:.0f} "
+            f"| {each.ratio:.2f} | {each.cpu_ratio:.2f} | {each.baseline} | {target} |"
         )
+
+
+def sizes(text: str) -> list[int]:
+    """Return the numbers of tests that ``text`` lists.
+
+    Raises:
+        ValueError: when one is no number.
+
+    """
+    return [int(part) for part in text.split(",")]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__)
+    default = ",".join(map(str, SIZES))
+    parser.add_argument("--tests", type=sizes, default=default, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--peer-rounds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--peers", type=Path, help="folder with pytest-memray and pytest-monitor")
@@ -246,14 +265,14 @@ def main(argv: list[str] | None = None) -> int:
     compared = variants(peers, pytest8)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        many = write_suite(scratch / "many", FILES, TESTS_PER_FILE)
-        one = write_suite(scratch / "one", 1, 1)
+        suites = {tests: write_suite(scratch / str(tests), tests) for tests in options.tests}
+        smallest = suites[min(suites)]
         probes = {
-            variant.name: probe(variant, many, scratch)
+            variant.name: probe(variant, smallest, scratch)
             for variant in compared
-            if "gpumem" in variant.args
+            if "gpumem" in variant.args and "xdist" not in variant.args
         }
-        rows = measure(compared, many, one, options.rounds, options.peer_rounds)
+        rows = measure(compared, suites, options.rounds, options.peer_rounds)
     machine = (
         f"{dt.datetime.now(dt.timezone.utc):%Y-%m-%d}, {os.cpu_count()} CPUs, "
         f"Python {platform.python_version()}, pytest {version('pytest')}, {options.rounds} rounds"

@@ -725,6 +725,27 @@ def test_what_a_worker_returns_runs_where_it_belongs() -> None:
     assert sorted([command.test, *workers.run()]) == list(range(1, 20))
 
 
+@pytest.mark.parametrize(("workers", "crowded"), [(9, False), (10, True)])
+def test_where_contexts_do_not_fit_never_seen_tests_beside_one_on_the_card_count_as_gpu_tests(
+    workers: int, crowded: bool
+) -> None:
+    tests = [cpu(f"x{n}")._replace(seen=False) for n in range(3 * workers)]
+    planner = planner_of(tests, workers=workers)
+    running = deque(runs(planner))
+    planner.resident("w0", CONTEXT)
+    planner.finished(*running.popleft(), duration=1.0, peak=30)
+    planner.finished(*running.popleft(), duration=1.0, peak=0)
+    given = [command for command in planner.commands() if isinstance(command, Run)]
+    assert {command.worker: command.grant is not None for command in given} == (
+        {"w0": True} if crowded else {"w0": False, "w1": False}
+    )
+    running.extend(command[:2] for command in given)
+    while running:
+        planner.finished(*running.popleft(), duration=1.0, peak=0)
+        running.extend(each[:2] for each in planner.commands() if isinstance(each, Run))
+    assert planner.done
+
+
 def test_commands_are_given_once() -> None:
     tests = [cpu("a"), cpu("b")]
     planner = planner_of(tests)
