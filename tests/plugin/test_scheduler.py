@@ -272,6 +272,30 @@ def test_heavy(model, vram, i):
     assert words(finished).count("set up") == words(finished).count("torn down")
 
 
+EXCLUSIVE = """
+import fcntl
+@pytest.fixture(scope="{scope}")
+def engine():
+    with open("engine.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+{mark}
+@pytest.mark.parametrize("i", range(2))
+def test_engine(engine, i): time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("mark", ["", '@pytest.mark.gpu(vram="3GiB")'])
+@pytest.mark.parametrize("scope", ["session", "module"])
+def test_wide_fixtures_that_exclude_one_another_end(run, scope, mark):
+    source = EXCLUSIVE.format(scope=scope, mark=mark)
+    # One that needs no card runs beside, and waits for the lock.
+    beside = EXCLUSIVE.format(scope=scope, mark="")
+    finished = run({"test_a": source, "test_b": source, "test_c": beside}, workers=3)
+
+    assert finished.outcomes == {"passed": 6}, finished.output
+
+
 TWO_LIARS = """
 def wait_for(name):
     deadline = time.monotonic() + 10

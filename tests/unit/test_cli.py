@@ -46,6 +46,18 @@ def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
     assert told.startswith("      test_x.py::test_a\n\nrouting\n")
 
 
+@pytest.mark.parametrize(
+    ("workers", "said"), [(1, "1 worker, without"), (4, "1 of 4 workers ran tests, without")]
+)
+def test_workers_that_ran_no_test_are_told(tmp_path, capsys, workers, said):
+    ran = RUN.tests[0]._replace(worker="gw0", outcome="rerun", oom="CUDA out of memory")
+    tests = (ran, ran._replace(outcome="passed", oom=""))
+    records.save(RUN._replace(workers=workers, tests=tests), tmp_path / "run.json")
+
+    assert cli.main(["report", str(tmp_path / "run.json")]) == 0
+    assert f"  {said} a test for " in capsys.readouterr().out
+
+
 def test_a_run_that_touched_no_card_says_so(tmp_path, capsys):
     records.save(RUN._replace(tests=()), tmp_path / "run.json")
 
