@@ -854,10 +854,9 @@ class Planner:
 
     def _claim(self, worker: _Worker, card: _Card, extra: int) -> None:
         resident = worker.resident.get(card, 0)
-        if resident or extra:
-            card.claims[worker.name] = Claim(
-                resident, extra, exclusive=card.exclusive and card in worker.using
-            )
+        exclusive = card.exclusive and card in worker.using
+        if resident or extra or exclusive:
+            card.claims[worker.name] = Claim(resident, extra, exclusive=exclusive)
         else:
             card.claims.pop(worker.name, None)
 

@@ -286,14 +286,15 @@ def test_engine(engine, i): time.sleep(0.01)
 
 
 @pytest.mark.parametrize("mark", ["", '@pytest.mark.gpu(vram="3GiB")'])
-@pytest.mark.parametrize("scope", ["session", "module"])
-def test_wide_fixtures_that_exclude_one_another_end(run, scope, mark):
+@pytest.mark.parametrize(("scope", "files"), [("session", "a"), ("module", "abc")])
+def test_wide_fixtures_that_exclude_one_another_end(run, scope, files, mark):
     source = EXCLUSIVE.format(scope=scope, mark=mark)
     # One that needs no card runs beside, and waits for the lock.
-    beside = EXCLUSIVE.format(scope=scope, mark="")
-    finished = run({"test_a": source, "test_b": source, "test_c": beside}, workers=3)
+    beside = "def test_beside(engine): time.sleep(0.01)\n"
+    suite = {f"test_{name}": source + beside for name in files}
+    finished = run(suite, workers=3)
 
-    assert finished.outcomes == {"passed": 6}, finished.output
+    assert finished.outcomes == {"passed": 3 * len(files)}, finished.output
 
 
 TWO_LIARS = """
