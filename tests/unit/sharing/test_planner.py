@@ -901,7 +901,8 @@ class Room(RuleBasedStateMachine):
         assert worker in self.queues
         assert worker not in self.stopped | self.flushing
         assert self.started[test] == self.ended[test] == self.ooms[test]
-        on_gpu = self.on_gpu(test)
+        # The planner may also guess so, from others of its module.
+        on_gpu = self.on_gpu(test) or grant is not None
         if self.queues[worker]:
             assert not on_gpu
             assert self.queues[worker][0] not in self.grants
