@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.archive.store import ArchiveStore
     from pytest_gpumem.archive.tree import allow_subclass
     from pytest_gpumem.forensics.analysis import analyze_oom_sequence
+    from pytest_gpumem.leases.store import LeaseError, LeaseTimeout, TooLarge, gpu_lease
     from pytest_gpumem.routing.model_pool import ModelPool
     from pytest_gpumem.routing.placing import load_sentence_transformer
     from pytest_gpumem.routing.resource_manager import (
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         get_resource_manager,
         get_sentence_transformer_device,
     )
-    from pytest_gpumem.sharing.lease import LeaseError, LeaseTimeout, TooLarge, gpu_lease
 
 __all__ = [
     "ArchiveError",
@@ -92,7 +92,7 @@ _HOMES = {
         "get_resource_manager",
         "get_sentence_transformer_device",
     ),
-    "pytest_gpumem.sharing.lease": ("LeaseError", "LeaseTimeout", "TooLarge", "gpu_lease"),
+    "pytest_gpumem.leases.store": ("LeaseError", "LeaseTimeout", "TooLarge", "gpu_lease"),
 }
 """Where each public name lives; it is imported when it is first asked for."""
 

@@ -6,7 +6,9 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import events, readers
-from pytest_gpumem.forensics.records import (
+from pytest_gpumem.forensics.runs import LETTERS, WORDS
+from pytest_gpumem.forensics.signatures import signature, subject
+from pytest_gpumem.records.findings import (
     SCHEMA,
     Death,
     Findings,
@@ -17,17 +19,15 @@ from pytest_gpumem.forensics.records import (
     Source,
     Totals,
 )
-from pytest_gpumem.forensics.runs import LETTERS, WORDS
-from pytest_gpumem.forensics.signatures import signature, subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from pytest_gpumem.forensics.readers import Reading, Watch
-    from pytest_gpumem.forensics.records import OomEvent
     from pytest_gpumem.forensics.runs import Run
     from pytest_gpumem.records import RunRecord
+    from pytest_gpumem.records.findings import OomEvent
 
 _SIGNATURES_KEPT = 200
 _EXAMPLES = 5

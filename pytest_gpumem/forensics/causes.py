@@ -10,7 +10,7 @@ from pytest_gpumem.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from pytest_gpumem.forensics.records import OomEvent
+    from pytest_gpumem.records.findings import OomEvent
 
 _CONTEXT = 3 * 2**29
 """More than a process's CUDA context takes (0.3 to 0.9 GiB were seen) must be somebody else's."""

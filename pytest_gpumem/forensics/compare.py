@@ -12,7 +12,7 @@ from pytest_gpumem.units import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.forensics.records import Findings, Totals
+    from pytest_gpumem.records.findings import Findings, Totals
 
 _FAILING = {"FAILED", "ERROR"}
 

@@ -7,8 +7,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import causes
-from pytest_gpumem.forensics.records import GpuProcess, OomEvent
 from pytest_gpumem.forensics.runs import FAILING, STICKY
+from pytest_gpumem.records.findings import GpuProcess, OomEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

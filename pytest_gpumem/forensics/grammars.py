@@ -17,7 +17,7 @@ import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.forensics.records import GpuProcess
+from pytest_gpumem.records.findings import GpuProcess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.forensics.records import CAUSES
+from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.units import format_bytes, printable
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pytest_gpumem.forensics.compare import Change, Comparison
-    from pytest_gpumem.forensics.records import Death, Findings, OomEvent, Place
+    from pytest_gpumem.records.findings import Death, Findings, OomEvent, Place
 
 
 class Section(NamedTuple):

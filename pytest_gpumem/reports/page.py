@@ -9,7 +9,7 @@ import os
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.forensics.records import CAUSES
+from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.reports import timeline
 from pytest_gpumem.units import format_bytes, format_mib
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from pytest_gpumem.forensics.records import Findings, OomEvent
     from pytest_gpumem.records import Holder, RecordedTest, RunRecord
+    from pytest_gpumem.records.findings import Findings, OomEvent
 
 _COLOURS = {
     "passed": "#3d8b62",

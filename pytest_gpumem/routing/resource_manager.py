@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import devices, routing
+from pytest_gpumem.leases.store import Lease, LeaseError, Want, store
 from pytest_gpumem.records import NOT_WORTH, Route
-from pytest_gpumem.sharing.lease import Lease, LeaseError, Want, store
-from pytest_gpumem.sharing.workers import Holdings
+from pytest_gpumem.scheduling.workers import Holdings
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.records import Card
-    from pytest_gpumem.settings import Settings
 
 GPU_TASKS = frozenset({"math", "quantum", "tensor"})
 """Kinds of task that are worth a card, by the plan."""

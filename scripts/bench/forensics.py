@@ -57,7 +57,15 @@ def main() -> None:
 
 def _measure(log: Path, rounds: int) -> None:
     size = log.stat().st_size
-    gpumem = [sys.executable, "-m", "pytest_gpumem.cli", "forensics", str(log), "--format", "json"]
+    gpumem = [
+        sys.executable,
+        "-m",
+        "pytest_gpumem.cli.main",
+        "forensics",
+        str(log),
+        "--format",
+        "json",
+    ]
     readers: dict[str, list[str]] = {"gpumem forensics": gpumem}
     if ripgrep := shutil.which("rg"):
         patterns = [argument for text in STRINGS for argument in ("-e", text)]

@@ -33,8 +33,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from pytest_gpumem.sharing.lease import LeaseStore, Want
-from pytest_gpumem.sharing.ledger import run_directory
+from pytest_gpumem.leases.ledger import run_directory
+from pytest_gpumem.leases.store import LeaseStore, Want
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

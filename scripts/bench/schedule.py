@@ -42,7 +42,7 @@ import json, os, time
 from pathlib import Path
 
 import pytest
-from pytest_gpumem.state import GRANT
+from pytest_gpumem.plugin.state import GRANT
 from without_torch import ALLOCATOR
 
 HERE = Path(__file__).parent

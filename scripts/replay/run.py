@@ -304,7 +304,7 @@ def replay_all(
 
 def gpumem(directory: Path, output: Path, on: card.CardOfReplay, *arguments: str) -> int:
     """Run the ``gpumem`` command in ``directory``, print what it says, return its exit status."""
-    command = [sys.executable, "-m", "pytest_gpumem.cli", *arguments]
+    command = [sys.executable, "-m", "pytest_gpumem.cli.main", *arguments]
     done = subprocess.run(
         command,
         cwd=directory,

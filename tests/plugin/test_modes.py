@@ -193,7 +193,7 @@ def test_the_report_command_shows_the_same_section(tmp_path):
     import subprocess
 
     shown = subprocess.run(
-        [sys.executable, "-m", "pytest_gpumem.cli", "report", str(tmp_path / "run.json")],
+        [sys.executable, "-m", "pytest_gpumem.cli.main", "report", str(tmp_path / "run.json")],
         capture_output=True,
         text=True,
         check=True,

@@ -22,9 +22,9 @@ from _pytest.runner import SetupState
 from harness import run_pytest, write_suite
 from xdist.remote import WorkerInteractor
 
-from pytest_gpumem.sharing import xdist_private
-from pytest_gpumem.sharing.history import History
-from pytest_gpumem.sharing.xdist_scheduler import Taken, cards_of, planned_tests, taken
+from pytest_gpumem.plugin.xdist import worker as xdist_worker
+from pytest_gpumem.plugin.xdist.controller import Taken, cards_of, planned_tests, taken
+from pytest_gpumem.scheduling.history import History
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes
 
@@ -363,7 +363,7 @@ def test_cpu(i): pass
 
 @pytest.mark.parametrize("i", range(20))
 def test_heavy(vram, request, i):
-    from pytest_gpumem.state import GRANT
+    from pytest_gpumem.plugin.state import GRANT
     vram(300)
     log("granted", GRANT in request.node.stash)
 """
@@ -705,7 +705,7 @@ def test_heavy(vram, i):
 
 def test_a_replacement_has_the_place_of_its_predecessor(run):
     source = """
-from pytest_gpumem.sharing.workers import VIEWS
+from pytest_gpumem.scheduling.workers import VIEWS
 @pytest.mark.parametrize("i", range(8))
 def test_place(i):
     log(os.environ[VIEWS].count("null"))
@@ -791,7 +791,7 @@ def test_a_large_test_runs_at_a_worker_whose_first_card_is_large(tmp_path, argum
 def test_it_knows_the_pytest_and_xdist_it_was_written_for():
     assert re.match(r"(8\.4|9\.2)\.", version("pytest")), "try the scheduler, then name it here"
     assert re.match(r"3\.8\.", version("pytest-xdist")), "try the scheduler, then name it here"
-    assert xdist_private.why_not() == ""
+    assert xdist_worker.why_not() == ""
 
 
 def why_not_with(target, name, value):
@@ -801,7 +801,7 @@ def why_not_with(target, name, value):
             patch.delattr(target, name)
         else:
             patch.setattr(target, name, value)
-        return xdist_private.why_not()
+        return xdist_worker.why_not()
 
 
 def test_another_teardown_order_of_pytest_is_noticed():

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STORIES = {"tutorial.md"}
 """Documents whose sections go on where the last one ended; elsewhere each begins anew."""
-COMMANDS = {"pytest": "pytest", "gpumem": "pytest_gpumem.cli"}
+COMMANDS = {"pytest": "pytest", "gpumem": "pytest_gpumem.cli.main"}
 """What the examples call, and the module that it runs."""
 BLOCK = re.compile(r"^```(?P<info>[^\n]+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
@@ -86,7 +86,7 @@ def test_links_between_documents_lead_somewhere(document):
 
 
 def test_every_option_is_in_the_reference():
-    from pytest_gpumem.settings import OPTIONS
+    from pytest_gpumem.plugin.settings import OPTIONS
 
     reference = (ROOT / "docs" / "reference.md").read_text()
     assert [option.flag for option in OPTIONS if f"`{option.flag}" not in reference] == []

@@ -60,7 +60,9 @@ def test_other_files_are_refused_by_name(tmp_path, text):
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     path.write_text("before")
-    monkeypatch.setattr(records.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        records.run.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         records.save(RUN, path)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from states import same
 
-from pytest_gpumem import cli
 from pytest_gpumem.archive import keys
 from pytest_gpumem.archive.store import ArchiveStore
+from pytest_gpumem.cli import main as cli
 
 STATE = {"layer": {"w": torch.arange(6.0).view(2, 3)}, "epoch": 3}
 

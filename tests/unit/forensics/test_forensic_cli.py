@@ -10,7 +10,7 @@ import pytest
 from forensic_corpus import LOG, NODE, RECORD
 
 import pytest_gpumem
-from pytest_gpumem import cli
+from pytest_gpumem.cli import main as cli
 
 
 @pytest.fixture
@@ -122,7 +122,9 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, capsys, name, data, sente
 
 
 def test_a_reader_that_leaves_ends_the_output_quietly(log):
-    command = f"'{sys.executable}' -m pytest_gpumem.cli forensics '{log}' --format json | head -1"
+    command = (
+        f"'{sys.executable}' -m pytest_gpumem.cli.main forensics '{log}' --format json | head -1"
+    )
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
 
     assert (done.stdout, done.stderr) == ("{\n", "")
@@ -216,13 +218,14 @@ def test_a_bad_threshold_is_one_sentence(log, capsys):
 def test_every_field_and_cause_is_in_the_document():
     from pathlib import Path
 
-    from pytest_gpumem.forensics import grammars, records
+    from pytest_gpumem.forensics import grammars
+    from pytest_gpumem.records import findings
 
     document = (Path(__file__).parents[3] / "docs" / "forensics.md").read_text()
     kinds = (
-        records.OomEvent, records.Findings, records.Totals, records.Signature, records.Place,
-        records.GpuProcess, records.Source, records.Death,
+        findings.OomEvent, findings.Findings, findings.Totals, findings.Signature, findings.Place,
+        findings.GpuProcess, findings.Source, findings.Death,
     )  # fmt: skip
     names = {name for kind in kinds for name in kind._fields}
-    names |= set(records.CAUSES) | {grammar.backend for grammar in grammars.GRAMMARS}
+    names |= set(findings.CAUSES) | {grammar.backend for grammar in grammars.GRAMMARS}
     assert sorted(name for name in names if f"`{name}`" not in document) == []

@@ -12,7 +12,7 @@ import time
 import pytest
 from forensic_corpus import LOG, NODE, RECORD, torch
 
-from pytest_gpumem import cli
+from pytest_gpumem.cli import main as cli
 
 MIB = 2**20
 
@@ -187,7 +187,7 @@ def test_a_hostile_record_is_one_sentence(tmp_path, capsys, command, text, said)
 def test_a_log_that_is_still_written_is_told_as_it_comes():
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "pytest_gpumem.cli", "forensics", "-"],
+        [sys.executable, "-m", "pytest_gpumem.cli.main", "forensics", "-"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
     ) as reader:  # fmt: skip
         assert reader.stdin is not None

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 from forensic_corpus import RECORD, torch
 
-from pytest_gpumem import cli
+from pytest_gpumem.cli import main as cli
 
 NAMES = [f"tests/test_a.py::test_{number}" for number in range(39)]
 HEAD = (

@@ -126,7 +126,7 @@ def test_what_speaks_of_a_message_is_none(text):
 
 
 def test_a_suite_adds_its_own_messages(tmp_path, monkeypatch, capsys):
-    from pytest_gpumem import cli
+    from pytest_gpumem.cli import main as cli
 
     (tmp_path / "pyproject.toml").write_text(
         "[tool.gpumem.forensics.messages]\n"

@@ -9,10 +9,10 @@ import pytest
 
 from pytest_gpumem import devices
 from pytest_gpumem.devices import DriverReading
+from pytest_gpumem.leases import family
 from pytest_gpumem.records import Card
 from pytest_gpumem.routing import resource_manager as module
 from pytest_gpumem.routing.resource_manager import HybridResourceManager, Thresholds
-from pytest_gpumem.sharing import family
 
 MIB = 2**20
 TOTAL = 1000 * MIB
@@ -35,7 +35,7 @@ class FakeCard:
 @pytest.fixture
 def card(monkeypatch, tmp_path):
     """Have one card, without contexts, whose leases are this test's own."""
-    from pytest_gpumem.sharing.lease import LeaseStore
+    from pytest_gpumem.leases.store import LeaseStore
 
     fake = FakeCard()
     store = LeaseStore(tmp_path / "leases")
@@ -116,7 +116,7 @@ def test_of_many_threads_only_those_go_to_the_card_that_fit(card):
 OTHER = """
 import sys
 from pathlib import Path
-from pytest_gpumem.sharing.lease import LeaseError, LeaseStore, Want
+from pytest_gpumem.leases.store import LeaseError, LeaseStore, Want
 store = LeaseStore(Path(sys.argv[1]))
 store.headroom = 0
 try:
@@ -145,7 +145,7 @@ def test_another_process_cannot_have_the_same_bytes_too(card, tmp_path, monkeypa
 
 
 def test_a_task_within_a_lease_uses_that_and_asks_for_what_is_missing(card):
-    from pytest_gpumem.sharing.lease import Want
+    from pytest_gpumem.leases.store import Want
 
     leases, uuid = module.store(), card.card.uuid
     manager = HybridResourceManager()

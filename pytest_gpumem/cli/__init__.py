@@ -1,0 +1,1 @@
+"""The command ``gpumem``: a file for each of its commands."""

@@ -1,0 +1,249 @@
+"""``gpumem forensics`` and ``gpumem compare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.forensics import compare, grammars
+from pytest_gpumem.records import to_plain
+from pytest_gpumem.records.findings import CAUSES
+from pytest_gpumem.units import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_gpumem.forensics.runs import Seen
+    from pytest_gpumem.records.findings import Findings
+
+_EPILOG = (
+    "Exit status: 0 when a test run was read, whatever it tells; 1 when --cause or --felled has no "
+    "test; 2 when the input cannot be used or holds no test run."
+)
+
+
+_LIVE = 200
+"""Characters of a message that comes while a log is written."""
+
+
+def add_forensics(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Enter ``gpumem forensics``."""
+    parser = commands.add_parser(
+        "forensics",
+        help="Say from logs which tests ran out of memory, why, and what to do.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "logs",
+        nargs="+",
+        metavar="LOG",
+        help="pytest output, JUnit XML, pytest-html, --gpumem-json, a torch memory snapshot, "
+        "dmesg or Slurm text; plain, .gz, .bz2, .xz or .zst; a .zip or .tar or a directory of "
+        "them; - is standard input.",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("terminal", "json", "markdown", "html"),
+        default="terminal",
+        help="Default: terminal.",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Write there instead.")
+    parser.add_argument(
+        "--top", type=_rows, metavar="N", help="Also the tables of tests, errors and files."
+    )
+    parser.add_argument(
+        "--cause",
+        choices=tuple(CAUSES),
+        metavar="CAUSE",
+        help=f"Print the tests of one cause, one a line: {', '.join(CAUSES)}.",
+    )
+    parser.add_argument(
+        "--felled", action="store_true", help="Print the tests that a shared failure felled."
+    )
+    parser.set_defaults(run_command=_forensics)
+
+
+def _rows(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of rows")
+    return int(text)
+
+
+def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Enter ``gpumem compare``."""
+    parser = commands.add_parser(
+        "compare",
+        help="Say what got better, worse, new and gone between two runs.",
+        epilog="Exit status: 0; 1 when AFTER misses a threshold; 2 when input cannot be used.",
+    )
+    parser.add_argument("before", metavar="BEFORE", help="As for gpumem forensics.")
+    parser.add_argument("after", metavar="AFTER")
+    parser.add_argument("--max-oom", type=_rows, metavar="N", help="Tests out of memory in AFTER.")
+    parser.add_argument(
+        "--max-errors", type=_rows, metavar="N", help="What pytest counts as errors."
+    )
+    parser.add_argument(
+        "--min-pass-rate", type=compare.percent, metavar="P", help="Percent of judged tests."
+    )
+    parser.add_argument(
+        "--max-peak-growth",
+        type=compare.growth,
+        metavar="G",
+        help="How much a test's own peak may grow: 10%% or a size such as 64MiB.",
+    )
+    parser.add_argument("--max-leaks", type=_rows, metavar="N", help="Tests that leak in AFTER.")
+    parser.add_argument(
+        "--allow-incomplete", action="store_true", help="Judge thresholds by incomplete runs, too."
+    )
+    parser.add_argument(
+        "--top", type=_rows, default=20, metavar="N", help="Rows of each table. Default: 20."
+    )
+    parser.add_argument("--format", choices=("terminal", "json", "markdown"), default="terminal")
+    parser.set_defaults(run_command=_compare)
+
+
+def _forensics(chosen: argparse.Namespace) -> int:
+    from pytest_gpumem.forensics import analysis
+
+    _learn()
+    person = chosen.format == "terminal" and chosen.output is None
+    asks = bool(chosen.cause or chosen.felled)
+    found = analysis.analyse(chosen.logs, _live if person and not asks else None)
+    if chosen.cause or chosen.felled:
+        return _names(found, chosen.cause)
+    told = bool(found.totals.runs or found.events or found.deaths)
+    if not told and chosen.format != "json":
+        raise ValueError(_nothing(found))
+    if person:
+        from pytest_gpumem.reports import forensics as report
+
+        report.show(found, chosen.top)
+        return 0
+    _write(_formatted(found, chosen), chosen.output)
+    if not told:
+        raise ValueError(_nothing(found))
+    return 0
+
+
+def _live(seen: Seen, test: str | None) -> None:
+    """Print a message of a log that is still being written."""
+    text = seen.message.text.strip()[: _LIVE - 1]
+    sys.stdout.write(printable(f"line {seen.line}: {f'{test}: ' if test else ''}{text}\n"))
+    sys.stdout.flush()
+
+
+def _learn() -> None:
+    """Add the messages that the suite in the current directory has of its own."""
+    path = Path("pyproject.toml")
+    if not path.is_file():
+        return
+    import tomllib
+
+    try:
+        table: object = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return  # whatever it is, it is nothing of ours
+    for key in ("tool", "gpumem", "forensics", "messages"):
+        table = table.get(key) if isinstance(table, dict) else None
+    if table is None:
+        return
+    if not isinstance(table, dict):
+        raise ValueError(f"{str(path)!r}: [tool.gpumem.forensics.messages] is no table")
+    try:
+        grammars.learn(table)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
+
+
+def _nothing(found: Findings) -> str:
+    """Return why there is nothing to tell."""
+    empty = [each for each in found.sources if not each.size]
+    names = ", ".join(repr(name) for name in found.files[:3]) or "what was given"
+    more = f" and {len(found.files) - 3} more" if len(found.files) > 3 else ""
+    why = (
+        "empty"
+        if found.sources and len(empty) == len(found.sources)
+        else ("without a test run, and without a message about memory")
+    )
+    unread = f"; {len(found.notes)} could not be read: {found.notes[0]}" if found.notes else ""
+    return f"{names}{more} is {why}{unread}"
+
+
+def _names(found: Findings, cause: str | None) -> int:
+    """Print nodeids, one a line, for ``pytest $(gpumem forensics LOG --cause CAUSE)``."""
+    chosen = [each for each in found.events if cause is None or each.cause == cause]
+    names = [
+        name
+        for event in chosen
+        for name in (event.nodeid, *event.felled_tests)
+        if name and (cause is not None or event.felled > 1)
+    ]
+    if not names:
+        return _no_test(cause)
+    for name in dict.fromkeys(names):
+        sys.stdout.write(f"{printable(name) if sys.stdout.isatty() else name}\n")
+    return 0
+
+
+def _no_test(cause: str | None) -> int:
+    what = f"by {cause}" if cause else "by the failure of another"
+    sys.stderr.write(f"gpumem forensics: no test ran out of memory {what}\n")
+    return 1
+
+
+def _formatted(found: Findings, chosen: argparse.Namespace) -> Iterator[str]:
+    from pytest_gpumem.reports import forensics as report
+
+    if chosen.format == "json":
+        return iter([json.dumps(to_plain(found), indent=1)])
+    if chosen.format == "html":
+        return report.html(found, chosen.top)
+    if chosen.format == "markdown":
+        return report.markdown(found, chosen.top)
+    return report.text(found, chosen.top)
+
+
+def _write(lines: Iterator[str], output: Path | None) -> None:
+    if output is None:
+        for line in lines:
+            sys.stdout.write(f"{line}\n")
+        return
+    temporary = output.with_name(f".{output.name}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        temporary.replace(output)
+    except OSError as error:
+        error.filename = str(output)  # the name that the user knows
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _compare(chosen: argparse.Namespace) -> int:
+    from pytest_gpumem.forensics import analysis
+
+    _learn()
+    limits = compare.Limits(
+        chosen.max_oom,
+        chosen.max_errors,
+        chosen.min_pass_rate,
+        chosen.max_peak_growth,
+        chosen.max_leaks,
+    )
+    before, after = analysis.analyse([chosen.before]), analysis.analyse([chosen.after])
+    compare.check(before, after, limits, incomplete=chosen.allow_incomplete)
+    told = compare.compare(before, after, limits)
+    if chosen.format == "json":
+        sys.stdout.write(json.dumps(to_plain(told), indent=1) + "\n")
+    else:
+        from pytest_gpumem.reports import forensics as report
+
+        markdown = chosen.format == "markdown"
+        for line in report.comparison(told, markdown=markdown, top=chosen.top):
+            sys.stdout.write(f"{line}\n")
+    return 1 if told.missed else 0

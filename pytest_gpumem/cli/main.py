@@ -1,0 +1,159 @@
+"""The ``gpumem`` command: what this machine has, what runs left behind, and archives."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_gpumem import __version__, records
+from pytest_gpumem.cli import archive, doctor, forensics, groups, monitor
+from pytest_gpumem.leases.ledger import LeaseError
+from pytest_gpumem.reports import terminal
+from pytest_gpumem.units import format_mib, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from pytest_gpumem.scheduling.history import History
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 for input that cannot be used.
+
+    ``gpumem compare`` returns 1 when a threshold is missed.
+    """
+    parser = argparse.ArgumentParser(prog="gpumem", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor.add(commands)
+    _add_report(commands.add_parser("report", help="Show, join or learn from finished runs."))
+    archive.add_parser(commands)
+    forensics.add_forensics(commands)
+    forensics.add_compare(commands)
+    groups.add(commands)
+    monitor.add(commands)
+    chosen = parser.parse_args(arguments)
+    try:
+        if hasattr(chosen, "run_command"):
+            return int(chosen.run_command(chosen))
+        for line in archive.run(chosen) if chosen.command == "archive" else _report(chosen):
+            sys.stdout.write(f"{printable(line)}\n")
+    except BrokenPipeError:  # whoever reads has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # until the end
+    except OSError as error:
+        return _fail(chosen.command, f"{error.filename!r}: {error.strerror}")
+    except (ValueError, LeaseError) as error:
+        return _fail(chosen.command, str(error))
+    return 0
+
+
+def _fail(command: str, sentence: str) -> int:
+    sys.stderr.write(f"gpumem {command}: error: {printable(sentence)}\n")
+    return 2
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.usage = (
+        "gpumem report RUN.json [--html FILE]\n"
+        "       gpumem report merge RUN.json ... [--output FILE] [--history FILE]\n"
+        "       gpumem report --history [FILE] [--json]"
+    )
+    report.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN.json",
+        help="Written by --gpumem-json. After the word merge: the shards of one suite.",
+    )
+    report.add_argument("--top", type=int, default=10, metavar="N", help="Tests in the table.")
+    report.add_argument("-v", "--verbose", action="count", default=0, help="Longer; -vv: all.")
+    report.add_argument("--output", type=Path, metavar="FILE", help="Write the joined run there.")
+    report.add_argument(
+        "--history",
+        type=Path,
+        nargs="?",
+        const=Path(".pytest_cache/d/gpumem/history.json"),
+        metavar="FILE",
+        help="Show what was learned; with merge: add what the runs teach. "
+        "Default: the file in pytest's cache here.",
+    )
+    report.add_argument("--html", type=Path, metavar="FILE", help="Write the run as a page.")
+    report.add_argument("--json", action="store_true", help="Show what was learned as JSON.")
+
+
+def _report(chosen: argparse.Namespace) -> Iterator[str]:
+    if chosen.runs[:1] == ["merge"]:
+        yield from _merge(chosen)
+    elif chosen.history is not None and not chosen.runs:
+        yield from _history(chosen)
+    elif len(chosen.runs) == 1:
+        run = records.load(Path(chosen.runs[0]))
+        if chosen.html is not None:
+            _save_page(run, chosen.runs[0], chosen.html)
+            yield f"written: {chosen.html}"
+            return
+        shown = list(terminal.lines(run, chosen.top, chosen.verbose))
+        yield from shown or ["no test touched a card"]
+    else:
+        raise ValueError(
+            f"{len(chosen.runs)} runs given; allowed are one, merge and several, or --history"
+        )
+
+
+def _save_page(run: records.RunRecord, name: str, path: Path) -> None:
+    from pytest_gpumem.forensics import analysis
+    from pytest_gpumem.reports import page
+
+    if importlib.util.find_spec("plotly") is None:
+        raise ValueError("--html: plotly is not installed; pip install 'pytest-gpumem[html]'")
+    page.save(run, analysis.of_record(run, name), path)
+
+
+def _merge(chosen: argparse.Namespace) -> Iterator[str]:
+    if len(chosen.runs) < 2:
+        raise ValueError("merge: no run given; allowed are one or more RUN.json")
+    shards = {text: records.load(Path(text)) for text in chosen.runs[1:]}
+    run = records.merge({_shard(text, shards): shard for text, shard in shards.items()})
+    if chosen.output is not None:
+        records.save(run, chosen.output)
+    if chosen.history is not None:
+        history = _load_history(chosen.history)
+        history.learn(run.tests)
+        history.save(chosen.history)
+    yield from terminal.lines(run, chosen.top, chosen.verbose)
+
+
+def _shard(text: str, all_of_them: Collection[str]) -> str:
+    """Return what to call a shard: its file's name, or its path where names are equal."""
+    name = Path(text).stem
+    alone = sum(Path(each).stem == name for each in all_of_them) == 1
+    return name if alone else text
+
+
+def _history(chosen: argparse.Namespace) -> Iterator[str]:
+    if not chosen.history.exists():
+        raise ValueError(f"there is no history {str(chosen.history)!r}")
+    history = _load_history(chosen.history)
+    if chosen.json:
+        yield history.text().rstrip()
+        return
+    yield f"{'expected MiB':>12} {'fixtures MiB':>12} {'seconds':>8} {'runs':>5}  test"
+    for nodeid, known in sorted(history, key=lambda each: -each[1].peak):
+        sizes = [format_mib(known.peak), format_mib(known.fixtures)] if known.gpu else ["", ""]
+        yield f"{sizes[0]:>12} {sizes[1]:>12} {known.duration:>8.2f} {known.runs:>5}  {nodeid}"
+
+
+def _load_history(path: Path) -> History:
+    from pytest_gpumem.scheduling.history import History
+
+    history = History.load(path)
+    if history.problem:
+        raise ValueError(history.problem)
+    return history
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Who may use the card now, among all processes of a user."""

@@ -1,0 +1,130 @@
+"""What test processes tell a monitor: small files beside the ledger, written while one looks.
+
+Each monitor keeps a locked file in one directory, each process that tells something one in
+another, with what it tells beside it. A file whose lock is gone is void, so that a monitor or a
+process that is killed leaves nothing that counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.leases.ledger import make_own, unusable
+from pytest_gpumem.leases.locks import FileLock, is_held
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Glimpse(NamedTuple):
+    """What one process was at when its test's phase began."""
+
+    pid: int
+    worker: str
+    """``gw0`` and so on; empty without xdist."""
+    test: str
+    phase: str
+    """``setup``, ``call``, ``teardown``; empty once the test is over."""
+    cards: dict[str, tuple[int, int]]
+    """Bytes allocated and reserved by the card's UUID."""
+
+
+def is_watched(directory: Path) -> bool:
+    """Return whether a monitor that lives looks at the run directory; 3 us where none ever did."""
+    place = f"{directory}/monitors"
+    try:
+        names = os.listdir(place)  # noqa: PTH208  # before every test: a Path takes longer
+    except OSError:
+        return False
+    return any(is_held(f"{place}/{name}") for name in names)
+
+
+class Teller:
+    """Writes down what this process is at."""
+
+    def __init__(self, directory: Path) -> None:
+        make_own(directory)
+        self._life = _Life(directory / "seen")
+        self._told = self._life.path.with_suffix(".json")
+
+    def tell(self, glimpse: Glimpse) -> None:
+        """Let ``glimpse`` be what monitors see.
+
+        Raises:
+            OSError: when it cannot be written.
+
+        """
+        new = self._told.with_suffix(".new")
+        new.write_text(json.dumps(glimpse), encoding="utf-8")
+        new.replace(self._told)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self._told.unlink(missing_ok=True)
+        self._life.end()
+
+
+class Watcher:
+    """A monitor's side: test processes tell what they are at until it is closed."""
+
+    def __init__(self, directory: Path) -> None:
+        """Begin to look.
+
+        Raises:
+            LeaseError: when the run directory cannot be used.
+
+        """
+        self._seen = directory / "seen"
+        try:
+            make_own(directory)
+            self._life = _Life(directory / "monitors")
+        except OSError as error:
+            raise unusable(directory, error) from error
+
+    def glimpses(self) -> list[Glimpse]:
+        """Return what each process that lives told last."""
+        found = []
+        for path in self._seen.glob("*.json"):
+            if not is_held(path.with_suffix("")):
+                continue
+            # Its process may take it away just now.
+            with suppress(OSError, ValueError, TypeError):
+                found.append(Glimpse(*json.loads(path.read_text(encoding="utf-8"))))
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _remove_dead(self._seen)
+        self._life.end()
+
+
+class _Life:
+    """A locked file that shows that this process lives."""
+
+    def __init__(self, place: Path) -> None:
+        place.mkdir(mode=0o700, exist_ok=True)
+        _remove_dead(place)
+        while True:
+            self.path = place / f"{os.getpid()}-{os.urandom(4).hex()}"
+            self._lock = FileLock(self.path)
+            self._lock.acquire()
+            if not self._lock.is_gone:  # removed as a dead one's, before it was locked
+                return
+            self._lock.close()
+
+    def end(self) -> None:
+        self._lock.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _remove_dead(place: Path) -> None:
+    """Take out what processes left that were killed."""
+    for path in place.glob("*"):
+        if not is_held(path.with_suffix("")):
+            path.unlink(missing_ok=True)

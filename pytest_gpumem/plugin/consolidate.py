@@ -1,0 +1,68 @@
+"""Consolidation under pytest: after a test, when a card has filled up, what was registered goes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_gpumem.archive import consolidator
+from pytest_gpumem.plugin.state import STATE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_gpumem.archive.consolidator import GpuConsolidator
+    from pytest_gpumem.archive.store import ArchiveStore
+
+NAME = "gpumem-consolidating"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up this process's consolidator as the suite's options say."""
+    settings = config.stash[STATE].settings
+
+    def store() -> ArchiveStore:
+        from pytest_gpumem.archive.store import ArchiveStore
+
+        return ArchiveStore(
+            settings.archive, key=settings.archive_key_file, quota=settings.archive_quota
+        )
+
+    consolidator.configure(store=store, above=settings.consolidate_above)
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing of this run to the next one in the same process."""
+    consolidator.configure()
+
+
+@pytest.fixture
+def gpu_consolidator() -> GpuConsolidator:
+    """Return this process's consolidator, set up as the suite's options say."""
+    return consolidator.get_gpu_consolidator()
+
+
+@pytest.fixture
+def consolidate_gpu_memory(request: pytest.FixtureRequest) -> Iterator[GpuConsolidator]:
+    """Consolidate after the test, when needed, what is registered; in every mode.
+
+    With ``--gpumem=on`` every test has this without asking. That is done by a hook: an autouse
+    fixture would cost each test more than all the rest of the plugin.
+    """
+    yield consolidator.get_gpu_consolidator()
+    _consolidate_if_needed(request.node)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Consolidate after the teardown of a test, when needed, what is registered."""
+    if item.config.stash[STATE].settings.mode == "on":
+        _consolidate_if_needed(item)
+
+
+def _consolidate_if_needed(item: pytest.Item) -> None:
+    here = consolidator.get_gpu_consolidator()
+    if not here.idle and here.should_consolidate():
+        done = here.consolidate_gpu_memory(process_context=item.name)
+        item.user_properties.append(("gpumem_consolidated", str(done)))

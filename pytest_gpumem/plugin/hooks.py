@@ -1,0 +1,311 @@
+"""pytest's hooks and fixtures: wires the rooms together, computes nothing itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpumem.plugin import consolidate, marks, route
+from pytest_gpumem.plugin.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
+from pytest_gpumem.plugin.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State, is_worker
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from pytest_gpumem.devices import CardsFound
+    from pytest_gpumem.plugin.measure import Memory
+
+CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
+"""Carries the simulated card's file to xdist's workers, which start from the environment."""
+SIMULATED_AS = "GPUMEM_SIMULATED_AS"
+"""Carries the simulated card's name to workers on other machines, which share one there."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register every option with its ini twin."""
+    group = parser.getgroup("gpumem", "GPU memory (pytest-gpumem)")
+    for option in OPTIONS:
+        text = option.help.replace("%", "%%")  # argparse formats it
+        # Defaults are None, so that the environment and the ini file can be told from "not given".
+        if option.metavar is None:
+            group.addoption(
+                option.flag, dest=option.dest, action="store_true", default=None, help=text
+            )
+        else:
+            group.addoption(
+                option.flag,
+                dest=option.dest,
+                default=None,
+                metavar=option.metavar,
+                help=text,
+            )
+        parser.addini(option.dest, f"Twin of {option.flag} and {option.env}.", default="")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Simulate the card before the first conftest can import torch."""
+    _begin(early_config, vars(early_config.known_args_namespace))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks, and what measures and reports where there is something to measure."""
+    for name in marks.MARKS:
+        config.addinivalue_line("markers", marks.describe(name))
+    if STATE not in config.stash:  # loaded by a conftest, after the initial hook
+        _begin(config, vars(config.option))
+    state = config.stash[STATE]
+    config.pluginmanager.register(consolidate, consolidate.NAME)
+    config.pluginmanager.register(route, route.NAME)
+    settings, controller = state.settings, _is_controller(config)
+    if settings.mode == "off":
+        return
+    if not is_worker(config):
+        try:
+            check_files(settings)
+        except BadSettingError as error:
+            raise pytest.UsageError(str(error)) from None
+    if state.found.cards and not controller:
+        _measure(config)
+    files = settings.json or settings.trace or settings.html
+    if not is_worker(config) and (state.found.cards or files or controller):
+        _report(config)
+    if settings.mode == "on" and (_may_meet_cards(config) if controller else state.found.cards):
+        _share(config)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Measure other makers' cards too: that there is one shows when the suite has loaded torch."""
+    config = session.config
+    state = config.stash[STATE]
+    if state.settings.mode == "off" or state.found.cards or _is_controller(config):
+        return
+    from pytest_gpumem import devices
+
+    if devices.other_maker():
+        _measure(config)
+        if not is_worker(config):
+            _report(config)
+
+
+def _measure(config: pytest.Config) -> None:
+    from pytest_gpumem.plugin.announce import Watched
+    from pytest_gpumem.plugin.measure import Measuring
+
+    config.pluginmanager.register(Measuring(config, config.stash[STATE]), Measuring.NAME)
+    config.pluginmanager.register(Watched(), Watched.NAME)
+
+
+def _share(config: pytest.Config) -> None:
+    from pytest_gpumem.plugin import share
+
+    state = config.stash[STATE]
+    if _is_controller(config):
+        share.share_as_controller(config, state)
+    else:
+        share.share(config, state)
+    if state.settings.fraction is not None and not _is_controller(config):
+        from pytest_gpumem.plugin.memory_fraction import Capping
+
+        config.pluginmanager.register(Capping(state), Capping.NAME)
+
+
+def _may_meet_cards(config: pytest.Config) -> bool:
+    """Return whether a worker of xdist may have a card: here, or on another machine."""
+    gateways = config.getoption("tx", None) or ()
+    elsewhere = any(each.rpartition("*")[2] != "popen" for each in gateways)
+    return elsewhere or bool(config.stash[STATE].found.cards)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
+    """Let VRAM limit the workers of ``-n auto``, once there is something to reckon with."""
+    wanted = yield
+    state = config.stash[STATE]
+    asked_for = "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ
+    if state.settings.mode != "on" or asked_for or not state.found.cards:
+        return wanted
+    from pytest_gpumem.plugin import share
+
+    return share.worker_count(config, state, wanted)
+
+
+def _report(config: pytest.Config) -> None:
+    from pytest_gpumem.plugin.report import Reporting
+
+    if not config.pluginmanager.hasplugin(Reporting.NAME):
+        config.pluginmanager.register(Reporting(config, config.stash[STATE]), Reporting.NAME)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    """Let the workers on each other machine share one simulated card."""
+    if config.stash[STATE].simulation is not None:
+        name = os.urandom(16).hex()
+        for spec in specs:
+            spec.env.setdefault(SIMULATED_AS, name)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Take the simulated card away, if this process made it."""
+    state = config.stash.get(STATE, None)
+    if state is not None and state.simulation is not None:
+        if state.exported:
+            os.environ.pop(CARD_VARIABLE, None)
+        state.simulation.close()
+
+
+def _begin(config: pytest.Config, options: dict[str, Any]) -> None:
+    """Read the settings, start the simulated card if one is asked for, find the cards."""
+    from pytest_gpumem import devices
+
+    asked = bool({"gpumem", "pytest_gpumem.plugin"} & set(options.get("plugins") or ()))
+    try:
+        settings = resolve(options, os.environ, config.getini, asked=asked)
+        if settings.mode == "off":
+            state = State(settings, devices.CardsFound((), "switched off"))
+        else:
+            found = devices.find_cards()
+            if settings.mode == "on" and found.cards:
+                found = _place(found)
+            state = _simulate(settings, found) if settings.simulated else State(settings, found)
+            state.notes += [
+                f"{place} does nothing with --gpumem={settings.mode}: it needs --gpumem=on"
+                for place in settings.without_effect
+            ]
+    except BadSettingError as error:
+        raise pytest.UsageError(str(error)) from None
+    state.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    config.stash[STATE] = state
+
+
+def _place(found: CardsFound) -> CardsFound:
+    """Let a worker of xdist use another card first than its neighbour."""
+    from pytest_gpumem.scheduling import workers
+
+    return found._replace(cards=tuple(workers.place(found.cards)))
+
+
+def _simulate(settings: Settings, real: CardsFound) -> State:
+    """Give this process a simulated card.
+
+    Raises:
+        BadSettingError: when a real card is visible and the user did not ask twice, or the card
+            file that was named cannot be used, or the system has no means to share a card.
+
+    """
+    from pytest_gpumem import devices
+    from pytest_gpumem.records import Card
+
+    if sys.platform == "win32":
+        raise BadSettingError("--gpumem-simulate: not on Windows, which has no POSIX file locks")
+    from pytest_gpumem.simulator import Simulation
+
+    if real.cards and not settings.simulate_anyway:
+        raise BadSettingError(
+            f"--gpumem-simulate: a real card is visible ({real.cards[0].name}); "
+            "add --gpumem-simulate-anyway to simulate one all the same"
+        )
+    if settings.simulate_card is not None:
+        try:
+            simulation = Simulation.attach(str(settings.simulate_card))
+        except (OSError, ValueError) as error:
+            raise BadSettingError(f"--gpumem-simulate-card: {error}") from None
+    elif name := os.environ.pop(SIMULATED_AS, ""):
+        simulation = Simulation.join(name, settings.simulate or 0, settings.simulate_context)
+    else:
+        simulation = Simulation.start(settings.simulate or 0, settings.simulate_context)
+    simulation.install()
+    exported = CARD_VARIABLE not in os.environ
+    os.environ.setdefault(CARD_VARIABLE, simulation.path)
+    card = simulation.card
+    found = devices.CardsFound((Card(card.uuid, card.name, card.total),))
+    return State(settings, found, simulation=simulation, exported=exported)
+
+
+def _is_controller(config: pytest.Config) -> bool:
+    """Return whether this process hands its tests to xdist's workers."""
+    distributes = config.getoption("dist", "no") != "no" and config.getoption("tx", None)
+    return bool(distributes) and not is_worker(config)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say in one line which card there is, and in a second one what a simulated card lacks."""
+    state = config.stash[STATE]
+    if state.settings.mode == "off":
+        return ["gpumem: off"]
+    shown = [f"{card.name} of {format_bytes(card.total)}" for card in state.found.cards]
+    cards = ", ".join(shown) or f"no card: {state.found.why_none}"
+    lines = [f"gpumem: {state.settings.mode}, {cards}"]
+    if state.simulation is not None:
+        if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
+            lines.append("gpumem: torch is not installed: no test can use the simulated card")
+        lines.append(f"gpumem: {state.simulation.NOT_SIMULATED}")
+    if state.found.note and not _is_controller(config):  # workers choose their cards by UUID
+        lines.append(f"gpumem: {state.found.note}")
+    return lines
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Read the marks of every test now: a bad one must not surface in the middle of the run."""
+    if config.stash[STATE].settings.mode == "off":
+        return
+    found: dict[pytest.Collector, list[pytest.Mark]] = {}
+    try:
+        for item in items:
+            for mark in _marks_of(item, found):
+                _read_mark(item, mark)
+    except BadSettingError as error:
+        if not is_worker(config):
+            raise pytest.UsageError(str(error)) from None
+        # xdist answers a worker's UsageError with an INTERNALERROR: the controller raises it.
+        config.workeroutput[USAGE_ERROR] = str(error)  # type: ignore[attr-defined]
+        items.clear()
+
+
+def _marks_of(
+    node: pytest.Item | pytest.Collector, found: dict[pytest.Collector, list[pytest.Mark]]
+) -> list[pytest.Mark]:
+    """Return our marks on ``node``, from the session inwards: the last one is the closest.
+
+    ``found`` remembers those of collectors, which ``Node.iter_markers`` would walk again for
+    each of thousands of tests.
+    """
+    own = [mark for mark in reversed(node.own_markers) if mark.name in marks.MARKS]
+    parent = node.parent
+    if parent is None:
+        return own
+    if parent not in found:
+        found[parent] = _marks_of(parent, found)
+    return found[parent] + own
+
+
+def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
+    try:
+        meaning = marks.read(mark.name, mark.args, mark.kwargs)
+    except ValueError as error:
+        if mark.name == "gpu" and item.config.stash[STATE].settings.mode != "on":
+            return  # a common name: it may be the suite's own, which was there before us
+        path, line, _ = item.location
+        raise BadSettingError(f"{path}:{(line or 0) + 1}: {item.nodeid}: {error}") from None
+    found = item.stash.setdefault(ITEM_MARKS, ItemMarks())
+    if mark.name == "gpu":
+        found.need = meaning
+    elif mark.name == "gpumem_off":
+        found.off = True
+    else:
+        setattr(found, mark.name, meaning)
+
+
+@pytest.fixture
+def gpumem(request: pytest.FixtureRequest) -> Memory:
+    """Return this test's VRAM in bytes: ``allocated`` now, its ``peak``, ``usage()`` by card."""
+    from pytest_gpumem.plugin.measure import Measuring, Memory
+
+    measuring = request.config.pluginmanager.get_plugin(Measuring.NAME)
+    return Memory(measuring.tracker if measuring is not None else None)

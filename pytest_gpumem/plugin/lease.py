@@ -1,0 +1,505 @@
+"""The hooks that take a lease for each test that uses a card, in each process that runs some."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from pytest_gpumem import admission, devices
+from pytest_gpumem.leases import telling
+from pytest_gpumem.leases.store import (
+    HOPE,
+    Lease,
+    LeaseError,
+    LeaseStore,
+    LeaseTimeout,
+    TooLarge,
+    Want,
+    store,
+)
+from pytest_gpumem.plugin import attempts, marks
+from pytest_gpumem.plugin.route import may_fall_back
+from pytest_gpumem.plugin.state import GRANT, ITEM_MARKS, NO_MARKS, STEP, USAGE, State
+from pytest_gpumem.plugin.xdist.worker import tear_down
+from pytest_gpumem.records import Grant
+from pytest_gpumem.scheduling.history import DURATION
+from pytest_gpumem.scheduling.workers import VISIBLE, Holdings
+from pytest_gpumem.tracking import release
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping
+
+    from pytest_gpumem.archive.consolidator import GpuConsolidator
+    from pytest_gpumem.records import Card
+    from pytest_gpumem.scheduling.history import History
+
+ANY = marks.Need(vram=None, cards=1, exclusive=False)
+"""What a test without a mark asks for."""
+_SOMETHING = 1
+"""Bytes for a test that may use a card and of which nothing is known: it shares the card with
+anybody, but not with a test that has to be alone."""
+
+_ELSEWHERE = "elsewhere"
+"""What is left to the controller, which alone knows if others were on the card and will see to it
+that the next attempt is alone there."""
+
+
+class Need(NamedTuple):
+    """What one test is to be granted on each of its cards."""
+
+    size: int | None
+    """Bytes beyond what its process keeps; None when unknown: then it has to be alone."""
+    cards: int = 1
+    alone: bool = False
+    fixtures: int = 0
+    """Bytes more, as far as the process does not keep the test's wider fixtures already."""
+
+
+class Leasing:
+    """Takes leases, gives them back, and tries a test that ran out of memory again, alone.
+
+    Args:
+        config: pytest's configuration.
+        state: the plugin's.
+        history: what is known of the tests.
+        standing: returns by card the bytes that wider fixtures hold now.
+        granted: returns what xdist's controller has set aside for the test that begins, None if
+            nothing; not given where this process decides by itself.
+        used_card: called after a test that used a card.
+
+    """
+
+    NAME = "gpumem-leasing"
+
+    def __init__(
+        self,
+        config: pytest.Config,
+        state: State,
+        history: History,
+        standing: Callable[[], Mapping[str, int]],
+        *,
+        granted: Callable[[], Need | None] | None = None,
+        used_card: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._tells = _keep_terminal(config)
+        self._settings = state.settings
+        self._state = state
+        self._history = history
+        self._standing = standing
+        self._granted = granted
+        self._used_card = used_card
+        self._holdings = Holdings(state.settings.context_cost)
+        self._notes = state.notes
+        self._without = False
+        """Whether there are no leases on this machine."""
+        self._stuck = False
+        """Whether what could be consolidated was not when another process wanted its room."""
+        self._lease: Lease | None = None
+        self._fixtures: dict[str, str] = {}
+        """The fixtures whose set-up took leases, by the lease."""
+        self._next = ""
+        """Of the ladder, the step to take with a test that ran out of memory: a further attempt,
+        see ``RecordedTest.step``."""
+        self._step = ""
+        """The step that is being taken."""
+        self._running: pytest.Item | None = None
+        """The test whose attempt this process makes, or lets a child make."""
+        self._owed = attempts.Owed()
+        self.spoiled = False
+        """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
+        one as well."""
+        self._waited = 0.0
+        """Seconds that the test which is set up waited for its lease."""
+        self._tried: list[str] = []
+        """How the attempts before this one ended."""
+
+    @property
+    def _cards(self) -> tuple[Card, ...]:
+        return self._state.found.cards
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self) -> None:
+        """Look at the cards again, if a conftest chose others, before the scheduler is told."""
+        state = self._state
+        if state.simulation is None and os.environ.get(VISIBLE) != state.visible:
+            state.found = devices.find_cards()
+
+    def pytest_runtestloop(self) -> None:
+        """Let what tests start find this process, whether or not these ever take a lease."""
+        with suppress(LeaseError):  # whoever takes one says so
+            self._open().join()
+
+    def pytest_unconfigure(self) -> None:
+        """Leave the terminal to others."""
+        if self._tells:
+            telling.drop()
+
+    # Around a test
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, object, object]:
+        """Give the test's lease back; run the test again if it ran out of memory."""
+        self.spoiled, self._next = False, ""
+        try:
+            self._running = item
+            try:
+                result = yield
+            finally:
+                self._running = None
+                self._give_back()
+            self._learn(item)
+            if self._next:
+                before, self._step = self._step, self._next
+                try:
+                    self._climb(item, nextitem)
+                finally:
+                    self._step = before
+                    self._tried.clear()
+        finally:
+            self._owed.publish(item.ihook)
+        return result
+
+    def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Run a test again, on the next step of the ladder."""
+        report = tear_down(item, None) if self.spoiled else None
+        if report is not None:
+            item.ihook.pytest_runtest_logreport(report=report)
+        consolidator = _consolidator()
+        if consolidator is not None and not consolidator.idle:
+            done = consolidator.consolidate_gpu_memory(process_context=item.name)
+            item.user_properties.append(("gpumem_consolidated", str(done)))
+        item.user_properties[:] = [each for each in item.user_properties if each[0] != STEP]
+        item.user_properties.append((STEP, self._step))
+        manager = sys.modules.get("pytest_gpumem.routing.resource_manager")
+        banned = nullcontext()
+        if self._step == "cpu" and manager is not None:
+            banned = manager.shared.ban("it ran out of memory on the card")
+        with banned:
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+
+    # A phase of the test, so that whatever ends a test ends its wait, and a report is made.
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Take a lease; fail or skip a test that can have none."""
+        refusal = self._take(item)
+        if refusal and self._settings.too_large == "skip":
+            pytest.skip(refusal)
+        if refusal:
+            pytest.fail(refusal, pytrace=False)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any]
+    ) -> Generator[None, object, object]:
+        """Note what a fixture leases, and that a wider one failed.
+
+        Which a test may have asked for as late as it ran.
+        """
+        before = self._leases_here()
+        try:
+            return (yield)
+        except BaseException:
+            self.spoiled |= fixturedef.scope != "function"
+            raise
+        finally:
+            for lease in self._leases_here() - before:
+                self._fixtures.setdefault(lease, fixturedef.argname)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, call: pytest.CallInfo[Any]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Let the report of a test that ran out of memory say so."""
+        report = yield
+        if report.when == "setup" and self._waited:
+            # What others made it wait is not the test's time.
+            report.duration -= self._waited
+            report.start += self._waited
+            self._waited = 0.0
+        if report.failed and call.excinfo is not None and call.when != "teardown":
+            text = release.oom_text(call.excinfo.value)
+            if text:
+                setattr(report, attempts.OOM, text)
+        return report
+
+    # A wrapper and first: who counts failures, pytest itself for -x, sees the settled outcome.
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_logreport(
+        self, report: pytest.TestReport
+    ) -> Generator[None, object, object]:
+        """Call running out of memory an attempt, and no failure, if there is a next step.
+
+        Not earlier: the report may be made in a child that runs this attempt and ends, or be one
+        of several of which another plugin publishes the last.
+        """
+        item = self._running
+        # A subtest, which has a context, is not run again: the tests around it have gone on.
+        if item is not None and report.nodeid == item.nodeid and not hasattr(report, "context"):
+            self._judge(item, report)
+        return (yield)
+
+    def _judge(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        if not self._next:
+            self._owed.settle(report)
+        if not report.failed or report.when == "teardown":
+            return
+        self.spoiled |= report.when == "setup"
+        text: str = getattr(report, attempts.OOM, "")
+        step = self._next_step(item, text) if text else ""
+        if step == _ELSEWHERE:
+            attempts.leave_undecided(report)
+        elif step:
+            self._next = step
+            self._tried.append(f"{self._step or 'at first'}: {text}")
+            self._owed.promise(report)
+        elif self._tried:
+            report.sections.append(("GPU memory of earlier attempts", "\n".join(self._tried)))
+
+    def _next_step(self, item: pytest.Item, text: str) -> str:
+        """Return what to try with a test that ran out of memory; "" for nothing."""
+        answer, lease = self._settings.oom, self._lease
+        if answer == "fail" or self._step == "cpu":
+            return ""
+        cpu = "cpu" if answer == "cpu" and may_fall_back(item) else ""
+        if release.asked_for(text) > max((card.total for card in self._cards), default=0):
+            return cpu  # no card had room for it, were it alone there
+        elsewhere = "" if self._granted is None else _ELSEWHERE
+        alone = lease is not None and lease.exclusive
+        if not self._step and not alone and any(map(self._is_shared, self._cards)):
+            return elsewhere or "alone"
+        consolidator = _consolidator()
+        if self._step != "released" and consolidator is not None and not consolidator.idle:
+            return "released"
+        return cpu or elsewhere
+
+    def _is_shared(self, card: Card) -> bool:
+        if self._without:
+            return bool(set(devices.process_bytes(card)) - {os.getpid()})
+        try:
+            opened = self._open()
+            return opened.is_shared(card.uuid) or opened.foreign(card.uuid, card.total) > 0
+        except LeaseError as error:
+            self._do_without(error)
+            return False
+
+    def _learn(self, item: pytest.Item) -> None:
+        """Expect of the test's relatives in this process what it took.
+
+        A test that took nothing, as expected, teaches nothing.
+        """
+        usage = item.stash.get(USAGE, None)
+        if usage is None:
+            return
+        if self._granted is None:
+            expected = self._history.expect(item.nodeid)
+            if usage.cards or expected.gpu or expected.source == "guess":
+                self._history.note_usage(item.nodeid, usage.cards, DURATION)
+        elif any(card.extra or card.ooms for card in usage.cards):
+            self._used_card()
+
+    # Leases
+
+    def _take(self, item: pytest.Item) -> str:
+        """Take a lease for the test; return why it can have none, "" otherwise."""
+        if self._lease is not None:  # the attempt before, of a plugin that runs tests again
+            return ""
+        if GRANT in item.stash:  # an earlier attempt's
+            del item.stash[GRANT]
+        need = self._need(item)
+        if need is None or self._without:
+            return ""
+        try:
+            if self._is_within(item):
+                return ""
+            refusal = self._too_large(item, need)
+            if not refusal:
+                self._acquire(item, need)
+            return refusal
+        except (LeaseTimeout, TooLarge) as error:
+            return str(error)
+        except LeaseError as error:
+            self._do_without(error)
+            return ""
+
+    def _is_within(self, item: pytest.Item) -> bool:
+        """Return whether a test runs within a lease of the suite's own.
+
+        One of a fixture is for the tests that use the fixture, any other is for all of them; and
+        what a test runs in this process is within that test's.
+        """
+        fixtures = (self._fixtures.get(lease) for lease in self._leases_here())
+        names = getattr(item, "fixturenames", ())
+        return self._open().has_test() or any(name is None or name in names for name in fixtures)
+
+    def _leases_here(self) -> set[str]:
+        try:
+            return set() if self._without else self._open().held_here()
+        except LeaseError as error:
+            self._do_without(error)
+            return set()
+
+    def _acquire(self, item: pytest.Item, need: Need) -> None:
+        cards = self._cards[: need.cards]
+        held = self._holdings()
+        wants = {card.uuid: self._want(need, card, held) for card in cards}
+        begun = time.monotonic()
+        with telling.Waiting(item.nodeid, self._open().ancestors) as waiting:
+
+            def on_wait(text: str) -> None:
+                waiting.note(text)
+                if self._spare():
+                    self.keep()
+
+            try:
+                self._lease = self._wait(item, wants, on_wait)
+            except BaseException:
+                if waiting.what:  # pytest-timeout's, or Ctrl-C
+                    item.add_report_section("setup", "GPU memory", f"waited for {waiting.what}")
+                raise
+            finally:
+                self._waited = time.monotonic() - begun if waiting.what else 0.0
+        size = min(wants[card.uuid].size or card.total for card in cards)
+        item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, self._waited)
+
+    def _wait(
+        self, item: pytest.Item, wants: Mapping[str, Want], on_wait: Callable[[str], None]
+    ) -> Lease:
+        """Return a lease.
+
+        A test that the scheduler sent does not hope for models to be spared: idle workers are the
+        scheduler's to ask, and do not look themselves.
+        """
+        totals = {card.uuid: card.total for card in self._cards}
+        hope = HOPE if self._granted is None else 0.0
+        timeout = self._settings.lease_timeout
+        return self._open().acquire(
+            wants, totals, item.nodeid, timeout, on_wait, hope=hope, test=True
+        )
+
+    def _give_back(self) -> None:
+        """Tell what the process keeps, and let others have the rest."""
+        self._spare()
+        self.keep()
+        if self._lease is not None:
+            try:
+                self._lease.release()
+            except LeaseError as error:
+                self._do_without(error)
+        self._lease = None
+
+    def keep(self) -> dict[str, tuple[int, int]]:
+        """Tell others what the process keeps on each card; return these bytes.
+
+        With them, as the second of each pair, come the bytes of them that wider fixtures hold.
+        """
+        held, standing = self._holdings(), self._standing()
+        try:
+            for uuid, resident in () if self._without else held.items():
+                self._open().set_resident(uuid, resident, spare=self._can_spare())
+        except LeaseError as error:
+            self._do_without(error)
+        return {uuid: (kept, standing.get(uuid, 0)) for uuid, kept in held.items()}
+
+    def _can_spare(self) -> bool:
+        consolidator = _consolidator()
+        return consolidator is not None and not consolidator.idle and not self._stuck
+
+    def _spare(self) -> bool:
+        """Consolidate what is registered if another process waits for its room; return whether."""
+        consolidator = _consolidator()
+        if self._without or consolidator is None or not self._can_spare():
+            return False
+        try:
+            if not any(self._open().is_wanted(card.uuid, card.total) for card in self._cards):
+                return False
+        except LeaseError as error:
+            self._do_without(error)
+            return False
+        done = consolidator.consolidate_gpu_memory(process_context="wanted by another process")
+        self._stuck = bool(done.refused)
+        return True
+
+    def _do_without(self, error: LeaseError) -> None:
+        self._without = True
+        self._notes.append(f"tests ran without leases: {error}")
+
+    def _open(self) -> LeaseStore:
+        opened = store()
+        opened.headroom = self._settings.headroom
+        return opened
+
+    def _need(self, item: pytest.Item) -> Need | None:
+        """Return what a test is to be granted, None for one that uses no card."""
+        marked = item.stash.get(ITEM_MARKS, NO_MARKS)
+        if marked.off:
+            return None
+        asked = marked.need or ANY
+        if self._step == "cpu":
+            return None
+        if self._step:
+            return Need(None, asked.cards)
+        if self._granted is not None:
+            return self._granted()
+        expected = self._history.expect(item.nodeid, asked.vram)
+        if expected.peak is not None:
+            return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
+        if expected.gpu or marked.need is not None:
+            careful = asked.exclusive or self._settings.schedule != "optimistic"
+            return Need(None if careful else _SOMETHING, asked.cards)
+        unknown = expected.source == "guess" and "torch" in sys.modules
+        return Need(_SOMETHING) if unknown else None
+
+    def _want(self, need: Need, card: Card, held: Mapping[str, int]) -> Want:
+        if self._step and self._granted is None:
+            # Others are to spare what they keep, if they can.
+            kept = held.get(card.uuid, 0)
+            most = self._open().capacity(card.uuid, card.total) - kept
+            return Want(max(_SOMETHING, most), exclusive=True)
+        if need.size is None:
+            return Want(None)
+        if need.size == _SOMETHING:
+            return Want(_SOMETHING)
+        kept = held.get(card.uuid, 0)
+        standing = self._standing().get(card.uuid, 0)
+        missing = admission.missing(need.fixtures, self._settings.context_cost, kept, standing)
+        # What was learned has a margin, which the card need not have.
+        most = max(_SOMETHING, card.total - self._settings.headroom - kept)
+        return Want(min(need.size + missing, most), need.alone)
+
+    def _too_large(self, item: pytest.Item, need: Need) -> str:
+        """Return in one sentence why no card can ever grant what a test's mark asks for."""
+        if need.cards > len(self._cards):
+            return f"{item.nodeid} asks for {need.cards} cards; there are {len(self._cards)}"
+        asked = item.stash.get(ITEM_MARKS, NO_MARKS).need
+        vram = asked.vram if asked is not None else None
+        besides = self._settings.context_cost + self._settings.headroom
+        for card in self._cards[: need.cards]:
+            if vram is not None and vram + besides > card.total:
+                return (
+                    f"{item.nodeid} asks for {format_bytes(vram)} of {card.name}, which has "
+                    f"{format_bytes(card.total)}; of that a process costs "
+                    f"{format_bytes(self._settings.context_cost)} and "
+                    f"{format_bytes(self._settings.headroom)} are never given out"
+                )
+        return ""
+
+
+def _consolidator() -> GpuConsolidator | None:
+    """Return the process's consolidator, if anybody has used it."""
+    module = sys.modules.get("pytest_gpumem.archive.consolidator")
+    return module.get_gpu_consolidator() if module is not None else None
+
+
+def _keep_terminal(config: pytest.Config) -> bool:
+    """Let it be told in the terminal what is waited for, whatever captures meanwhile."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        return telling.keep()

@@ -1,0 +1,286 @@
+"""The hooks that measure tests, in each process that runs some."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpumem import devices, records
+from pytest_gpumem.devices.processes import others
+from pytest_gpumem.plugin.state import (
+    CARDS,
+    GRANT,
+    HOST,
+    ITEM_MARKS,
+    LATE,
+    NO_MARKS,
+    NOTES,
+    PROPERTIES,
+    USAGE,
+    State,
+)
+from pytest_gpumem.reports import terminal
+from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.left_behind import LeftBehind
+from pytest_gpumem.tracking.tracker import Fixture, Tracker, Usage, release_when_shared
+from pytest_gpumem.tracking.verdict import holds_memory
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+
+BESIDE: pytest.StashKey[list[records.Process]] = pytest.StashKey()
+"""Who else was on the cards when a test ran out of memory."""
+
+
+class Memory:
+    """What the running test did to the cards so far; all zero where there is no card."""
+
+    def __init__(self, tracker: Tracker | None) -> None:
+        self._tracker = tracker
+
+    def usage(self) -> tuple[records.CardUsage, ...]:
+        """Return the usage by card; leaks are judged only when the test has ended."""
+        return self._tracker.usage() if self._tracker is not None else ()
+
+    @property
+    def allocated(self) -> int:
+        """Bytes allocated now on all cards."""
+        return self._tracker.allocated if self._tracker is not None else 0
+
+    @property
+    def peak(self) -> int:
+        """Highest bytes allocated since the test began, summed over cards."""
+        return sum(card.peak for card in self.usage())
+
+
+class Measuring:
+    """Measures the tests that this process runs."""
+
+    NAME = "gpumem-measuring"
+
+    def __init__(self, config: pytest.Config, state: State) -> None:
+        self._settings = state.settings
+        self._cards = state.found.cards
+        self._pdb = bool(config.getoption("usepdb", False))
+        on, settings = state.settings.mode == "on", state.settings
+        rules = (release_when_shared(_shared(self._cards)),) if on else ()
+        # Where the plugin caps it, the memory fraction is the cap's business.
+        left = LeftBehind(put_back=on, fractions=settings.fraction is None)
+        self.tracker = Tracker(*rules, left=left, stacks=settings.stacks, root=config.rootpath)
+        self._item: pytest.Item | None = None
+        self._tearing_down = False
+        self._errors: list[BaseException] = []
+        self._keepers: dict[int, str] = {}
+        self._state = state
+        self._late: list[tuple[str, list[dict[str, Any]], dict[str, int]]] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Begin before any fixture of the test is set up."""
+        if not item.stash.get(ITEM_MARKS, NO_MARKS).off:
+            self._errors.clear()
+            self._item = item
+            self.tracker.begin_test(item.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """Fail a test that passed but peaked above its limit; not called for one that failed."""
+        limit = _limit(item.stash.get(ITEM_MARKS, NO_MARKS).vram_limit, self._settings.vram_limit)
+        if limit is not None:
+            took = [(card, card.peak - card.baseline) for card in self.tracker.usage()]
+            _enforce(item, "call", "allowed {}, took {} at its peak", limit, took)
+
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+        """Keep what ended a phase until the test is over, and hand its numbers to the report."""
+        if call.when == "teardown":
+            return
+        if call.excinfo is not None:
+            self._errors.append(call.excinfo.value)
+            if release.oom_sentence(call.excinfo.value):
+                item.stash[BESIDE] = [each for card in self._cards for each in others(card)]
+        if call.when == "call":
+            self._keepers = _keepers(item)
+            _attach(item, Usage(self.tracker.usage()), self._errors)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Judge the test when all of its teardown is over."""
+        self._tearing_down = True
+        try:
+            result = yield
+        except BaseException as error:
+            self._errors.append(error)
+            self._end(item)
+            raise
+        cards = self._end(item)
+        marked = item.stash.get(ITEM_MARKS, NO_MARKS).vram_leak_limit
+        limit = _limit(marked, self._settings.vram_leak_limit)
+        if limit is not None:
+            leaked = [(card, card.leaked) for card in cards]
+            _enforce(item, "teardown", "allowed to leak {}, leaked {}", limit, leaked)
+        return result
+
+    def _end(self, item: pytest.Item) -> tuple[records.CardUsage, ...]:
+        self._tearing_down = False
+        if self._item is None:  # gpumem_off, or its set-up never came to us
+            return ()
+        self._drop_arguments(item)
+        arguments = getattr(item, "funcargs", None) or {}
+        usage = self.tracker.end_test(
+            self._errors,
+            judge=not (self._pdb and self._errors),
+            keepers=self._keepers,
+            passing={id(value): "the test's arguments" for value in arguments.values()},
+            fixtures=getattr(item, "fixturenames", ()),
+        )
+        item.stash[USAGE] = usage
+        _attach(item, usage, self._errors)
+        self._errors.clear()
+        self._keepers = {}
+        self._item = None
+        return usage.cards
+
+    def _drop_arguments(self, item: pytest.Item) -> None:
+        """Let go of the test's fixture values, which pytest would drop right after the teardown.
+
+        Judged a moment earlier than that, they would look like a leftover. Only those that hold
+        memory of a card are let go, and their names stay: other plugins read values, a
+        browser's page say, when they make the teardown's report.
+        """
+        arguments = getattr(item, "funcargs", None)
+        if self.tracker.anything_stayed() and isinstance(arguments, dict):
+            for name in [name for name, value in arguments.items() if holds_memory(value)]:
+                arguments[name] = None
+
+    # Fixtures
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any]
+    ) -> Generator[None, object, object]:
+        """Charge a fixture's set-up to the fixture."""
+        fixture = self.tracker.begin_fixture(fixturedef.argname, fixturedef.scope)
+        try:
+            value = yield
+        except BaseException:
+            self.tracker.fail_fixture(fixture)
+            raise
+        self.tracker.end_fixture(fixture, value, fixturedef.func)
+        if fixture.wide:
+            # Finalisers run last in, first out: this one marks the start of the teardown.
+            fixturedef.addfinalizer(lambda: self._begin_teardown(fixture))
+        return value
+
+    def _begin_teardown(self, fixture: Fixture) -> None:
+        if self._item is not None and self._tearing_down:
+            # All of the test's own teardown is over when a wider fixture's begins. Not so during
+            # set-up, where the old instance of a parametrised fixture makes way for the new.
+            self._drop_arguments(self._item)
+        self.tracker.begin_teardown(fixture)
+
+    @contextmanager
+    def late_teardowns(self, nodeid: str) -> Iterator[None]:
+        """Measure teardowns of wider fixtures after the report of the test ``nodeid`` was made."""
+        self.tracker.begin_test(nodeid)
+        before = self.tracker.reserved
+        self._tearing_down = True
+        try:
+            yield
+        finally:
+            self._tearing_down = False
+            usage = self.tracker.end_test()
+            if usage.fixtures or self.tracker.reserved != before:
+                fixtures = [records.to_plain(fixture) for fixture in usage.fixtures]
+                self._late.append((nodeid, fixtures, self.tracker.reserved))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Tell the controller what no report told; this worker may be on another machine."""
+        self.tracker.close()
+        output = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            cards = self._cards or devices.find_cards().cards
+            output[CARDS] = [records.to_plain(card) for card in cards]
+            output[HOST] = platform.node()
+            output[NOTES] = [*self._state.notes, *devices.notes()]
+            output[LATE] = self._late
+
+
+class LateTeardowns:
+    """Measures what xdist's workers tear down while they wait for their next test."""
+
+    def __init__(self, measuring: Measuring) -> None:
+        self._measuring = measuring
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Measure the item of the scheduler that stands for such a wait."""
+        from pytest_gpumem.plugin.xdist.worker import Sentinel
+
+        if not isinstance(item, Sentinel):
+            return (yield)
+        with self._measuring.late_teardowns(item.nodeid):
+            return (yield)
+
+
+def _shared(cards: Sequence[records.Card]) -> bool:
+    """Return whether other processes use the cards: other workers, or strangers."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return workers > 1 or any(set(devices.process_bytes(card)) - {os.getpid()} for card in cards)
+
+
+def _keepers(item: pytest.Item) -> dict[int, str]:
+    """Return what pytest itself keeps of a test that ran: the instance of its class."""
+    instance = getattr(item, "instance", None)
+    if instance is None:
+        return {}
+    return {id(instance): f"pytest's {type(instance).__name__} instance: self"}
+
+
+def _limit(marked: int | None, suite: int | None) -> int | None:
+    return suite if marked is None else marked
+
+
+def _enforce(
+    item: pytest.Item,
+    when: str,
+    sentence: str,
+    limit: int,
+    sizes: Sequence[tuple[records.CardUsage, int]],
+) -> None:
+    """Fail the test with ``sentence`` where a size is above ``limit``."""
+    for card, size in sizes:
+        if size > limit:
+            item.add_report_section(when, "GPU memory", "\n".join(terminal.usage_lines(card)))
+            # Without the traceback, which would show this plugin's lines and not the test's.
+            pytest.fail(sentence.format(format_bytes(limit), format_bytes(size)), pytrace=False)
+
+
+def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) -> None:
+    """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
+    oom = next(filter(None, map(release.oom_sentence, errors)), "")
+    item.user_properties[:] = [each for each in item.user_properties if each[0] not in PROPERTIES]
+    grant = item.stash.get(GRANT, None)
+    if not (usage.cards or usage.fixtures or usage.left or oom or grant):
+        return
+    record = {
+        "cards": [records.to_plain(card) for card in usage.cards],
+        "fixtures": [records.to_plain(fixture) for fixture in usage.fixtures],
+        "oom": oom,
+        "lease": records.to_plain(grant),
+        "left": [records.to_plain(each) for each in usage.left],
+        "beside": [records.to_plain(each) for each in item.stash.get(BESIDE, ())] if oom else [],
+    }
+    values = (
+        sum(card.peak for card in usage.cards),
+        sum(card.leftover for card in usage.cards),
+        sum(card.leaked for card in usage.cards),
+        json.dumps(record),
+    )
+    item.user_properties.extend(zip(PROPERTIES, values, strict=True))

@@ -1,0 +1,260 @@
+"""The hooks that collect every test's record, in the process that reports."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpumem import devices, records
+from pytest_gpumem.plugin import attempts
+from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, ROUTES, STEP, USAGE_ERROR, State
+from pytest_gpumem.reports import terminal, trace
+from pytest_gpumem.units import format_mib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@dataclass
+class _Phases:
+    """What is known of a test whose teardown has not been reported yet."""
+
+    outcome: str = "passed"
+    duration: float = 0.0
+    start: float = 0.0
+    broke: str = ""
+    again: bool = False
+    """Whether the controller lets it run again, alone on its cards."""
+
+
+class Reporting:
+    """Collects every test's record in the process that reports, and shows them at the end."""
+
+    NAME = "gpumem-reporting"
+
+    def __init__(self, config: pytest.Config, state: State) -> None:
+        self._config = config
+        self._state = state
+        self._cards = {("", card.uuid): card for card in state.found.cards}
+        self._running: dict[tuple[str, str], _Phases] = {}
+        self._tests: list[records.RecordedTest] = []
+        self._again: set[str] = set()
+        """Tests whose next attempt will be alone on its cards."""
+        self._workers: set[str] = set()
+        self._hosts: dict[str, str] = {}
+        """By worker, where that is another machine."""
+        self._late: dict[tuple[str, str], tuple[list[records.FixtureUsage], dict[str, int]]] = {}
+        """By test and worker: fixtures torn down after the test was reported, and the bytes that
+        were reserved then, by card."""
+        self._notes: list[str] = []
+        self._failures: list[str] = []
+        self._usage_error = ""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Put a test's phases together; its record is complete with its teardown."""
+        if hasattr(report, "gpumem_replaced"):
+            return
+        if hasattr(report, attempts.OWED):
+            self._correct(report)
+            return
+        worker = getattr(report, "worker_id", "")
+        self._workers.add(worker)
+        phases = self._running.setdefault((report.nodeid, worker), _Phases())
+        phases.duration += report.duration
+        phases.start = phases.start or report.start
+        phases.broke = phases.broke or getattr(report, "gpumem_broke", "")
+        phases.outcome = _outcome(report, phases.outcome)
+        phases.again |= phases.outcome == "rerun" and hasattr(report, attempts.UNDECIDED)
+        if report.when not in ("setup", "call"):
+            del self._running[report.nodeid, worker]
+            test = _record(report, worker, phases)
+            if test.nodeid in self._again:
+                self._again.remove(test.nodeid)
+                test = test._replace(step=test.step or "alone")
+            self._tests.append(test)
+            if phases.again:
+                self._again.add(test.nodeid)
+
+    def _correct(self, report: pytest.TestReport) -> None:
+        """Let an attempt that was called a rerun, and was the last, be the failure that it is."""
+        for place in reversed(range(len(self._tests))) if report.failed else ():
+            test = self._tests[place]
+            if test.nodeid == report.nodeid:
+                self._tests[place] = test._replace(outcome=_outcome(report, ""))
+                return
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport) -> None:
+        """Let a worker that ended itself after a test not count as a failure more of that test."""
+        worker = vars(report)["node"].gateway.id
+        last = next((each for each in reversed(self._tests) if each.worker == worker), None)
+        if last is None or last.nodeid != crashitem or not last.broke:
+            return
+        if last.outcome in ("failed", "error", "xfailed"):
+            # As the phase of a test that passes nowhere counts, and is not shown.
+            report.outcome, report.when = "passed", "setup"
+            report.gpumem_replaced = True  # type: ignore[attr-defined]
+
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport | pytest.CollectReport
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        """Show an attempt that is made again as rerunfailures does."""
+        outcome: str = report.outcome
+        return ("rerun", "R", ("RERUN", {"yellow": True})) if outcome == "rerun" else None
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take home what a worker leaves: the cards it saw, or why it refused to run."""
+        output, worker = getattr(node, "workeroutput", {}), node.gateway.id
+        self._workers.add(worker)  # also one that ran no test
+        self._usage_error = output.get(USAGE_ERROR, self._usage_error)
+        host = output.get(HOST, "")
+        if host != platform.node():
+            self._hosts[worker] = host
+        for plain in output.get(CARDS, ()):
+            card = records.from_plain(records.Card, plain)._replace(host=self._host(worker))
+            self._cards.setdefault((card.host, card.uuid), card)
+        for nodeid, plains, reserved in output.get(LATE, ()):
+            fixtures, now = self._late.setdefault((nodeid, worker), ([], {}))
+            fixtures += [records.from_plain(records.FixtureUsage, plain) for plain in plains]
+            now.update(reserved)
+        self._notes += [note for note in output.get(NOTES, ()) if note not in self._notes]
+
+    def _host(self, worker: str) -> str:
+        return self._hosts.get(worker, "")
+
+    def run_record(self) -> records.RunRecord:
+        """Return what is known of the run."""
+        state, settings = self._state, self._state.settings
+        simulated = [state.simulation.NOT_SIMULATED] if state.simulation else []
+        return records.RunRecord(
+            schema=records.SCHEMA,
+            mode=settings.mode,
+            cards=tuple(self._cards.values()) or devices.find_cards().cards,
+            simulated=settings.simulated,
+            workers=len(self._workers - {""}),
+            tests=tuple(map(self._whole, self._tests)),
+            notes=tuple(dict.fromkeys([*simulated, *devices.notes(), *state.notes, *self._notes])),
+            context=settings.context_cost if settings.mode == "on" else 0,
+        )
+
+    def _whole(self, test: records.RecordedTest) -> records.RecordedTest:
+        """Return a test's record with what became known after its report."""
+        late, host = self._late.get((test.nodeid, test.worker)), self._host(test.worker)
+        if late is not None:
+            fixtures, reserved = late
+            cards = [
+                card._replace(reserved=reserved.get(card.card, card.reserved))
+                for card in test.cards
+            ]
+            test = test._replace(fixtures=(*test.fixtures, *fixtures), cards=tuple(cards))
+        return test._replace(host=host) if host else test
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the files, whatever becomes of the terminal."""
+        if self._usage_error:
+            raise pytest.UsageError(self._usage_error)
+        run, settings = self.run_record(), self._state.settings
+        if settings.json is not None:
+            self._write("--gpumem-json", settings.json, lambda path: records.save(run, path))
+        if settings.trace is not None:
+            self._write("--gpumem-trace", settings.trace, lambda path: trace.save(run, path))
+        if settings.html is not None:
+            self._write("--gpumem-html", settings.html, lambda path: _save_page(run, path))
+        if settings.mode == "on":
+            self._learn(run)
+        if self._failures and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+    def _write(self, option: str, path: Path, save: Callable[[Path], None]) -> None:
+        try:
+            save(path)
+        except OSError as error:
+            self._failures.append(f"{option}: cannot write {str(path)!r}: {error.strerror}")
+
+    def _learn(self, run: records.RunRecord) -> None:
+        from pytest_gpumem.plugin import share
+
+        try:
+            share.save_history(self._config, self._state, run)
+        except OSError as error:
+            sentence = f"what was learned is lost: {error.strerror}: {error.filename!r}"
+            self._state.notes.append(sentence)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Show the GPU memory section, if any test touched a card."""
+        verbosity = terminalreporter.config.get_verbosity()
+        lines = list(terminal.lines(self.run_record(), self._state.settings.top, verbosity))
+        if lines:
+            terminalreporter.section("GPU memory")
+        for line in lines:
+            terminalreporter.write_line(line)
+        for failure in self._failures:
+            terminalreporter.write_line(failure, red=True)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_html_results_table_header(self, cells: list[str]) -> None:
+        """Add the column to pytest-html's table."""
+        cells.insert(2, "<th>VRAM peak (MiB)</th>")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_html_results_table_row(self, report: pytest.TestReport, cells: list[str]) -> None:
+        """Fill the column."""
+        peak = dict(report.user_properties).get("gpumem_peak")
+        cells.insert(2, f"<td>{format_mib(peak) if isinstance(peak, int) else ''}</td>")
+
+
+def _save_page(run: records.RunRecord, path: Path) -> None:
+    from pytest_gpumem.forensics import analysis
+    from pytest_gpumem.reports import page
+
+    page.save(run, analysis.of_record(run), path)
+
+
+def _outcome(report: pytest.TestReport, before: str) -> str:
+    """Return the outcome of a test after one more of its phases."""
+    if report.when not in ("setup", "call", "teardown"):
+        return "crashed"
+    if hasattr(report, "wasxfail"):
+        return "xpassed" if report.passed else "xfailed"
+    if report.failed and report.when != "call":
+        return "failed" if before == "failed" else "error"
+    return before if report.passed else report.outcome
+
+
+def _record(report: pytest.TestReport, worker: str, phases: _Phases) -> records.RecordedTest:
+    own = records.RecordedTest(
+        report.nodeid,
+        phases.outcome,
+        phases.duration,
+        worker,
+        start=phases.start,
+        broke=phases.broke,
+    )
+    told = dict(report.user_properties)
+    routes, step = told.get(ROUTES), told.get(STEP)
+    if isinstance(routes, str):
+        own = own._replace(routes=tuple(records.Route(*each) for each in json.loads(routes)))
+    if isinstance(step, str):
+        own = own._replace(step=step)
+    text = told.get("gpumem_record")
+    if not isinstance(text, str):
+        return own
+    usage = json.loads(text)
+    return own._replace(
+        cards=tuple(records.from_plain(records.CardUsage, card) for card in usage["cards"]),
+        fixtures=tuple(
+            records.from_plain(records.FixtureUsage, each) for each in usage["fixtures"]
+        ),
+        oom=usage["oom"],
+        lease=usage["lease"] and records.from_plain(records.Grant, usage["lease"]),
+        left=tuple(records.from_plain(records.Left, each) for each in usage["left"]),
+        beside=tuple(records.from_plain(records.Process, each) for each in usage["beside"]),
+    )

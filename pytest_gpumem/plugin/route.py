@@ -1,0 +1,102 @@
+"""Routing under pytest: the fixtures, and what a test's routing leaves in its report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpumem import devices, routing
+from pytest_gpumem.plugin.state import ITEM_MARKS, NO_MARKS, ROUTES, STATE
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from pytest_gpumem.routing.model_pool import ModelPool
+
+NAME = "gpumem-routed"
+_MANAGER = "pytest_gpumem.routing.resource_manager"
+_pool: list[ModelPool] = []
+"""The process's pool, once somebody asked for it."""
+
+
+@pytest.fixture
+def gpu_device(request: pytest.FixtureRequest) -> str:
+    """Return ``"cuda"`` or ``"cpu"``: where this test should work.
+
+    The CPU where there is no card, where the card is too full by the run's thresholds, or when
+    the test ran out of memory there. A test marked ``gpu`` without ``fallback="cpu"`` works on
+    the card, or is skipped where there is none.
+    """
+    need = request.node.stash.get(ITEM_MARKS, NO_MARKS).need
+    if need is not None and need.fallback is None:
+        if not devices.find_cards().cards:
+            pytest.skip("marked gpu without fallback='cpu', and there is no card")
+        return "cuda"
+    from pytest_gpumem.routing.resource_manager import get_resource_manager
+
+    size = need.vram if need is not None else None
+    return str(get_resource_manager().route("test", size or 0, gpu=True).device)
+
+
+@pytest.fixture(scope="session")
+def model_pool() -> ModelPool:
+    """Return the models that this process's tests share."""
+    from pytest_gpumem.routing.model_pool import ModelPool
+
+    if not _pool:
+        _pool.append(ModelPool())
+    return _pool[0]
+
+
+@pytest.fixture
+def embedding_model(model_pool: ModelPool, pytestconfig: pytest.Config) -> Iterator[Any]:
+    """Lend the shared embedding model: all-MiniLM-L6-v2, or ``gpumem_embedding_model``."""
+    name = pytestconfig.stash[STATE].settings.embedding_model
+    with model_pool.use(name) as model:
+        yield model
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Route by this run's settings; leave nothing of an earlier attempt in the test's report."""
+    item.user_properties[:] = [each for each in item.user_properties if each[0] != ROUTES]
+    routing.settings = item.config.stash[STATE].settings
+    if _MANAGER in sys.modules:
+        shared = sys.modules[_MANAGER].shared
+        shared.take_routes()
+        shared.configure(routing.settings)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Take note of where the test's tasks went, and end what was set aside for them."""
+    result = yield
+    if _MANAGER in sys.modules:
+        shared = sys.modules[_MANAGER].shared
+        shared.give_back()
+        routes = shared.take_routes()
+        if routes:
+            item.user_properties.append((ROUTES, json.dumps(routes)))
+    return result
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Let go of the models, after the fixtures that have some and before the card is left."""
+    while _pool:
+        _pool.pop().clear()
+
+
+def may_fall_back(item: pytest.Item) -> bool:
+    """Return whether the test takes the CPU if it is sent there."""
+    need = item.stash.get(ITEM_MARKS, NO_MARKS).need
+    if need is not None and need.fallback == "cpu":
+        return True
+    manager = sys.modules.get(_MANAGER)
+    if manager is None:
+        return False
+    strict = need is not None and "gpu_device" in getattr(item, "fixturenames", ())
+    return bool(manager.shared.routes) and not strict

@@ -1,0 +1,209 @@
+"""Puts the sharing of cards into a run: what is known of the tests, who schedules, who leases."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_gpumem import devices
+from pytest_gpumem.plugin.lease import Leasing, Need
+from pytest_gpumem.plugin.measure import LateTeardowns, Measuring
+from pytest_gpumem.plugin.state import HISTORY, ITEM_MARKS, NO_MARKS, State
+from pytest_gpumem.plugin.worker_exit import Replacing
+from pytest_gpumem.plugin.xdist import worker as xdist_worker
+from pytest_gpumem.scheduling import workers
+from pytest_gpumem.scheduling.history import History
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    import pytest
+
+    from pytest_gpumem.plugin.xdist.controller import Controller
+    from pytest_gpumem.records import RunRecord
+
+
+def history_path(config: pytest.Config, state: State) -> Path | None:
+    """Return the file of learned peaks and durations, None where pytest keeps no cache.
+
+    The one that ``config.cache.mkdir("gpumem")`` leads to; ``-n auto`` needs it before there is
+    a ``config.cache``.
+    """
+    if state.settings.history is not None:
+        return state.settings.history
+    if config.pluginmanager.is_blocked("cacheprovider"):
+        return None  # whose setting may be known all the same
+    try:
+        cache = os.path.expandvars(config.getini("cache_dir"))
+    except ValueError:  # -p no:cacheprovider
+        return None
+    return config.rootpath / Path(cache).expanduser() / "d" / "gpumem" / "history.json"
+
+
+def load_history(config: pytest.Config, state: State) -> History:
+    """Return what earlier runs taught; a file that cannot be used is a note of the run."""
+    path = history_path(config, state)
+    history = History() if path is None else History.load(path)
+    if history.problem and history.problem not in state.notes:
+        state.notes.append(history.problem)
+    return history
+
+
+def save_history(config: pytest.Config, state: State, run: RunRecord) -> None:
+    """Add what a run taught.
+
+    Read again and not kept from the beginning: another run may have ended meanwhile.
+
+    Raises:
+        OSError: when the file cannot be written.
+
+    """
+    path = history_path(config, state)
+    if path is None or not any(test.cards for test in run.tests):
+        return
+    if state.settings.history is None:
+        config.cache.mkdir("gpumem")  # with the files by which others know a cache
+    history = History.load(path)
+    history.learn(run.tests)
+    history.save(path)
+
+
+def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
+    """Return how many workers ``-n auto`` starts where xdist would start ``wanted``."""
+    settings = state.settings
+    if state.simulation is not None:
+        free = [state.simulation.card.free()]
+    else:
+        # Workers spread over the slices of a card, of which each process sees one.
+        cards = devices.cards_to_choose(os.environ.get(workers.VISIBLE)) or state.found.cards
+        readings = map(devices.driver_reading, cards)
+        free = [reading.free for reading in readings if reading is not None]
+    count = workers.worker_count(
+        wanted,
+        workers.host(),
+        free,
+        (learned for _, learned in load_history(config, state)),
+        context=settings.context_cost,
+        headroom=settings.headroom,
+        scheduled=settings.schedule != "off" and config.getoption("dist") in ("no", "load"),
+    )
+    if count is None:
+        return wanted
+    state.worker_reason = count.reason
+    return count.workers
+
+
+def share_as_controller(config: pytest.Config, state: State) -> None:
+    """Let xdist's workers share the cards."""
+    from pytest_gpumem.plugin.xdist import controller as xdist_controller
+
+    settings, history = state.settings, load_history(config, state)
+    controller = xdist_controller.Controller(
+        config,
+        history.expect,
+        xdist_controller.SchedulerSettings(
+            context=settings.context_cost,
+            headroom=settings.headroom,
+            optimistic=settings.schedule == "optimistic",
+            skip_too_large=settings.too_large == "skip",
+        ),
+        why_not="--gpumem-schedule=off" if settings.schedule == "off" else None,
+    )
+    config.pluginmanager.register(controller, "gpumem-scheduler")
+    config.pluginmanager.register(Sharing(state, controller, history), Sharing.NAME)
+
+
+def share(config: pytest.Config, state: State) -> None:
+    """Let this process, which runs tests, share the cards with others."""
+    given = getattr(config, "workerinput", None)
+    measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
+    standing = dict[str, int] if measuring is None else measuring.tracker.standing
+    if given is None:
+        leasing = Leasing(config, state, load_history(config, state), standing)
+    elif xdist_worker.ASKED in given:
+        leasing = _scheduled(config, state, standing)
+        if measuring is not None:
+            config.pluginmanager.register(LateTeardowns(measuring), "gpumem-late-teardowns")
+    else:
+        known = given.get(HISTORY)
+        history = History.read(known) if known else History()
+        leasing = Leasing(config, state, history, standing)
+        config.pluginmanager.register(Replacing(), Replacing.NAME)
+    config.pluginmanager.register(leasing, Leasing.NAME)
+
+
+def _scheduled(
+    config: pytest.Config, state: State, standing: Callable[[], Mapping[str, int]]
+) -> Leasing:
+    def granted() -> Need | None:
+        grant = worker.granted()
+        return None if grant is None else Need(*grant)
+
+    def used_card() -> None:
+        # Behind a test for which the card was set aside nothing waits. This one was taken for a
+        # CPU test, as were those behind it: its relatives, as a rule.
+        worker.return_queue()
+
+    leasing = Leasing(config, state, History(), standing, granted=granted, used_card=used_card)
+    worker = xdist_worker.Worker(
+        config,
+        hello=lambda items: {
+            "host": workers.host_name(),
+            "needs": _needs(items),
+            "cards": workers.tell_cards(state.found.cards),
+        },
+        holding=leasing.keep,
+        used=workers.CardUse(lambda: state.found.cards),
+        release=_give_back,
+        spoiled=lambda: leasing.spoiled,
+    )
+    config.pluginmanager.register(worker, "gpumem-worker")
+    config.pluginmanager.register(Replacing(worker.leave), Replacing.NAME)
+    return leasing
+
+
+def _give_back() -> None:
+    """Free what nobody uses now: models that are registered, and what fixtures left behind."""
+    from pytest_gpumem.archive.consolidator import get_gpu_consolidator
+
+    consolidator = get_gpu_consolidator()
+    if not consolidator.idle:
+        consolidator.consolidate_gpu_memory(process_context="wanted by another worker")
+    workers.give_back()
+
+
+def _needs(items: Sequence[pytest.Item]) -> list[tuple[int, int | None, int, bool]]:
+    """Return what the marks of the tests say: index, bytes, cards, alone."""
+    marked = (
+        (index, item.stash.get(ITEM_MARKS, NO_MARKS).need) for index, item in enumerate(items)
+    )
+    return [
+        (index, need.vram, need.cards, need.exclusive) for index, need in marked if need is not None
+    ]
+
+
+class Sharing:
+    """Tells the workers what is known, and the user who decides."""
+
+    NAME = "gpumem-sharing"
+
+    def __init__(self, state: State, controller: Controller, history: History) -> None:
+        self._state = state
+        self._controller = controller
+        self._history = history
+
+    def pytest_report_header(self) -> list[str]:
+        """Say how many workers there are and why, and who schedules."""
+        lines = [self._state.worker_reason] if self._state.worker_reason else []
+        if self._controller.why_not:
+            lines.append(f"xdist schedules, tests wait for leases: {self._controller.why_not}")
+        return [f"gpumem: {line}" for line in lines]
+
+    def pytest_configure_node(self, node: Any) -> None:
+        """Ask a worker to obey the scheduler, or else tell it what is known of the tests."""
+        if self._controller.why_not:
+            node.workerinput[HISTORY] = self._history.text()
+        else:
+            node.workerinput[xdist_worker.ASKED] = True

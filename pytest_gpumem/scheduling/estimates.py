@@ -1,0 +1,135 @@
+"""What a run has seen of its tests so far, and what that makes of those still to come."""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with_margin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+OPTIMISM = 0.8
+"""Share of the peaks seen so far that an optimistic guess covers."""
+TRUST = 8
+"""Tests' worth of weight that durations learned earlier have against observed ones."""
+GUESS = 0.1
+"""The same where nothing was learned: the first tests that end are to correct it."""
+
+
+class PlannedTest(NamedTuple):
+    """One test to run, known by its index; sizes in bytes, durations in seconds."""
+
+    nodeid: str
+    gpu: bool
+    """Whether it is expected to use a card."""
+    peak: int | None
+    """Expected beyond what its process keeps, on each of its cards; None when unknown."""
+    duration: float
+    group: str
+    """Its module, whose fixtures tests share."""
+    cards: int = 1
+    """The first so many of those that its worker sees."""
+    exclusive: bool = False
+    seen: bool = True
+    """Whether it ran before. If not, it may use a card although that is not expected."""
+    fixtures: int = 0
+    """What a process needs on top of its peak if its wider fixtures are not set up there."""
+
+
+class Estimates:
+    """What to expect of the tests of one run.
+
+    Args:
+        tests: all tests; they are known by their index here.
+        most: bytes that a test can have; no estimate is larger.
+        optimistic: guess unknown peaks from those seen so far, and leave less margin.
+
+    """
+
+    def __init__(self, tests: Sequence[PlannedTest], *, most: int, optimistic: bool) -> None:
+        self._tests = tests
+        self._most = most
+        self._optimistic = optimistic
+        self._family_peaks: dict[str, int] = {}
+        self._family_fixtures: dict[str, int] = {}
+        self._peaks: list[int] = []
+        """Sorted."""
+        self._surprising: set[str] = set()
+        """Families and modules of tests that used a card although that was not expected."""
+        self._harmless: set[str] = set()
+        """Families of which a test has used no card."""
+        self.ooms: Counter[int] = Counter()
+        """How often tests ran out of memory and were to be tried again."""
+        trust = sum(test.duration * (TRUST if test.seen else GUESS) for test in tests)
+        trust /= max(1, len(tests))
+        self._observed = [trust, trust]
+        self._expected = [trust, trust]
+        """Seconds that tests took and were expected to take: CPU tests, GPU tests."""
+
+    def need(self, test: int) -> int | None:
+        """Return the bytes expected of a GPU test; None when it has to run alone."""
+        planned = self._tests[test]
+        if test in self.ooms:
+            return None
+        if planned.peak is not None:
+            return planned.peak
+        kin = self._family_peaks.get(family(planned.nodeid))
+        if kin is not None:
+            margin = MARGIN if self._optimistic else FAMILY_MARGIN
+            return min(self._most, with_margin(kin, margin))
+        if self._optimistic and self._peaks:
+            return self._peaks[int(OPTIMISM * (len(self._peaks) - 1))]
+        return None
+
+    def fixtures(self, test: int) -> int:
+        """Return the bytes that the wider fixtures of ``test`` hold, where they are set up."""
+        planned = self._tests[test]
+        if planned.peak is not None:
+            return planned.fixtures
+        return self._family_fixtures.get(family(planned.nodeid), 0)
+
+    def on_card(self, test: int) -> bool:
+        """Return whether ``test`` uses a card, as far as is known."""
+        return self._tests[test].gpu or test in self.ooms or self.surprises(test)
+
+    def surprises(self, test: int) -> bool:
+        """Return whether ``test`` is of a family that turned out to use a card."""
+        return bool(self._surprising) and family(self._tests[test].nodeid) in self._surprising
+
+    def suspect(self, test: int) -> bool:
+        """Return whether all that is known of ``test`` is that others of its module use a card."""
+        planned = self._tests[test]
+        if planned.seen or planned.group not in self._surprising:
+            return False
+        return family(planned.nodeid) not in self._harmless
+
+    def scouted(self, kin: str) -> bool:
+        """Return whether the peak of a test of family ``kin`` was seen."""
+        return kin in self._family_peaks
+
+    def took(self, test: int, duration: float, *, gpu: bool) -> None:
+        """Take note of the seconds that ``test`` took, as a GPU test or not."""
+        self._observed[gpu] += duration
+        self._expected[gpu] += self._tests[test].duration
+
+    def used_card(self, test: int, peak: int | None, fixtures: int = 0) -> None:
+        """Take note that ``test`` used a card, and expect the same of its relatives."""
+        planned = self._tests[test]
+        kin = family(planned.nodeid)
+        if not planned.gpu and peak != 0:
+            self._surprising |= {kin, planned.group}
+        if peak is not None:
+            bisect.insort(self._peaks, peak)
+            self._family_peaks[kin] = max(peak, self._family_peaks.get(kin, 0))
+            self._family_fixtures[kin] = max(fixtures, self._family_fixtures.get(kin, 0))
+
+    def used_none(self, test: int) -> None:
+        """Take note that ``test`` used no card."""
+        self._harmless.add(family(self._tests[test].nodeid))
+
+    def pace(self, *, gpu: bool) -> float:
+        """Return how long tests take, as a ratio to what was expected."""
+        return self._observed[gpu] / self._expected[gpu] if self._expected[gpu] else 1.0

@@ -1,0 +1,148 @@
+"""Tests that wait for a worker, in an order that spares fixture set-ups."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from pytest_gpumem.scheduling.estimates import PlannedTest
+
+
+class Portion:
+    """Tests in order; of one module where they belong to a worker."""
+
+    __slots__ = ("group", "owned", "tests", "work")
+
+    def __init__(self, group: str = "") -> None:
+        self.group = group
+        self.tests: deque[int] = deque()
+        self.work = 0.0
+        self.owned = False
+
+    def add(self, test: int, duration: float) -> None:
+        """Append ``test``, which lasts ``duration`` seconds."""
+        self.tests.append(test)
+        self.work += duration
+
+    def take(self, test: int, duration: float) -> int:
+        """Remove ``test``, which is one of the first few."""
+        self.tests.remove(test)
+        self.work = max(0.0, self.work - duration) if self.tests else 0.0
+        return test
+
+
+class Pile:
+    """Tests that wait: the long ones by duration, the others in portions of one module."""
+
+    def __init__(self, tests: Sequence[PlannedTest], later: Collection[str] = ()) -> None:
+        self.long = Portion()
+        self._tests = tests
+        self._later = later
+        """Modules to begin last."""
+        self._first: dict[str, Portion] = {}
+        self._free: list[tuple[bool, float, int, Portion]] = []
+        self._owned: list[tuple[float, int, Portion]] = []
+        self._number = itertools.count()
+        self._count = 0
+        self.time = 0.0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fill(self, tests: Sequence[int], long: float) -> None:
+        """Add all ``tests``; those that last longer than ``long`` seconds are long."""
+        for test in sorted(tests, key=lambda test: -self._tests[test].duration):
+            if self._tests[test].duration <= long:
+                break
+            self._put(self.long, test)
+        portions = dict.fromkeys(self._tests[test].group for test in tests)
+        self._first = {group: Portion(group) for group in portions}
+        for test in tests:
+            if self._tests[test].duration <= long:
+                self._put(self._first[self._tests[test].group], test)
+        for portion in self._first.values():
+            self.release(portion)
+
+    def add(self, test: int) -> None:
+        """Add one test, to the portion of its module."""
+        group = self._tests[test].group
+        portion = self._first.setdefault(group, Portion(group))
+        was_empty = not portion.tests
+        self._put(portion, test)
+        if not portion.owned:
+            self.release(portion)
+        elif was_empty:  # and so may be forgotten as one of which others can have half
+            self._own(portion)
+
+    def _put(self, portion: Portion, test: int) -> None:
+        portion.add(test, self._tests[test].duration)
+        self._count += 1
+        self.time += self._tests[test].duration
+
+    def take(self, portion: Portion, test: int) -> int:
+        """Remove ``test``, one of the first few of ``portion``."""
+        self._count -= 1
+        duration = self._tests[test].duration
+        self.time = max(0.0, self.time - duration) if self._count else 0.0
+        return portion.take(test, duration)
+
+    def release(self, portion: Portion | None) -> None:
+        """Let any worker take ``portion``."""
+        if portion is not None:
+            portion.owned = False
+            if portion.tests:
+                entry = (portion.group in self._later, -portion.work, next(self._number), portion)
+                heapq.heappush(self._free, entry)
+
+    def free(self, group: str) -> bool:
+        """Return whether tests of module ``group`` wait that belong to no worker."""
+        own = self._first.get(group)
+        return own is not None and bool(own.tests) and not own.owned
+
+    def adopt(self, group: str, left: Portion | None) -> Portion | None:
+        """Return a portion that belongs to the caller from now on, in place of ``left``.
+
+        That of module ``group`` if nobody has it, else ``left`` while it lasts, else the largest
+        that nobody has, else half of the largest.
+        """
+        if self.free(group):
+            self.release(left)
+            return self._own(self._first[group])
+        if left is not None and left.tests:
+            return left
+        self.release(left)
+        while self._free:
+            portion = heapq.heappop(self._free)[-1]
+            if portion.tests and not portion.owned:
+                return self._own(portion)
+        return self._half()
+
+    def _own(self, portion: Portion) -> Portion:
+        portion.owned = True
+        heapq.heappush(self._owned, (-portion.work, next(self._number), portion))
+        return portion
+
+    def _half(self) -> Portion | None:
+        while self._owned:
+            work, _, portion = self._owned[0]
+            if not portion.owned or not portion.tests:
+                heapq.heappop(self._owned)
+            elif -work != portion.work:
+                heapq.heapreplace(self._owned, (-portion.work, next(self._number), portion))
+            else:
+                return self._own(self._split(portion))
+        return None
+
+    def _split(self, portion: Portion) -> Portion:
+        """Return the latter half of ``portion`` as one of its own."""
+        half = Portion(portion.group)
+        moved = [portion.tests.pop() for _ in range((len(portion.tests) + 1) // 2)]
+        for test in reversed(moved):
+            half.add(test, self._tests[test].duration)
+        portion.work = max(0.0, portion.work - half.work) if portion.tests else 0.0
+        return half

@@ -1,0 +1,304 @@
+"""How many workers there should be, and which card each of them sees first."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpumem import devices
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from pytest_gpumem.records import Card
+    from pytest_gpumem.scheduling.history import Learned
+
+VIEWS = "GPUMEM_WORKER_VIEWS"
+"""Environment variable that tells a worker which cards the workers of its host may use; itself
+comes last."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+WORKER_RAM = 2**30
+"""Bytes of main memory set aside for a worker: an imported torch and its CUDA libraries take
+about this much, and the suite's own data comes on top."""
+_CPU_SHARE = 0.02
+"""Tests without a card that take less of the time are not worth workers of their own."""
+
+
+class Host(NamedTuple):
+    """What this process may use of the machine."""
+
+    cpus: int
+    ram: int | None
+    """Bytes that can still be taken; None where the system does not tell."""
+
+
+class WorkerCount(NamedTuple):
+    """A number of workers, and in one line why."""
+
+    workers: int
+    reason: str
+
+
+def worker_count(
+    wanted: int,
+    host: Host,
+    free: Sequence[int],
+    learned: Iterable[Learned],
+    *,
+    context: int,
+    headroom: int,
+    scheduled: bool,
+) -> WorkerCount | None:
+    """Return how many workers to start, None when there is no card or nothing was learned.
+
+    Args:
+        wanted: what xdist would start.
+        host: the machine.
+        free: bytes free on each card.
+        learned: what earlier runs taught, of any tests.
+        context: bytes each process costs that uses a card.
+        headroom: bytes of each card that are never given out.
+        scheduled: whether the scheduler keeps idle contexts off the card. Then workers without
+            a context can run tests without a card, and VRAM limits only a suite that has none.
+
+    """
+    known = list(learned)
+    on_card = [test for test in known if test.gpu]
+    if not free or not on_card:
+        return None
+    peak = max(test.peak for test in on_card)
+    limits = [(max(1, wanted), "as xdist counts"), (host.cpus, _plural(host.cpus, "CPU"))]
+    if host.ram is not None:
+        limits.append(
+            (max(1, host.ram // WORKER_RAM), f"{format_bytes(host.ram)} of main memory left")
+        )
+    busy = sum(test.duration for test in on_card)
+    if not scheduled or busy >= (1 - _CPU_SHARE) * sum(test.duration for test in known):
+        fit = sum(_contexts(size - headroom, peak, context) for size in free)
+        text = f"{_plural(fit, 'context')} of {format_bytes(context)} beside the largest peak"
+        limits.append((fit, f"VRAM holds {text} of {format_bytes(peak)}"))
+    count, why = min(limits, key=lambda limit: limit[0])
+    return WorkerCount(count, f"{_plural(count, 'worker')}: {why}")
+
+
+def _contexts(room: int, peak: int, context: int) -> int:
+    """Return how many processes fit on a card while one of them runs the largest test."""
+    return max(1, (room - peak) // context) if context > 0 else max(1, room // max(1, peak))
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def host(root: Path = Path("/")) -> Host:
+    """Return what this process may use of the machine, its control groups regarded.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    groups = list(_groups(root))
+    quotas = [quota for group in groups if (quota := _quota(group)) is not None]
+    rooms = [room for group in groups if (room := _group_room(group)) is not None]
+    available = _available(root)
+    if available is not None:
+        rooms.append(available)
+    return Host(max(1, min([cpus or 1, *quotas])), min(rooms, default=None))
+
+
+def _groups(root: Path) -> Iterable[Path]:
+    """Yield the directories of this process's control groups, each with those above it.
+
+    In a container with a namespace of its own the path is ``/``. See cgroups(7); version 1 has a
+    hierarchy for each controller.
+    """
+    base = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        top = base / controllers if controllers else base
+        below = top / path.lstrip("/")
+        yield from (each for each in (below, *below.parents) if top == each or top in each.parents)
+
+
+def _quota(group: Path) -> int | None:
+    """Return the CPUs a control group may keep busy, rounded up."""
+    quota, _, period = _text(group / "cpu.max").strip().partition(" ")
+    quota = quota or _text(group / "cpu.cfs_quota_us").strip()
+    period = period or _text(group / "cpu.cfs_period_us").strip()
+    if not quota.isdecimal() or not period.isdecimal() or int(period) == 0:
+        return None  # "max" and "-1" are no quota
+    return -(-int(quota) // int(period))
+
+
+def _group_room(group: Path) -> int | None:
+    """Return the bytes a control group may still take; what is only cached counts as free."""
+    for limit, usage, inactive in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        top, used = _text(group / limit).strip(), _text(group / usage).strip()
+        if top.isdecimal() and used.isdecimal():
+            cached = _field(_text(group / "memory.stat"), inactive) or 0
+            return max(0, int(top) - int(used) + cached)
+    return None
+
+
+def _available(root: Path) -> int | None:
+    kib = _field(_text(root / "proc/meminfo"), "MemAvailable:")
+    return None if kib is None else kib * 1024
+
+
+def _field(text: str, name: str) -> int | None:
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == [name]:
+            return int(words[1])
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def views(specs: Sequence[Any]) -> list[str]:
+    """Return for each of xdist's gateways the text of its ``VIEWS``.
+
+    What it and those before it on its host are given as ``CUDA_VISIBLE_DEVICES``, as far as that
+    is known here: None for what they find on another host.
+    """
+    seen: dict[tuple[object, ...], list[str | None]] = {}
+    texts = []
+    for spec in specs:
+        place = (spec.ssh, spec.vagrant_ssh, spec.socket, spec.via)
+        found = None if any(place) else os.environ.get(VISIBLE)
+        before = seen.setdefault(place, [])
+        before.append(spec.env.get(VISIBLE, found))
+        texts.append(json.dumps(before))
+    return texts
+
+
+def place(cards: Sequence[Card]) -> list[Card]:
+    """Let this process see its own card first, if it is one of several workers.
+
+    Must run before CUDA is initialised, which reads the variable once. Of ``cards``, the visible
+    ones in CUDA's order, only the order is changed: tests that use two cards see two. A MIG slice
+    is seen alone. Returns the cards that are visible now.
+    """
+    # Taken out: what a test starts is not a worker.
+    told = os.environ.pop(VIEWS, "")
+    if not told or any(card.kind != "cuda" for card in cards):
+        return list(cards)
+    mine = os.environ.get(VISIBLE)
+    before: list[str | None] = json.loads(told)
+    # What this one was given, or found, the others that were given as much did too.
+    texts = [mine if text == before[-1] else text for text in before]
+    allowed = {text: devices.cards_to_choose(text) for text in texts}
+    if len(allowed[mine]) < 2:
+        return list(cards)
+    first = first_cards([allowed[text] for text in texts])[-1]
+    seen = [first]
+    if first in cards:
+        at = cards.index(first)
+        seen = [*cards[at:], *cards[:at]]
+    os.environ[VISIBLE] = ",".join(card.uuid for card in seen)
+    return seen
+
+
+def first_cards(allowed: Sequence[Sequence[Card]]) -> list[Card]:
+    """Return which card each worker of a host uses first, of those that it may.
+
+    The one that fewest workers before it have; of these the largest, so that a large test has
+    a worker to run it; of equal ones the first in the worker's own order. Who may use none is
+    left out.
+    """
+    workers = Counter[str]()
+    found = []
+    for cards in filter(None, allowed):
+        card = min(cards, key=lambda each: (workers[each.uuid], -each.total))
+        workers[card.uuid] += 1
+        found.append(card)
+    return found
+
+
+def host_name() -> str:
+    """Return the name of this machine, by which its cards are told from those of others."""
+    return platform.node()
+
+
+def tell_cards(cards: Iterable[Card]) -> list[tuple[str, int, int]]:
+    """Return what the scheduler must know of each card.
+
+    Its UUID, and bytes: its total, what anybody uses of it.
+    """
+    return [(card.uuid, card.total, devices.used_bytes(card)) for card in cards]
+
+
+class Holdings:
+    """What this process keeps on the cards it uses.
+
+    Args:
+        context: bytes assumed for a process's context where the driver does not tell.
+
+    """
+
+    def __init__(self, context: int) -> None:
+        self._context = context
+        self._read: dict[str, tuple[int, int]] = {}
+        """By card: what is kept, and what was reserved when that was found out."""
+
+    def __call__(self) -> dict[str, int]:
+        """Return the bytes that this process keeps by card, its context included."""
+        for allocator in devices.allocators():
+            for index, now in enumerate(allocator.read()):
+                card = allocator.card(index)
+                # A peak is forgotten with what it was the peak of, and a process whose first
+                # request failed has none; the context stays.
+                if now.reserved_peak or now.ooms or card.uuid in self._read:
+                    self._update(card, now.reserved)
+        return {uuid: kept for uuid, (kept, _) in self._read.items()}
+
+    def _update(self, card: Card, reserved: int) -> None:
+        # The driver takes a millisecond to answer, so it is asked only when something changed.
+        if self._read.get(card.uuid, (0, -1))[1] == reserved:
+            return
+        told = devices.own_bytes(card, reserved)
+        self._read[card.uuid] = told or self._context + reserved, reserved
+
+
+class CardUse:
+    """What anybody uses of the cards, looked at now and then."""
+
+    EVERY = 1.0
+    """Seconds between two looks."""
+
+    def __init__(self, cards: Callable[[], Sequence[Card]]) -> None:
+        self._cards = cards
+        self._looked = 0.0
+
+    def __call__(self) -> dict[str, int]:
+        """Return the bytes in use by card; empty when it is too early to look again."""
+        now = time.monotonic()
+        if now - self._looked < self.EVERY:
+            return {}
+        self._looked = now
+        return {card.uuid: devices.used_bytes(card) for card in self._cards()}
+
+
+def give_back() -> None:
+    """Give what torn-down fixtures leave behind back to the driver."""
+    active = devices.allocators()
+    if active:
+        gc.collect()
+    for allocator in active:
+        allocator.release_cached()

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from html import escape
+from pathlib import Path
+
+import pytest
+
+from pytest_gpumem import records
+from pytest_gpumem.cli import main as cli
+from pytest_gpumem.records import Card, CardUsage, Grant, Holder, RecordedTest, RunRecord
+
+pytest.importorskip("plotly")
+
+HOSTILE = "test_a.py::test_x[</script><script>document.title='broken'</script><b>&\"']"
+MIB = 2**20
+CARD = Card("GPU-1", "A <card>", 4096 * MIB)
+
+
+def usage(peak, leaked=0, holders=()):
+    return CardUsage(
+        "GPU-1", 0, peak * MIB, leaked, peak * MIB, peak * MIB, 0, 0, None, leaked, holders
+    )
+
+
+def run():
+    holder = Holder("test_a.py: module global CACHE['<i>']", (4, 4), "float32", 64 * MIB)
+    oom = "CUDA out of memory. Tried to allocate 5.00 GiB"
+    tests = (
+        RecordedTest(HOSTILE, "passed", 1.0, "gw0", (usage(100),), start=10.0),
+        RecordedTest("test_a.py::test_leak", "passed", 1.0, "gw1",
+                     (usage(300, 64 * MIB, (holder,)),), start=10.5,
+                     lease=Grant(("GPU-1",), 400 * MIB, False, 0.25)),
+        RecordedTest("test_a.py::test_oom", "failed", 0.5, "gw0", (usage(20),), oom=oom,
+                     start=11.0),
+        RecordedTest("test_b.py::test_again", "rerun", 0.5, "gw1", (usage(30),), oom=oom,
+                     start=11.5),
+        RecordedTest("test_b.py::test_again", "passed", 0.5, "gw1", (usage(30),), start=12.0),
+        RecordedTest("test_b.py::test_cpu", "passed", 0.5, "gw0", start=12.0),
+    )  # fmt: skip
+    return RunRecord(records.SCHEMA, "on", (CARD,), True, 2, tests, ("a <note>",), 384 * MIB)
+
+
+@pytest.fixture
+def page(tmp_path, capsys):
+    records.save(run(), tmp_path / "run.json")
+    assert cli.main(["report", str(tmp_path / "run.json"), "--html", str(tmp_path / "p.html")]) == 0
+    assert capsys.readouterr().out == f"written: {tmp_path / 'p.html'}\n"
+    return tmp_path / "p.html"
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_it_shows(page):
+    text = page.read_text(encoding="utf-8")
+    own = text[text.index("<h2>Out of memory") :]
+
+    assert escape(HOSTILE) in own
+    assert "<script>document.title" not in text
+    assert " src=" not in own
+    assert "A &lt;card&gt;" in text
+    assert "held by <code>test_a.py: module global CACHE[&#x27;&lt;i&gt;&#x27;]" in own
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    records.save(run(), tmp_path / "run.json")
+    missing = tmp_path / "none" / "p.html"
+
+    assert cli.main(["report", str(tmp_path / "run.json"), "--html", str(missing)]) == 2
+    assert capsys.readouterr().err == (
+        f"gpumem report: error: '{missing}': No such file or directory\n"
+    )
+
+
+def test_the_example_in_the_documents_still_makes_a_page(tmp_path):
+    example = Path(__file__).parents[3] / "docs" / "page-example.json"
+
+    assert cli.main(["report", str(example), "--html", str(tmp_path / "p.html")]) == 0
+    assert "felled 3 tests" in (tmp_path / "p.html").read_text(encoding="utf-8")
+
+
+def test_a_run_without_tests_has_a_page(tmp_path, capsys):
+    records.save(run()._replace(tests=(), cards=()), tmp_path / "run.json")
+
+    assert cli.main(["report", str(tmp_path / "run.json"), "--html", str(tmp_path / "p.html")]) == 0
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["plain", "xdist"])
+def test_a_run_writes_its_page_where_it_is_asked_to(tmp_path, options):
+    (tmp_path / "test_it.py").write_text("def test_x(): ...\n")
+    command = [sys.executable, "-m", "pytest", "-p", "gpumem", "-q", "--gpumem-html=p.html"]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, check=False)
+
+    assert done.returncode == 0, done.stdout
+    assert "test_it.py::test_x" in (tmp_path / "p.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def browser(monkeypatch):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium with chromedriver here: the page is not opened")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1600"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=driver)
+    opened = webdriver.Chrome(options=options, service=service)
+    yield opened
+    opened.quit()
+
+
+def test_the_page_works_in_a_browser(page, browser):
+    def column(number):
+        cells = browser.find_elements("css selector", f"#tests tbody td:nth-child({number})")
+        return [cell.text for cell in cells if cell.is_displayed()]
+
+    def click(selector):
+        browser.execute_script(
+            "arguments[0].click()", browser.find_element("css selector", selector)
+        )
+
+    browser.get(page.as_uri())
+
+    assert browser.title == "GPU memory"
+    assert browser.find_elements("css selector", "#timeline svg .scatterlayer path.js-line")
+    assert len(browser.find_elements("css selector", "#timeline svg .barlayer .point")) == 6
+    assert len(browser.find_elements("css selector", "#timeline .scatterlayer path.point")) == 4
+    assert column(1)[0] == "test_a.py::test_leak"
+    click("#tests th:nth-child(4) button")
+    assert [float(text) for text in column(4)] == sorted(map(float, column(4)), reverse=True)
+    click("#tests th:nth-child(4) button")
+    assert [float(text) for text in column(4)] == sorted(map(float, column(4)))
+    click("#tests th:nth-child(1) button")
+    assert column(1) == sorted(column(1))
+    browser.find_element("id", "filter").send_keys("gw1 rerun")
+    assert column(1) == ["test_b.py::test_again"]
+    assert browser.find_element("id", "shown").text == "1 of 6 tests"
+    event = browser.find_element("css selector", "#cascade details")
+    assert "one request larger than the card" in event.text
+    assert event.find_elements("css selector", "pre")[0].is_displayed()
+    click("#cascade summary")
+    assert not event.find_elements("css selector", "pre")[0].is_displayed()
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').length")
+    assert loaded == 0
+    assert browser.get_log("browser") == []

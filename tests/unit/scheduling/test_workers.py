@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from pytest_gpumem import devices
+from pytest_gpumem.devices import AllocatorReading, DriverReading, cards
+from pytest_gpumem.records import Card
+from pytest_gpumem.scheduling.history import Learned
+from pytest_gpumem.scheduling.workers import (
+    VIEWS,
+    VISIBLE,
+    Holdings,
+    Host,
+    first_cards,
+    give_back,
+    host,
+    place,
+    tell_cards,
+    views,
+    worker_count,
+)
+
+GIB = 2**30
+MIB = 2**20
+ROOMY = Host(cpus=64, ram=512 * GIB)
+
+
+def learned(*tests):
+    """Return what was learned of tests, given as (peak, seconds); no peak: not on the card."""
+    return [Learned(peak or 0, seconds, 1, peak is not None) for peak, seconds in tests]
+
+
+GPU_ONLY = learned((GIB, 10.0), (2 * GIB, 5.0))
+MIXED = [*GPU_ONLY, *learned((None, 30.0))]
+
+
+def count(wanted=16, machine=ROOMY, free=(4 * GIB,), known=GPU_ONLY, *, headroom=0, scheduled=True):
+    return worker_count(
+        wanted, machine, free, known, context=512 * MIB, headroom=headroom, scheduled=scheduled
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "known"), [((), GPU_ONLY), ((GIB,), []), ((GIB,), learned((None, 1.0)))]
+)
+def test_without_a_card_or_anything_learned_xdist_decides(free, known):
+    assert count(free=free, known=known) is None
+
+
+def test_contexts_fill_what_the_largest_test_leaves():
+    found = count()
+
+    assert found.workers == 4  # (4 GiB - 2 GiB) / 512 MiB
+    assert found.reason == (
+        "4 workers: VRAM holds 4 contexts of 512.00 MiB beside the largest peak of 2.00 GiB"
+    )
+
+
+def test_headroom_is_not_for_contexts():
+    assert count(headroom=GIB).workers == 2
+
+
+def test_every_card_holds_its_own_contexts():
+    assert count(free=(4 * GIB, 3 * GIB)).workers == 6
+
+
+def test_there_is_always_one_worker():
+    assert count(free=(GIB,)).workers == 1
+    assert count(machine=Host(1, 10 * MIB)).workers == 1
+    assert count(free=(GIB,)).reason.startswith("1 worker: VRAM holds 1 context of")
+
+
+def test_workers_without_a_context_run_the_tests_without_a_card():
+    assert count(known=MIXED).workers == 16
+    assert count(known=MIXED, scheduled=False).workers == 4
+
+
+def test_it_never_starts_more_than_xdist_would():
+    found = count(wanted=3)
+
+    assert (found.workers, found.reason) == (3, "3 workers: as xdist counts")
+
+
+def test_processors_and_main_memory_limit_as_well():
+    few = count(known=MIXED, machine=Host(2, None))
+    small = count(known=MIXED, machine=Host(64, 3 * GIB + 1))
+
+    assert (few.workers, few.reason) == (2, "2 workers: 2 CPUs")
+    assert (small.workers, small.reason) == (3, "3 workers: 3.00 GiB of main memory left")
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Write files of a made-up machine and return its root."""
+
+    def _machine(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return _machine
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    8388608 kB\n"}
+
+
+def test_without_control_groups_the_system_tells(machine):
+    found = host(machine(MEMINFO))
+
+    assert found.ram == 8 * GIB
+    assert found.cpus == len(os.sched_getaffinity(0))
+
+
+def test_nothing_told_is_no_limit(tmp_path):
+    assert host(tmp_path).ram is None
+
+
+def test_the_tightest_control_group_above_the_process_holds(machine):
+    base = "sys/fs/cgroup"
+    root = machine(
+        MEMINFO
+        | {"proc/self/cgroup": "0::/outer/inner\n"}
+        | {f"{base}/outer/memory.max": str(6 * GIB), f"{base}/outer/memory.current": str(5 * GIB)}
+        | {f"{base}/outer/memory.stat": f"anon 1\ninactive_file {GIB}\n"}
+        | {f"{base}/outer/inner/memory.max": "max", f"{base}/outer/inner/memory.current": "7"}
+        | {f"{base}/outer/cpu.max": "max 100000", f"{base}/outer/inner/cpu.max": "50000 100000"}
+    )
+
+    # What the group only caches, it can have again.
+    assert host(root) == Host(cpus=1, ram=2 * GIB)
+
+
+def test_version_one_control_groups_are_understood(machine):
+    base = "sys/fs/cgroup"
+    root = machine(
+        MEMINFO
+        | {"proc/self/cgroup": "4:memory:/box\n3:cpu,cpuacct:/box\n"}
+        | {f"{base}/memory/box/memory.limit_in_bytes": str(3 * GIB)}
+        | {f"{base}/memory/box/memory.usage_in_bytes": str(GIB)}
+        | {f"{base}/cpu,cpuacct/box/cpu.cfs_quota_us": "100000"}
+        | {f"{base}/cpu,cpuacct/box/cpu.cfs_period_us": "100000"}
+    )
+
+    assert host(root) == Host(cpus=1, ram=2 * GIB)
+
+
+def test_a_version_one_group_without_a_quota_sets_no_limit(machine):
+    root = machine(
+        {"proc/self/cgroup": "3:cpu:/\n"}
+        | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1"}
+        | {"sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}
+    )
+
+    assert host(root).cpus == len(os.sched_getaffinity(0))
+
+
+def spec(visible=None, **fields):
+    places = {"ssh": None, "vagrant_ssh": None, "socket": None, "via": None} | fields
+    return SimpleNamespace(env={} if visible is None else {VISIBLE: visible}, **places)
+
+
+def test_workers_are_told_what_those_before_them_on_their_host_may_use(monkeypatch):
+    monkeypatch.setenv(VISIBLE, "2,3")
+    specs = [spec(), spec(ssh="a"), spec("0"), spec("1", ssh="a"), spec(ssh="b"), spec()]
+
+    assert [json.loads(text) for text in views(specs)] == [
+        ["2,3"],
+        [None],
+        ["2,3", "0"],
+        [None, "1"],
+        [None],
+        ["2,3", "0", "2,3"],
+    ]
+
+
+CARDS = [Card(f"GPU-{letter}", "card", GIB) for letter in "abc"]
+SMALL, LARGE = Card("GPU-small", "small", 8 * GIB), Card("GPU-large", "large", 80 * GIB)
+SLICES = [Card("MIG-1", "slice", GIB), Card("MIG-2", "slice", GIB)]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "first"),
+    [
+        (["abc"], "a"),
+        (["abc", "abc", "abc", "abc"], "abca"),
+        (["ab", "bc", "ac"], "abc"),
+        (["c", "abc", "abc"], "cab"),
+        (["a", "b", "", "ab"], "aba"),
+    ],
+)
+def test_workers_spread_over_the_cards_that_each_may_use(allowed, first):
+    by_name = dict(zip("abc", CARDS, strict=True))
+    found = first_cards([[by_name[name] for name in names] for names in allowed])
+
+    assert [card.uuid for card in found] == [f"GPU-{name}" for name in first]
+
+
+@pytest.mark.parametrize(
+    ("count", "first"),
+    [(1, [LARGE]), (2, [LARGE, SMALL]), (3, [LARGE, SMALL, LARGE])],
+)
+def test_the_largest_card_has_a_worker_before_a_smaller_one_has(count, first):
+    assert first_cards([[SMALL, LARGE]] * count) == first
+
+
+@pytest.fixture
+def machine_with(monkeypatch):
+    """Give the machine the cards that each text of CUDA_VISIBLE_DEVICES allows."""
+
+    def make(allowed):
+        monkeypatch.setenv(VISIBLE, "mine")
+        monkeypatch.setattr(devices, "cards_to_choose", lambda text: tuple(allowed[text]))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("told", "cards", "seen"),
+    [
+        (["mine"], CARDS, "GPU-a,GPU-b,GPU-c"),
+        (["mine"] * 2, CARDS, "GPU-b,GPU-c,GPU-a"),
+        (["mine"] * 6, CARDS, "GPU-c,GPU-a,GPU-b"),
+        ([None, None], CARDS, "GPU-b,GPU-c,GPU-a"),  # on another host, where it found "mine"
+        (["other", "mine"], CARDS, "GPU-b,GPU-c,GPU-a"),
+        (["mine"], [SMALL, LARGE], "GPU-large,GPU-small"),
+        (["mine"], SLICES, "MIG-1"),
+        (["mine"] * 2, SLICES, "MIG-2"),
+        (["mine"] * 3, SLICES, "MIG-1"),
+    ],
+)
+def test_a_worker_sees_its_own_card_first_and_the_others_after_it(machine_with, told, cards, seen):
+    machine_with({"mine": cards, "other": CARDS[:1]})
+    os.environ[VIEWS] = json.dumps(told)
+    visible = SLICES[:1] if cards is SLICES else cards
+
+    assert ",".join(card.uuid for card in place(visible)) == os.environ[VISIBLE] == seen
+    assert VIEWS not in os.environ  # what a test starts is not a worker
+
+
+@pytest.mark.parametrize(
+    ("told", "cards"),
+    [
+        ("", CARDS),
+        ('["mine"]', CARDS[:1]),
+        ('["mine"]', []),
+        ('["mine"]', [CARDS[0], Card("XPU-0", "card", GIB, "xpu")]),
+    ],
+)
+def test_where_there_is_nothing_to_turn_the_callers_variable_stays(
+    machine_with, monkeypatch, told, cards
+):
+    machine_with({"mine": cards})
+    monkeypatch.setenv(VIEWS, told)
+
+    assert place(cards) == cards
+    assert os.environ[VISIBLE] == "mine"
+
+
+class FakeAllocator:
+    """Two cards, of which the first is in use."""
+
+    def __init__(self):
+        self.reserved, self.reserved_peak, self.ooms = 5, 9, 0
+
+    def read(self):
+        used = AllocatorReading(1, 1, self.reserved, self.reserved_peak, 0, self.ooms)
+        return used, AllocatorReading(0, 0, 0, 0, 0, 0)
+
+    def card(self, index):
+        return CARDS[index]
+
+    def release_cached(self):
+        self.reserved = 1
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Let the driver tell what it is given here, by pid, and note how often it was asked."""
+    told, asked = {}, []
+
+    def process_bytes(card):
+        asked.append(card.uuid)
+        return told
+
+    monkeypatch.setattr(cards, "process_bytes", process_bytes)
+    return told, asked
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    fake = FakeAllocator()
+    monkeypatch.setattr(devices, "allocators", lambda: (fake,))
+    return fake
+
+
+def test_what_a_process_keeps_is_what_the_driver_says(driver, allocator):
+    told, _ = driver
+    told[os.getpid()] = 77
+
+    assert Holdings(context=50)() == {"GPU-a": 77}
+
+
+def test_a_silent_driver_is_made_up_for_by_the_context(driver, allocator):
+    assert Holdings(context=50)() == {"GPU-a": 55}
+
+
+def test_a_strangers_figure_is_not_taken_for_ours(driver, allocator):
+    told, _ = driver
+    told[os.getpid()] = 3  # less than is reserved: in a container our number is another's
+
+    assert Holdings(context=50)() == {"GPU-a": 55}
+
+
+def test_the_driver_is_asked_only_when_something_changed(driver, allocator):
+    _, asked = driver
+    holdings = Holdings(context=50)
+    holdings()
+    holdings()
+    assert len(asked) == 1
+
+    give_back()
+    assert holdings() == {"GPU-a": 51}
+    assert len(asked) == 2
+
+
+def test_what_was_given_back_is_not_kept_though_its_peak_is_forgotten(driver, allocator):
+    holdings = Holdings(context=50)
+    holdings()
+    allocator.reserved = allocator.reserved_peak = 0
+
+    assert holdings() == {"GPU-a": 50}
+
+
+def test_a_process_whose_first_request_failed_keeps_a_context(driver, allocator):
+    allocator.reserved = allocator.reserved_peak = 0
+    allocator.ooms = 1
+
+    assert Holdings(context=50)() == {"GPU-a": 50}
+
+
+def test_without_an_active_framework_nothing_is_kept():
+    assert Holdings(context=50)() == {}
+
+
+def test_of_each_card_is_told_how_much_of_it_is_used(driver, monkeypatch):
+    told, _ = driver
+    told[os.getpid()] = 7
+    readings = {"GPU-a": DriverReading(used=30, free=70, total=100, reserved=0)}
+    monkeypatch.setattr(cards, "driver_reading", lambda card: readings.get(card.uuid))
+
+    assert tell_cards(CARDS[:2]) == [("GPU-a", GIB, 30), ("GPU-b", GIB, 7)]
