@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpumem import devices, routing
+from pytest_gpumem import devices
 from pytest_gpumem.plugin.state import ITEM_MARKS, NO_MARKS, ROUTES, STATE
+from pytest_gpumem.routing import thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -63,11 +64,13 @@ def embedding_model(model_pool: ModelPool, pytestconfig: pytest.Config) -> Itera
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Route by this run's settings; leave nothing of an earlier attempt in the test's report."""
     item.user_properties[:] = [each for each in item.user_properties if each[0] != ROUTES]
-    routing.settings = item.config.stash[STATE].settings
+    settings = item.config.stash[STATE].settings
+    thresholds.context = settings.context_cost
+    thresholds.in_force = thresholds.Thresholds(
+        settings.route_full, settings.route_busy, settings.route_large, settings.route_transformers
+    )
     if _MANAGER in sys.modules:
-        shared = sys.modules[_MANAGER].shared
-        shared.take_routes()
-        shared.configure(routing.settings)
+        sys.modules[_MANAGER].shared.take_routes()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -12,17 +12,18 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem import devices, routing
+from pytest_gpumem import devices
 from pytest_gpumem.leases.store import Lease, LeaseError, Want, store
 from pytest_gpumem.records import NOT_WORTH, Route
+from pytest_gpumem.routing import thresholds as limits
 from pytest_gpumem.scheduling.workers import Holdings
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.records import Card
+    from pytest_gpumem.routing.thresholds import Thresholds
 
 GPU_TASKS = frozenset({"math", "quantum", "tensor"})
 """Kinds of task that are worth a card, by the plan."""
@@ -31,21 +32,6 @@ MIB = 2**20
 _STATUS_EVERY = 0.005
 """Seconds that a status is good for."""
 _log = logging.getLogger("pytest_gpumem")
-
-
-class Thresholds(NamedTuple):
-    """From which on a task goes to the CPU: parts of a card in use, 0 to 1, and bytes.
-
-    The defaults are the plan's.
-    """
-
-    full: float = 0.85
-    """Everything, above this."""
-    busy: float = 0.70
-    """What wants more than ``large``, above this."""
-    large: int = 200 * MIB
-    transformers: float = 0.80
-    """Sentence transformers, above this part reserved."""
 
 
 class CardStatus(NamedTuple):
@@ -88,30 +74,15 @@ class _Promise(NamedTuple):
 
 
 class Shared:
-    """What all managers of a process have in common: settings, the run's journal, a ban."""
+    """What all managers of a process have in common: the run's journal, promises, a ban."""
 
     def __init__(self) -> None:
-        self.thresholds = Thresholds()
-        self.context = 512 * MIB
-        """Bytes that a process costs once it uses a card."""
         self.routes: list[Route] = []
         """Decisions since they were last taken away."""
         self.banned = ""
         """Why nothing may go to a card now, if so."""
         self.mutex = threading.RLock()
         self.promises: list[_Promise] = []
-        if routing.settings is not None:
-            self.configure(routing.settings)
-
-    def configure(self, settings: Settings) -> None:
-        """Go by a run's settings from now on."""
-        self.context = settings.context_cost
-        self.thresholds = Thresholds(
-            full=settings.route_full,
-            busy=settings.route_busy,
-            large=settings.route_large,
-            transformers=settings.route_transformers,
-        )
 
     def take_routes(self) -> list[Route]:
         """Return the decisions since the last call."""
@@ -161,7 +132,7 @@ class HybridResourceManager:
     @property
     def thresholds(self) -> Thresholds:
         """From which on a task goes to the CPU."""
-        return self._thresholds or shared.thresholds
+        return self._thresholds or limits.in_force
 
     def get_system_status(self) -> SystemStatus:
         """Return how busy the machine is; a figure may be some milliseconds old."""
@@ -260,10 +231,10 @@ class HybridResourceManager:
             return ""
         leases, uuid = store(), card.uuid
         with shared.mutex:
-            kept = Holdings(shared.context)().get(uuid, 0)
+            kept = Holdings(limits.context)().get(uuid, 0)
             try:
                 if not kept:
-                    size += shared.context
+                    size += limits.context
                 granted = leases.granted_here(uuid)
                 lease = None
                 if granted is not None:  # otherwise the whole card is this thread's
@@ -307,7 +278,7 @@ def get_sentence_transformer_device(size: int = 0) -> str:
     """
     try:
         part = _reserved_part()
-        limit = shared.thresholds.transformers
+        limit = limits.in_force.transformers
         if part > limit:
             reason = f"{part:.0%} of the card are reserved, above {limit:.0%}"
             with shared.mutex:

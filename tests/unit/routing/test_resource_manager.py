@@ -12,7 +12,8 @@ from pytest_gpumem.devices import DriverReading
 from pytest_gpumem.leases import family
 from pytest_gpumem.records import Card
 from pytest_gpumem.routing import resource_manager as module
-from pytest_gpumem.routing.resource_manager import HybridResourceManager, Thresholds
+from pytest_gpumem.routing.resource_manager import HybridResourceManager
+from pytest_gpumem.routing.thresholds import Thresholds
 
 MIB = 2**20
 TOTAL = 1000 * MIB
