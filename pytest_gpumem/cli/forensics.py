@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpumem import files
 from pytest_gpumem.forensics import compare, grammars
 from pytest_gpumem.records import to_plain
 from pytest_gpumem.records.findings import CAUSES
@@ -212,16 +213,8 @@ def _write(lines: Iterator[str], output: Path | None) -> None:
         for line in lines:
             sys.stdout.write(f"{line}\n")
         return
-    temporary = output.with_name(f".{output.name}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        temporary.replace(output)
-    except OSError as error:
-        error.filename = str(output)  # the name that the user knows
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replace(output) as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def _compare(chosen: argparse.Namespace) -> int:

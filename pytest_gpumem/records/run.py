@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import typing
 from typing import Any, NamedTuple, TypeVar
 
+from pytest_gpumem import files
 from pytest_gpumem.units import format_bytes
 
 if typing.TYPE_CHECKING:
@@ -287,16 +287,9 @@ def write_json(plain: dict[str, Any], path: Path) -> None:
         OSError: when the file cannot be written; what stood there before is untouched.
 
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(plain, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replace(path) as file:
+        json.dump(plain, file, indent=1)
+        file.write("\n")
 
 
 def load(path: Path) -> RunRecord:

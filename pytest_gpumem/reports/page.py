@@ -5,10 +5,10 @@ Plotly draws the timeline; its JavaScript is in the page, so that an archived pa
 
 from __future__ import annotations
 
-import os
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem import files
 from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.reports import timeline
 from pytest_gpumem.units import format_bytes, format_mib
@@ -45,18 +45,8 @@ def save(run: RunRecord, found: Findings, path: Path) -> None:
         OSError: when the file cannot be written; what stood there before is untouched.
 
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines(run, found))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # the name that the user knows
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replace(path) as file:
+        file.writelines(f"{line}\n" for line in lines(run, found))
 
 
 def lines(run: RunRecord, found: Findings) -> Iterator[str]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from bisect import bisect_right, insort
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpumem import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -212,15 +213,8 @@ class History:
 
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(self.text())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.replace(path) as file:
+            file.write(self.text())
 
     def text(self) -> str:
         """Return the content of the file."""

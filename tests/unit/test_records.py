@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pytest_gpumem import records
+from pytest_gpumem import files, records
 from pytest_gpumem.records import Card, CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
 
 HOLDER = Holder("test_x.py: module global CACHE[3]", (2, 3), "float32", 24, 1, ("a.py:1 f",))
@@ -60,9 +60,7 @@ def test_other_files_are_refused_by_name(tmp_path, text):
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     path.write_text("before")
-    monkeypatch.setattr(
-        records.run.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         records.save(RUN, path)
 

@@ -47,7 +47,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "allocators", list)
     monkeypatch.setattr(module, "store", lambda: store)
     monkeypatch.setattr(module, "shared", module.Shared())
-    monkeypatch.setattr(module.shared, "context", 0)
+    monkeypatch.setattr(module.limits, "context", 0)
     yield fake
     module.shared.give_back()
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpumem import files
 from pytest_gpumem.records import CardUsage, RecordedTest
 from pytest_gpumem.scheduling import history as histories
 from pytest_gpumem.scheduling.history import History, Learned, expected_peak, family, module
@@ -118,7 +119,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     def full(_descriptor: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(histories.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         history_of([("a.py::y", 10, 0.5, True)]).save(path)
     assert path.read_bytes() == before
