@@ -7,7 +7,7 @@ ON_PYTEST8 = PYTHONPATH=$(abspath $(VENV)/pytest8) $(BIN)/python -m pytest -n 2
 # What touches most of pytest, in two of the four modes; everything runs on pytest 8 in `make soak`.
 CORE = kinds.py runs.py
 PIP := $(BIN)/python -m pip install -qq
-PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name py.typed) pyproject.toml README.md LICENSE
+PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -name py.typed) pyproject.toml README.md LICENSE
 
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pytest_gpumem.archive.errors import DamagedError
+from pytest_gpumem.errors import DamagedError
 
 Bytes = Any
 """A ``uint8`` array. Below Python 3.12 types cannot say that arrays are buffers."""

@@ -16,7 +16,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
-from pytest_gpumem.archive.errors import ArchiveError, NotFoundError, StateRefusedError
+from pytest_gpumem.errors import ArchiveError, NotFoundError, StateRefusedError
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pytest_gpumem.archive.errors import DiskError
+from pytest_gpumem.errors import DiskError
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -16,8 +16,8 @@ import numpy as np
 
 from pytest_gpumem.archive import codec, fill, memory, sealing, tree
 from pytest_gpumem.archive.disk import NewFile, OldFile
-from pytest_gpumem.archive.errors import DamagedError, StateRefusedError
 from pytest_gpumem.archive.sealing import CHUNK, HEADER, INDEX, STATE, TAG, Seal
+from pytest_gpumem.errors import DamagedError, StateRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.archive import tree
-from pytest_gpumem.archive.errors import MismatchError, StateRefusedError
+from pytest_gpumem.errors import MismatchError, StateRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

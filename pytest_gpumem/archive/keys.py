@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pytest_gpumem.archive.disk import explained, sync_directory, write_small
-from pytest_gpumem.archive.errors import KeyRefusedError
+from pytest_gpumem.errors import KeyRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

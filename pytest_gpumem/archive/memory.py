@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from pytest_gpumem.archive.codec import ALIGN, CHUNK, KINDS, Bytes
-from pytest_gpumem.archive.errors import DamagedError
+from pytest_gpumem.errors import DamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pytest_gpumem.archive.errors import DamagedError, UnknownVersionError, WrongKeyError
+from pytest_gpumem.errors import DamagedError, UnknownVersionError, WrongKeyError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

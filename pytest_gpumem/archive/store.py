@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_gpumem.archive import disk, file, keys, sealing, tree
 from pytest_gpumem.archive.disk import TEMPORARY, explained, locked
-from pytest_gpumem.archive.errors import (
+from pytest_gpumem.errors import (
     ArchiveError,
     DamagedError,
     DiskError,

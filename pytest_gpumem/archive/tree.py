@@ -15,7 +15,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.archive import torch_private
-from pytest_gpumem.archive.errors import DamagedError, StateRefusedError
+from pytest_gpumem.errors import DamagedError, StateRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence

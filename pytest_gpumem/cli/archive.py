@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.archive.errors import ArchiveError, NotFoundError
+from pytest_gpumem.errors import ArchiveError, NotFoundError
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:

@@ -205,7 +205,7 @@ def run(group: Group, directory: Path, output: Path) -> Result:
             done = _pytest(group, tests, directory, file, f"--gpumem-json={part}")
             status = status or done
             if part.exists():
-                runs[name] = records.load(part)
+                runs[name] = records.load_run(part)
                 part.unlink()
     seconds = time.monotonic() - begun
     whole = next(iter(runs.values())) if len(runs) == 1 else records.merge(runs) if runs else None

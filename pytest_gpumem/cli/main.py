@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem import __version__, records
 from pytest_gpumem.cli import archive, doctor, forensics, groups, monitor
-from pytest_gpumem.leases.ledger import LeaseError
+from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.units import format_mib, printable
 
@@ -90,7 +90,7 @@ def _report(chosen: argparse.Namespace) -> Iterator[str]:
     elif chosen.history is not None and not chosen.runs:
         yield from _history(chosen)
     elif len(chosen.runs) == 1:
-        run = records.load(Path(chosen.runs[0]))
+        run = records.load_run(Path(chosen.runs[0]))
         if chosen.html is not None:
             _save_page(run, chosen.runs[0], chosen.html)
             yield f"written: {chosen.html}"
@@ -115,7 +115,7 @@ def _save_page(run: records.RunRecord, name: str, path: Path) -> None:
 def _merge(chosen: argparse.Namespace) -> Iterator[str]:
     if len(chosen.runs) < 2:
         raise ValueError("merge: no run given; allowed are one or more RUN.json")
-    shards = {text: records.load(Path(text)) for text in chosen.runs[1:]}
+    shards = {text: records.load_run(Path(text)) for text in chosen.runs[1:]}
     run = records.merge({_shard(text, shards): shard for text, shard in shards.items()})
     if chosen.output is not None:
         records.save(run, chosen.output)

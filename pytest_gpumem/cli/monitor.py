@@ -212,7 +212,8 @@ class _View:
             LeaseError: when the directory of the leases is not to be known.
 
         """
-        from pytest_gpumem.leases.ledger import LeaseError, Ledger, run_directory
+        from pytest_gpumem.errors import LeaseError
+        from pytest_gpumem.leases.ledger import Ledger, run_directory
         from pytest_gpumem.leases.watching import Watcher
 
         directory = run_directory()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pytest_gpumem.admission import Claim
+from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.leases import family, telling
 from pytest_gpumem.leases.locks import FileLock, LockBusyError, Watch, is_held
 
@@ -39,10 +40,6 @@ _LOCK_LEAST = 0.03
 """Seconds that it gets even where the deadline is nearer: its holder may just not be running."""
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs"}
 _NETWORK |= {"fuse.sshfs", "fuse.glusterfs", "glusterfs"}
-
-
-class LeaseError(Exception):
-    """Why there is no lease, in one sentence."""
 
 
 class LedgerBusyError(LeaseError):

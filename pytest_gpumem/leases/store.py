@@ -30,6 +30,7 @@ from pytest_gpumem.admission import (
     room,
     waits_in_vain,
 )
+from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
 from pytest_gpumem.leases.ledger import (
     HELD,
@@ -38,7 +39,6 @@ from pytest_gpumem.leases.ledger import (
     SPARE,
     WAITING,
     Entry,
-    LeaseError,
     Ledger,
     LedgerBusyError,
     Page,
@@ -56,18 +56,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices import Usage
     from pytest_gpumem.records import Card
 
-__all__ = [
-    "HolderInfo",
-    "Lease",
-    "LeaseError",
-    "LeaseStore",
-    "LeaseTimeout",
-    "TooLarge",
-    "Want",
-    "gpu_lease",
-    "store",
-]
-
 _OTHERS_EVERY = 0.25
 """Seconds between two looks at foreign processes, which give no sign when they end."""
 _LOOK_ANYWAY = 10.0
@@ -84,14 +72,6 @@ _STAND_BY = 0.002
 
 
 _stores: list[LeaseStore] = []
-
-
-class TooLarge(LeaseError):  # noqa: N818  # the name says what is wrong with the request
-    """More is asked for than the card has."""
-
-
-class LeaseTimeout(LeaseError):  # noqa: N818  # no error of the program, but of its neighbours
-    """The lease did not become free in time; says who held it."""
 
 
 class Want(NamedTuple):

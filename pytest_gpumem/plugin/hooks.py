@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from pytest_gpumem.devices import CardsFound
-    from pytest_gpumem.plugin.measure import Memory
+    from pytest_gpumem.tracking.memory import GpuMemory
 
 CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
 """Carries the simulated card's file to xdist's workers, which start from the environment."""
@@ -303,9 +303,10 @@ def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
 
 
 @pytest.fixture
-def gpumem(request: pytest.FixtureRequest) -> Memory:
+def gpumem(request: pytest.FixtureRequest) -> GpuMemory:
     """Return this test's VRAM in bytes: ``allocated`` now, its ``peak``, ``usage()`` by card."""
-    from pytest_gpumem.plugin.measure import Measuring, Memory
+    from pytest_gpumem.plugin.measure import Measuring
+    from pytest_gpumem.tracking.memory import GpuMemory
 
     measuring = request.config.pluginmanager.get_plugin(Measuring.NAME)
-    return Memory(measuring.tracker if measuring is not None else None)
+    return GpuMemory(measuring.tracker if measuring is not None else None)

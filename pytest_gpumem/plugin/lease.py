@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_gpumem import admission, devices
+from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
-from pytest_gpumem.leases.store import (
-    HOPE,
-    Lease,
-    LeaseError,
-    LeaseStore,
-    LeaseTimeout,
-    TooLarge,
-    Want,
-    store,
-)
+from pytest_gpumem.leases.store import HOPE, Lease, LeaseStore, Want, store
 from pytest_gpumem.plugin import attempts, marks
 from pytest_gpumem.plugin.route import may_fall_back
 from pytest_gpumem.plugin.state import GRANT, ITEM_MARKS, NO_MARKS, STEP, USAGE, State

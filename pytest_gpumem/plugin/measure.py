@@ -39,27 +39,6 @@ BESIDE: pytest.StashKey[list[records.Process]] = pytest.StashKey()
 """Who else was on the cards when a test ran out of memory."""
 
 
-class Memory:
-    """What the running test did to the cards so far; all zero where there is no card."""
-
-    def __init__(self, tracker: Tracker | None) -> None:
-        self._tracker = tracker
-
-    def usage(self) -> tuple[records.CardUsage, ...]:
-        """Return the usage by card; leaks are judged only when the test has ended."""
-        return self._tracker.usage() if self._tracker is not None else ()
-
-    @property
-    def allocated(self) -> int:
-        """Bytes allocated now on all cards."""
-        return self._tracker.allocated if self._tracker is not None else 0
-
-    @property
-    def peak(self) -> int:
-        """Highest bytes allocated since the test began, summed over cards."""
-        return sum(card.peak for card in self.usage())
-
-
 class Measuring:
     """Measures the tests that this process runs."""
 

@@ -292,7 +292,7 @@ def write_json(plain: dict[str, Any], path: Path) -> None:
         file.write("\n")
 
 
-def load(path: Path) -> RunRecord:
+def load_run(path: Path) -> RunRecord:
     """Return the run that ``save`` wrote to ``path``.
 
     Raises:

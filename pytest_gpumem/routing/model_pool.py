@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
 from pytest_gpumem.archive.consolidator import GpuConsolidator, get_gpu_consolidator
-from pytest_gpumem.archive.errors import ArchiveError
+from pytest_gpumem.errors import ArchiveError
 from pytest_gpumem.routing import placing
 from pytest_gpumem.routing.resource_manager import CPU, shared
 from pytest_gpumem.tracking import release

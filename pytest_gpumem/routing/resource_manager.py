@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import devices
-from pytest_gpumem.leases.store import Lease, LeaseError, Want, store
+from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.leases.store import Lease, Want, store
 from pytest_gpumem.records import NOT_WORTH, Route
 from pytest_gpumem.routing import thresholds as limits
 from pytest_gpumem.scheduling.workers import Holdings

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pytest_gpumem.archive.errors import QuotaError
 from pytest_gpumem.archive.store import ArchiveStore
+from pytest_gpumem.errors import QuotaError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

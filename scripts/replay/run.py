@@ -166,7 +166,7 @@ def replay(output: Path, name: str, on: card.CardOfReplay) -> None:
 def load(output: Path, name: str, room: int, asleep: float) -> Outcome:
     """Return what ``replay`` kept."""
     run, seconds = (output / name / each for each in ("run.json", "seconds"))
-    return Outcome(records.load(run), float(seconds.read_text()), room, asleep)
+    return Outcome(records.load_run(run), float(seconds.read_text()), room, asleep)
 
 
 def environment(output: Path, on: card.CardOfReplay) -> dict[str, str]:

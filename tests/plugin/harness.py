@@ -32,7 +32,7 @@ class Run:
 
     @property
     def record(self) -> records.RunRecord:
-        return records.load(self.directory / "run.json")
+        return records.load_run(self.directory / "run.json")
 
     def test(self, name: str) -> records.RecordedTest:
         """Return the record of the test whose nodeid ends in ``name``."""

@@ -131,7 +131,7 @@ def run(directory: Path, name: str) -> records.RunRecord:
     if done.returncode not in (0, 1):
         raise SystemExit(f"{name} did not end:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     (directory / f"{name}.log").write_text(done.stdout)
-    return records.load(directory / "suite" / f"{name}.json")
+    return records.load_run(directory / "suite" / f"{name}.json")
 
 
 def figures(name: str, run: records.RunRecord) -> dict[str, int]:

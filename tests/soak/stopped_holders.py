@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from pytest_gpumem.errors import LeaseTimeout
 from pytest_gpumem.leases.locks import FileLock
-from pytest_gpumem.leases.store import LeaseStore, LeaseTimeout, Want
+from pytest_gpumem.leases.store import LeaseStore, Want
 from pytest_gpumem.simulator.card import SharedCard
 
 CARD = "GPU-00000000-0000-0000-0000-000000000000"
@@ -36,7 +37,8 @@ import os, signal, sys, time
 from pathlib import Path
 if os.fork():
     os._exit(0)
-from pytest_gpumem.leases.store import LeaseError, LeaseStore, Want
+from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.leases.store import LeaseStore, Want
 from pytest_gpumem.leases.locks import FileLock
 
 directory, card = Path(sys.argv[1]), sys.argv[2]

@@ -34,7 +34,7 @@ def test_a_run_survives_its_json_file(tmp_path):
     path = tmp_path / "run.json"
     records.save(RUN, path)
 
-    assert records.load(path) == RUN
+    assert records.load_run(path) == RUN
     assert [each.name for each in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -54,7 +54,7 @@ def test_other_files_are_refused_by_name(tmp_path, text):
     path = tmp_path / "run.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"run\.json' is not"):
-        records.load(path)
+        records.load_run(path)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):

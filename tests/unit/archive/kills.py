@@ -17,8 +17,8 @@ import torch
 from states import same
 
 from pytest_gpumem.archive.disk import TEMPORARY
-from pytest_gpumem.archive.errors import NotFoundError
 from pytest_gpumem.archive.store import ArchiveStore
+from pytest_gpumem.errors import NotFoundError
 
 KEY = b"k" * 32
 LARGE = 1_500_000

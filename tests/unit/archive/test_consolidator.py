@@ -11,8 +11,8 @@ from states import same
 
 from pytest_gpumem import GpuConsolidator, get_gpu_consolidator
 from pytest_gpumem.archive import consolidator as module
-from pytest_gpumem.archive.errors import DiskError
 from pytest_gpumem.archive.store import ArchiveStore
+from pytest_gpumem.errors import DiskError
 
 SUITE = """
 import gc, pytest, torch

@@ -16,8 +16,8 @@ from kills import names, state
 from states import same
 
 from pytest_gpumem.archive import consolidator, disk
-from pytest_gpumem.archive.errors import ArchiveError, DiskError
 from pytest_gpumem.archive.store import ArchiveStore
+from pytest_gpumem.errors import ArchiveError, DiskError
 
 KEY = b"k" * 32
 CALLS = ("open", "pwrite", "fsync", "ftruncate", "preadv", "fstat", "close")

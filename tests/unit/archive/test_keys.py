@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from pytest_gpumem.archive import keys
-from pytest_gpumem.archive.errors import KeyRefusedError
 from pytest_gpumem.archive.store import ArchiveStore
+from pytest_gpumem.errors import KeyRefusedError
 
 KEY = b"k" * 32
 OTHER = b"o" * 32

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from states import DTYPES, QUANTIZED, same, shared, tensors_of
 
 from pytest_gpumem.archive import disk, file, tree
-from pytest_gpumem.archive.errors import StateRefusedError
+from pytest_gpumem.errors import StateRefusedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

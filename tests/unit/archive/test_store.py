@@ -11,7 +11,8 @@ import torch
 from states import same
 
 from pytest_gpumem.archive import keys
-from pytest_gpumem.archive.errors import (
+from pytest_gpumem.archive.store import ArchiveStore, Forgotten
+from pytest_gpumem.errors import (
     DamagedError,
     KeyRefusedError,
     MismatchError,
@@ -20,7 +21,6 @@ from pytest_gpumem.archive.errors import (
     StateRefusedError,
     WrongKeyError,
 )
-from pytest_gpumem.archive.store import ArchiveStore, Forgotten
 
 KEY = b"k" * 32
 

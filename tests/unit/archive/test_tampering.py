@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpumem.archive import codec, disk, file, sealing
-from pytest_gpumem.archive.errors import (
+from pytest_gpumem.errors import (
     ArchiveError,
     DamagedError,
     UnknownVersionError,
@@ -360,7 +360,7 @@ def test_every_chunk_comes_back_and_grows_by_no_more_than_a_byte(pieces, kind):
 
 
 def test_no_error_is_outside_the_tree():
-    from pytest_gpumem.archive import errors
+    from pytest_gpumem import errors
 
     kinds = [each for each in vars(errors).values() if isinstance(each, type)]
     assert all(issubclass(each, ArchiveError) for each in kinds)

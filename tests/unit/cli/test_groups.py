@@ -75,7 +75,7 @@ def test_every_mode_runs_and_is_kept_for_compare(suite):
     assert rows["apart"][:8] == ["isolated", "2", "0", "0", "0", "0.0", "0.0", "0"]
     assert rows["both"][:4] == ["parallel", "2", "0", "0"]
     assert "together: pytest ended with 1, see kept/together.log" in done.stdout
-    run = records.load(suite / "kept" / "apart.json")
+    run = records.load_run(suite / "kept" / "apart.json")
     assert len({test.host for test in run.tests}) == 2
 
 

@@ -92,7 +92,7 @@ def test_shards_are_joined_and_teach(tmp_path, capsys):
 
     assert cli.main(["report", *arguments, "--history", str(history)]) == 0
     assert "2 tests of 2 used VRAM" in capsys.readouterr().out
-    run = records.load(tmp_path / "all.json")
+    run = records.load_run(tmp_path / "all.json")
     assert [(test.host, test.worker) for test in run.tests] == [("one", "gw0"), ("two", "gw0")]
     assert [card.host for card in run.cards] == ["one", "two"]
     assert run.workers == 2

@@ -19,9 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pytest_gpumem.admission import Claim, may_start
 from pytest_gpumem.devices import Usage
+from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import family, ledger, locks
 from pytest_gpumem.leases import store as lease
-from pytest_gpumem.leases.store import LeaseError, LeaseStore, LeaseTimeout, TooLarge, Want
+from pytest_gpumem.leases.store import LeaseStore, Want
 from pytest_gpumem.simulator import Simulation
 from pytest_gpumem.units import SIZE_FORM
 
@@ -690,7 +691,8 @@ def test_a_thread_does_not_wait_beyond_its_deadline_for_another_one(store, locke
 CHILD = """
 import sys
 from pathlib import Path
-from pytest_gpumem.leases.store import LeaseError, LeaseStore, Want
+from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.leases.store import LeaseStore, Want
 
 store = LeaseStore(Path(sys.argv[1]))
 for size in map(int, sys.argv[2:]):
@@ -1006,7 +1008,8 @@ def test_a_full_disk_costs_the_label_not_the_lease(tmp_path):
 READ_ONLY = """
 import sys
 from pathlib import Path
-from pytest_gpumem.leases.store import LeaseError, LeaseStore, Want
+from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.leases.store import LeaseStore, Want
 
 try:
     LeaseStore(Path(sys.argv[1])).acquire({"GPU-a": Want(1)}, {"GPU-a": 1}, "label")

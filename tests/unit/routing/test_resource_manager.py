@@ -117,7 +117,8 @@ def test_of_many_threads_only_those_go_to_the_card_that_fit(card):
 OTHER = """
 import sys
 from pathlib import Path
-from pytest_gpumem.leases.store import LeaseError, LeaseStore, Want
+from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.leases.store import LeaseStore, Want
 store = LeaseStore(Path(sys.argv[1]))
 store.headroom = 0
 try:

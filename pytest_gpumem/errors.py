@@ -1,6 +1,18 @@
-"""What can go wrong with an archive: one tree of errors, each message one sentence."""
+"""Every error that is raised for users to catch; each message is one sentence."""
 
 from __future__ import annotations
+
+
+class LeaseError(Exception):
+    """Leases are not to be had: their directory cannot be used, or the wait could last for ever."""
+
+
+class TooLarge(LeaseError):  # noqa: N818  # the name says what is wrong with the request
+    """More is asked for than the card has."""
+
+
+class LeaseTimeout(LeaseError, TimeoutError):  # noqa: N818  # the same word as TimeoutError's
+    """The lease did not become free in time; says who held it."""
 
 
 class ArchiveError(Exception):
