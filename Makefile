@@ -7,14 +7,17 @@ ON_PYTEST8 = PYTHONPATH=$(abspath $(VENV)/pytest8) $(BIN)/python -m pytest -n 2
 # What touches most of pytest, in two of the four modes; everything runs on pytest 8 in `make soak`.
 CORE = kinds.py runs.py
 PIP := $(BIN)/python -m pip install -qq
+# Rooms that need no other process and no card.
+QUICK = scheduling tracking plugin test_admission.py test_house.py test_records.py test_units.py
 PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -name py.typed) pyproject.toml README.md LICENSE
 
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help demo test test-pytest9 test-pytest8 lint docs bench soak replay gpu-check wheel package-check clean
+.PHONY: help quick demo test test-pytest9 test-pytest8 lint docs bench soak replay gpu-check wheel package-check clean
 
 help:
+	@echo "make quick          lint, types and the rooms that need no pytest run, for every save"
 	@echo "make demo           the demo suite, on the GPU or on a simulated one"
 	@echo "make test           all tests on pytest 9, those of the plugin's core also on pytest 8"
 	@echo "make lint           ruff and mypy"
@@ -29,6 +32,9 @@ help:
 
 demo: $(VENV)/.wheel
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
+
+quick: lint
+	$(BIN)/pytest -q -n 2 $(addprefix tests/unit/,$(QUICK)) $(ARGS)
 
 test: test-pytest8 test-pytest9
 
