@@ -395,11 +395,16 @@ def test_what_no_card_has_room_for_is_a_failure_at_once(run):
     source = """
 @pytest.mark.gpu(exclusive=True)
 def test_greedy(vram): vram(5000)
+@pytest.mark.gpu(vram="100MiB")
+@pytest.mark.parametrize("i", range(2))
+def test_limited(vram, i):
+    vram(50, 0.5)
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. 1.00 GiB allowed; Of the")
 def test_b(): pass
 """
     finished = run(source)
 
-    assert finished.outcomes == {"passed": 1, "failed": 1}, finished.output
+    assert finished.outcomes == {"passed": 1, "failed": 3}, finished.output
     assert "beside others" not in finished.section
 
 
