@@ -161,12 +161,15 @@ def test_model(model): pass
 def test_no_room_to_start():
     kept = take(3300 * 1024)
     raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED")
+def test_lifts(): torch.cuda.set_per_process_memory_fraction(1.0)
+def test_lifted(): assert torch.cuda.get_per_process_memory_fraction() == 1.0
 """
     finished = run(source)
 
-    assert finished.outcomes == {"passed": 5, "failed": 1}, finished.output
+    assert finished.outcomes == {"passed": 7, "failed": 1}, finished.output
     assert finished.test("test_no_room_to_start").oom == "CUBLAS_STATUS_NOT_INITIALIZED"
     assert "memory fraction of cuda:0 is 0.25, was 0.95; set back\n" in finished.section
+    assert "memory fraction of cuda:0 is 1, was 0.95\n" in finished.section
     took = re.findall(r"^ *(\S+) +\S+ +(\S+)  model \(session\)$", finished.section, re.MULTILINE)
     assert took == [("3.0", "3.0"), ("2.0", "2.0"), ("1.0", "1.0")]
     leases = [each.lease for each in finished.record.tests if each.lease is not None]
