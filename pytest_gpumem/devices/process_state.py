@@ -87,14 +87,17 @@ def _value(settings: Settings, what: str) -> object:
 def put_back(what: str, value: object) -> bool:
     """Set ``what`` to ``value`` again where that is safe; return whether it was.
 
-    Only a limit that fails innocent tests is: the memory fraction. What decides how tests compute
-    may be meant to last.
+    Only a limit that fails innocent tests is: a memory fraction that was lowered. Raised, it fails
+    none, and lowering it again might. What decides how tests compute may be meant to last.
     """
     cuda = torch_state.cuda()
     if cuda is None or not what.startswith(FRACTION):
         return False
+    index = int(what.removeprefix(FRACTION))
     try:
-        cuda.set_per_process_memory_fraction(value, int(what.removeprefix(FRACTION)))
+        if cuda.get_per_process_memory_fraction(index) > value:
+            return False
+        cuda.set_per_process_memory_fraction(value, index)
     except Exception as error:
         note_failure(f"setting the {what} again", error)
         return False

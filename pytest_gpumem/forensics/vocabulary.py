@@ -21,7 +21,7 @@ _LENGTH = 2_000
 """Characters of a line that are looked at."""
 
 _LEADS = re.compile(
-    r"[:;,.|>\])=]\s+|\s-+\s+|\((?:['\"])?"
+    r"\x1b\[[\d;]*m|[:;,.|>\])=]\s+|\s-+\s+|\((?:['\"])?"
     r"|\b(?i:errors?|exception|with|due to|because of|caused by|reason)\s+"
 )
 """What may stand between somebody's own words and the framework's; of quotation marks only those
@@ -47,6 +47,8 @@ class Said(NamedTuple):
     """Bytes of the allocation that failed, 0 where it does not tell."""
     allowed: str = ""
     """The limit below the card's size that was hit, as printed; empty where there was none."""
+    limit: int | None = None
+    """The same in bytes."""
 
 
 def classify(text: str) -> Said | None:
@@ -83,6 +85,7 @@ def _line(line: str) -> Said | None:
                 weak=message.kind == "weak" or message.backend == "onnxruntime",
                 tried=message.sizes.get("tried", 0),
                 allowed=message.printed.get("allowed", ""),
+                limit=message.sizes.get("allowed"),
             )
     return None
 

@@ -225,6 +225,8 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
     card = simulation.card
     found = devices.CardsFound((Card(card.uuid, card.name, card.total),))
+    # Whoever made the card decided what a context costs.
+    settings = settings._replace(simulate_context=simulation.card.context)
     return State(settings, found, simulation=simulation, exported=exported)
 
 

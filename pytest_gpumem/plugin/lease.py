@@ -261,8 +261,8 @@ class Leasing:
         if answer == "fail" or self._step == "cpu":
             return ""
         cpu = "cpu" if answer == "cpu" and may_fall_back(item) else ""
-        if release.asked_for(text) > max((card.total for card in self._cards), default=0):
-            return cpu  # no card had room for it, were it alone there
+        if release.fits_nowhere(text, max((card.total for card in self._cards), default=0)):
+            return cpu  # also if it were alone there
         elsewhere = "" if self._granted is None else _ELSEWHERE
         alone = lease is not None and lease.exclusive
         if not self._step and not alone and any(map(self._is_shared, self._cards)):

@@ -56,6 +56,8 @@ class Measuring:
         self._item: pytest.Item | None = None
         self._tearing_down = False
         self._errors: list[BaseException] = []
+        self._oom = ""
+        """What the first of them that ran out of memory says."""
         self._keepers: dict[int, str] = {}
         self._state = state
         self._late: list[tuple[str, list[dict[str, Any]], dict[str, int]]] = []
@@ -65,6 +67,7 @@ class Measuring:
         """Begin before any fixture of the test is set up."""
         if not item.stash.get(ITEM_MARKS, NO_MARKS).off:
             self._errors.clear()
+            self._oom = ""
             self._item = item
             self.tracker.begin_test(item.nodeid)
 
@@ -78,15 +81,23 @@ class Measuring:
 
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """Keep what ended a phase until the test is over, and hand its numbers to the report."""
-        if call.when == "teardown":
+        if call.when == "teardown" or self._item is None:  # gpumem_off
             return
         if call.excinfo is not None:
-            self._errors.append(call.excinfo.value)
-            if release.oom_sentence(call.excinfo.value):
+            self._note(call.excinfo.value)
+            if self._oom:
                 item.stash[BESIDE] = [each for card in self._cards for each in others(card)]
         if call.when == "call":
             self._keepers = _keepers(item)
-            _attach(item, Usage(self.tracker.usage()), self._errors)
+            _attach(item, Usage(self.tracker.usage()), self._oom)
+
+    def _note(self, error: BaseException) -> None:
+        """Keep what ended a phase.
+
+        Now, not after the teardown, it is seen if the card was full: for weak words that decides.
+        """
+        self._errors.append(error)
+        self._oom = self._oom or release.oom_sentence(error)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -95,7 +106,7 @@ class Measuring:
         try:
             result = yield
         except BaseException as error:
-            self._errors.append(error)
+            self._note(error)
             self._end(item)
             raise
         cards = self._end(item)
@@ -120,7 +131,7 @@ class Measuring:
             fixtures=getattr(item, "fixturenames", ()),
         )
         item.stash[USAGE] = usage
-        _attach(item, usage, self._errors)
+        _attach(item, usage, self._oom)
         self._errors.clear()
         self._keepers = {}
         self._item = None
@@ -241,9 +252,8 @@ def _enforce(
             pytest.fail(sentence.format(format_bytes(limit), format_bytes(size)), pytrace=False)
 
 
-def _attach(item: pytest.Item, usage: Usage, errors: Sequence[BaseException]) -> None:
+def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
-    oom = next(filter(None, map(release.oom_sentence, errors)), "")
     item.user_properties[:] = [each for each in item.user_properties if each[0] not in PROPERTIES]
     grant = item.stash.get(GRANT, None)
     if not (usage.cards or usage.fixtures or usage.left or oom or grant):

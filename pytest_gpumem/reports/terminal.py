@@ -208,12 +208,14 @@ def _ooms(tests: Sequence[RecordedTest]) -> Iterator[str]:
 
 
 def _left(tests: Sequence[RecordedTest], verbosity: int) -> Iterator[str]:
-    found = [(left, test) for test in tests for left in test.left]
-    shown = found if verbosity > 0 else found[:_LEFT_SHOWN]
-    for left, test in shown:
-        what = f"{left.what} is {left.after}, was {left.before}"
-        done = "; set back" if left.put_back else ""
-        yield f"  {test.nodeid}{_on(test)}: {what}{done}"
+    found: dict[str, None] = {}  # each once: a test that ran again left it again
+    for test in tests:
+        for left in test.left:
+            what = f"{left.what} is {left.after or 'empty'}, was {left.before or 'empty'}"
+            done = "; set back" if left.put_back else ""
+            found[f"  {test.nodeid}{_on(test)}: {what}{done}"] = None
+    shown = list(found) if verbosity > 0 else list(found)[:_LEFT_SHOWN]
+    yield from shown
     if len(shown) < len(found):
         yield f"  ... {len(found) - len(shown)} more; -v shows all"
 
@@ -259,7 +261,9 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
                 f"{format_bytes(most)} of {format_bytes(card.total)} at most"
             )
     if again:
-        yield f"  {_count(len(again), 'test')} ran out of memory beside others and ran again alone"
+        # Other programs may have stayed.
+        how = f"ran out of memory beside others and ran again {_STEPS['alone']}"
+        yield f"  {_count(len(again), 'test')} {how}"
         shown = again if verbosity > 0 else again[:_HOLDERS_SHOWN]
         yield from (f"      {test.nodeid}{_on(test)}" for test in shown)
         if len(shown) < len(again):

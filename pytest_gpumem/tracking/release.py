@@ -104,10 +104,15 @@ def oom_text(error: BaseException) -> str:
     return "" if said is None else said.text
 
 
-def asked_for(sentence: str) -> int:
-    """Return the bytes of one allocation that failed, 0 where ``sentence`` does not tell."""
+def fits_nowhere(sentence: str, most: int) -> bool:
+    """Return whether one allocation that failed was above ``most`` bytes or the process's limit.
+
+    False where ``sentence`` does not tell. Whoever else is on the card has no part in that.
+    """
     said = vocabulary.classify(sentence)
-    return 0 if said is None else said.tried
+    if said is None:
+        return False
+    return said.tried > (most if said.limit is None else min(most, said.limit))
 
 
 def _out_of_memory(error: BaseException) -> Said | None:

@@ -257,8 +257,9 @@ def test_it(i):
     torch.ones(100, 2**20, dtype=torch.uint8, device="cuda")
 """
     write_suite(tmp_path, test_it=source)
-    arguments = ["--gpumem-simulate-card", card, "--gpumem-simulate-context=1MiB"]
+    arguments = ["--gpumem-simulate-card", card, "--gpumem-json=run.json"]
     finished = run_pytest(tmp_path, "-p", "gpumem", "-p", "xdist", "-n2", *arguments)
     hog.communicate()
 
     assert finished.outcomes == {"passed": 2}, finished.output
+    assert finished.record.context == 2**20  # the card's own

@@ -36,6 +36,10 @@ def test_chain():
     raise KeyError("x") from RuntimeError(TEXTS["cublas"])
 def test_host(): raise MemoryError("Unable to allocate 535. MiB for an array with shape (7,)")
 def test_weak(): raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED")
+@pytest.mark.gpumem_off
+def test_left_alone(): raise ValueError(TEXTS["jax"])
+@pytest.mark.gpumem_off
+def test_left_alone_as_well(): pass
 def test_prints(capsys): print(TEXTS["worker"])
 def test_quotes(): assert TEXTS["worker"] == ""
 
@@ -140,25 +144,32 @@ def test_tests_that_took_nothing_are_not_said_to_have_used_the_card(tracked):
     assert f"{count} used VRAM" in tracked.section
 
 
-def test_asked_for_it_sets_a_limit_back_and_shows_each_fixtures_instance(run):
+def test_asked_for_it_sets_a_limit_back_and_sees_a_card_full_when_it_was(run):
     source = """
 @pytest.fixture(scope="session", params=[1024, 2048, 3072])
 def model(request): return take(request.param)
 
 @pytest.fixture(scope="module", autouse=True)
 def limit():
-    torch.cuda.set_per_process_memory_fraction(0.75)
+    torch.cuda.set_per_process_memory_fraction(0.95)
 
 def test_limits(): torch.cuda.set_per_process_memory_fraction(0.25)
 def test_innocent():
-    assert torch.cuda.get_per_process_memory_fraction() == 0.75
+    assert torch.cuda.get_per_process_memory_fraction() == 0.95
     take(1200 * 1024)
 def test_model(model): pass
+def test_no_room_to_start():
+    kept = take(3300 * 1024)
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED")
+def test_lifts(): torch.cuda.set_per_process_memory_fraction(1.0)
+def test_lifted(): assert torch.cuda.get_per_process_memory_fraction() == 1.0
 """
     finished = run(source)
 
-    assert finished.outcomes == {"passed": 5}, finished.output
-    assert "memory fraction of cuda:0 is 0.25, was 0.75; set back\n" in finished.section
+    assert finished.outcomes == {"passed": 7, "failed": 1}, finished.output
+    assert finished.test("test_no_room_to_start").oom == "CUBLAS_STATUS_NOT_INITIALIZED"
+    assert "memory fraction of cuda:0 is 0.25, was 0.95; set back\n" in finished.section
+    assert "memory fraction of cuda:0 is 1, was 0.95\n" in finished.section
     took = re.findall(r"^ *(\S+) +\S+ +(\S+)  model \(session\)$", finished.section, re.MULTILINE)
     assert took == [("3.0", "3.0"), ("2.0", "2.0"), ("1.0", "1.0")]
     leases = [each.lease for each in finished.record.tests if each.lease is not None]

@@ -4,7 +4,7 @@ import pytest
 
 from pytest_gpumem import devices, records
 from pytest_gpumem.cli import main as cli
-from pytest_gpumem.records import Card, CardUsage, RecordedTest, RunRecord
+from pytest_gpumem.records import Card, CardUsage, Left, RecordedTest, RunRecord
 
 USAGE = CardUsage("GPU-1", 2**20, 3 * 2**20, 0, 2**21, 2**22, 0, 0, None)
 RUN = RunRecord(
@@ -32,7 +32,8 @@ def test_report_shows_the_section_of_a_finished_run(tmp_path, capsys):
 
 
 def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
-    last = RUN.tests[0]._replace(step="alone")
+    left = (Left("CUDA_VISIBLE_DEVICES", "unset", "", False),)
+    last = RUN.tests[0]._replace(step="alone", left=left)
     first = last._replace(outcome="rerun", oom="CUDA out of memory", step="")
     again = first._replace(step="alone")
     # rerunfailures made this one again, beside whom it was before.
@@ -43,8 +44,11 @@ def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "run.json")]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("2 tests of 2 used VRAM")
-    _, told = shown.split("  1 test ran out of memory beside others and ran again alone\n")
+    _, told = shown.split(
+        "  1 test ran out of memory beside others and ran again with no other test on the card\n"
+    )
     assert told.startswith("      test_x.py::test_a\n\nrouting\n")
+    assert shown.count("  test_x.py::test_a: CUDA_VISIBLE_DEVICES is empty, was unset\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -348,16 +348,22 @@ def test_what_a_failed_closure_pins_goes_with_the_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sentence", "size"),
+    ("sentence", "nowhere"),
     [
-        ("CUDA out of memory. Tried to allocate 46.00 MiB", 46 * 2**20),
-        ("CUDA out of memory. Tried to allocate 5.25 GiB", 21 * 2**28),
-        ("CUDA out of memory", 0),
-        ("CUDA error: out of memory", 0),
+        ("CUDA out of memory. Tried to allocate 46.00 MiB", False),
+        ("CUDA out of memory. Tried to allocate 4.00 GiB", False),
+        ("CUDA out of memory. Tried to allocate 5.25 GiB", True),
+        ("CUDA out of memory. Tried to allocate 3.00 GiB. 3.20 GiB allowed; Of the", False),
+        ("CUDA out of memory. Tried to allocate 3.00 GiB. 2.00 GiB allowed; Of the", True),
+        ("CUDA out of memory", False),
+        ("CUDA error: out of memory", False),
+        ("something else", False),
     ],
 )
-def test_an_out_of_memory_error_tells_what_was_asked_for(sentence: str, size: int) -> None:
-    assert release.asked_for(sentence) == size
+def test_what_asks_for_more_than_any_card_or_its_process_may_have(
+    sentence: str, nowhere: bool
+) -> None:
+    assert release.fits_nowhere(sentence, 2**32) is nowhere
 
 
 class OutOfMemoryError(Exception):
@@ -381,6 +387,7 @@ CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB"
     ("error", "sentence"),
     [
         (ValueError(f"Worker failed: {CUDA}. GPU 0 has"), CUDA),
+        (ValueError(f"Worker 1\n\x1b[1;31m{CUDA}. GPU 0 has\x1b[0m"), CUDA),
         (MemoryError("std::bad_alloc: out_of_memory: CUDA error"), None),
         (raised(KeyError("x"), RuntimeError(CUDA)), CUDA),
         (raised(AssertionError("x"), RuntimeError(CUDA)), CUDA),
