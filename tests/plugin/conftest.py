@@ -1,17 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from harness import SIMULATE, run_pytest, write_suite
-
-TAKE = """
-import os, signal
-import pytest, torch
-
-KEPT = []
-
-def take(kib=64):
-    return torch.zeros(kib * 1024, dtype=torch.uint8, device="cuda")
-"""
+from harness import SIMULATE, TAKE, run_pytest, write_suite
 
 
 @pytest.fixture

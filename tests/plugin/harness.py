@@ -12,6 +12,15 @@ from pathlib import Path
 from pytest_gpumem import records
 
 SUITES = Path(__file__).parent / "suites"
+TAKE = """
+import os, signal
+import pytest, torch
+
+KEPT = []
+
+def take(kib=64):
+    return torch.zeros(kib * 1024, dtype=torch.uint8, device="cuda")
+"""
 SIMULATE = ("-p", "gpumem", "--gpumem-simulate", "3.81GiB")
 MODES = {
     "plain": (),

@@ -78,8 +78,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    from conftest import TAKE
-    from harness import SIMULATE, run_pytest, write_suite
+    from harness import SIMULATE, TAKE, run_pytest, write_suite
 
     directory = tmp_path_factory.mktemp("tracked")
     write_suite(directory, test_it=TAKE + TRACKED, engine=ENGINE)
