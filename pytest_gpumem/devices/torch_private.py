@@ -175,8 +175,8 @@ def clear_workspaces() -> None:
         clear()
 
 
-def living_blocks() -> frozenset[int]:
-    """Return the addresses of all allocations of torch's CUDA allocator; some 3 us for each."""
+def living_blocks() -> frozenset[tuple[int, int]]:
+    """Return address and bytes of all allocations of torch's CUDA allocator; some 3 us for each."""
     cuda = torch_state.cuda()
     try:
         segments = () if cuda is None else cuda.memory_snapshot()
@@ -184,7 +184,7 @@ def living_blocks() -> frozenset[int]:
         note_failure("reading the allocator's blocks", error)
         return frozenset()
     return frozenset(
-        block["address"]
+        (block["address"], block.get("requested_size", block["size"]))
         for segment in segments
         for block in segment["blocks"]
         if block["state"] == "active_allocated" and "address" in block

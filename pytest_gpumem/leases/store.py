@@ -317,11 +317,13 @@ class LeaseStore:
         self._ledger.join(time.monotonic())
 
     def is_shared(self, uuid: str) -> bool:
-        """Return whether another process has a lease of a card or keeps something on it."""
-        key, own = card_key(uuid), self._ledger.process
-        return any(
-            entry.process != own and key in entry.claims for entry in self._ledger.read().taken
-        )
+        """Return whether another process, which lives, has a lease of a card or keeps some of it.
+
+        What a forked child kept, say, is in the ledger until somebody tidies up.
+        """
+        key, taken = card_key(uuid), self._ledger.read().taken
+        others = {entry.process for entry in taken if key in entry.claims} - {self._ledger.process}
+        return len(self._ledger.dead(others)) < len(others)
 
     def held_here(self) -> set[str]:
         """Return the names of the leases that this thread holds, of tests apart."""

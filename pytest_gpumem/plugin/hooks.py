@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from pytest_gpumem.devices import CardsFound
+    from pytest_gpumem.simulator import Simulation
     from pytest_gpumem.tracking.memory import GpuMemory
 
 CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
@@ -154,7 +155,7 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Take the simulated card away, if this process made it."""
     state = config.stash.get(STATE, None)
-    if state is not None and state.simulation is not None:
+    if state is not None and state.simulation is not None and not state.borrowed:
         if state.exported:
             os.environ.pop(CARD_VARIABLE, None)
         state.simulation.close()
@@ -196,16 +197,23 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
 
     Raises:
         BadSettingError: when a real card is visible and the user did not ask twice, or the card
-            file that was named cannot be used, or the system has no means to share a card.
+            file that was named cannot be used, or the system has no means to share a card, or an
+            earlier run in this process simulated one.
 
     """
-    from pytest_gpumem import devices
-    from pytest_gpumem.records import Card
-
     if sys.platform == "win32":
         raise BadSettingError("--gpumem-simulate: not on Windows, which has no POSIX file locks")
     from pytest_gpumem.simulator import Simulation
 
+    # A run within a test, as of pytester: torch has the card of the run around it.
+    if (around := Simulation.installed) is not None:
+        if around.closed:
+            raise BadSettingError(
+                "--gpumem-simulate: an earlier run in this process simulated a card, which cannot "
+                "be undone; start a new process for each run"
+            )
+        settings = settings._replace(simulate_context=around.card.context)
+        return State(settings, _card_of(around), simulation=around, borrowed=True)
     if real.cards and not settings.simulate_anyway:
         raise BadSettingError(
             f"--gpumem-simulate: a real card is visible ({real.cards[0].name}); "
@@ -223,11 +231,17 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
     simulation.install()
     exported = CARD_VARIABLE not in os.environ
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
-    card = simulation.card
-    found = devices.CardsFound((Card(card.uuid, card.name, card.total),))
     # Whoever made the card decided what a context costs.
     settings = settings._replace(simulate_context=simulation.card.context)
-    return State(settings, found, simulation=simulation, exported=exported)
+    return State(settings, _card_of(simulation), simulation=simulation, exported=exported)
+
+
+def _card_of(simulation: Simulation) -> CardsFound:
+    from pytest_gpumem import devices
+    from pytest_gpumem.records import Card
+
+    card = simulation.card
+    return devices.CardsFound((Card(card.uuid, card.name, card.total),))
 
 
 def _is_controller(config: pytest.Config) -> bool:

@@ -32,6 +32,8 @@ class State:
     visible: str | None = None
     """What ``CUDA_VISIBLE_DEVICES`` said when they were found."""
     simulation: Simulation | None = None
+    borrowed: bool = False
+    """Whether that is the simulation of a run that started this one in its own process."""
     exported: bool = False
     """Whether this process put ``CARD_VARIABLE`` into the environment."""
     notes: list[str] = field(default_factory=list)

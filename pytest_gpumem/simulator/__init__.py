@@ -12,6 +12,7 @@ import tempfile
 from contextlib import suppress
 from os import environ, getuid
 from pathlib import Path
+from typing import ClassVar
 
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.simulator.on_import import when_imported
@@ -25,8 +26,12 @@ class Simulation:
         " inside one operation, sparse tensors, DLPack, IPC, TorchScript devices, CUDA extensions"
     )
 
+    installed: ClassVar[Simulation | None] = None
+    """The one that this process's torch and pynvml answer for, for as long as it lives."""
+
     def __init__(self, card: SharedCard, directory: Path | None = None) -> None:
         self.card = card
+        self.closed = False
         self._directory = directory
 
     @classmethod
@@ -103,11 +108,13 @@ class Simulation:
         With torch comes pynvml: only an imported pynvml tells the driver's side of the card where
         there is no driver. It cannot be undone in this process.
         """
+        Simulation.installed = self
         when_imported("pynvml", self._install_nvml)
         when_imported("torch", self._install_torch)
 
     def close(self) -> None:
         """Give back what this process holds; the process that started the card removes it."""
+        self.closed = True
         self.card.leave()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)

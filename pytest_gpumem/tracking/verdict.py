@@ -78,8 +78,10 @@ class TensorLedger:
         """By address, which may be used again when the storage is dead."""
         self.freed = 0
         """Bytes of known storages that died since they were met or set aside."""
-        self.aside: frozenset[int] = frozenset()
-        """Addresses of what was there when a test left nothing and replaced something."""
+        self.aside: frozenset[tuple[int, int]] = frozenset()
+        """Address and bytes of what was there when a test left nothing and replaced something.
+
+        Only what is as large takes its place: the allocator gives an address to others as well."""
 
     def add_fixture(self, label: str, value: object, function: object) -> tuple[int, ...]:
         """Note what a wider fixture holds its memory by; return the identities for its end.
@@ -183,7 +185,8 @@ class TensorLedger:
             if not _on_card(tensor):
                 return False
             known = self._find(tensor)
-            if known is None and tensor.untyped_storage().data_ptr() in self.aside:
+            storage = tensor.untyped_storage()
+            if known is None and (storage.data_ptr(), storage.nbytes()) in self.aside:
                 return False
             return (known.owner if known else test) == owner
 

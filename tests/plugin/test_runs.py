@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import MODES, run_pytest, write_suite
+from harness import MODES, SIMULATE, run_pytest, write_suite
 
 
 def outcomes(finished):
@@ -263,3 +263,49 @@ def test_it(i):
 
     assert finished.outcomes == {"passed": 2}, finished.output
     assert finished.record.context == 2**20  # the card's own
+
+
+INSIDE = """
+import pytest, torch
+
+def take():
+    return torch.ones(100, 2**20, dtype=torch.uint8, device="cuda")
+
+INNER = '''
+import pytest, torch
+@pytest.mark.gpu(vram="1GiB")
+def test_inner():
+    torch.ones(100, 2**20, dtype=torch.uint8, device="cuda")
+'''
+
+@pytest.mark.gpu(vram="1GiB")
+@pytest.mark.parametrize("plugin", ["gpumem", "no:gpumem"])
+def test_outer(pytester, plugin):
+    kept = take()
+    pytester.makepyfile(INNER)
+    pytester.runpytest_inprocess("-p", plugin).assert_outcomes(passed=1)
+    assert torch.cuda.memory_allocated() == kept.nbytes
+
+def test_after():
+    take()
+"""
+
+
+def test_a_run_within_a_test_has_the_simulated_card_of_the_run_around_it(tmp_path):
+    write_suite(tmp_path, conftest='pytest_plugins = "pytester"', test_it=INSIDE)
+    finished = run_pytest(tmp_path, *SIMULATE)
+
+    assert finished.outcomes["passed"] == 3, finished.output
+    assert finished.status == 0
+
+
+def test_a_second_simulated_run_in_one_process_is_refused_in_a_sentence(tmp_path):
+    write_suite(tmp_path, test_it="import torch\ndef test_it(): torch.ones(1, device='cuda')")
+    twice = f"import pytest\nfor _ in '12': print(pytest.main({list(SIMULATE)}))"
+    done = subprocess.run(
+        [sys.executable, "-c", twice], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+
+    assert "1 passed" in done.stdout
+    assert "an earlier run in this process simulated a card" in done.stderr
+    assert "real card" not in done.stderr

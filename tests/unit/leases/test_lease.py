@@ -590,6 +590,16 @@ def test_a_killed_holder_gives_way(store, member):
     assert [holder.label for holder in store.holders(A)] == ["mine"]
 
 
+def test_a_card_is_shared_with_the_living_only(store, member):
+    assert not store.is_shared(A)
+    other = member()
+    other.ask(f"store.set_resident({A!r}, 700)")
+    assert store.is_shared(A)
+    assert not store.is_shared(B)
+    other.kill()
+    assert not store.is_shared(A)
+
+
 def test_where_nothing_wakes_anybody_processes_look_again_and_again(member, monkeypatch, stores):
     monkeypatch.setattr(locks, "_take_inotify", lambda: None)
     killed, other, store = member("polling"), member("polling"), stores()
