@@ -68,7 +68,9 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         metavar="RUN.json",
         help="Written by --gpumem-json. After the word merge: the shards of one suite.",
     )
-    report.add_argument("--top", type=int, default=10, metavar="N", help="Tests in the table.")
+    report.add_argument(
+        "--top", type=int, default=10, metavar="N", help="Entries of each list; 0: all."
+    )
     report.add_argument("-v", "--verbose", action="count", default=0, help="Longer; -vv: all.")
     report.add_argument("--output", type=Path, metavar="FILE", help="Write the joined run there.")
     report.add_argument(
@@ -95,8 +97,7 @@ def _report(chosen: argparse.Namespace) -> Iterator[str]:
             _save_page(run, chosen.runs[0], chosen.html)
             yield f"written: {chosen.html}"
             return
-        shown = list(terminal.lines(run, chosen.top, chosen.verbose))
-        yield from shown or ["no test touched a card"]
+        yield from _section(run, chosen) or ["no test touched a card"]
     else:
         raise ValueError(
             f"{len(chosen.runs)} runs given; allowed are one, merge and several, or --history"
@@ -123,7 +124,11 @@ def _merge(chosen: argparse.Namespace) -> Iterator[str]:
         history = _load_history(chosen.history)
         history.learn(run.tests)
         history.save(chosen.history)
-    yield from terminal.lines(run, chosen.top, chosen.verbose)
+    yield from _section(run, chosen)
+
+
+def _section(run: records.RunRecord, chosen: argparse.Namespace) -> list[str]:
+    return [line.text for line in terminal.lines(run, chosen.top, chosen.verbose)]
 
 
 def _shard(text: str, all_of_them: Collection[str]) -> str:

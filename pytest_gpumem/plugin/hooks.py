@@ -261,7 +261,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     if state.simulation is not None:
         if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
             lines.append("gpumem: torch is not installed: no test can use the simulated card")
-        lines.append(f"gpumem: {state.simulation.NOT_SIMULATED}")
+        if config.get_verbosity() > 0:
+            lines.append(f"gpumem: {state.simulation.NOT_SIMULATED}")
     if state.found.note and not _is_controller(config):  # workers choose their cards by UUID
         lines.append(f"gpumem: {state.found.note}")
     return lines

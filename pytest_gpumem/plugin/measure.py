@@ -21,6 +21,7 @@ from pytest_gpumem.plugin.state import (
     NO_MARKS,
     NOTES,
     PROPERTIES,
+    STATE,
     USAGE,
     State,
 )
@@ -247,7 +248,9 @@ def _enforce(
     """Fail the test with ``sentence`` where a size is above ``limit``."""
     for card, size in sizes:
         if size > limit:
-            item.add_report_section(when, "GPU memory", "\n".join(terminal.usage_lines(card)))
+            cards = item.config.stash[STATE].found.cards
+            name = next((each.name for each in cards if each.uuid == card.card), card.card)
+            item.add_report_section(when, "GPU memory", "\n".join(terminal.usage_lines(card, name)))
             # Without the traceback, which would show this plugin's lines and not the test's.
             pytest.fail(sentence.format(format_bytes(limit), format_bytes(size)), pytrace=False)
 

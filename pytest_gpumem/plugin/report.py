@@ -195,7 +195,7 @@ class Reporting:
         if lines:
             terminalreporter.section("GPU memory")
         for line in lines:
-            terminalreporter.write_line(line)
+            terminalreporter.write_line(line.text, **({line.colour: True} if line.colour else {}))
         for failure in self._failures:
             terminalreporter.write_line(failure, red=True)
 

@@ -259,7 +259,12 @@ OPTIONS = (
     ),
     Option("json", _file, "Write the run's records to this file.", "FILE"),
     Option("stacks", _flag, "Record where leaked tensors were allocated (slower)."),
-    Option("top", _count, "Tests shown in the table of the largest peaks. Default: 10.", "N"),
+    Option(
+        "top",
+        _count,
+        "Entries shown of each list of the report: peaks, leaks, causes; 0: all. Default: 10.",
+        "N",
+    ),
     Option(
         "vram_limit",
         parse_bytes,

@@ -1,20 +1,27 @@
-"""The run in lines for a terminal: sizes are bare MiB, the unit stands in the column head."""
+"""The run in lines for a terminal, what somebody has to act on first.
+
+A test counts once, by its nodeid, however often it ran: of its attempts the table shows the one
+that took most. What is a list of culprits (leaks, tests felled) is grouped by what they have in
+common, the largest group first, and bounded, with what was left out counted: two hundred leaks of
+one global are one entry.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.reports import timeline
-from pytest_gpumem.units import format_bytes, format_mib
+from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, Left, RecordedTest, RunRecord
+    from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
 
 _HOLDERS_SHOWN = 3
+_LIKEWISE_SHOWN = 3
 _LEFT_SHOWN = 10
 _STEPS = {
     "alone": "with no other test on the card",
@@ -24,13 +31,34 @@ _STEPS = {
 """Of the ladder."""
 
 
-def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
+class Line(NamedTuple):
+    """A line of the section, and the colour that pytest's terminal writer gives it."""
+
+    text: str
+    colour: str = ""
+
+
+class _Leak(NamedTuple):
+    """What one test, or one instance of a fixture, left on one card."""
+
+    size: int
+    by: str
+    holders: tuple[Holder, ...]
+
+    @property
+    def kind(self) -> str:
+        """Return what leaks of one kind share: where they are held, whatever the index or key."""
+        return re.sub(r"\[[^\]]*\]", "[]", self.holders[0].where) if self.holders else ""
+
+
+def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     """Return the section's lines, none when no test touched a card.
 
     Args:
         run: what happened.
-        top: how many tests the table shows; all of them when ``verbosity`` is above 1.
-        verbosity: pytest's; below 0 one line says it all, above 0 holders are not shortened.
+        top: how many entries each list shows, all of them where it is 0 or ``verbosity`` above 1.
+        verbosity: pytest's; below 0 come only the first line and one for each that leaked, above 0
+            holders and names are not shortened.
 
     """
     touched = [
@@ -40,15 +68,19 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
     ]
     if not touched:
         return
-    yield _summary(run, touched)
+    shown = top if top and verbosity < 2 else len(run.tests)
+    leaks = sorted(_leaks(touched), key=lambda leak: -leak.size)
+    felled = _felled(touched)
+    yield _summary(run, touched, leaks, felled)
     if verbosity < 0:
+        for leak in leaks[:shown]:
+            yield Line(f"{format_bytes(leak.size):>12} leaked by {leak.by}")
+        yield from _more(len(leaks) - shown, "leaks")
         return
-    shown = len(touched) if verbosity > 1 else top
-    yield from _table(touched, shown)
-    limit = None if verbosity > 0 else _HOLDERS_SHOWN
+    yield from _table(run, touched, shown)
     yield from _fixtures(touched, shown)
-    yield from _section("leaked", _leaks(touched, limit))
-    yield from _section("out of memory", _ooms(touched))
+    yield from _section("leaked", _leaked(leaks, shown, verbosity), "yellow")
+    yield from _section("out of memory", _ooms(touched, felled, shown, verbosity), "red")
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))
     yield from _section("routing", _routing(run.tests))
@@ -58,25 +90,41 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[str]:
     yield from _section("notes", (f"  {note}" for note in run.notes if not _is_header(note)))
 
 
-def usage_lines(usage: CardUsage) -> Iterator[str]:
-    """Return one test's usage of one card, for the detail section of a failure."""
-    yield f"card      {usage.card}"
+def usage_lines(usage: CardUsage, card: str) -> Iterator[str]:
+    """Return one test's usage of one card, called ``card``, for the details of a failure."""
+    yield f"card      {card}"
     for name in ("baseline", "peak", "leftover", "leaked", "reserved"):
         yield f"{name:<9} {format_bytes(getattr(usage, name))}"
     yield from _holder_lines(usage.holders, None)
 
 
-def _summary(run: RunRecord, touched: Sequence[RecordedTest]) -> str:
-    peak = max((card.peak for test in touched for card in test.cards), default=0)
-    leaks = sum(1 for test in touched if _leaked(test))
-    ooms = sum(1 for test in touched if _felled(test))
-    # By name: a test that ran again counts once.
-    used = {test.nodeid for test in touched if any(card.peak for card in test.cards)}
-    known = {test.nodeid for test in run.tests}
-    return (
-        f"{_count(len(used), 'test')} of {len(known)} used VRAM, "
-        f"highest peak {format_bytes(peak)}, "
-        f"{_count(leaks, 'leak')}, {_count(ooms, 'failure')} out of memory"
+def _own(usage: CardUsage) -> int:
+    """Return the own peak: the highest above what was there when the test began, in bytes."""
+    return usage.peak - usage.baseline
+
+
+def _took(test: RecordedTest) -> bool:
+    """Return whether a test used VRAM: it, or the set-up of a fixture for it, took some."""
+    return any(_own(card) > 0 or card.leftover > 0 for card in test.cards) or any(
+        each.allocated > 0 or each.leaked for each in test.fixtures
+    )
+
+
+def _summary(
+    run: RunRecord,
+    touched: Sequence[RecordedTest],
+    leaks: Sequence[_Leak],
+    felled: Sequence[RecordedTest],
+) -> Line:
+    used = {test.nodeid for test in touched if _took(test)}
+    everything = {test.nodeid for test in run.tests}
+    highest = max((_own(card) for test in touched for card in test.cards), default=0)
+    of_size = f" ({format_bytes(sum(leak.size for leak in leaks))})" if leaks else ""
+    return Line(
+        f"{len(used)} of {_count(len(everything), 'test')} used VRAM, "
+        f"highest own peak {format_bytes(highest)}, {_count(len(leaks), 'leak')}{of_size}, "
+        f"{_count(len(felled), 'failure')} out of memory",
+        "red" if felled else "yellow" if leaks else "",
     )
 
 
@@ -84,60 +132,74 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _felled(test: RecordedTest) -> bool:
-    """Tell whether a test failed because memory ran out, and was not tried again."""
-    return bool(test.oom) and test.outcome in ("failed", "error")
+def _more(number: int, what: str) -> Iterator[Line]:
+    """Say how many entries a list does not show, if any."""
+    if number > 0:
+        yield Line(f"... {number} more {what}; --gpumem-top=0 shows all")
 
 
-def _leaked(test: RecordedTest) -> int:
-    return sum(card.leaked for card in test.cards) + sum(each.leaked for each in test.fixtures)
+def _felled(tests: Iterable[RecordedTest]) -> list[RecordedTest]:
+    """Return the tests that failed because memory ran out, and were not tried again."""
+    return [test for test in tests if test.oom and test.outcome in ("failed", "error")]
 
 
-def _table(tests: Sequence[RecordedTest], top: int) -> Iterator[str]:
-    rows = sorted(
-        ((card, test) for test in tests for card in test.cards if card.peak),
-        key=lambda row: row[0].peak,
-        reverse=True,
-    )
-    if not rows[:top]:
+def _table(run: RunRecord, tests: Iterable[RecordedTest], shown: int) -> Iterator[Line]:
+    """Show the tests that took most of a card themselves."""
+    most: dict[tuple[str, str, str], tuple[CardUsage, RecordedTest]] = {}
+    for test in tests:
+        for card in test.cards:
+            key = (test.nodeid, test.host, card.card)
+            if (_own(card) > 0 or card.leftover > 0) and (
+                key not in most or _own(card) > _own(most[key][0])
+            ):
+                most[key] = card, test
+    rows = sorted(most.values(), key=lambda row: -_own(row[0]))
+    if not rows:
         return
-    yield ""
-    yield f"{'peak MiB':>10} {'own MiB':>10} {'leftover':>10}  test"
-    for card, test in rows[:top]:
-        own = card.peak - card.baseline
-        sizes = " ".join(f"{format_mib(size):>10}" for size in (card.peak, own, card.leftover))
-        yield f"{sizes}  {test.nodeid}{_on(test)}"
-    if len(rows) > top:
-        yield f"... {len(rows) - top} more; -vv shows all"
+    totals = {(card.host, card.uuid): card.total for card in run.cards}
+    yield Line("")
+    yield Line(f"{'own peak':>10} {'of card':>8} {'peak':>11} {'leftover':>11}  test")
+    for card, test in rows[:shown]:
+        total = totals.get((test.host, card.card), 0)
+        part = f"{_own(card) / total:.0%}" if total else ""
+        yield Line(
+            f"{format_bytes(_own(card)):>10} {part:>8} {format_bytes(card.peak):>11} "
+            f"{format_bytes(card.leftover):>11}  {test.nodeid}{_on(test)}"
+        )
+    yield from _more(len(rows) - shown, "tests")
 
 
 def _on(test: RecordedTest) -> str:
     return f" [{test.worker}]" if test.worker else ""
 
 
-def _fixtures(tests: Sequence[RecordedTest], top: int) -> Iterator[str]:
-    """Show the wider fixtures' instances, those that took most first."""
-    rows = sorted(_instances(tests), key=lambda row: -row[0].allocated)
-    if not rows[:top]:
+def _fixtures(tests: Sequence[RecordedTest], shown: int) -> Iterator[Line]:
+    """Show the wider fixtures, those that took most first; all instances of one in one line."""
+    found: dict[tuple[str, str], list[FixtureUsage]] = {}
+    for each in _instances(tests):
+        found.setdefault((each.name, each.scope), []).append(each)
+    rows = sorted(found.items(), key=lambda row: -max(each.allocated for each in row[1]))
+    if not rows:
         return
-    yield ""
-    yield f"{'took MiB':>10} {'peak MiB':>10} {'released':>10}  fixture"
-    for each, test in rows[:top]:
-        released = "" if each.released is None else format_mib(each.released)
-        yield (
-            f"{format_mib(each.allocated):>10} {format_mib(each.peak):>10} {released:>10}  "
-            f"{each.name} ({each.scope}){_on(test)}"
+    yield Line("")
+    yield Line(f"{'took':>10} {'peak':>11} {'released':>11}  fixture")
+    for (name, scope), instances in rows[:shown]:
+        each = max(instances, key=lambda instance: instance.allocated)
+        released = "" if each.released is None else format_bytes(each.released)
+        times = f", {len(instances)} times, at most" if len(instances) > 1 else ""
+        yield Line(
+            f"{format_bytes(each.allocated):>10} {format_bytes(each.peak):>11} {released:>11}  "
+            f"{name} ({scope}{times})"
         )
-    if len(rows) > top:
-        yield f"... {len(rows) - top} more; -vv shows all"
+    yield from _more(len(rows) - shown, "fixtures")
 
 
-def _instances(tests: Sequence[RecordedTest]) -> list[tuple[FixtureUsage, RecordedTest]]:
+def _instances(tests: Sequence[RecordedTest]) -> list[FixtureUsage]:
     """Return each instance of a wider fixture once, with its teardown's figures where it has any.
 
-    A fixture is set up again for other parameters, and in each module.
+    A fixture is set up again for other parameters, in each module, and in each worker.
     """
-    rows: list[tuple[FixtureUsage, RecordedTest]] = []
+    rows: list[FixtureUsage] = []
     standing: dict[tuple[str, ...], int] = {}
     for test in tests:
         for each in test.fixtures:
@@ -146,35 +208,63 @@ def _instances(tests: Sequence[RecordedTest]) -> list[tuple[FixtureUsage, Record
             key = (test.host, test.worker, each.name, each.scope, each.card)
             if each.released is None:
                 standing[key] = len(rows)
-                rows.append((each, test))
+                rows.append(each)
             elif key in standing:
-                rows[standing.pop(key)] = each, test
+                rows[standing.pop(key)] = each
             else:
-                rows.append((each, test))
+                rows.append(each)
     return rows
 
 
-def _section(title: str, found: Iterable[str]) -> Iterator[str]:
+def _section(title: str, found: Iterable[str], colour: str = "") -> Iterator[Line]:
     body = list(found)
     if body:
-        yield ""
-        yield title
-        yield from body
+        yield Line("")
+        yield Line(title, colour)
+        yield from map(Line, body)
 
 
-def _leaks(tests: Sequence[RecordedTest], limit: int | None) -> Iterator[str]:
+def _leaks(tests: Iterable[RecordedTest]) -> Iterator[_Leak]:
     for test in tests:
         for card in test.cards:
             if card.leaked:
-                yield f"  {format_bytes(card.leaked):>10} by {test.nodeid}{_on(test)}"
-                yield from _holder_lines(card.holders, limit)
+                yield _Leak(card.leaked, f"{test.nodeid}{_on(test)}", card.holders)
         for fixture in test.fixtures:
             if fixture.leaked:
-                yield (
-                    f"  {format_bytes(fixture.leaked):>10} by fixture {fixture.name} "
-                    f"({fixture.scope}), torn down after {test.nodeid}{_on(test)}"
+                by = (
+                    f"fixture {fixture.name} ({fixture.scope}), "
+                    f"torn down after {test.nodeid}{_on(test)}"
                 )
-                yield from _holder_lines(fixture.holders, limit)
+                yield _Leak(fixture.leaked, by, fixture.holders)
+
+
+def _leaked(leaks: Sequence[_Leak], shown: int, verbosity: int) -> Iterator[str]:
+    """Show the largest leak of each kind, and who else left something of that kind."""
+    kinds: dict[str, list[_Leak]] = {}
+    for leak in leaks:
+        # Where nobody is known to hold them, nothing says that two are of one kind.
+        kinds.setdefault(leak.kind or leak.by, []).append(leak)
+    groups = sorted(kinds.values(), key=lambda group: -sum(leak.size for leak in group))
+    for first, *others in groups[:shown]:
+        yield f"  {format_bytes(first.size):>10} by {first.by}"
+        yield from _holder_lines(first.holders, None if verbosity > 0 else _HOLDERS_SHOWN)
+        if others:
+            size = format_bytes(sum(leak.size for leak in others))
+            yield f"      likewise {size} in {_count(len(others), 'leak')}"
+            each = (f"{format_bytes(leak.size):>10} by {leak.by}" for leak in others)
+            yield from _likewise(list(each), verbosity)
+    left = [leak for group in groups[shown:] for leak in group]
+    if left:
+        size = format_bytes(sum(leak.size for leak in left))
+        yield f"  ... {_count(len(left), 'leak')} more, {size}; --gpumem-top=0 shows all"
+
+
+def _likewise(others: Sequence[str], verbosity: int) -> Iterator[str]:
+    """Name those that came off as the one above them."""
+    bound = len(others) if verbosity > 0 else _LIKEWISE_SHOWN
+    yield from (f"          {other}" for other in others[:bound])
+    if len(others) > bound:
+        yield f"          ... {len(others) - bound} more; -v shows all"
 
 
 def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]:
@@ -189,22 +279,47 @@ def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]
         yield f"      ... {len(holders) - limit} more holders; -v shows all"
 
 
-def _ooms(tests: Sequence[RecordedTest]) -> Iterator[str]:
-    limits: dict[tuple[str, str], dict[str, tuple[Left, RecordedTest]]] = {}
-    """By process: the limits that earlier tests left."""
+def _ooms(
+    tests: Sequence[RecordedTest], felled: Sequence[RecordedTest], shown: int, verbosity: int
+) -> Iterator[str]:
+    """Show the first test felled by each cause, and whom else it felled."""
+    culprits = _limits(tests)
+    causes: dict[tuple[object, ...], list[RecordedTest]] = {}
+    for test in felled:
+        cause = re.sub(r"\d[\d.]*", "N", test.oom), *culprits.get(test, ()), bool(test.beside)
+        causes.setdefault(cause, []).append(test)
+    groups = sorted(causes.values(), key=lambda group: -len(group))
+    for first, *others in groups[:shown]:
+        yield f"  {first.nodeid}{_on(first)}"
+        yield f"      {first.oom}"
+        for other in first.beside:
+            yield f"      beside it: {other.text}"
+        yield from (f"      {sentence}" for sentence in culprits.get(first, ()))
+        if others:
+            yield f"      likewise {_count(len(others), 'test')}"
+            yield from _likewise([f"{test.nodeid}{_on(test)}" for test in others], verbosity)
+    left = sum(map(len, groups[shown:]))
+    if left:
+        yield f"  ... {_count(left, 'test')} more; --gpumem-top=0 shows all"
+
+
+def _limits(tests: Iterable[RecordedTest]) -> dict[RecordedTest, list[str]]:
+    """Return, for each test that a limit felled, who had set the limits of its process."""
+    found: dict[RecordedTest, list[str]] = {}
+    limits: dict[tuple[str, str], dict[str, str]] = {}
+    """By process and limit: the last test that left one."""
     for test in tests:
         standing = limits.setdefault((test.host, test.worker), {})
-        if _felled(test):
-            yield f"  {test.nodeid}{_on(test)}"
-            yield f"      {test.oom}"
-            for other in test.beside:
-                yield f"      beside it: {other.text}"
-            if test.oom.endswith(" allowed)"):
-                for left, culprit in standing.values():
-                    yield f"      {left.what} is {left.after}: {culprit.nodeid} left it so"
+        if test.oom.endswith(" allowed)"):
+            found[test] = list(standing.values())
         for left in test.left:
-            if left.what.startswith("memory fraction") and not left.put_back:
-                standing[left.what] = left, test
+            if left.what.startswith("memory fraction"):
+                sentence = f"{left.what} is {left.after}: {test.nodeid} left it so"
+                if left.put_back:
+                    standing.pop(left.what, None)
+                else:
+                    standing[left.what] = sentence
+    return found
 
 
 def _left(tests: Sequence[RecordedTest], verbosity: int) -> Iterator[str]:
@@ -236,7 +351,7 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
     leases = [(test.lease, test) for test in run.tests if test.lease is not None]
     again = _alone_again(run)
     waited = [(lease.waited, test) for lease, test in leases if lease.waited]
-    if run.workers < 2 and not again and not waited:
+    if not again and not waited and (run.workers < 2 or not leases):
         return
     if run.workers:
         idle, ran = timeline.idle(run), len({test.worker for test in run.tests if test.worker})

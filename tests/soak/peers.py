@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +66,31 @@ def test_loaded(pytester, how, workers):
 Outcomes = Counter[tuple[str, str]]
 
 
+def ended(command: Sequence[str | Path], where: Path, env: Mapping[str, str]) -> tuple[str, int]:
+    """Return what a run wrote and its exit status; nothing of it outlives this call."""
+    process = subprocess.Popen(
+        command,
+        cwd=where,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=LONGEST_RUN)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    finally:
+        # Also when this campaign is told to end: else the run would go on without it.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return output, process.returncode
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a suite is run: a Python of its own, the source, and what PYTHONPATH adds."""
@@ -88,24 +114,12 @@ class Place:
         env = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), **way}
         outer = ("-p", "no:gpumem", "-p", "bounded", "-q", "--tb=short", f"--junitxml={xml}")
-        process = subprocess.Popen(
-            [self.python, "-m", "pytest", *outer, *arguments],
-            cwd=self.source,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=LONGEST_RUN)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+        command = [self.python, "-m", "pytest", *outer, *arguments]
+        with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+            # A directory of its own: pytest's tests look at what lies beside theirs.
+            output, status = ended(command, self.source, env | {"TMPDIR": scratch})
         (self.source / f"output-{'with' if way else 'without'}.txt").write_text(output)
-        if process.returncode not in (0, 1) or not xml.exists():
+        if status not in (0, 1) or not xml.exists():
             raise RuntimeError(f"the suite did not run:\n{output[-5000:]}")
         return read_outcomes(xml)
 
@@ -148,6 +162,7 @@ def main() -> int:
     options += ["-k", chosen.k] if chosen.k else []
     # Who is started in the background ignores interrupts, and so would the runs that test them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     rows, found = [], 0
     for on in chosen.pytest or PYTESTS:
         python, plugin = prepare(chosen.cache.resolve() / f"pytest-{on}", PYTESTS[on], wheel)

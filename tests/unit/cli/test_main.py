@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pytest_gpumem import devices, records
@@ -26,9 +28,15 @@ def test_report_shows_the_section_of_a_finished_run(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "run.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "1 test of 2 used VRAM, highest peak 3.00 MiB, 0 leaks, 0 failures out of memory"
+        "1 of 2 tests used VRAM, highest own peak 2.00 MiB, 0 leaks, 0 failures out of memory"
     )
-    assert lines[-1].split() == ["3.0", "2.0", "0.0", "test_x.py::test_a"]
+    assert re.split(r"  +", lines[-1].strip()) == [
+        "2.00 MiB",
+        "0%",
+        "3.00 MiB",
+        "0 B",
+        "test_x.py::test_a",
+    ]
 
 
 def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
@@ -43,7 +51,7 @@ def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
 
     assert cli.main(["report", str(tmp_path / "run.json")]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("2 tests of 2 used VRAM")
+    assert shown.startswith("2 of 2 tests used VRAM")
     _, told = shown.split(
         "  1 test ran out of memory beside others and ran again with no other test on the card\n"
     )
@@ -95,7 +103,7 @@ def test_shards_are_joined_and_teach(tmp_path, capsys):
     arguments = ["merge", *shards, "--output", str(tmp_path / "all.json")]
 
     assert cli.main(["report", *arguments, "--history", str(history)]) == 0
-    assert "2 tests of 2 used VRAM" in capsys.readouterr().out
+    assert "2 of 2 tests used VRAM" in capsys.readouterr().out
     run = records.load_run(tmp_path / "all.json")
     assert [(test.host, test.worker) for test in run.tests] == [("one", "gw0"), ("two", "gw0")]
     assert [card.host for card in run.cards] == ["one", "two"]

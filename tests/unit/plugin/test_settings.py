@@ -153,5 +153,7 @@ def test_a_simulated_card_that_no_test_can_use_is_said_to_be_so(monkeypatch):
     )
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    lines = plugin.pytest_report_header(SimpleNamespace(stash={STATE: state}))
+    lines = plugin.pytest_report_header(
+        SimpleNamespace(stash={STATE: state}, get_verbosity=lambda: 0)
+    )
     assert "gpumem: torch is not installed: no test can use the simulated card" in lines

@@ -1,0 +1,178 @@
+"""The section of a run in the terminal: what is shown, in which order, how much of it."""
+
+from __future__ import annotations
+
+import re
+
+from pytest_gpumem import records
+from pytest_gpumem.records import (
+    Card,
+    CardUsage,
+    FixtureUsage,
+    Holder,
+    Left,
+    Process,
+    RecordedTest,
+    RunRecord,
+)
+from pytest_gpumem.reports import terminal
+
+MIB = 2**20
+
+
+def usage(peak: int, baseline: int = 0, leaked: int = 0, where: str = "") -> CardUsage:
+    holders = (Holder(where, (4,), "float32", leaked),) if where else ()
+    made = CardUsage("GPU-1", baseline, peak, leaked, 0, 0, 0, 0, None)
+    return made._replace(leaked=leaked, holders=holders)
+
+
+def recorded(name: str, *cards: CardUsage, **more: object) -> RecordedTest:
+    return RecordedTest(name, "passed", 0.5, "", cards)._replace(**more)
+
+
+def shown(*tests: RecordedTest, top: int = 10, verbosity: int = 0) -> list[str]:
+    run = RunRecord(
+        schema=records.SCHEMA,
+        mode="on",
+        cards=(Card("GPU-1", "A card", 1000 * MIB),),
+        simulated=False,
+        workers=0,
+        tests=tests,
+    )
+    return [line.text for line in terminal.lines(run, top, verbosity)]
+
+
+def table(lines: list[str]) -> list[str]:
+    (head,) = [n for n, line in enumerate(lines) if line.endswith("leftover  test")]
+    rows = lines[head + 1 :]
+    return rows[: rows.index("")] if "" in rows else rows
+
+
+def cells(row: str) -> list[str]:
+    return re.split(r"  +", row.strip())
+
+
+def test_a_run_without_a_card_has_no_section():
+    assert shown(recorded("a")) == []
+
+
+def test_the_table_ranks_by_what_each_test_took_itself():
+    standing = [recorded(f"idle{n}", usage(100 * MIB, 100 * MIB)) for n in range(20)]
+    lines = shown(*standing, recorded("mine", usage(90 * MIB)), recorded("small", usage(4096)))
+
+    assert lines[0].startswith("2 of 22 tests used VRAM, highest own peak 90.00 MiB, 0 leaks, ")
+    assert [cells(row) for row in table(lines)] == [
+        ["90.00 MiB", "9%", "90.00 MiB", "0 B", "mine"],
+        ["4.00 KiB", "0%", "4.00 KiB", "0 B", "small"],
+    ]
+
+
+def test_a_test_that_ran_again_has_one_row_with_its_highest_peak():
+    first = recorded("again", usage(5 * MIB), outcome="rerun")
+    (row,) = table(shown(first, recorded("again", usage(3 * MIB), step="alone")))
+    assert cells(row)[0] == "5.00 MiB"
+
+
+def test_long_lists_are_bounded_and_say_by_how_much():
+    tests = [recorded(f"t{n}", usage((n + 1) * MIB)) for n in range(30)]
+
+    assert len(table(shown(*tests))) == 11
+    assert table(shown(*tests))[-1] == "... 20 more tests; --gpumem-top=0 shows all"
+    assert len(table(shown(*tests, top=0))) == len(table(shown(*tests, verbosity=2))) == 30
+
+
+def test_two_hundred_leaks_of_one_global_are_one_entry():
+    tests = [
+        recorded(f"t{n}", usage(MIB, leaked=MIB, where=f"test_x.py: module global KEPT[{n}]"))
+        for n in range(200)
+    ]
+    large = recorded("large", usage(MIB, leaked=300 * MIB, where="test_x.py: module global OTHER"))
+    lines = shown(*tests, large)
+
+    assert "201 leaks (500.00 MiB)" in lines[0]
+    leaked = lines[lines.index("leaked") :]
+    assert leaked == [
+        "leaked",
+        "  300.00 MiB by large",
+        "      held by test_x.py: module global OTHER",
+        "          tensor float32 4, 300.00 MiB in all",
+        "    1.00 MiB by t0",
+        "      held by test_x.py: module global KEPT[0]",
+        "          tensor float32 4, 1.00 MiB in all",
+        "      likewise 199.00 MiB in 199 leaks",
+        "            1.00 MiB by t1",
+        "            1.00 MiB by t2",
+        "            1.00 MiB by t3",
+        "          ... 196 more; -v shows all",
+    ]
+    assert len(shown(*tests, large, verbosity=1)) == len(lines) + 195
+
+
+def test_leaks_whose_holder_nobody_found_are_not_thrown_together():
+    lines = shown(*[recorded(f"t{n}", usage(MIB, leaked=MIB)) for n in range(12)])
+
+    assert sum(" by t" in line for line in lines) == 10
+    assert lines[-1] == "  ... 2 leaks more, 2.00 MiB; --gpumem-top=0 shows all"
+
+
+def test_quiet_names_whoever_leaked():
+    fixture = FixtureUsage("model", "module", "GPU-1", MIB, MIB, 0, leaked=MIB)
+    lines = shown(
+        recorded("a", usage(MIB, leaked=2 * MIB)),
+        recorded("b", fixtures=(fixture,)),
+        recorded("c", usage(MIB)),
+        verbosity=-1,
+    )
+
+    assert [line.strip() for line in lines[1:]] == [
+        "2.00 MiB leaked by a",
+        "1.00 MiB leaked by fixture model (module), torn down after b",
+    ]
+
+
+def test_what_ran_out_is_grouped_by_cause():
+    oom = "CUDA out of memory. Tried to allocate {}.00 MiB"
+    felled = [recorded(f"t{n}", outcome="failed", oom=oom.format(n + 20)) for n in range(150)]
+    stranger = recorded(
+        "beside", outcome="failed", oom=oom.format(7), beside=(Process(7, "vllm", 9 * MIB),)
+    )
+    lines = shown(*felled, stranger)
+
+    assert "151 failures out of memory" in lines[0]
+    assert lines[lines.index("out of memory") :] == [
+        "out of memory",
+        "  t0",
+        "      CUDA out of memory. Tried to allocate 20.00 MiB",
+        "      likewise 149 tests",
+        "          t1",
+        "          t2",
+        "          t3",
+        "          ... 146 more; -v shows all",
+        "  beside",
+        "      CUDA out of memory. Tried to allocate 7.00 MiB",
+        "      beside it: process 7 (vllm) holds 9.00 MiB",
+    ]
+
+
+def test_whoever_left_a_limit_is_named_where_it_felled_another():
+    culprit = recorded("culprit", left=(Left("memory fraction of cuda:0", "1", "0.25"),))
+    oom = "CUDA out of memory. Tried to allocate 1.00 GiB (900.00 MiB allowed)"
+    lines = shown(culprit, recorded("innocent", outcome="failed", oom=oom))
+    lifted = shown(
+        culprit,
+        recorded("lifts", left=(Left("memory fraction of cuda:0", "0.25", "1", put_back=True),)),
+        recorded("innocent", outcome="failed", oom=oom),
+    )
+
+    sentence = "      memory fraction of cuda:0 is 0.25: culprit left it so"
+    assert sentence in lines
+    assert sentence not in lifted
+
+
+def test_a_fixture_is_one_line_however_often_it_was_set_up():
+    def instance(took: int, worker: str) -> RecordedTest:
+        made = FixtureUsage("model", "session", "GPU-1", took, took)
+        return recorded("t", fixtures=(made,), worker=worker)
+
+    lines = shown(*(instance(n * MIB, f"gw{n}") for n in range(1, 5)))
+    assert cells(lines[-1]) == ["4.00 MiB", "4.00 MiB", "model (session, 4 times, at most)"]
