@@ -158,12 +158,12 @@ def _table(run: RunRecord, tests: Iterable[RecordedTest], shown: int) -> Iterato
         return
     totals = {(card.host, card.uuid): card.total for card in run.cards}
     yield Line("")
-    yield Line(f"{'own peak':>10} {'of card':>8} {'peak':>11} {'leftover':>11}  test")
+    yield Line(f"{'own peak':>11} {'of card':>8} {'peak':>11} {'leftover':>11}  test")
     for card, test in rows[:shown]:
         total = totals.get((test.host, card.card), 0)
         part = f"{_own(card) / total:.0%}" if total else ""
         yield Line(
-            f"{format_bytes(_own(card)):>10} {part:>8} {format_bytes(card.peak):>11} "
+            f"{format_bytes(_own(card)):>11} {part:>8} {format_bytes(card.peak):>11} "
             f"{format_bytes(card.leftover):>11}  {test.nodeid}{_on(test)}"
         )
     yield from _more(len(rows) - shown, "tests")
@@ -182,13 +182,13 @@ def _fixtures(tests: Sequence[RecordedTest], shown: int) -> Iterator[Line]:
     if not rows:
         return
     yield Line("")
-    yield Line(f"{'took':>10} {'peak':>11} {'released':>11}  fixture")
+    yield Line(f"{'took':>11} {'peak':>11} {'released':>11}  fixture")
     for (name, scope), instances in rows[:shown]:
         each = max(instances, key=lambda instance: instance.allocated)
         released = "" if each.released is None else format_bytes(each.released)
         times = f", {len(instances)} times, at most" if len(instances) > 1 else ""
         yield Line(
-            f"{format_bytes(each.allocated):>10} {format_bytes(each.peak):>11} {released:>11}  "
+            f"{format_bytes(each.allocated):>11} {format_bytes(each.peak):>11} {released:>11}  "
             f"{name} ({scope}{times})"
         )
     yield from _more(len(rows) - shown, "fixtures")
@@ -351,7 +351,7 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
     leases = [(test.lease, test) for test in run.tests if test.lease is not None]
     again = _alone_again(run)
     waited = [(lease.waited, test) for lease, test in leases if lease.waited]
-    if not again and not waited and (run.workers < 2 or not leases):
+    if run.workers < 2 and not again and not waited:
         return
     if run.workers:
         idle, ran = timeline.idle(run), len({test.worker for test in run.tests if test.worker})
