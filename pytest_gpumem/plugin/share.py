@@ -152,6 +152,7 @@ def _scheduled(
         hello=lambda items: {
             "host": workers.host_name(),
             "needs": _needs(items),
+            "wide": xdist_worker.wide_fixtures(items),
             "cards": workers.tell_cards(state.found.cards),
         },
         holding=leasing.keep,

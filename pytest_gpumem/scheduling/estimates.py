@@ -11,6 +11,8 @@ from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pytest_gpumem.scheduling.fixtures import WideFixture
+
 OPTIMISM = 0.8
 """Share of the peaks seen so far that an optimistic guess covers."""
 TRUST = 8
@@ -37,6 +39,8 @@ class PlannedTest(NamedTuple):
     """Whether it ran before. If not, it may use a card although that is not expected."""
     fixtures: int = 0
     """What a process needs on top of its peak if its wider fixtures are not set up there."""
+    wide: tuple[WideFixture, ...] = ()
+    """The wide fixtures that it is known to use."""
 
 
 class Estimates:

@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from pytest_gpumem.scheduling.estimates import PlannedTest
 
@@ -104,30 +104,42 @@ class Pile:
         own = self._first.get(group)
         return own is not None and bool(own.tests) and not own.owned
 
-    def adopt(self, group: str, left: Portion | None) -> Portion | None:
+    def adopt(
+        self, group: str, left: Portion | None, suits: Callable[[int], bool]
+    ) -> Portion | None:
         """Return a portion that belongs to the caller from now on, in place of ``left``.
 
         That of module ``group`` if nobody has it, else ``left`` while it lasts, else the largest
-        that nobody has, else half of the largest.
+        that nobody has, else half of the largest. None whose first test does not suit.
         """
-        if self.free(group):
+        if self.free(group) and suits(self._first[group].tests[0]):
             self.release(left)
             return self._own(self._first[group])
-        if left is not None and left.tests:
+        if left is not None and left.tests and suits(left.tests[0]):
             return left
         self.release(left)
-        while self._free:
-            portion = heapq.heappop(self._free)[-1]
+        return self._largest(suits) or self._half(suits)
+
+    def _largest(self, suits: Callable[[int], bool]) -> Portion | None:
+        passed, found = [], None
+        while self._free and found is None:
+            entry = heapq.heappop(self._free)
+            portion = entry[-1]
             if portion.tests and not portion.owned:
-                return self._own(portion)
-        return self._half()
+                if suits(portion.tests[0]):
+                    found = self._own(portion)
+                else:
+                    passed.append(entry)
+        for entry in passed:
+            heapq.heappush(self._free, entry)
+        return found
 
     def _own(self, portion: Portion) -> Portion:
         portion.owned = True
         heapq.heappush(self._owned, (-portion.work, next(self._number), portion))
         return portion
 
-    def _half(self) -> Portion | None:
+    def _half(self, suits: Callable[[int], bool]) -> Portion | None:
         while self._owned:
             work, _, portion = self._owned[0]
             if not portion.owned or not portion.tests:
@@ -135,7 +147,8 @@ class Pile:
             elif -work != portion.work:
                 heapq.heapreplace(self._owned, (-portion.work, next(self._number), portion))
             else:
-                return self._own(self._split(portion))
+                second = portion.tests[len(portion.tests) // 2]
+                return self._own(self._split(portion)) if suits(second) else None
         return None
 
     def _split(self, portion: Portion) -> Portion:

@@ -25,6 +25,8 @@ with ``commands``. It reads no clock and starts nothing; the same reports give t
 - When no GPU test runs on a card and none fits, idle workers give back module fixtures, then
   session fixtures, as many of them as it takes; after that the test runs alone whatever the
   numbers say. What a worker kept even then, such as leaks, it is not asked for again.
+- A worker sets up no wide fixture beside one that it would never find beside it in plain xdist
+  (see ``fixtures``). It takes other tests first, and gives back what it has if there are none.
 - A running test may wait for something that the fixtures of an idle worker hold: a lock, a port, a
   database. A worker is stopped as soon as no test waits for one, as in plain xdist; one that is
   idle before gives its fixtures back whenever a test beside it stalls.
@@ -40,6 +42,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpumem import admission
 from pytest_gpumem.admission import Claim
 from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
+from pytest_gpumem.scheduling.fixtures import NOTHING, SetUpOrder, of_session
 from pytest_gpumem.scheduling.history import family
 from pytest_gpumem.scheduling.piles import Pile, Portion
 from pytest_gpumem.units import format_bytes
@@ -160,6 +163,7 @@ class _Worker:
         self.name = name
         self.ring = ring
         """Its own card first."""
+        self.card = ring[0]
         self.resident: dict[_Card, int] = {}
         self.standing: dict[_Card, int] = {}
         """Of these, what its wider fixtures hold."""
@@ -177,6 +181,12 @@ class _Worker:
         """Whether a test that may use these cards unexpectedly ran at the same time."""
         self.group = ""
         """Module whose fixtures it has."""
+        self.set_up = NOTHING
+        """Wide fixtures that it has..."""
+        self.to_set_up = NOTHING
+        """... and those that it will have after all that it was given."""
+        self.out_of_order = False
+        """Whether a test was kept from it that may not follow what it has set up."""
         self.given_back = 0
         """1 after a flush, 2 after a reset, 0 once it ran a test again."""
         self.waiting = False
@@ -196,10 +206,6 @@ class _Worker:
     def owed(self) -> int:
         """Bytes of these that it may give back."""
         return max(0, self.kept - self.stays)
-
-    @property
-    def card(self) -> _Card:
-        return self.ring[0]
 
     @property
     def idle(self) -> bool:
@@ -238,6 +244,7 @@ class Planner:
         self._seen = Estimates(tests, most=max(0, most), optimistic=optimistic)
         self._need = self._seen.need
         self._pace = self._seen.pace
+        self._order = SetUpOrder(tests)
         foreign = others or {}
         self._cards = {key: _Card(total, foreign.get(key, 0)) for key, total in cards.items()}
         self._nothing = _Card(-1, 0)
@@ -411,6 +418,7 @@ class Planner:
             self._claim(worker, card, 0)
         worker.using = ()
         worker.disturbed = False
+        worker.set_up = self._order.after(test, worker.set_up)
         self._scouted(family(self._tests[test].nodeid))
 
     def _scouted(self, kin: str) -> None:
@@ -437,6 +445,9 @@ class Planner:
         """
         told = self._workers[worker]
         told.given.remove(test)
+        told.to_set_up = told.set_up
+        for each in told.given:
+            told.to_set_up = self._order.after(each, told.to_set_up)
         self._admit(test)
         self._asking[worker] = told
         self._changed = True
@@ -495,6 +506,8 @@ class Planner:
         """Take note that ``worker`` did what ``Flush`` or ``Reset`` asked."""
         told = self._workers[worker]
         told.waiting = False
+        told.set_up = of_session(told.set_up) if told.given_back == 1 else NOTHING
+        told.to_set_up = told.set_up
         if told.given_back > 1:
             told.stays = max(self._context, told.kept)
         self._asking[worker] = told
@@ -550,8 +563,12 @@ class Planner:
         return self._left == sum(len(each.given) for each in self._workers.values())
 
     def _hand_out(self, worker: _Worker, out: list[Command]) -> bool:
+        worker.out_of_order = False
         test = self._pick_gpu(worker)
         if test is None and self._held_up(worker.card) and self._ask_back(worker, out):
+            return True
+        if test is None and worker.out_of_order and worker.card.urgent:
+            self._give_back(worker, out)
             return True
         if test is None:
             test = self._pick_cpu(worker)
@@ -562,14 +579,26 @@ class Planner:
             test = self._last_resort(worker, out)
         if test is not None:
             self._run(worker, test, out)
-        elif worker.stalled:
+        elif worker.stalled or (worker.out_of_order and not self._room_comes(worker)):
             self._give_back(worker, out)
         else:
             return False
         return True
 
+    def _room_comes(self, worker: _Worker) -> bool:
+        """Return whether ``worker`` had better keep its fixtures for a GPU test that waits."""
+        return bool(worker.kept and worker.card.running) and self._gpu_waits()
+
+    def _in_order(self, worker: _Worker, test: int) -> bool:
+        """Return whether ``test`` may follow what ``worker`` will have set up."""
+        if not worker.to_set_up or self._order.permits(test, worker.to_set_up):
+            return True
+        worker.out_of_order = True
+        return False
+
     def _run(self, worker: _Worker, test: int, out: list[Command]) -> None:
         worker.given.append(test)
+        worker.to_set_up = self._order.after(test, worker.to_set_up)
         worker.group = self._tests[test].group
         worker.given_back = 0
         worker.stalled = False
@@ -597,6 +626,8 @@ class Planner:
         ahead = sum(rest)
         while len(self._cpu) and len(worker.given) < AHEAD_TESTS:
             portion = self._cpu_portion(worker)
+            if portion is None:
+                break
             test = portion.tests[0]
             duration = pace * self._tests[test].duration
             last = first + ahead > pace * self._cpu.time / len(self._workers)
@@ -615,6 +646,9 @@ class Planner:
     def _pick_cpu(self, worker: _Worker) -> int | None:
         while len(self._cpu):
             portion = self._cpu_portion(worker)
+            if portion is None:
+                worker.out_of_order = True
+                break
             test = self._cpu.take(portion, portion.tests[0])
             if not self._on_card(test):
                 return test
@@ -634,12 +668,14 @@ class Planner:
         """Return whether a card has no room for a context of each of its workers."""
         return any(self._capacity(card, len(card.workers)) < 0 for card in self._cards.values())
 
-    def _cpu_portion(self, worker: _Worker) -> Portion:
-        long = self._cpu.long
+    def _cpu_portion(self, worker: _Worker) -> Portion | None:
+        """Return where the next CPU test of ``worker`` waits, None if all are out of order."""
+        suits = self._order.suits(worker.to_set_up)
+        long = self._cpu.long if self._cpu.long.tests and suits(self._cpu.long.tests[0]) else None
         # A long test would keep a worker with a context from the GPU tests.
-        if long.tests and not (worker.kept and self._gpu_waits()):
+        if long is not None and not (worker.kept and self._gpu_waits()):
             return long
-        worker.cpu = self._cpu.adopt(worker.group, worker.cpu)
+        worker.cpu = self._cpu.adopt(worker.group, worker.cpu, suits)
         return worker.cpu or long
 
     # Choosing a GPU test
@@ -652,16 +688,18 @@ class Planner:
         home = reserved is not None and reserved.cards[0] is card
         closed = self._closed(card)
         suits = reserved and home and (closed or self._suits(worker, reserved.test))
-        if reserved and suits and self._may_go(worker, reserved.test):
+        goes = reserved and suits and self._may_go(worker, reserved.test)
+        if reserved and goes and self._in_order(worker, reserved.test):
             return self._launch(worker, _unreserve(reserved))
         if not closed:
             for portion in self._portions(worker):
                 lone = portion is self._alone or portion is self._last
                 may_go = self._may_go if lone else self._fits
                 for test in list(itertools.islice(portion.tests, LOOK)):
-                    if may_go(worker, test):
+                    if not may_go(worker, test):
+                        self._reserve(worker, portion, test)
+                    elif self._in_order(worker, test):
                         return self._launch(worker, self._take(portion, test))
-                    self._reserve(worker, portion, test)
         return self._from_elsewhere(worker)
 
     def _suits(self, worker: _Worker, test: int) -> bool:
@@ -696,10 +734,10 @@ class Planner:
     def _may_use(self, worker: _Worker) -> bool:
         """Return whether ``worker`` has a context or may open one."""
         card = worker.card
-        if card is self._nothing:
-            return False
+        if card is self._nothing or worker.kept:
+            return card is not self._nothing
         holders = sum(each.kept > 0 for each in card.workers)
-        if worker.kept or not holders:
+        if not holders:
             return True
         # A test of unknown peak runs alone and should find as much room as there can be.
         if holders >= card.contexts or self._unscouted:
@@ -732,7 +770,7 @@ class Planner:
         """Yield where to look for a GPU test, best first."""
         if self._settled(worker):
             if self._gpu.free(worker.group):
-                worker.gpu = self._gpu.adopt(worker.group, worker.gpu)
+                worker.gpu = self._gpu_portion(worker)
             if worker.gpu is not None and worker.gpu.group == worker.group:
                 yield worker.gpu
             return
@@ -743,13 +781,20 @@ class Planner:
         yield self._wide
         yield self._big
         yield self._gpu.long
-        worker.gpu = self._gpu.adopt(worker.group, worker.gpu)
+        worker.gpu = self._gpu_portion(worker)
         if worker.gpu is not None:
             yield worker.gpu
         if empty:
             yield self._alone
         if self._last.tests and empty and not (len(self._cpu) or self._disturbers(worker.card)):
             yield self._last
+
+    def _gpu_portion(self, worker: _Worker) -> Portion | None:
+        suits = self._order.suits(worker.to_set_up)
+        portion = self._gpu.adopt(worker.group, worker.gpu, suits)
+        if portion is None and len(self._gpu) > len(self._gpu.long.tests):
+            worker.out_of_order = True
+        return portion
 
     def _disturbers(self, card: _Card) -> bool:
         """Return whether tests run that may use ``card`` unexpectedly."""
@@ -787,7 +832,8 @@ class Planner:
         """Return a test that waits for another card, if it fits here and nothing else is left."""
         for card in self._cards.values() if not len(self._gpu) else ():
             reserved = card.reserved
-            if reserved and self._fits(worker, reserved.test):
+            fits = reserved and self._fits(worker, reserved.test)
+            if reserved and fits and self._in_order(worker, reserved.test):
                 return self._launch(worker, _unreserve(reserved))
         return None
 
@@ -915,12 +961,15 @@ class Planner:
         if not able or not all(each.idle and not self._owes(each) for each in worker.card.workers):
             return None
         reserved = worker.card.reserved
-        if reserved and reserved.cards[0] is worker.card and not _busy(reserved.cards):
+        home = reserved is not None and reserved.cards[0] is worker.card
+        free = home and reserved and not _busy(reserved.cards)
+        if reserved and free and self._in_order(worker, reserved.test):
             return self._launch(worker, _unreserve(reserved), alone=True)
         for portion in self._portions(worker):
             for test in list(itertools.islice(portion.tests, LOOK)):
                 cards = self._cards_for(worker, test)
-                if self._possible(cards, test) and not _busy(cards):
+                free = self._possible(cards, test) and not _busy(cards)
+                if free and self._in_order(worker, test):
                     return self._launch(worker, self._take(portion, test), alone=True)
                 if not self._possible_anywhere(test):
                     self._give_up(self._take(portion, test), out)

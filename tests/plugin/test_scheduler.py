@@ -297,6 +297,42 @@ def test_wide_fixtures_that_exclude_one_another_end(run, scope, files, mark):
     assert finished.outcomes == {"passed": 3 * len(files)}, finished.output
 
 
+OPPOSITE = """
+import fcntl
+
+@pytest.fixture(scope="session")
+def first():
+    with open("first.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+@pytest.fixture(scope="session")
+def second():
+    with open("second.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+"""
+
+
+def test_workers_set_session_fixtures_up_in_one_order(run):
+    # In the order in which the scheduler likes to hand these out, one worker has the first lock
+    # and waits for the second one, the other has the second one and waits for the first.
+    one = """
+@pytest.mark.gpu(vram="2.6GiB")
+def test_large(first): time.sleep(0.05)
+@pytest.mark.gpu(vram="700MiB")
+def test_small(first): time.sleep(0.05)
+"""
+    two = """
+@pytest.mark.gpu(vram="700MiB")
+def test_slow(second): time.sleep(0.3)
+def test_cpu(second): time.sleep(0.3)
+"""
+    finished = run({"test_a": one, "test_b": two}, conftest=CONFTEST + OPPOSITE)
+
+    assert finished.outcomes == {"passed": 4}, finished.output
+
+
 TWO_LIARS = """
 def wait_for(name):
     deadline = time.monotonic() + 10
@@ -831,6 +867,67 @@ def test_another_worker_of_xdist_is_noticed():
 
 def test_what_pytest_does_not_offer_any_more_is_named():
     assert "no attribute 'teardown_exact'" in why_not_with(SetupState, "teardown_exact", None)
+
+
+WIDE = """
+import pytest
+from pytest_gpumem.plugin.xdist import worker
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory): return 1
+
+@pytest.fixture(scope="package")
+def server(database): return 2
+
+@pytest.fixture
+def narrow(database): return 3
+
+def pytest_collection_finish(session):
+    sets, places = worker.wide_fixtures(session.items)
+    lines = [f"{item.nodeid}: {sets[place]}" for item, place in zip(session.items, places)]
+    session.config.rootpath.joinpath("wide").write_text("\\n".join(lines))
+"""
+USERS = """
+import pytest
+
+@pytest.fixture(scope="module")
+def server(server): return server + 1
+
+@pytest.fixture(scope="module", params="xy")
+def drive(request): return request.param
+
+@pytest.fixture(scope="class")
+def room(): return 5
+
+def test_overriding(server): pass
+def test_param(drive): pass
+def test_alone(room): pass
+@pytest.mark.usefixtures("narrow")
+class TestIn:
+    def test_nothing(self): pass
+    def test_room(self, room): pass
+def test_none(tmp_path): pass
+"""
+
+
+def test_workers_tell_which_wide_fixtures_tests_use_and_where_they_end(tmp_path):
+    package = tmp_path / "p"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    write_suite(package, conftest=WIDE, test_it=USERS)
+    run_pytest(tmp_path, "-p", "xdist", "-n0", "--collect-only", "--rootdir=.", env=NO_OTHERS)
+
+    it, inside = "p/test_it.py", "p/test_it.py::TestIn"
+    database = ("", "database", None)
+    assert (tmp_path / "wide").read_text().splitlines() == [
+        f"{it}::test_overriding: {(database, (it, 'server', None), ('p', 'server', None))}",
+        f"{it}::test_param[x]: {((it, 'drive', 0),)}",
+        f"{it}::test_param[y]: {((it, 'drive', 1),)}",
+        f"{it}::test_alone: {((it, 'room', None),)}",
+        f"{inside}::test_nothing: {(database,)}",
+        f"{inside}::test_room: {(database, (inside, 'room', None))}",
+        f"{it}::test_none: ()",
+    ]
 
 
 def test_each_card_of_each_host_is_told_of_once():

@@ -23,6 +23,7 @@ from pytest_gpumem.plugin.xdist import worker as xdist_worker
 from pytest_gpumem.scheduling import planner as plans
 from pytest_gpumem.scheduling import workers
 from pytest_gpumem.scheduling.estimates import PlannedTest
+from pytest_gpumem.scheduling.fixtures import WideFixture
 
 if TYPE_CHECKING:
     from pytest_gpumem.scheduling.history import Expectation
@@ -349,6 +350,7 @@ class GpumemScheduling:
                 self._expect,
                 most=most,
                 any_card=bool(totals),
+                wide=hellos[0]["wide"],
             ),
             totals,
             context=self._settings.context,
@@ -465,22 +467,26 @@ def planned_tests(
     *,
     most: int,
     any_card: bool,
+    wide: tuple[Sequence[xdist_worker.Told], Sequence[int]] = ((), ()),
 ) -> list[PlannedTest]:
     """Return the collected tests with what is expected of them.
 
     ``needs`` are the marked tests: index, bytes (None: not said), cards, exclusive. Without any
     card they are tests like others, which find out for themselves. ``most`` are the bytes that a
-    test can have: only a mark may ask for more, an estimate with its margin may not.
+    test can have: only a mark may ask for more, an estimate with its margin may not. ``wide`` are
+    the wide fixtures, as ``worker.wide_fixtures`` tells.
     """
+    sets = [tuple(WideFixture(*each) for each in told) for told in wide[0]]
+    wide_of = dict(enumerate(sets[place] for place in wide[1]))
     marked = {need[0]: need for need in needs}
     planned = []
     for index, nodeid in enumerate(collection):
         _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
         expected = expect(nodeid, vram)
-        peak, fixtures = expected.peak, expected.fixtures
+        peak, held = expected.peak, expected.fixtures
         if peak is not None and expected.source != "mark":
             peak = min(peak, max(0, most))
-            fixtures = min(fixtures, max(0, most - peak))
+            held = min(held, max(0, most - peak))
         planned.append(
             PlannedTest(
                 nodeid=nodeid,
@@ -491,7 +497,8 @@ def planned_tests(
                 cards=cards,
                 exclusive=exclusive,
                 seen=expected.source == "learned",
-                fixtures=fixtures,
+                fixtures=held,
+                wide=wide_of.get(index, ()),
             )
         )
     return planned

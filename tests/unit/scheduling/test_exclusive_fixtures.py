@@ -8,6 +8,7 @@ The suites are such that they end in whatever order plain xdist hands their test
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 import pytest
@@ -15,34 +16,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.scheduling.estimates import PlannedTest
+from pytest_gpumem.scheduling.fixtures import WideFixture, nodes_of
 from pytest_gpumem.scheduling.planner import Command, Fail, Flush, Planner, Reset, Run, Stop
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
+THINGS = ("lock", "port", "device", "lease", "database")
 
 
 class Uses(NamedTuple):
-    """A test, and what its wide fixtures hold: their nodes and what each excludes others from."""
+    """A test, and what its wide fixtures hold, in the order in which they are set up."""
 
     planned: PlannedTest
-    held: dict[str, str]
+    held: dict[WideFixture, str]
+    """What each excludes others from; "" where it holds nothing."""
 
 
 @st.composite
 def suites(draw) -> list[Uses]:
-    """Draw suites in which nobody waits for a wider fixture while it holds a narrower one."""
+    """Draw suites that end in plain xdist, however it spreads their tests."""
+
+    def some(scope: str, node: str, most: int) -> dict[WideFixture, str]:
+        names = [f"{scope}{number}" for number in range(draw(st.integers(0, most)))]
+        return {WideFixture(node, name): draw(st.sampled_from(THINGS)) for name in names}
+
     found = []
+    of_session = some("session", "", 3)
     for module in range(draw(st.integers(1, 4))):
         group = f"m{module}.py"
-        wide: dict[str, str] = {}
-        if draw(st.booleans()):
-            wide["session"] = "database"
-        if draw(st.booleans()):
-            wide[group] = draw(st.sampled_from(["lock", "port"]))
-        for cls in range(draw(st.integers(1, 3))):
-            held = dict(wide)
-            if draw(st.booleans()):
-                held[f"{group}::T{cls}"] = draw(st.sampled_from(["device", "lease"]))
-            for number in range(draw(st.integers(1, 4))):
+        of_module = some("module", group, 2)
+        for cls in range(draw(st.integers(1, 2))):
+            wide = [*of_session.items(), *of_module.items()]
+            wide += some("class", f"{group}::T{cls}", 1).items()
+            for number in range(draw(st.integers(1, 3))):
+                held = {fixture: what for fixture, what in wide if draw(st.booleans())}
                 on_gpu = draw(st.booleans())
                 planned = PlannedTest(
                     f"{group}::T{cls}::t[{number}]",
@@ -51,9 +57,43 @@ def suites(draw) -> list[Uses]:
                     draw(st.sampled_from([0.001, 1.0, 30.0])),
                     group,
                     seen=draw(st.booleans()),
+                    wide=tuple(held),
                 )
                 found.append(Uses(planned, held))
-    return found
+    return without_deadlocks(found)
+
+
+def without_deadlocks(suite: list[Uses]) -> list[Uses]:
+    """Return a suite with fewer things to wait for, in which no worker's order is another's.
+
+    Who has a thing and may set up what holds another one comes before it. Workers of plain xdist
+    cannot wait for one another in a circle if nothing comes before itself.
+    """
+    before = {
+        (mine, other)
+        for place, first in enumerate(suite)
+        for second in suite[place:]
+        for at, (fixture, mine) in enumerate(first.held.items())
+        if fixture.node in nodes_of(second.planned.nodeid)
+        for further, (new, other) in enumerate(second.held.items())
+        if mine and other and (first is not second or at < further) and fixture != new
+    }
+    for middle in THINGS:
+        for start in THINGS:
+            if (start, middle) in before:
+                before |= {(start, end) for end in THINGS if (middle, end) in before}
+    circular = [what for what in THINGS if (what, what) in before]
+    if not circular:
+        return suite
+    gone = circular[0]
+    return without_deadlocks(
+        [
+            each._replace(
+                held={fixture: what * (what != gone) for fixture, what in each.held.items()}
+            )
+            for each in suite
+        ]
+    )
 
 
 class Workers:
@@ -63,7 +103,7 @@ class Workers:
         self.suite = suite
         self.planner = planner
         self.queues: dict[str, deque[int | Flush | Reset]] = {name: deque() for name in names}
-        self.held: dict[str, dict[str, str]] = {name: {} for name in names}
+        self.held: dict[str, dict[WideFixture, str]] = {name: {} for name in names}
         self.passed: list[int] = []
         self.strikes = 0
         """Of the clock since anything was done."""
@@ -85,40 +125,41 @@ class Workers:
         else:
             self.queues[command.worker].append(command)
 
-    def keep(self, name: str, nodes: tuple[str, ...]) -> None:
+    def keep(self, name: str, nodes: Collection[str]) -> None:
         """Tear down the fixtures of all other nodes."""
-        self.held[name] = {node: what for node, what in self.held[name].items() if node in nodes}
+        held = self.held[name]
+        self.held[name] = {each: what for each, what in held.items() if each.node in nodes}
 
-    def lacks(self, name: str) -> str | None:
-        """Return the first node whose fixtures the worker has to set up next, None if all stand."""
+    def lacks(self, name: str) -> WideFixture | None:
+        """Return the fixture that the worker has to set up next, None if all stand."""
         work = self.queues[name][0]
         if isinstance(work, Flush | Reset):
             return None
         uses = self.suite[work]
-        parts = uses.planned.nodeid.split("::")
-        self.keep(name, ("session", parts[0], "::".join(parts[:2])))
-        return next((node for node in uses.held if node not in self.held[name]), None)
+        self.keep(name, [*nodes_of(uses.planned.nodeid)])
+        return next((fixture for fixture in uses.held if fixture not in self.held[name]), None)
 
     def ready(self) -> list[str]:
         """Return who can go on."""
         found = []
         lacking = {name: self.lacks(name) for name, queue in self.queues.items() if queue}
-        taken = [what for each in self.held.values() for what in each.values()]
-        for name, node in lacking.items():
+        taken = {what for each in self.held.values() for what in each.values()} - {""}
+        for name, fixture in lacking.items():
             work = self.queues[name][0]
-            if node is None or (isinstance(work, int) and self.suite[work].held[node] not in taken):
+            free = isinstance(work, int) and fixture and self.suite[work].held[fixture] not in taken
+            if fixture is None or free:
                 found.append(name)
         return found
 
     def go_on(self, name: str, *, oom: bool) -> None:
-        node, work = self.lacks(name), self.queues[name][0]
+        fixture, work = self.lacks(name), self.queues[name][0]
         self.strikes = 0
         if isinstance(work, Flush | Reset):
             self.queues[name].popleft()
-            self.keep(name, ("session",) if isinstance(work, Flush) else ())
+            self.keep(name, [""] if isinstance(work, Flush) else [])
             self.planner.flushed(name)
-        elif node is not None:
-            self.held[name][node] = self.suite[work].held[node]
+        elif fixture is not None:
+            self.held[name][fixture] = self.suite[work].held[fixture]
             return
         else:
             self.queues[name].popleft()
@@ -136,6 +177,13 @@ class Workers:
         assert self.strikes < 10, "nobody gives anything back"
         self.planner.stalled(name)
         self.obey()
+
+
+def uses(nodeid: str, peak: int | None, *locks: WideFixture, duration: float = 1.0) -> Uses:
+    """Return a test, with what each fixture holds: a lock of its name."""
+    group = nodeid.partition("::")[0]
+    planned = PlannedTest(nodeid, peak is not None, peak, duration, group, wide=locks)
+    return Uses(planned, {lock: lock.name for lock in locks})
 
 
 def workers_of(suite: list[Uses], count: int) -> Workers:
@@ -162,16 +210,12 @@ def test_a_run_ends_whatever_wide_fixtures_exclude_one_another(suite, count, ran
     assert sorted(workers.passed) == list(range(len(suite)))
 
 
-@pytest.mark.parametrize("scope", ["session", "a.py", "a.py::T"])
+@pytest.mark.parametrize("scope", ["", "a.py", "a.py::T"])
 def test_an_idle_worker_gives_up_what_a_test_beside_it_waits_for(scope) -> None:
-    def uses(nodeid: str, peak: int | None, **held: str) -> Uses:
-        group = nodeid.partition("::")[0]
-        return Uses(PlannedTest(nodeid, peak is not None, peak, 1.0, group), held)
-
     # The first two do not fit together: the one waits for the card, the other for the lock.
-    node = {scope: "lock"}
-    suite = [uses("a.py::T::a", 10, **node), uses("a.py::T::b", 60, **node)]
-    suite += [uses("b.py::T::c", 60, **{"b.py": "lock"})]
+    lock = WideFixture(scope, "lock")
+    suite = [uses("a.py::T::a", 10, lock), uses("a.py::T::b", 60, lock)]
+    suite += [uses("b.py::T::c", 60, WideFixture("b.py", "lock"))]
     workers = workers_of(suite, 2)
     while not workers.planner.done:
         ready = workers.ready()
@@ -183,9 +227,8 @@ def test_an_idle_worker_gives_up_what_a_test_beside_it_waits_for(scope) -> None:
 
 
 def test_a_worker_is_stopped_as_soon_as_no_test_waits() -> None:
-    lock = {"a.py": "lock"}
-    tests = [PlannedTest(f"{group}::t", False, None, 1.0, group) for group in ("a.py", "b.py")]
-    workers = workers_of([Uses(tests[0], lock), Uses(tests[1], {"b.py": "lock"})], 2)
+    suite = [uses(f"{path}::t", None, WideFixture(path, "lock")) for path in ("a.py", "b.py")]
+    workers = workers_of(suite, 2)
     first, second = workers.queues
     workers.go_on(first, oom=False)
     assert workers.ready() == [first]

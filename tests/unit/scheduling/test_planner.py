@@ -54,6 +54,10 @@ def planner_of(
     return planner
 
 
+def any_test(_: int) -> bool:
+    return True
+
+
 def runs(planner: Planner) -> list[tuple[str, int]]:
     """Return who is to run what now; nothing else is commanded."""
     return [command[:2] for command in planner.commands()]  # type: ignore[misc]
@@ -667,12 +671,12 @@ def test_tests_handed_out_ahead_go_to_others_when_their_worker_crashes() -> None
 def test_a_test_put_back_into_what_a_worker_has_handed_out_is_found_by_others() -> None:
     pile = Pile([cpu("a"), cpu("b")])
     pile.fill([0], long=9.0)
-    portion = pile.adopt("a.py", None)
+    portion = pile.adopt("a.py", None, suits=any_test)
     assert portion is not None
     pile.take(portion, 0)
-    assert pile.adopt("b.py", None) is None
+    assert pile.adopt("b.py", None, suits=any_test) is None
     pile.add(1)
-    half = pile.adopt("b.py", None)
+    half = pile.adopt("b.py", None, suits=any_test)
     assert half is not None
     assert list(half.tests) == [1]
 

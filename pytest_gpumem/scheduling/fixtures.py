@@ -1,0 +1,121 @@
+"""Which wide fixtures a worker may set up beside those that it has.
+
+What sets a fixture up may wait for something of which there is one, such as a lock, until another
+worker's fixture is torn down. If two workers set the same two up in opposite orders, both wait for
+ever. Plain xdist hands tests out in the order of the collection. A suite that ends there, however
+its tests are spread, therefore has an order in which nobody sets them up backwards; and here it
+ends too if no worker sets up a fixture beside one that it would never find beside it there.
+
+A worker of plain xdist sets up G while it has F if a test that uses G comes after one that uses F,
+and F is not torn down between them. So F must give way to G where the first test that uses F does
+not come before the last one that uses G within the module, class or package to which F belongs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pytest_gpumem.scheduling.estimates import PlannedTest
+
+
+class WideFixture(NamedTuple):
+    """A fixture of a wider scope than one test, as each process sets it up for itself."""
+
+    node: str
+    """The class, module or package with which it is torn down; "" is the session."""
+    name: str
+    param: int | None = None
+    """Setting it up with another parameter tears it down first."""
+
+
+SetUp = frozenset[WideFixture]
+"""The wide fixtures that a worker has."""
+NOTHING = SetUp()
+
+
+class SetUpOrder:
+    """Tells which test may follow which in one worker.
+
+    Args:
+        tests: all tests in the order of the collection; they are known by their index here.
+
+    """
+
+    def __init__(self, tests: Sequence[PlannedTest]) -> None:
+        self._tests = tests
+        self._first: dict[WideFixture, int] = {}
+        """The first test that uses it."""
+        for index, test in enumerate(tests):
+            for fixture in test.wide:
+                self._first.setdefault(fixture, index)
+        self._late = self._find_late()
+        self._last: dict[tuple[str, WideFixture], int] = {}
+        """By node of late fixtures: the last test within it that uses a fixture."""
+        nodes = {fixture.node for fixture in self._late}
+        for index, test in enumerate(tests) if nodes else ():
+            for node in nodes.intersection(nodes_of(test.nodeid) if test.wide else ()):
+                self._last.update(((node, fixture), index) for fixture in test.wide)
+
+    def _find_late(self) -> SetUp:
+        """Return the fixtures that a test within their node comes before; no others give way."""
+        begins: dict[str, int] = {}
+        nodes = {fixture.node for fixture in self._first}
+        for index, test in enumerate(self._tests) if nodes else ():
+            for node in nodes.intersection(nodes_of(test.nodeid)):
+                begins.setdefault(node, index)
+        return SetUp(each for each, first in self._first.items() if first > begins[each.node])
+
+    def after(self, test: int, before: SetUp) -> SetUp:
+        """Return what a worker has set up after ``test`` if it had ``before``."""
+        if not self._late:
+            return NOTHING
+        planned = self._tests[test]
+        new = {(each.node, each.name) for each in planned.wide}
+        nodes = set(nodes_of(planned.nodeid))
+        stay = (each for each in before if each.node in nodes and each[:2] not in new)
+        return SetUp(planned.wide).union(stay)
+
+    def permits(self, test: int, before: SetUp) -> bool:
+        """Return whether a worker that has set up ``before`` may run ``test`` next."""
+        if not before:
+            return True
+        held = before & self._late
+        planned = self._tests[test]
+        nodes = set(nodes_of(planned.nodeid))
+        return not any(
+            self._last[each.node, new] <= self._first[each] and each[:2] != new[:2]
+            for each in held
+            if each.node in nodes
+            for new in planned.wide
+            if new not in before
+        )
+
+    def suits(self, before: SetUp) -> Callable[[int], bool]:
+        """Return what tells whether a test may follow in a worker that has set up ``before``."""
+        return functools.partial(self.permits, before=before) if before else _any_test
+
+
+def _any_test(_: int) -> bool:
+    return True
+
+
+def of_session(fixtures: SetUp) -> SetUp:
+    """Return those that outlive every module."""
+    return SetUp(each for each in fixtures if not each.node)
+
+
+def nodes_of(nodeid: str) -> Iterator[str]:
+    """Yield the nodes around a test, from the session inwards."""
+    yield ""
+    path, _, inner = nodeid.partition("::")
+    for place, letter in enumerate(path):
+        if letter == "/":
+            yield path[:place]
+    yield path
+    for part in inner.partition("[")[0].split("::")[:-1]:
+        path = f"{path}::{part}"
+        yield path
