@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from pytest_gpumem.units import format_bytes
+
 _MOST_SUMS = 512
 """Up to here the sums that a queue can reach are counted; beyond it nobody passes anybody."""
 
@@ -150,6 +152,23 @@ def spare(capacity: int, sizes: Iterable[int]) -> int:
         if capacity in sums or len(sums) > _MOST_SUMS:
             return 0
     return capacity - max(sums)
+
+
+def why_too_large(
+    nodeid: str, size: int, cards: int, there_is: str, *, context: int, headroom: int
+) -> str:
+    """Return in one sentence why a test can never run; ``there_is`` says what each card has."""
+    each = "" if cards == 1 else f" on each of {cards} cards"
+    return (
+        f"{nodeid} needs {format_bytes(size)}{each}; {there_is}, of which a process costs "
+        f"{format_bytes(context)} and {format_bytes(headroom)} are never given out"
+    )
+
+
+def why_too_many(nodeid: str, cards: int, most: int) -> str:
+    """Return in one sentence why a test on ``cards`` cards can never run."""
+    wanted, seen = (f"{count} card{'s' * (count != 1)}" for count in (cards, most))
+    return f"{nodeid} needs {wanted}; no process that runs tests sees more than {seen}"
 
 
 def _size(claim: Claim, capacity: int) -> int:

@@ -74,7 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if state.found.cards and not controller:
         _measure(config)
     files = settings.json or settings.trace or settings.html
-    if not is_worker(config) and (state.found.cards or files or controller):
+    to_tell = state.found.cards or files or controller or state.notes
+    if not is_worker(config) and to_tell:
         _report(config)
     if settings.mode == "on" and (_may_meet_cards(config) if controller else state.found.cards):
         _share(config)

@@ -469,17 +469,19 @@ class Leasing:
     def _too_large(self, item: pytest.Item, need: Need) -> str:
         """Return in one sentence why no card can ever grant what a test's mark asks for."""
         if need.cards > len(self._cards):
-            return f"{item.nodeid} asks for {need.cards} cards; there are {len(self._cards)}"
+            return admission.why_too_many(item.nodeid, need.cards, len(self._cards))
         asked = item.stash.get(ITEM_MARKS, NO_MARKS).need
         vram = asked.vram if asked is not None else None
         besides = self._settings.context_cost + self._settings.headroom
         for card in self._cards[: need.cards]:
             if vram is not None and vram + besides > card.total:
-                return (
-                    f"{item.nodeid} asks for {format_bytes(vram)} of {card.name}, which has "
-                    f"{format_bytes(card.total)}; of that a process costs "
-                    f"{format_bytes(self._settings.context_cost)} and "
-                    f"{format_bytes(self._settings.headroom)} are never given out"
+                return admission.why_too_large(
+                    item.nodeid,
+                    vram,
+                    need.cards,
+                    f"{card.name} has {format_bytes(card.total)}",
+                    context=self._settings.context_cost,
+                    headroom=self._settings.headroom,
                 )
         return ""
 

@@ -52,7 +52,7 @@ class _Leak(NamedTuple):
 
 
 def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
-    """Return the section's lines, none when no test touched a card.
+    """Return the section's lines; the notes alone when no test touched a card.
 
     Args:
         run: what happened.
@@ -66,7 +66,9 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
         for test in run.tests
         if test.cards or test.fixtures or test.oom or test.broke or test.left
     ]
+    notes = [f"  {note}" for note in run.notes if not _is_header(note)]
     if not touched:
+        yield from map(Line, ("notes", *notes) if notes and verbosity >= 0 else ())
         return
     shown = top if top and verbosity < 2 else len(run.tests)
     leaks = sorted(_leaks(touched), key=lambda leak: -leak.size)
@@ -87,7 +89,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _section("replaced workers", _replaced(run.tests))
     if verbosity > 0:
         yield from _section("not counted as leaked", _notes(touched))
-    yield from _section("notes", (f"  {note}" for note in run.notes if not _is_header(note)))
+    yield from _section("notes", notes)
 
 
 def usage_lines(usage: CardUsage, card: str) -> Iterator[str]:

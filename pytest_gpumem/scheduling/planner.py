@@ -982,28 +982,29 @@ class Planner:
 
     def _give_up(self, test: int, out: list[Command]) -> None:
         planned = self._tests[test]
-        why = (
-            f"{planned.nodeid} needs {format_bytes(self._whole(test))} on {planned.cards} "
-            f"card(s), beside a context of {format_bytes(self._context)} and a headroom of "
-            f"{format_bytes(self._headroom)}; {self._what_there_is(planned.cards)}"
-        )
+        why = self._why_never(test)
         out.append(Fail(test, why))
         self._left -= 1
         self._changed = True
         self._scouted(family(planned.nodeid))
 
-    def _what_there_is(self, count: int) -> str:
-        """Return in words the most that a test on ``count`` cards finds at any worker."""
-        sizes = [
-            min(card.total for card in ring[:count])
-            for ring in self._rings
-            if len(ring) >= count and self._nothing not in ring
-        ]
+    def _why_never(self, test: int) -> str:
+        """Return in words what ``test`` needs, and the most that it finds at any worker."""
+        nodeid, count = self._tests[test].nodeid, self._tests[test].cards
+        rings = [ring for ring in self._rings if self._nothing not in ring]
+        sizes = [min(card.total for card in ring[:count]) for ring in rings if len(ring) >= count]
         if not sizes:
-            most = max((len(ring) for ring in self._rings if self._nothing not in ring), default=0)
-            return f"no worker sees more than {most}"
+            return admission.why_too_many(nodeid, count, max(map(len, rings), default=0))
         each = "the card" if count == 1 else f"each of the {count} cards"
-        return f"{each} that a worker uses first has {format_bytes(max(sizes))} at most"
+        there_is = f"{each} that a worker uses first has {format_bytes(max(sizes))} at most"
+        return admission.why_too_large(
+            nodeid,
+            self._whole(test),
+            count,
+            there_is,
+            context=self._context,
+            headroom=self._headroom,
+        )
 
     # Sorting tests by how they have to run
 

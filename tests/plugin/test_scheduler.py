@@ -457,7 +457,19 @@ def test_fits(vram): vram(1000)
     assert finished.outcomes == {"passed": 1, "skipped" if skip else "error": 1}, finished.output
     assert "5.00 GiB" in finished.output
     assert "3.81 GiB" in finished.output
+    assert "(s)" not in finished.output
     assert words(finished) == []
+
+
+def test_under_x_no_more_tests_larger_than_the_card_are_reported_than_end_the_run(run):
+    source = """
+@pytest.mark.gpu(vram="5GiB")
+@pytest.mark.parametrize("i", range(3))
+def test_too_large(i): pass
+"""
+    finished = run(source, "--maxfail=2")
+
+    assert finished.outcomes == {"error": 2}, finished.output
 
 
 @pytest.mark.parametrize("workers", [1, 2])

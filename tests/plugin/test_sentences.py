@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from harness import run_pytest, write_suite
 
 TEXTS = {
     "cublas": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
@@ -135,6 +136,16 @@ def test_an_option_without_effect_in_this_mode_is_said_to_be_so(tracked):
     for place in ("--gpumem-too-large", "GPUMEM_OOM in the environment"):
         sentence = f"{place} does nothing with --gpumem=track: it needs --gpumem=on"
         assert tracked.section.count(sentence) == 1
+
+
+def test_notes_are_told_where_no_test_used_a_card(tmp_path):
+    write_suite(tmp_path, test_it="def test_a(): pass")
+    option = "--gpumem-too-large=skip"
+    told = run_pytest(tmp_path, "-p", "gpumem", "--gpumem=track", option)
+    assert told.section.strip().startswith("notes\n"), told.output
+    assert told.section.count(f"{option.partition('=')[0]} does nothing") == 1
+    quiet = run_pytest(tmp_path, "-p", "gpumem", "--gpumem=track", option, "-q")
+    assert "GPU memory" not in quiet.output
 
 
 def test_tests_that_took_nothing_are_not_said_to_have_used_the_card(tracked):

@@ -158,6 +158,8 @@ class GpumemScheduling:
         """Runs while a test may wait for an idle worker."""
         self._gave_way = 0.0
         """When an idle worker was last told to give its fixtures back for such a test."""
+        self._refused = 0
+        """Tests that were reported because they can never run."""
         self._owed = attempts.Owed()
 
     # What xdist asks
@@ -430,6 +432,10 @@ class GpumemScheduling:
         nodeid = self._collection[command.test]
         path = nodeid.split("::")[0]
         skip = self._settings.skip_too_large
+        most = 0 if skip else self.config.getoption("maxfail", 0)
+        if most and self._refused >= most:
+            return  # after those before, under -x say, nothing more is run
+        self._refused += 1
         node = next(iter(self._workers))
         for when, outcome in (("setup", "skipped" if skip else "failed"), ("teardown", "passed")):
             longrepr = (path, 0, command.why) if skip else command.why

@@ -568,8 +568,8 @@ def test_a_test_larger_than_any_card_fails_at_once_with_the_numbers() -> None:
     [
         (["small"], 1, "the card that a worker uses first has 8 B at most"),
         (["small large", "large small"], 2, "each of the 2 cards that a worker uses first has 8 B"),
-        (["small large", ""], 3, "no worker sees more than 2"),
-        ([""], 1, "no worker sees more than 0"),
+        (["small large", ""], 3, "needs 3 cards; no process that runs tests sees more than 2 cards"),
+        ([""], 1, "needs 1 card; no process that runs tests sees more than 0 cards"),
     ],
 )
 def test_a_test_that_can_never_run_is_told_what_workers_use(rings, count, told) -> None:
