@@ -568,7 +568,7 @@ def test_a_test_larger_than_any_card_fails_at_once_with_the_numbers() -> None:
     [
         (["small"], 1, "the card that a worker uses first has 8 B at most"),
         (["small large", "large small"], 2, "each of the 2 cards that a worker uses first has 8 B"),
-        (["small large", ""], 3, "needs 3 cards; no process that runs tests sees more than 2 cards"),
+        (["small large", ""], 3, "needs 3 cards; no process that runs tests sees more than 2"),
         ([""], 1, "needs 1 card; no process that runs tests sees more than 0 cards"),
     ],
 )
