@@ -27,8 +27,10 @@ from pytest_gpumem.plugin.state import (
 )
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.accounts import Fixture, Usage
 from pytest_gpumem.tracking.left_behind import LeftBehind
-from pytest_gpumem.tracking.tracker import Fixture, Tracker, Usage, release_when_shared
+from pytest_gpumem.tracking.meter import release_when_shared
+from pytest_gpumem.tracking.tracker import Tracker
 from pytest_gpumem.tracking.verdict import holds_memory
 from pytest_gpumem.units import format_bytes
 

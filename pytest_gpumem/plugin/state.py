@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.simulator import Simulation
-    from pytest_gpumem.tracking.tracker import Usage
+    from pytest_gpumem.tracking.accounts import Usage
 
 STATE = pytest.StashKey["State"]()
 ITEM_MARKS = pytest.StashKey["ItemMarks"]()

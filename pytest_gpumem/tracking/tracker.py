@@ -12,184 +12,28 @@ fixture holds is not.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import Allocator, AllocatorReading
-from pytest_gpumem.records import Card, CardUsage, FixtureUsage, Left
+from pytest_gpumem.records import CardUsage
 from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.accounts import (
+    Fixture,
+    Owner,
+    Test,
+    Usage,
+    fixture_usages,
+    held,
+)
 from pytest_gpumem.tracking.left_behind import LeftBehind
+from pytest_gpumem.tracking.meter import NOTHING, Meter, ReleaseCache
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdict, Verdicts
 
-ReleaseCache = Callable[[Card, AllocatorReading], bool]
-"""Says whether the allocator's unused cache should go back to the driver after a test."""
-
-
-_SHARED_CACHE = 64 * 2**20
-"""Unused cache worth the price of new segments when other processes want the card."""
-
-
-def release_when_shared(shared: bool) -> ReleaseCache:
-    """Return the rule for giving back unused cache.
-
-    On a shared card, cache above 64 MiB is memory that other processes cannot have; alone on
-    it, only a cache above a quarter of the card is worth the new segments the next test pays.
-    """
-
-    def worth_it(card: Card, reading: AllocatorReading) -> bool:
-        unused = reading.reserved - reading.allocated
-        return unused > (_SHARED_CACHE if shared else card.total // 4)
-
-    return worth_it
-
-
-@dataclass
-class Account:
-    """What one owner did to one card: net change, highest allocated, and the allocator's woes."""
-
-    delta: int = 0
-    peak: int = 0
-    reserved_peak: int = 0
-    retries: int = 0
-    ooms: int = 0
-
-    def add(self, other: Account) -> None:
-        """Take over what ``other`` did."""
-        self.delta += other.delta
-        self.peak = max(self.peak, other.peak)
-        self.reserved_peak = max(self.reserved_peak, other.reserved_peak)
-        self.retries += other.retries
-        self.ooms += other.ooms
-
-
-@dataclass(eq=False)
-class Owner:
-    """A test or a fixture, and its accounts by card UUID."""
-
-    name: str
-    scope: str = "function"
-    accounts: dict[str, Account] = field(default_factory=dict)
-
-    def account(self, uuid: str) -> Account:
-        """Return this owner's account on the card ``uuid``."""
-        return self.accounts.setdefault(uuid, Account())
-
-    def kept(self) -> dict[tuple[str, str], int]:
-        """Return, by this owner's name and card, the bytes it took and did not give back."""
-        return {
-            (self.name, uuid): account.delta
-            for uuid, account in self.accounts.items()
-            if account.delta > 0
-        }
-
-
-@dataclass(eq=False)
-class Fixture(Owner):
-    """A fixture between its set-up and its teardown."""
-
-    set_up: dict[str, Account] = field(default_factory=dict)
-    """The accounts as they stood at the end of its set-up."""
-    roots: tuple[int, ...] = ()
-    """Identities of what it holds its memory by."""
-    torn_down: bool = False
-
-    @property
-    def wide(self) -> bool:
-        """Whether it may outlive a test."""
-        return self.scope != "function"
-
-    @property
-    def label(self) -> str:
-        """How holders name it."""
-        return f"fixture {self.name!r} ({self.scope})"
-
-
-@dataclass(eq=False)
-class Test(Owner):
-    """A running test: its baselines by card, and the fixtures set up or torn down in it."""
-
-    __test__ = False  # not for pytest to collect
-
-    baselines: dict[str, int] = field(default_factory=dict)
-    fixtures: list[Fixture] = field(default_factory=list)
-    reserved_before: dict[str, int] = field(default_factory=dict)
-    reserved_peak: dict[str, int] = field(default_factory=dict)
-    """By card, whoever was charged."""
-    found: list[Fixture] = field(default_factory=list)
-    """Wider fixtures that were set up when it began."""
-    set_up: list[Fixture] = field(default_factory=list)
-    """Wider fixtures that were set up in it."""
-
-    def to_set_aside(self, uuid: str) -> int:
-        """Return the bytes to set aside for the test: what it made its process reserve.
-
-        What wider fixtures keep from now on is not the test's. A test that lives on cached blocks
-        reserves nothing, and would without them: so it is no less than what it allocated.
-        """
-        taken = self.reserved_peak.get(uuid, 0) - self.reserved_before.get(uuid, 0)
-        account = self.accounts.get(uuid, Account())
-        allocated = account.peak - self.baselines.get(uuid, 0)
-        return max(0, allocated, taken - _held(self.set_up, uuid))
-
-    def fixture_bytes(self, uuid: str, names: Collection[str]) -> int:
-        """Return what the wider fixtures among ``names`` hold."""
-        used = [fixture for fixture in (*self.found, *self.set_up) if fixture.name in names]
-        return _held(used, uuid)
-
-    def pay_back(self) -> None:
-        """Credit the fixtures torn down in the test with what came back after their teardown.
-
-        A reference cycle is collected only when the test is charged again.
-        """
-        for uuid, account in self.accounts.items():
-            for fixture in self.fixtures:
-                owed = fixture.account(uuid)
-                late = min(-account.delta, owed.delta)
-                if fixture.wide and fixture.torn_down and late > 0:
-                    account.delta += late
-                    owed.delta -= late
-
-    def stayed(self) -> dict[tuple[str, str], int]:
-        """Return what the test kept, and what the wider fixtures torn down in it kept."""
-        found = self.kept()
-        for fixture in self.fixtures:
-            if fixture.wide and fixture.torn_down:
-                found |= fixture.kept()
-        return found
-
-
-def _held(fixtures: Iterable[Fixture], uuid: str) -> int:
-    """Return what the set-ups of ``fixtures`` took of a card."""
-    accounts = (fixture.set_up.get(uuid) for fixture in fixtures)
-    return sum(max(0, account.delta) for account in accounts if account is not None)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a test did: to each card and fixture that moved, and to its process."""
-
-    cards: tuple[CardUsage, ...] = ()
-    fixtures: tuple[FixtureUsage, ...] = ()
-    left: tuple[Left, ...] = ()
-
-
-@dataclass
-class _Meter:
-    """One card as one allocator sees it."""
-
-    card: Card
-    last: AllocatorReading
-    process: int | None = None
-    """This process's bytes by the driver's count."""
-    process_read_at: int = -1
-    """What was reserved when ``process`` was read."""
-
-
-_NOTHING = AllocatorReading(
-    allocated=0, allocated_peak=0, reserved=0, reserved_peak=0, retries=0, ooms=0
-)
+if TYPE_CHECKING:
+    from pytest_gpumem.devices import Allocator, AllocatorReading
 
 
 class Tracker:
@@ -212,7 +56,7 @@ class Tracker:
         root: Path | None = None,
     ) -> None:
         self._release_cache = release_cache
-        self._meters: dict[tuple[str, int], _Meter] = {}
+        self._meters: dict[tuple[str, int], Meter] = {}
         self._outside = Owner("outside of tests", "session")
         self._owners: list[Owner] = [self._outside]
         self._test: Test | None = None
@@ -245,7 +89,7 @@ class Tracker:
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
         cards = {uuid for fixture in self._standing for uuid in fixture.set_up}
-        return {uuid: _held(self._standing, uuid) for uuid in cards}
+        return {uuid: held(self._standing, uuid) for uuid in cards}
 
     def close(self) -> None:
         """Stop watching."""
@@ -279,7 +123,7 @@ class Tracker:
         if meter is None:
             if not now.reserved_peak and not now.ooms:
                 return  # never used: asking for the names of all cards of a big machine costs
-            meter = _Meter(allocator.card(index), _NOTHING)
+            meter = Meter(allocator.card(index), NOTHING)
             self._meters[allocator.name, index] = meter
         before, meter.last = meter.last, now
         self._changed += now.allocated - before.allocated
@@ -410,7 +254,7 @@ class Tracker:
         self._read_processes()
         cards = self._card_usages(test, verdicts, fixtures)
         self._look()
-        usage = Usage(cards, _fixture_usages(test, verdicts), self._left.settle())
+        usage = Usage(cards, fixture_usages(test, verdicts), self._left.settle())
         self._test = None
         self._owners = [self._outside]
         return usage
@@ -565,34 +409,3 @@ class Tracker:
         self._owners = [
             owner for owner in self._owners if not (isinstance(owner, Fixture) and owner.torn_down)
         ]
-
-
-def _fixture_usages(test: Test, verdicts: Verdicts) -> tuple[FixtureUsage, ...]:
-    usages = []
-    for fixture in test.fixtures:
-        for uuid, account in fixture.set_up.items():
-            verdict = verdicts.get((fixture.name, uuid), Verdict())
-            usage = FixtureUsage(
-                name=fixture.name,
-                scope=fixture.scope,
-                card=uuid,
-                allocated=account.delta,
-                peak=account.peak,
-                released=_released(fixture, test, uuid),
-                leaked=verdict.leaked,
-                holders=verdict.holders,
-            )
-            usages.append(usage)
-    return tuple(usage for usage in usages if usage.allocated or usage.released)
-
-
-def _released(fixture: Fixture, test: Test, uuid: str) -> int | None:
-    """Return what came back of a fixture's memory, None while it is set up.
-
-    A function fixture's value lives until its test is over, so it is judged with the test:
-    what the test as a whole did not leave behind came back.
-    """
-    allocated = fixture.set_up[uuid].delta
-    if fixture.wide:
-        return allocated - fixture.accounts[uuid].delta if fixture.torn_down else None
-    return max(allocated - max(test.account(uuid).delta, 0), 0)

@@ -8,7 +8,8 @@ from pytest_gpumem import devices
 from pytest_gpumem.devices import AllocatorReading
 from pytest_gpumem.records import Card
 from pytest_gpumem.tracking import verdict
-from pytest_gpumem.tracking.tracker import Tracker, release_when_shared
+from pytest_gpumem.tracking.meter import release_when_shared
+from pytest_gpumem.tracking.tracker import Tracker
 
 CARD = Card("GPU-1", "A card", 1000)
 
