@@ -16,7 +16,15 @@ from pytest_gpumem.leases import telling
 from pytest_gpumem.leases.store import HOPE, Lease, LeaseStore, Want, store
 from pytest_gpumem.plugin import attempts, marks
 from pytest_gpumem.plugin.route import may_fall_back
-from pytest_gpumem.plugin.state import GRANT, ITEM_MARKS, NO_MARKS, STEP, USAGE, State
+from pytest_gpumem.plugin.state import (
+    GRANT,
+    STEP,
+    USAGE,
+    State,
+    drop_properties,
+    marks_of,
+    stashed,
+)
 from pytest_gpumem.plugin.xdist.worker import tear_down
 from pytest_gpumem.records import Grant
 from pytest_gpumem.scheduling.history import DURATION
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.archive.consolidator import GpuConsolidator
     from pytest_gpumem.records import Card
-    from pytest_gpumem.scheduling.history import History
+    from pytest_gpumem.scheduling.history import Expectation, History
 
 ANY = marks.Need(vram=None, cards=1, exclusive=False)
 """What a test without a mark asks for."""
@@ -106,6 +114,8 @@ class Leasing:
         self.spoiled = False
         """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
         one as well."""
+        self._expected: Expectation | None = None
+        """Of the test that runs, if it has no mark."""
         self._waited = 0.0
         """Seconds that the test which is set up waited for its lease."""
         self._tried: list[str] = []
@@ -156,7 +166,8 @@ class Leasing:
                     self._step = before
                     self._tried.clear()
         finally:
-            self._owed.publish(item.ihook)
+            if self._owed:
+                self._owed.publish(item.ihook)
         return result
 
     def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -165,10 +176,10 @@ class Leasing:
         if report is not None:
             item.ihook.pytest_runtest_logreport(report=report)
         consolidator = _consolidator()
-        if consolidator is not None and not consolidator.idle:
+        if consolidator is not None:
             done = consolidator.consolidate_gpu_memory(process_context=item.name)
             item.user_properties.append(("gpumem_consolidated", str(done)))
-        item.user_properties[:] = [each for each in item.user_properties if each[0] != STEP]
+        drop_properties(item, STEP)
         item.user_properties.append((STEP, self._step))
         manager = sys.modules.get("pytest_gpumem.routing.resource_manager")
         banned = nullcontext()
@@ -232,7 +243,8 @@ class Leasing:
         Not earlier: the report may be made in a child that runs this attempt and ends, or be one
         of several of which another plugin publishes the last.
         """
-        item = self._running
+        # No other report settles anything.
+        item = self._running if report.outcome == "failed" or self._owed else None
         # A subtest, which has a context, is not run again: the tests around it have gone on.
         if item is not None and report.nodeid == item.nodeid and not hasattr(report, "context"):
             self._judge(item, report)
@@ -267,8 +279,7 @@ class Leasing:
         alone = lease is not None and lease.exclusive
         if not self._step and not alone and any(map(self._is_shared, self._cards)):
             return elsewhere or "alone"
-        consolidator = _consolidator()
-        if self._step != "released" and consolidator is not None and not consolidator.idle:
+        if self._step != "released" and _consolidator() is not None:
             return "released"
         return cpu or elsewhere
 
@@ -287,11 +298,12 @@ class Leasing:
 
         A test that took nothing, as expected, teaches nothing.
         """
-        usage = item.stash.get(USAGE, None)
+        usage = stashed(item, USAGE)
         if usage is None:
             return
         if self._granted is None:
-            expected = self._history.expect(item.nodeid)
+            # Of a test without a mark, this was asked when it began.
+            expected = self._expected or self._history.expect(item.nodeid)
             if usage.cards or expected.gpu or expected.source == "guess":
                 self._history.note_usage(item.nodeid, usage.cards, DURATION)
         elif any(card.extra or card.ooms for card in usage.cards):
@@ -392,7 +404,10 @@ class Leasing:
 
         With them, as the second of each pair, come the bytes of them that wider fixtures hold.
         """
-        held, standing = self._holdings(), self._standing()
+        held = self._holdings()
+        if not held:
+            return {}
+        standing = self._standing()
         try:
             for uuid, resident in () if self._without else held.items():
                 self._open().set_resident(uuid, resident, spare=self._can_spare())
@@ -401,13 +416,12 @@ class Leasing:
         return {uuid: (kept, standing.get(uuid, 0)) for uuid, kept in held.items()}
 
     def _can_spare(self) -> bool:
-        consolidator = _consolidator()
-        return consolidator is not None and not consolidator.idle and not self._stuck
+        return not self._stuck and _consolidator() is not None
 
     def _spare(self) -> bool:
         """Consolidate what is registered if another process waits for its room; return whether."""
         consolidator = _consolidator()
-        if self._without or consolidator is None or not self._can_spare():
+        if consolidator is None or self._stuck or self._without:
             return False
         try:
             if not any(self._open().is_wanted(card.uuid, card.total) for card in self._cards):
@@ -430,7 +444,7 @@ class Leasing:
 
     def _need(self, item: pytest.Item) -> Need | None:
         """Return what a test is to be granted, None for one that uses no card."""
-        marked = item.stash.get(ITEM_MARKS, NO_MARKS)
+        self._expected, marked = None, marks_of(item)
         if marked.off:
             return None
         asked = marked.need or ANY
@@ -441,6 +455,7 @@ class Leasing:
         if self._granted is not None:
             return self._granted()
         expected = self._history.expect(item.nodeid, asked.vram)
+        self._expected = expected if asked.vram is None else None
         if expected.peak is not None:
             return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
         if expected.gpu or marked.need is not None:
@@ -470,7 +485,7 @@ class Leasing:
         """Return in one sentence why no card can ever grant what a test's mark asks for."""
         if need.cards > len(self._cards):
             return admission.why_too_many(item.nodeid, need.cards, len(self._cards))
-        asked = item.stash.get(ITEM_MARKS, NO_MARKS).need
+        asked = marks_of(item).need
         vram = asked.vram if asked is not None else None
         besides = self._settings.context_cost + self._settings.headroom
         for card in self._cards[: need.cards]:
@@ -487,9 +502,10 @@ class Leasing:
 
 
 def _consolidator() -> GpuConsolidator | None:
-    """Return the process's consolidator, if anybody has used it."""
+    """Return the process's consolidator, if anything is registered that it could consolidate."""
     module = sys.modules.get("pytest_gpumem.archive.consolidator")
-    return module.get_gpu_consolidator() if module is not None else None
+    here = module.get_gpu_consolidator() if module is not None else None
+    return None if here is None or here.idle else here
 
 
 def _keep_terminal(config: pytest.Config) -> bool:

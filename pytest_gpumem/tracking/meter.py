@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from pytest_gpumem import devices
 from pytest_gpumem.devices import AllocatorReading
 from pytest_gpumem.records import Card
 
@@ -30,18 +30,27 @@ def release_when_shared(shared: bool) -> ReleaseCache:
     return worth_it
 
 
-@dataclass
+_NOTHING = AllocatorReading(
+    allocated=0, allocated_peak=0, reserved=0, reserved_peak=0, retries=0, ooms=0
+)
+
+
 class Meter:
     """One card as one allocator sees it."""
 
-    card: Card
-    last: AllocatorReading
-    process: int | None = None
-    """This process's bytes by the driver's count."""
-    process_read_at: int = -1
-    """What was reserved when ``process`` was read."""
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.last = _NOTHING
+        self.process: int | None = None
+        """This process's bytes by the driver's count."""
+        self._process_read_at = -1
+        """What was reserved when ``process`` was read."""
 
+    def read_process(self) -> None:
+        """Ask the driver for this process's bytes where the reserved memory has changed.
 
-NOTHING = AllocatorReading(
-    allocated=0, allocated_peak=0, reserved=0, reserved_peak=0, retries=0, ooms=0
-)
+        The driver's answer costs milliseconds on a real card, and moves only with segments.
+        """
+        if self._process_read_at != self.last.reserved:
+            self._process_read_at = self.last.reserved
+            self.process = devices.own_bytes(self.card, self.last.reserved)

@@ -11,29 +11,31 @@ fixture holds is not.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.records import CardUsage
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import (
+    NOTHING_USED,
     Fixture,
     Owner,
     Test,
     Usage,
+    card_usages,
     fixture_usages,
     held,
 )
 from pytest_gpumem.tracking.left_behind import LeftBehind
-from pytest_gpumem.tracking.meter import NOTHING, Meter, ReleaseCache
-from pytest_gpumem.tracking.verdict import TensorLedger, Verdict, Verdicts
+from pytest_gpumem.tracking.meter import Meter, ReleaseCache
+from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Allocator, AllocatorReading
+    from pytest_gpumem.records import CardUsage
 
 
 class Tracker:
@@ -109,7 +111,10 @@ class Tracker:
             self._watch_peaks()
             for allocator in active:
                 for index, reading in enumerate(allocator.read()):
-                    self._charge(allocator, index, reading)
+                    meter = self._meters.get((allocator.name, index))
+                    # Peaks were set back: if they are as they were, nothing was allocated.
+                    if meter is None or meter.last != reading:
+                        self._charge(allocator, index, reading)
         finally:
             self._reading = False
 
@@ -123,7 +128,7 @@ class Tracker:
         if meter is None:
             if not now.reserved_peak and not now.ooms:
                 return  # never used: asking for the names of all cards of a big machine costs
-            meter = Meter(allocator.card(index), NOTHING)
+            meter = Meter(allocator.card(index))
             self._meters[allocator.name, index] = meter
         before, meter.last = meter.last, now
         self._changed += now.allocated - before.allocated
@@ -140,6 +145,7 @@ class Tracker:
             highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
         if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
             allocator.reset_peak(index)
+            meter.last = now._replace(allocated_peak=now.allocated, reserved_peak=now.reserved)
 
     def _look(self) -> None:
         """Charge what is set for the process to who was running."""
@@ -190,7 +196,7 @@ class Tracker:
             self._remember()
         self._look()
         self._outside.accounts.clear()
-        self._test = Test(nodeid, found=list(self._standing))
+        self._test = Test(nodeid, tuple(self._standing))
         self._owners = [self._test]
         for meter in self._meters.values():
             self._test.baselines[meter.card.uuid] = meter.last.allocated
@@ -199,7 +205,9 @@ class Tracker:
     def usage(self) -> tuple[CardUsage, ...]:
         """Return what the running test did so far; nothing is judged or cleaned."""
         self.boundary()
-        return self._card_usages(self._test, {}, ()) if self._test is not None else ()
+        if self._test is None:
+            return ()
+        return card_usages(self._test, self._meters.values(), {}, ())
 
     def anything_stayed(self) -> bool:
         """Whether the running test, or a fixture torn down in it, keeps memory at this moment."""
@@ -208,18 +216,19 @@ class Tracker:
 
     def _anything_stayed(self) -> bool:
         """Whether anything stayed at the last boundary."""
-        if self._test is None:
+        test = self._test
+        if test is None or not (test.accounts or test.fixtures):
             return False
-        self._test.pay_back()
-        return bool(self._test.stayed())
+        test.pay_back()
+        return bool(test.stayed())
 
     def end_test(
         self,
         errors: Sequence[BaseException] = (),
         *,
         judge: bool = True,
+        let_go: Callable[[], Mapping[int, str]] = dict,
         keepers: Mapping[int, str] | None = None,
-        passing: Mapping[int, str] | None = None,
         fixtures: Collection[str] = (),
     ) -> Usage:
         """Stop measuring, find out what stayed, and return the test's usage.
@@ -228,22 +237,27 @@ class Tracker:
             errors: exceptions that ended the test's phases. When memory stayed, the frames of
                 their tracebacks are cleared, because they pin what the test's variables held.
             judge: False leaves frames and garbage alone and finds no leak (under a debugger).
+            let_go: called when memory stayed: lets go of what would be dropped in a moment, as
+                far as it holds memory, and returns the identities of the rest, and what to call
+                it; what that holds is no leak.
             keepers: identities of objects that keep the test's memory, and what to call them;
                 where something below them is a leak, that is more use than their own holders.
-            passing: identities of objects that will be dropped in a moment, and what to call
-                them; what they hold is no leak.
             fixtures: names of the fixtures that the test uses.
 
         """
         test = self._test
         if test is None:
-            return Usage()
-        self._end_teardowns()
+            return NOTHING_USED
+        passing: Mapping[int, str] = {}
+        if self.anything_stayed():
+            passing = let_go()
+            self.boundary()
+        self._leave_teardowns()
         verdicts: Verdicts = {}
         if judge and self._anything_stayed():
             self._give_back(errors)
             if self.anything_stayed():
-                verdicts = self._judge(test, keepers or {}, passing or {})
+                verdicts = self._judge(test, keepers or {}, passing)
                 self._remember()
         elif judge and self._standing:
             # They may pin a wider fixture's value beyond its teardown.
@@ -251,13 +265,16 @@ class Tracker:
                 release.clear_frames(error)
         self._set_aside(test)
         self._release_caches()
-        self._read_processes()
-        cards = self._card_usages(test, verdicts, fixtures)
+        for meter in self._meters.values():
+            meter.read_process()
+        cards = card_usages(test, self._meters.values(), verdicts, fixtures)
         self._look()
-        usage = Usage(cards, fixture_usages(test, verdicts), self._left.settle())
+        left = self._left.settle()
         self._test = None
         self._owners = [self._outside]
-        return usage
+        if not (cards or test.fixtures or left):
+            return NOTHING_USED
+        return Usage(cards, fixture_usages(test, verdicts), left)
 
     def _give_back(self, errors: Sequence[BaseException]) -> None:
         """Drop what only tracebacks and reference cycles keep alive, by the cheapest means."""
@@ -284,53 +301,14 @@ class Tracker:
         }
         return self._tensors.judge(test.stayed(), cards, keepers, passing, test.name)
 
-    def _card_usages(
-        self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
-    ) -> tuple[CardUsage, ...]:
-        usages = []
-        for meter in self._meters.values():
-            uuid = meter.card.uuid
-            account = test.accounts.get(uuid)
-            baseline = test.baselines.get(uuid, 0)
-            if account is None or not (
-                account.delta or account.ooms or account.peak > baseline or test.fixtures
-            ):
-                continue
-            verdict = verdicts.get((test.name, uuid), Verdict())
-            usages.append(
-                CardUsage(
-                    card=uuid,
-                    baseline=baseline,
-                    peak=max(account.peak, baseline),
-                    leftover=max(account.delta, 0),
-                    reserved=meter.last.reserved,
-                    reserved_peak=account.reserved_peak,
-                    retries=account.retries,
-                    ooms=account.ooms,
-                    process=meter.process,
-                    leaked=verdict.leaked,
-                    holders=verdict.holders,
-                    note=verdict.note,
-                    extra=test.to_set_aside(uuid),
-                    fixture_bytes=test.fixture_bytes(uuid, fixtures),
-                )
-            )
-        return tuple(usages)
-
-    def _read_processes(self) -> None:
-        """Ask the driver for this process's bytes where the reserved memory has changed.
-
-        The driver's answer costs milliseconds on a real card, and moves only with segments.
-        """
-        for meter in self._meters.values():
-            if meter.process_read_at != meter.last.reserved:
-                meter.process_read_at = meter.last.reserved
-                meter.process = devices.own_bytes(meter.card, meter.last.reserved)
-
     def _release_caches(self) -> None:
-        for allocator in devices.allocators() if self._meters else ():
-            meters = [meter for (name, _), meter in self._meters.items() if name == allocator.name]
-            if any(self._release_cache(meter.card, meter.last) for meter in meters):
+        full = {
+            name
+            for (name, _), meter in self._meters.items()
+            if self._release_cache(meter.card, meter.last)
+        }
+        for allocator in devices.allocators() if full else ():
+            if allocator.name in full:
                 allocator.release_cached()
                 self.boundary()
 
@@ -367,7 +345,9 @@ class Tracker:
             self._remember()
             self._look()
         self._owners.remove(fixture)
-        fixture.set_up = {uuid: replace(account) for uuid, account in fixture.accounts.items()}
+        # Of each card in use, also if the set-up did nothing to it: the teardown may.
+        uuids = [meter.card.uuid for meter in self._meters.values()]
+        fixture.set_up = {uuid: copy.copy(fixture.account(uuid)) for uuid in uuids}
         if fixture.wide:
             fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
         holds = any(account.delta > 0 for account in fixture.set_up.values())
@@ -404,8 +384,13 @@ class Tracker:
 
     def _end_teardowns(self) -> None:
         self.boundary()
-        if any(isinstance(owner, Fixture) and owner.torn_down for owner in self._owners):
-            self._look()
-        self._owners = [
+        self._leave_teardowns()
+
+    def _leave_teardowns(self) -> None:
+        """Let nothing more be charged to fixtures whose teardown has begun."""
+        rest = [
             owner for owner in self._owners if not (isinstance(owner, Fixture) and owner.torn_down)
         ]
+        if len(rest) < len(self._owners):
+            self._look()
+            self._owners = rest
