@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pytest_gpumem.errors import LeaseTimeout
+from pytest_gpumem.leases.asking import Want
 from pytest_gpumem.leases.locks import FileLock
-from pytest_gpumem.leases.store import LeaseStore, Want
+from pytest_gpumem.leases.store import LeaseStore
 from pytest_gpumem.simulator.card import SharedCard
 
 CARD = "GPU-00000000-0000-0000-0000-000000000000"
@@ -38,7 +39,8 @@ from pathlib import Path
 if os.fork():
     os._exit(0)
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.store import LeaseStore, Want
+from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.store import LeaseStore
 from pytest_gpumem.leases.locks import FileLock
 
 directory, card = Path(sys.argv[1]), sys.argv[2]
