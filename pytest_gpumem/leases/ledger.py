@@ -359,11 +359,11 @@ class Ledger:
         make_own(self.directory)
         for each in (self._queue, self._alive):
             own_directory(each)
+        prepare()
         files = [FileLock(self.directory / "lock")]
         try:
             self._lock(files[0], limit, on_wait)
             self._refuse_later(files[0])
-            prepare()
             files.append(FileLock(self._alive / self.process))
             self._lock(files[1], limit, on_wait)
             own, terminal = " ".join(family.lineage(os.getpid())), telling.terminal()

@@ -318,6 +318,18 @@ def test_memory_of_another_program_is_waited_for_alike_with_and_without_a_schedu
         assert finished.test("test_a").lease.waited == pytest.approx(1, abs=0.7)
 
 
+@pytest.mark.parametrize("mode", list(MODES))
+def test_foreign_files_among_the_leases_are_named_and_end_no_run(run, tmp_path, monkeypatch, mode):
+    queue = tmp_path / "leases" / f"gpumem-{os.getuid()}" / "queue"
+    queue.mkdir(parents=True)
+    os.mkfifo(queue / "h-foo")
+    monkeypatch.setenv("GPUMEM_RUN_DIR", str(tmp_path / "leases"))
+    finished = run(WAITS, *MODES[mode])
+
+    assert finished.outcomes == {"passed": 1}, finished.output
+    assert f"left alone, for they are no leases: {queue}/h-foo" in finished.section
+
+
 LEASES = """
 import subprocess, sys, pytest
 from pytest_gpumem import LeaseTimeout, gpu_lease
