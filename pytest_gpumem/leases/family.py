@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.files import read_own
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    Kin = Mapping[str, Collection[str]]
+    """Ancestors among some processes, by process; those that have none are left out."""
+
+_MOST = 2**16
+"""Bytes that a process may tell of itself."""
 
 
 class _Born(NamedTuple):
@@ -30,6 +42,92 @@ def lineage(pid: int) -> tuple[str, ...]:
     return tuple(found)
 
 
+class Families:
+    """What the processes of a ledger told of themselves, each in its file of ``alive``."""
+
+    def __init__(self, alive: Path, own: str) -> None:
+        self._alive = alive
+        self._own = own
+        self._lineages: dict[str, tuple[str, ...]] = {}
+        self._kin: tuple[Collection[str], Kin] = ((), {})
+        """The answer to the last question: it is the same as long as nobody comes or goes."""
+
+    def lineage(self, process: str) -> tuple[str, ...]:
+        """Return what a process said of itself and its ancestors, closest first; () if nothing."""
+        known = self._lineages.get(process)
+        if known is None:
+            about = self._about(process)
+            known = tuple(about[0].split()) if about else ()
+            if known:
+                self._lineages[process] = known
+        return known
+
+    def kin(self, processes: Collection[str]) -> Kin:
+        """Return who of ``processes``, and this one, which may be about to ask, is whose child."""
+        processes = {*processes, self._own}
+        if len(processes) < 2:
+            return {}
+        if processes != self._kin[0]:
+            self._kin = processes, kin_among(processes, self.lineage)
+        return self._kin[1]
+
+    def ancestors(self) -> Mapping[str, int | None]:
+        """Return the processes that started this one and take part, outermost first.
+
+        With each comes the number of its file that leads to the terminal, if it has one.
+        """
+        own = self.lineage(self._own)
+        found = {}
+        for process in os.listdir(self._alive):  # noqa: PTH208  # iterdir is slower
+            line = self.lineage(process)
+            if line and line[0] in own[1:]:
+                found[line[0]] = self._about(process)
+        return {each: _terminal(found[each]) for each in reversed(own) if each in found}
+
+    def is_kin(self, pid: int, roots: Collection[str]) -> bool:
+        """Return whether a process started this one, or one of ``roots`` started it."""
+        line = lineage(pid)
+        return bool(line) and (
+            line[0] in self.lineage(self._own) or not set(line).isdisjoint(roots)
+        )
+
+    def roots(self) -> Collection[str]:
+        """Return this process and those that started it and take part, as ``lineage`` does."""
+        return {*self.lineage(self._own)[:1], *self.ancestors()}
+
+    def is_stopped(self, process: str) -> bool:
+        """Return whether a process is stopped, as far as it can be seen from here."""
+        born = self.lineage(process)[:1]
+        pid = int(process.partition(".")[0])
+        # One of another container has a number that may be another's here.
+        return bool(born) and lineage(pid)[:1] == born and _is_stopped(pid)
+
+    def _about(self, process: str) -> list[str]:
+        """Return the lines in which a process told of itself: its lineage, and its terminal."""
+        try:
+            return read_own(f"{self._alive}/{process}", _MOST).decode(errors="replace").splitlines()
+        except OSError:
+            return []
+
+
+def kin_among(processes: Collection[str], lineage: Callable[[str], tuple[str, ...]]) -> Kin:
+    """Return who of ``processes`` descends from whom, by what each said of its lineage."""
+    lines = {process: lineage(process) for process in processes}
+    known: defaultdict[str, list[str]] = defaultdict(list)
+    for process, line in lines.items():
+        known["".join(line[:1])].append(process)
+    found = {
+        process: {each for one in line[1:] if one in known for each in known[one]}
+        for process, line in lines.items()
+    }
+    return {process: each for process, each in found.items() if each}
+
+
+def _terminal(about: Sequence[str]) -> int | None:
+    told = about[1] if len(about) > 1 else ""
+    return int(told) if told.isdecimal() and len(told) < 10 else None
+
+
 def described(pid: int) -> str:
     """Return what a message calls a process: its number, its program, and whether it is stopped."""
     if pid == os.getpid():
@@ -37,8 +135,12 @@ def described(pid: int) -> str:
     told = _stat(pid)
     if told is None:
         return f"pid {pid}"
-    name, state, *_ = told
-    return f"pid {pid} ({name}{', stopped' if state in 'Tt' else ''})"
+    return f"pid {pid} ({told[0]}{', stopped' if _is_stopped(pid) else ''})"
+
+
+def _is_stopped(pid: int) -> bool:
+    told = _stat(pid)
+    return told is not None and told[1] in "Tt"
 
 
 if sys.platform == "linux":  # a tenth of psutil's time, whose import alone takes 15 ms

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpumem import devices
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.ledger import run_directory
+from pytest_gpumem.leases.place import run_directory
 from pytest_gpumem.leases.watching import Glimpse, Teller, is_watched
 
 if TYPE_CHECKING:

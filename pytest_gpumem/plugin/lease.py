@@ -6,15 +6,17 @@ import os
 import sys
 import time
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpumem import admission, devices
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
-from pytest_gpumem.leases.store import HOPE, Lease, LeaseStore, Want, store
-from pytest_gpumem.plugin import attempts, marks
+from pytest_gpumem.leases.api import store
+from pytest_gpumem.leases.ask import SOMETHING, Need, Place, want_of
+from pytest_gpumem.leases.asking import HOPE, Want
+from pytest_gpumem.plugin import attempts, marks, retry
 from pytest_gpumem.plugin.route import may_fall_back
 from pytest_gpumem.plugin.state import (
     GRANT,
@@ -36,29 +38,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
     from pytest_gpumem.archive.consolidator import GpuConsolidator
+    from pytest_gpumem.leases.store import Lease, LeaseStore
     from pytest_gpumem.records import Card
     from pytest_gpumem.scheduling.history import Expectation, History
 
 ANY = marks.Need(vram=None, cards=1, exclusive=False)
 """What a test without a mark asks for."""
-_SOMETHING = 1
-"""Bytes for a test that may use a card and of which nothing is known: it shares the card with
-anybody, but not with a test that has to be alone."""
-
-_ELSEWHERE = "elsewhere"
-"""What is left to the controller, which alone knows if others were on the card and will see to it
-that the next attempt is alone there."""
-
-
-class Need(NamedTuple):
-    """What one test is to be granted on each of its cards."""
-
-    size: int | None
-    """Bytes beyond what its process keeps; None when unknown: then it has to be alone."""
-    cards: int = 1
-    alone: bool = False
-    fixtures: int = 0
-    """Bytes more, as far as the process does not keep the test's wider fixtures already."""
 
 
 class Leasing:
@@ -135,7 +120,10 @@ class Leasing:
     def pytest_runtestloop(self) -> None:
         """Let what tests start find this process, whether or not these ever take a lease."""
         with suppress(LeaseError):  # whoever takes one says so
-            self._open().join()
+            opened = self._open()
+            opened.join()
+            if strange := opened.strange_files():
+                self._notes.append(f"left alone, for they are no leases: {', '.join(strange[:3])}")
 
     def pytest_unconfigure(self) -> None:
         """Leave the terminal to others."""
@@ -183,7 +171,7 @@ class Leasing:
         item.user_properties.append((STEP, self._step))
         manager = sys.modules.get("pytest_gpumem.routing.resource_manager")
         banned = nullcontext()
-        if self._step == "cpu" and manager is not None:
+        if self._step == retry.CPU and manager is not None:
             banned = manager.shared.ban("it ran out of memory on the card")
         with banned:
             item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
@@ -257,8 +245,8 @@ class Leasing:
             return
         self.spoiled |= report.when == "setup"
         text: str = getattr(report, attempts.OOM, "")
-        step = self._next_step(item, text) if text else ""
-        if step == _ELSEWHERE:
+        step = retry.next_step(self._situation(item, text)) if text else ""
+        if step == retry.ELSEWHERE:
             attempts.leave_undecided(report)
         elif step:
             self._next = step
@@ -267,21 +255,24 @@ class Leasing:
         elif self._tried:
             report.sections.append(("GPU memory of earlier attempts", "\n".join(self._tried)))
 
-    def _next_step(self, item: pytest.Item, text: str) -> str:
-        """Return what to try with a test that ran out of memory; "" for nothing."""
-        answer, lease = self._settings.oom, self._lease
-        if answer == "fail" or self._step == "cpu":
-            return ""
-        cpu = "cpu" if answer == "cpu" and may_fall_back(item) else ""
-        if release.fits_nowhere(text, max((card.total for card in self._cards), default=0)):
-            return cpu  # also if it were alone there
-        elsewhere = "" if self._granted is None else _ELSEWHERE
-        alone = lease is not None and lease.exclusive
-        if not self._step and not alone and any(map(self._is_shared, self._cards)):
-            return elsewhere or "alone"
-        if self._step != "released" and _consolidator() is not None:
-            return "released"
-        return cpu or elsewhere
+    def _situation(self, item: pytest.Item, text: str) -> retry.Situation:
+        lease, consolidator = self._lease, _consolidator()
+        # What others keep or use all the same left one with less than it asked for: it had the
+        # card to itself, and would get no more of it.
+        alone = lease is not None and (lease.exclusive or lease.short > 0)
+        first = not self._step and not alone
+        return retry.Situation(
+            answer=self._settings.oom,
+            step=self._step,
+            may_fall_back=may_fall_back(item),
+            fits_nowhere=release.fits_nowhere(
+                text, max((card.total for card in self._cards), default=0)
+            ),
+            was_alone=alone,
+            is_shared=first and any(map(self._is_shared, self._cards)),
+            can_release=consolidator is not None,
+            is_scheduled=self._granted is not None,
+        )
 
     def _is_shared(self, card: Card) -> bool:
         if self._without:
@@ -365,11 +356,12 @@ class Leasing:
             try:
                 self._lease = self._wait(item, wants, on_wait)
             except BaseException:
+                self._waited = time.monotonic() - begun
                 if waiting.what:  # pytest-timeout's, or Ctrl-C
                     item.add_report_section("setup", "GPU memory", f"waited for {waiting.what}")
                 raise
-            finally:
-                self._waited = time.monotonic() - begun if waiting.what else 0.0
+            else:
+                self._waited = self._lease.waited
         size = min(wants[card.uuid].size or card.total for card in cards)
         item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, self._waited)
 
@@ -448,7 +440,7 @@ class Leasing:
         if marked.off:
             return None
         asked = marked.need or ANY
-        if self._step == "cpu":
+        if self._step == retry.CPU:
             return None
         if self._step:
             return Need(None, asked.cards)
@@ -460,26 +452,24 @@ class Leasing:
             return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
         if expected.gpu or marked.need is not None:
             careful = asked.exclusive or self._settings.schedule != "optimistic"
-            return Need(None if careful else _SOMETHING, asked.cards)
+            return Need(None if careful else SOMETHING, asked.cards)
         unknown = expected.source == "guess" and "torch" in sys.modules
-        return Need(_SOMETHING) if unknown else None
+        return Need(SOMETHING) if unknown else None
 
     def _want(self, need: Need, card: Card, held: Mapping[str, int]) -> Want:
         if self._step and self._granted is None:
             # Others are to spare what they keep, if they can.
             kept = held.get(card.uuid, 0)
             most = self._open().capacity(card.uuid, card.total) - kept
-            return Want(max(_SOMETHING, most), exclusive=True)
-        if need.size is None:
-            return Want(None)
-        if need.size == _SOMETHING:
-            return Want(_SOMETHING)
-        kept = held.get(card.uuid, 0)
-        standing = self._standing().get(card.uuid, 0)
-        missing = admission.missing(need.fixtures, self._settings.context_cost, kept, standing)
-        # What was learned has a margin, which the card need not have.
-        most = max(_SOMETHING, card.total - self._settings.headroom - kept)
-        return Want(min(need.size + missing, most), need.alone)
+            return Want(max(SOMETHING, most), exclusive=True)
+        place = Place(
+            card.total,
+            self._settings.headroom,
+            self._settings.context_cost,
+            held.get(card.uuid, 0),
+            self._standing().get(card.uuid, 0),
+        )
+        return want_of(need, place)
 
     def _too_large(self, item: pytest.Item, need: Need) -> str:
         """Return in one sentence why no card can ever grant what a test's mark asks for."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.plugin.lease import Leasing, Need
+from pytest_gpumem.leases.ask import Need
+from pytest_gpumem.plugin.lease import Leasing
 from pytest_gpumem.plugin.measure import LateTeardowns, Measuring
 from pytest_gpumem.plugin.state import HISTORY, State, marks_of
 from pytest_gpumem.plugin.worker_exit import Replacing

@@ -167,7 +167,7 @@ def test_what_a_killed_test_process_told_does_not_count(directory):
 
         assert (told.test, told.cards) == ("test_x[\u00e9]", {"GPU-1": [1, 2]})
         assert watcher.glimpses() == []
-        (directory / "seen" / "damaged.json").write_text("{")
+        (directory / "seen" / "4000000000-0123abcd.json").write_text("{")
         assert watcher.glimpses() == []
     assert [*directory.glob("seen/*")] == []
 
