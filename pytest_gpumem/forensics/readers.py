@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from pytest_gpumem import records
-from pytest_gpumem.forensics import grammars, lines
+from pytest_gpumem.forensics import lines, messages
 from pytest_gpumem.forensics.causes import Leftover
 from pytest_gpumem.forensics.runs import Failure, Run, Seen
 from pytest_gpumem.forensics.sequence import Follower
@@ -454,7 +454,7 @@ def _report(run: Run, nodeid: str, kind: str, phase: str, *, text: str, message:
         failure.error = each.error or failure.error
         failure.died = failure.died or each.died
         failure.worker = failure.worker or each.worker
-    known = grammars.parse(message, raised=True)
+    known = messages.parse(message, raised=True)
     if known is not None and known.named and failure.seen is None and not failure.died:
         failure.seen = Seen(line, known)
     failure.error = failure.error or message.partition("\n")[0]
@@ -670,7 +670,7 @@ def of_record(recorded: records.RunRecord) -> Run:
         failure = Failure(number, each.nodeid, kind, "call" if kind == "FAILED" else "setup")
         failure.nodeid, failure.worker = each.nodeid, worker
         failure.died = each.outcome == "crashed"
-        found = grammars.parse(each.oom, raised=True) if each.oom else None
+        found = messages.parse(each.oom, raised=True) if each.oom else None
         if found is not None:
             sizes = dict(found.sizes)
             if each.cards:
@@ -733,7 +733,7 @@ def _snapshot_oom(
     failure = Failure(number, test, "FAILED", "call" if test else "")
     failure.nodeid = test or None
     text = f"CUDA out of memory. Tried to allocate {sizes['tried']} bytes"
-    found = grammars.parse(text, raised=True)
+    found = messages.parse(text, raised=True)
     if found is None:
         raise ValueError("the table of messages lacks PyTorch's")
     failure.seen = Seen(number, found._replace(sizes=sizes, printed={}, device=device))

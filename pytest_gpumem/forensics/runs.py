@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pytest_gpumem.forensics.causes import Leftover
-    from pytest_gpumem.forensics.grammars import Message
+    from pytest_gpumem.forensics.messages import Message
 
 FAILING = ("FAILED", "ERROR")
 STICKY = re.compile(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.forensics import grammars, lines
+from pytest_gpumem.forensics import lines, messages
 from pytest_gpumem.forensics.attribution import resolve
+from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
 from pytest_gpumem.forensics.runs import FAILING, Failure, Kill, Run, Seen, Summary, Test
 from pytest_gpumem.forensics.signatures import signature, subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from pytest_gpumem.forensics.grammars import Message
     from pytest_gpumem.forensics.lines import Line, Text
+    from pytest_gpumem.forensics.messages import Message
 
 _LOGGED_KEPT = 1000
 _SURVIVED = {"TRACE", "DEBUG", "INFO", "NOTICE", "WARNING", "WARN"}
@@ -309,7 +310,7 @@ class Follower:
         if not match:
             # Behind a head that nobody knows, what it says of memory shows that it is one.
             match = not self._captured and _BEHIND.search(body)
-            if not match or grammars.parse(match[3], raised=True) is None:
+            if not match or messages.parse(match[3], raised=True) is None:
                 return False
         kind = _SUBTESTS.get(match[1], match[1])
         if kind in FAILING:
@@ -453,7 +454,7 @@ class Follower:
         if failure is None and self._section == "failures":
             failure = self._fail(line, "")
         stripped = message.strip()
-        if failure is not None and (failure.compares or grammars.QUOTING.search(stripped)):
+        if failure is not None and (failure.compares or messages.QUOTING.search(stripped)):
             failure.error = failure.error if failure.compares else stripped
             failure.compares = True
             return True
@@ -484,7 +485,7 @@ class Follower:
         if level in _SURVIVED and (_QUALIFIED.match(body) or self._traced(line)):
             # The last line of a traceback is an error, at whatever level a carrier logs it.
             level = ""
-        if level in _SURVIVED or (not raised and grammars.HANDLED.search(self._soon(line))):
+        if level in _SURVIVED or (not raised and messages.HANDLED.search(self._soon(line))):
             return True
         seen = Seen(line.number, found, rank or None)
         if self._failure is not None and self._captured:
@@ -497,7 +498,7 @@ class Follower:
     def _kill(self, line: Line, body: str) -> bool:
         if self._captured:
             return False
-        match = grammars.SHELL_KILL.search(body) or grammars.PROBABLE_KILL.fullmatch(body)
+        match = SHELL_KILL.search(body) or PROBABLE_KILL.fullmatch(body)
         if match is None:
             return False
         pid = match["pid"] if "pid" in match.groupdict() else None
@@ -532,14 +533,14 @@ class Follower:
     def _message(self, line: Line, body: str, *, raised: bool) -> Message | None:
         """Parse a message, with the lines that it was wrapped onto."""
         body = body.strip()
-        found = grammars.parse(body, raised=raised)
+        found = messages.parse(body, raised=raised)
         broken = found is None and _UNENDED.match(body) is not None
         if not broken and (
             found is None or found.complete or body.endswith(("...", "\N{HORIZONTAL ELLIPSIS}"))
         ):
             return found or self._escaped(body, raised=raised)
         for text in _joined(line, body, self._carrier):
-            other = grammars.parse(text, raised=raised or found is not None)
+            other = messages.parse(text, raised=raised or found is not None)
             if other is not None and other.figures > (found.figures if found else -1):
                 found = other
         return found
@@ -549,7 +550,7 @@ class Follower:
         if "\\n" not in body:
             return None
         parts = re.split(r"\\+n", body)
-        found = (grammars.parse(part.strip(), raised=raised) for part in parts)
+        found = (messages.parse(part.strip(), raised=raised) for part in parts)
         return next((each for each in found if each is not None and each.named), None)
 
 
@@ -585,7 +586,7 @@ def _joined(line: Line, body: str, carrier: re.Pattern[str] | None) -> tuple[str
             break
         parts.append(part)
         widths.append(len(text.whole))
-        if grammars.ENDS.search(" ".join(parts)):
+        if messages.ENDS.search(" ".join(parts)):
             break
     if len(parts) == 1:
         return ()
