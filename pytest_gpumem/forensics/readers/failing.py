@@ -12,10 +12,10 @@ def enter(run: Run, nodeid: str, kind: str, phase: str, *, text: str, message: s
     line = len(run.order)
     failure = Failure(line, nodeid, kind, phase)
     failure.nodeid = nodeid
-    inner = Follower()
-    inner.runs = [Run()]
     section = f"=== FAILURES ===\n___ {nodeid.partition('[')[0]} ___\n"
-    found = inner.follow(lines.scan([section.encode(), text.encode("utf-8", "replace"), b"\n"]))
+    found = Follower().follow(
+        lines.scan([section.encode(), text.encode("utf-8", "replace"), b"\n"])
+    )
     for each in (each for one in found for each in one.failures):
         failure.seen = failure.seen or (each.seen and Seen(line, each.seen.message))
         failure.aside = failure.aside or (each.aside and Seen(line, each.aside.message))
