@@ -8,6 +8,7 @@ import pytest
 
 from pytest_gpumem.archive import consolidator
 from pytest_gpumem.plugin.state import STATE
+from pytest_gpumem.records import properties
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,4 +66,4 @@ def _consolidate_if_needed(item: pytest.Item) -> None:
     here = consolidator.get_gpu_consolidator()
     if not here.idle and here.should_consolidate():
         done = here.consolidate_gpu_memory(process_context=item.name)
-        item.user_properties.append(("gpumem_consolidated", str(done)))
+        properties.tell_consolidated(item.user_properties, done)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpumem import devices
-from pytest_gpumem.plugin.state import ITEM_MARKS, NO_MARKS, ROUTES, STATE
+from pytest_gpumem.plugin.state import ITEM_MARKS, NO_MARKS, STATE
+from pytest_gpumem.records import properties
 from pytest_gpumem.routing import thresholds
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def embedding_model(model_pool: ModelPool, pytestconfig: pytest.Config) -> Itera
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Route by this run's settings; leave nothing of an earlier attempt in the test's report."""
-    item.user_properties[:] = [each for each in item.user_properties if each[0] != ROUTES]
+    properties.tell_routes(item.user_properties, ())
     settings = item.config.stash[STATE].settings
     thresholds.context = settings.context_cost
     thresholds.in_force = thresholds.Thresholds(
@@ -80,9 +80,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     if _MANAGER in sys.modules:
         shared = sys.modules[_MANAGER].shared
         shared.give_back()
-        routes = shared.take_routes()
-        if routes:
-            item.user_properties.append((ROUTES, json.dumps(routes)))
+        properties.tell_routes(item.user_properties, shared.take_routes())
     return result
 
 

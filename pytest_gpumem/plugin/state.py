@@ -53,11 +53,6 @@ class ItemMarks:
 
 
 NO_MARKS = ItemMarks()
-PROPERTIES = ("gpumem_peak", "gpumem_leftover", "gpumem_leaked", "gpumem_record")
-"""A test's user properties: bytes over all cards, and the whole record as JSON text."""
-ROUTES = "gpumem_routes"
-STEP = "gpumem_step"
-"""User properties too: where the test's tasks were sent, and why it is a further attempt."""
 USAGE_ERROR = "gpumem_usage_error"
 CARDS = "gpumem_cards"
 HOST = "gpumem_host"
