@@ -312,12 +312,8 @@ def _part(reading: devices.DriverReading) -> float:
 
 def _cached(card: Card) -> int:
     """Return the bytes that this process's allocator holds and does not use."""
-    return sum(
-        held.reserved - held.allocated
-        for allocator in devices.allocators()
-        for index, held in enumerate(allocator.read())
-        if allocator.card(index).uuid == card.uuid
-    )
+    held = devices.held(card)
+    return held.reserved - held.allocated
 
 
 def _system_status() -> SystemStatus:
