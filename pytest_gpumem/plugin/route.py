@@ -9,12 +9,12 @@ import pytest
 
 from pytest_gpumem import devices
 from pytest_gpumem.plugin.state import ITEM_MARKS, NO_MARKS, STATE
-from pytest_gpumem.records import properties
 from pytest_gpumem.routing import thresholds
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
 
+    from pytest_gpumem.records import Route
     from pytest_gpumem.routing.model_pool import ModelPool
 
 NAME = "gpumem-routed"
@@ -63,7 +63,8 @@ def embedding_model(model_pool: ModelPool, pytestconfig: pytest.Config) -> Itera
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Route by this run's settings; leave nothing of an earlier attempt in the test's report."""
-    properties.tell_routes(item.user_properties, ())
+    if item.user_properties:
+        _tell(item, ())
     settings = item.config.stash[STATE].settings
     thresholds.context = settings.context_cost
     thresholds.in_force = thresholds.Thresholds(
@@ -80,8 +81,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     if _MANAGER in sys.modules:
         shared = sys.modules[_MANAGER].shared
         shared.give_back()
-        properties.tell_routes(item.user_properties, shared.take_routes())
+        if routes := shared.take_routes():
+            _tell(item, routes)
     return result
+
+
+def _tell(item: pytest.Item, routes: Sequence[Route]) -> None:
+    from pytest_gpumem.records import properties  # most suites route nothing
+
+    properties.tell_routes(item.user_properties, routes)
 
 
 @pytest.hookimpl(trylast=True)
