@@ -1,10 +1,11 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Files that are whole or not there: written aside, synced, renamed; and those of TOML."""
 
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,3 +35,22 @@ def replace(path: Path) -> Iterator[TextIO]:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return what a file of TOML says.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: in one sentence, when it is no TOML.
+
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pytest needs it there too
+    try:
+        plain: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not TOML: {error}") from None
+    return plain

@@ -143,11 +143,9 @@ def _learn() -> None:
     path = Path("pyproject.toml")
     if not path.is_file():
         return
-    import tomllib
-
     try:
-        table: object = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        table: object = files.read_toml(path)
+    except ValueError:
         return  # whatever it is, it is nothing of ours
     for key in ("tool", "gpumem", "forensics", "messages"):
         table = table.get(key) if isinstance(table, dict) else None
