@@ -18,6 +18,12 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PROJECT)
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False
+CORE = [
+    *(f"tests/unit/{room}" for room in ("cli", "devices", "leases", "plugin", "reports")),
+    *(f"tests/unit/{room}" for room in ("routing", "scheduling", "tracking", "test_house.py")),
+    *(f"tests/plugin/test_{name}.py" for name in ("kinds", "scheduler")),
+]
+"""What needs no other plugin."""
 # As `make` has it: nothing may import the source tree beside the installed wheel.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -40,6 +46,11 @@ def oldest(session: nox.Session) -> None:
     """Run what needs no other plugin on the oldest of what the package says that it works with."""
     extras = PROJECT["project"]["optional-dependencies"]
     claimed = [*PROJECT["project"]["dependencies"], *extras["torch"], *extras["xdist"]]
-    session.install(".", *map(floor, claimed), "hypothesis", "pyyaml")
-    tests = session.posargs or ["tests/unit", "tests/plugin/test_kinds.py"]
-    session.run("python", "-m", "pytest", *tests, env=ENVIRONMENT)
+    session.install(".", *map(floor, claimed), "hypothesis", "plotly", "pyyaml")
+    # Our own settings are for the newest pytest and for plugins that need one.
+    session.run(
+        *("python", "-m", "pytest", "-o", "addopts=-ra", "-m", "not newest"),
+        *("-W", "ignore::pytest.PytestConfigWarning"),
+        *(session.posargs or CORE),
+        env=ENVIRONMENT,
+    )

@@ -167,7 +167,7 @@ def _why_bad(name: str, value: str) -> str:
 
 def _leases() -> Iterator[Finding]:
     from pytest_gpumem.errors import LeaseError
-    from pytest_gpumem.leases.ledger import Ledger, run_directory
+    from pytest_gpumem.leases.ledger import HELD, Ledger, run_directory
 
     try:
         directory = run_directory()
@@ -187,5 +187,5 @@ def _leases() -> Iterator[Finding]:
         mend = "GPUMEM_RUN_DIR can name another directory on this machine"
         yield Finding("leases", f"{directory} cannot be read: {error.strerror}", mend)
         return
-    held = sum(entry.state == "h" for entry in page.entries)
+    held = sum(entry.state == HELD for entry in page.entries)
     yield Finding("leases", f"{directory}: {held} held, {len(page.waiting)} waiting")
