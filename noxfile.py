@@ -21,7 +21,7 @@ nox.options.error_on_missing_interpreters = False
 CORE = [
     *(f"tests/unit/{room}" for room in ("cli", "devices", "leases", "plugin", "reports")),
     *(f"tests/unit/{room}" for room in ("routing", "scheduling", "tracking", "test_house.py")),
-    *(f"tests/plugin/test_{name}.py" for name in ("kinds", "scheduler")),
+    *(f"tests/plugin/test_{name}.py" for name in ("scheduler", "sharing")),
 ]
 """What needs no other plugin."""
 # As `make` has it: nothing may import the source tree beside the installed wheel.
