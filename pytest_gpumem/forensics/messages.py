@@ -1,7 +1,14 @@
 """Whether a text reports that memory ran out, and what it says.
 
-Figures make a message: behind any head, in any carrier. Without them it needs a context that says
-error, unless nobody but a framework writes such words.
+A text is judged in this order. Its words: the first grammar that finds its own in it is the one.
+What stands before them: code and assertions quote a message, they do not report it. Whether the
+text itself goes on: about a retry, or as a record below an error; where a test shows it as its
+error that does not count. Figures make a message then, behind any head, in any carrier. Without
+them it needs a context that says error, unless nobody but a framework writes such words, and none
+that is prose.
+
+Where no grammar finds its words, the class of an exception, or a beginning that was cut short, may
+still say whose they were.
 """
 
 from __future__ import annotations
