@@ -126,8 +126,7 @@ def html(sections: Iterable[Section], title: str) -> Iterator[str]:
     """Return them as one page that needs nothing else."""
     escape = markup.escape
     yield "<!DOCTYPE html>"
-    yield '<html lang="en"><head><meta charset="utf-8"><title>'
-    yield f"{escape(title)}</title>"
+    yield f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
     yield '<meta name="viewport" content="width=device-width">'
     yield f"<style>{_STYLE}</style></head><body>"
     for number, section in enumerate(sections):
