@@ -9,12 +9,14 @@ CORE = kinds.py runs.py
 PIP := $(BIN)/python -m pip install -qq
 # Rooms that need no other process and no card.
 QUICK = scheduling tracking plugin test_admission.py test_house.py test_records.py test_units.py
+# Those of them whose tests cover them alone; `make coverage` measures how far.
+COVERED = archive forensics leases reports routing scheduling tracking cli test_admission.py test_records.py test_units.py
 PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -name py.typed) pyproject.toml README.md LICENSE
 
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help quick demo test test-pytest9 test-pytest8 lint docs bench soak replay gpu-check wheel package-check clean
+.PHONY: help quick demo test test-pytest9 test-pytest8 lint docs coverage bench soak replay gpu-check wheel package-check clean
 
 help:
 	@echo "make quick          lint, types and the rooms that need no pytest run, for every save"
@@ -22,6 +24,7 @@ help:
 	@echo "make test           all tests on pytest 9, those of the plugin's core also on pytest 8"
 	@echo "make lint           ruff and mypy"
 	@echo "make docs           the documentation as pages, into build/site"
+	@echo "make coverage       how much of the rooms their own unit tests run; fails below what was reached"
 	@echo "make bench          overhead against bare pytest, xdist, pytest-memray and pytest-monitor"
 	@echo "make soak           property tests with many more examples; all of torch's operators; other packages' suites"
 	@echo "make replay         the suite of 4,479 tests that ran out of memory, without and with the plugin"
@@ -53,6 +56,13 @@ lint: $(VENV)/.wheel
 # The variable silences a notice about another program.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The disk that one test fills would keep its child's figures, too.
+coverage: $(VENV)/.wheel
+	rm -rf build/coverage
+	HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest -q -n 2 $(addprefix tests/unit/,$(COVERED)) -k "not full_disk" $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 bench: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.peers
 	$(BIN)/python scripts/bench/overhead.py --peers $(VENV)/peers --pytest8 $(VENV)/pytest8 $(ARGS)

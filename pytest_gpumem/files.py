@@ -1,13 +1,14 @@
-"""Files that are whole or not there, and files that do no harm to whoever opens them."""
+"""Files that are whole or not there, those that do no harm to whoever opens them, and TOML."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +51,25 @@ def replace(path: Path) -> Iterator[TextIO]:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return what a file of TOML says.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: in one sentence, when it is no TOML.
+
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pytest needs it there too
+    try:
+        plain: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not TOML: {error}") from None
+    return plain
 
 
 def open_own(

@@ -178,7 +178,7 @@ class GpuConsolidator:
 
         """
         start = time.perf_counter()
-        before = _readings()
+        before = devices.totals()
         ids: list[str] = []
         refused: list[str] = []
         sizes: dict[str, tuple[int, int]] = {}
@@ -194,7 +194,7 @@ class GpuConsolidator:
                     refused.append(str(error))
         for allocator in devices.allocators():
             allocator.release_cached()
-        after = _readings()
+        after = devices.totals()
         told = None not in {before[1], after[1]}
         found = Consolidation(
             context=process_context,
@@ -342,17 +342,6 @@ def _hooks(data: Any, wake: Callable[..., None]) -> list[Any]:
     if isinstance(data, torch.optim.Optimizer):
         return [data.register_step_pre_hook(wake), data.register_state_dict_pre_hook(wake)]
     return []
-
-
-def _readings() -> tuple[int, int | None]:
-    """Return bytes allocated in this process and used on all cards, None if a card is silent."""
-    allocated = sum(
-        reading.allocated for allocator in devices.allocators() for reading in allocator.read()
-    )
-    used = [devices.driver_reading(card) for card in devices.find_cards().cards]
-    if not used or None in used:
-        return allocated, None
-    return allocated, sum(reading.used for reading in used if reading is not None)
 
 
 _the_one: GpuConsolidator | None = None

@@ -74,7 +74,7 @@ def run(chosen: argparse.Namespace) -> Iterator[str]:
             if chosen.store is not None and not chosen.store.is_dir():
                 raise NotFoundError(f"there is no store {str(chosen.store)!r}")
             store = ArchiveStore(chosen.store, key=chosen.key_file)
-            yield from globals()[f"_{chosen.action}"](store, chosen)
+            yield from _ACTIONS[chosen.action](store, chosen)
     except ArchiveError as error:
         raise ValueError(str(error)) from None
 
@@ -221,3 +221,16 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+_ACTIONS = {
+    "rotate": _rotate,
+    "list": _list,
+    "show": _show,
+    "delete": _delete,
+    "export": _export,
+    "forget": _forget,
+    "stats": _stats,
+    "verify": _verify,
+    "health": _health,
+}

@@ -167,6 +167,7 @@ def _why_bad(name: str, value: str) -> str:
 
 def _leases() -> Iterator[Finding]:
     from pytest_gpumem.errors import LeaseError
+    from pytest_gpumem.leases.entries import HELD
     from pytest_gpumem.leases.ledger import Ledger
     from pytest_gpumem.leases.place import run_directory
 
@@ -188,5 +189,5 @@ def _leases() -> Iterator[Finding]:
         mend = "GPUMEM_RUN_DIR can name another directory on this machine"
         yield Finding("leases", f"{directory} cannot be read: {error.strerror}", mend)
         return
-    held = sum(entry.state == "h" for entry in page.entries)
+    held = sum(entry.state == HELD for entry in page.entries)
     yield Finding("leases", f"{directory}: {held} held, {len(page.waiting)} waiting")

@@ -121,8 +121,9 @@ def _forensics(chosen: argparse.Namespace) -> int:
         raise ValueError(_nothing(found))
     if person:
         from pytest_gpumem.reports import forensics as report
+        from pytest_gpumem.reports.sections import show
 
-        report.show(found, chosen.top)
+        show(report.sections(found, chosen.top))
         return 0
     _write(_formatted(found, chosen), chosen.output)
     if not told:
@@ -142,11 +143,9 @@ def _learn() -> None:
     path = Path("pyproject.toml")
     if not path.is_file():
         return
-    import tomllib
-
     try:
-        table: object = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        table: object = files.read_toml(path)
+    except ValueError:
         return  # whatever it is, it is nothing of ours
     for key in ("tool", "gpumem", "forensics", "messages"):
         table = table.get(key) if isinstance(table, dict) else None
@@ -197,15 +196,15 @@ def _no_test(cause: str | None) -> int:
 
 
 def _formatted(found: Findings, chosen: argparse.Namespace) -> Iterator[str]:
-    from pytest_gpumem.reports import forensics as report
-
     if chosen.format == "json":
         return iter([json.dumps(to_plain(found), indent=1)])
+    from pytest_gpumem.reports import forensics as report
+    from pytest_gpumem.reports import sections
+
+    told = report.sections(found, chosen.top)
     if chosen.format == "html":
-        return report.html(found, chosen.top)
-    if chosen.format == "markdown":
-        return report.markdown(found, chosen.top)
-    return report.text(found, chosen.top)
+        return sections.html(told, "GPU memory forensics")
+    return sections.markdown(told) if chosen.format == "markdown" else sections.text(told)
 
 
 def _write(lines: Iterator[str], output: Path | None) -> None:
@@ -234,9 +233,10 @@ def _compare(chosen: argparse.Namespace) -> int:
     if chosen.format == "json":
         sys.stdout.write(json.dumps(to_plain(told), indent=1) + "\n")
     else:
-        from pytest_gpumem.reports import forensics as report
+        from pytest_gpumem.reports import sections
+        from pytest_gpumem.reports.forensics import compared
 
-        markdown = chosen.format == "markdown"
-        for line in report.comparison(told, markdown=markdown, top=chosen.top):
+        shown = sections.markdown if chosen.format == "markdown" else sections.text
+        for line in shown(compared(told, chosen.top)):
             sys.stdout.write(f"{line}\n")
     return 1 if told.missed else 0

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpumem import records
+from pytest_gpumem import files, records
 from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pytest_gpumem.records.findings import Findings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest needs it there too
 
 MODES = ("isolated", "sequential", "parallel")
 _SAVED = Path(".pytest_cache/d/gpumem/groups")
@@ -124,11 +119,7 @@ def read(path: Path) -> list[Group]:
         ValueError: in one sentence, when it is of no use.
 
     """
-    try:
-        plain = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not TOML: {error}") from None
-    table: Any = plain
+    table: Any = files.read_toml(path)
     for key in ("tool", "gpumem", "groups"):
         table = table.get(key) if isinstance(table, dict) else None
     if not isinstance(table, dict) or not table:

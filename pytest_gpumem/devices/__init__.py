@@ -18,14 +18,9 @@ if TYPE_CHECKING:
     )
     from pytest_gpumem.devices.cards import (
         CardsFound,
-        Usage,
         cards_to_choose,
         driver_reading,
         find_cards,
-        own_bytes,
-        process_bytes,
-        usage,
-        used_bytes,
     )
     from pytest_gpumem.devices.notebook import notes
     from pytest_gpumem.devices.nvml import DriverReading
@@ -36,6 +31,16 @@ if TYPE_CHECKING:
         watch_peaks,
     )
     from pytest_gpumem.devices.torch_state import other_maker
+    from pytest_gpumem.devices.users import (
+        Usage,
+        held,
+        own_bytes,
+        process_bytes,
+        totals,
+        usage,
+        used_by_others,
+        used_bytes,
+    )
 
 __all__ = [
     "Allocator",
@@ -48,6 +53,7 @@ __all__ = [
     "cards_to_choose",
     "driver_reading",
     "find_cards",
+    "held",
     "living_blocks",
     "notes",
     "other_maker",
@@ -55,28 +61,30 @@ __all__ = [
     "process_bytes",
     "record_stacks",
     "register",
+    "totals",
     "usage",
+    "used_by_others",
     "used_bytes",
     "watch_peaks",
 ]
 
 _HOMES = {
-    "cards": (
-        "CardsFound",
-        "Usage",
-        "cards_to_choose",
-        "driver_reading",
-        "find_cards",
-        "own_bytes",
-        "process_bytes",
-        "usage",
-        "used_bytes",
-    ),
+    "cards": ("CardsFound", "cards_to_choose", "driver_reading", "find_cards"),
     "allocator": ("Allocator", "AllocatorReading", "allocators", "register"),
     "nvml": ("DriverReading",),
     "torch_private": ("allocation_stacks", "living_blocks", "record_stacks", "watch_peaks"),
     "notebook": ("notes",),
     "torch_state": ("other_maker",),
+    "users": (
+        "Usage",
+        "held",
+        "own_bytes",
+        "process_bytes",
+        "totals",
+        "usage",
+        "used_by_others",
+        "used_bytes",
+    ),
 }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.devices import nvml, torch_private, torch_state
@@ -20,14 +18,12 @@ from pytest_gpumem.devices.visibility import (
 from pytest_gpumem.records import Card
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
 _ORDER_ASSUMED = (
     "the cards differ in model and CUDA_DEVICE_ORDER is not PCI_BUS_ID, so which card CUDA "
     "numbers first is assumed to follow PCI order until torch has initialised CUDA"
 )
-_FIRST_NAMESPACE = "pid:[4026531836]"
-"""The machine's own pid namespace: PROC_PID_INIT_INO in Linux's include/linux/proc_ns.h."""
 
 
 class CardsFound(NamedTuple):
@@ -38,15 +34,6 @@ class CardsFound(NamedTuple):
     """One sentence, when there are no cards."""
     note: str = ""
     """One sentence about what was assumed, when something was."""
-
-
-class Usage(NamedTuple):
-    """Who uses a card."""
-
-    processes: Mapping[int, int | None]
-    """Bytes by pid, None where the driver does not tell; empty where its numbers are not ours."""
-    own: int
-    """Bytes that this process uses at least: what the driver says, or its allocators reserved."""
 
 
 def find_cards() -> CardsFound:
@@ -88,84 +75,6 @@ def driver_reading(card: Card) -> DriverReading | None:
     except NoDriverError:
         reading = None
     return reading or _reading_from_torch(card)
-
-
-def process_bytes(card: Card) -> dict[int, int | None]:
-    """Return pid -> bytes as the driver says, None where it does not tell (WSL, MIG, WDDM).
-
-    The pids are the host's; a container may see other numbers than its own.
-    """
-    try:
-        return nvml.processes(card.uuid) if card.kind == "cuda" else {}
-    except NoDriverError:
-        return {}
-
-
-def own_bytes(card: Card, reserved: int) -> int | None:
-    """Return the bytes of ``card`` that this process uses, as the driver says; None if it does not.
-
-    ``reserved`` is what the process's allocator has of it: a smaller figure is that of another
-    process, which has the same number in the driver's pid namespace.
-    """
-    return _own(process_bytes(card), reserved)
-
-
-def used_bytes(card: Card) -> int:
-    """Return the bytes of ``card`` that anybody uses.
-
-    Of unified memory the driver tells only what each process uses.
-    """
-    reading = driver_reading(card)
-    return reading.used if reading else sum(filter(None, process_bytes(card).values()))
-
-
-def usage(card: Card) -> Usage:
-    """Return who uses ``card``; the driver's answer takes milliseconds."""
-    from pytest_gpumem.devices.allocator import allocators
-
-    told = process_bytes(card)
-    reserved = sum(
-        now.reserved
-        for allocator in allocators()
-        for index, now in enumerate(allocator.read())
-        if allocator.card(index).uuid == card.uuid
-    )
-    own = _own(told, reserved)
-    if own is None:
-        ours = _numbers_are_ours(told)
-        told = {pid: size for pid, size in told.items() if ours and pid != os.getpid()}
-    return Usage(told, own or reserved)
-
-
-def _own(told: Mapping[int, int | None], reserved: int) -> int | None:
-    own = told.get(os.getpid())
-    return own if own and own >= reserved and _numbers_are_ours(told) else None
-
-
-def _numbers_are_ours(pids: Iterable[int]) -> bool:
-    """Return whether the driver, which listed ``pids``, numbers processes as this one sees them.
-
-    Known in the machine's own pid namespace. Elsewhere some drivers tell the machine's numbers
-    and some the container's: then it is taken for so if there is a process of each number.
-    """
-    if not sys.platform.startswith("linux"):
-        return True
-    try:
-        if str(Path("/proc/self/ns/pid").readlink()) == _FIRST_NAMESPACE:
-            return True
-    except OSError:
-        pass
-    return all(map(_exists, pids))
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def _from_driver() -> CardsFound:

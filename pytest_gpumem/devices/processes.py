@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pytest_gpumem.devices.cards import process_bytes
+from pytest_gpumem.devices.users import process_bytes
 from pytest_gpumem.records import Card, Process
 
 _LENGTH = 60

@@ -49,7 +49,7 @@ def has_context(index: int) -> bool:
     return ask is not None and bool(ask(index))
 
 
-class unnoticed:  # noqa: N801  # reads as a statement: with unnoticed():  # reads as a statement: with unnoticed(): ...
+class unnoticed:  # noqa: N801  # reads as a statement: with unnoticed(): ...
     """Read and reset peaks within, on this thread, as if ``watch_peaks`` were not there."""
 
     def __enter__(self) -> None:

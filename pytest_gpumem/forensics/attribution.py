@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.forensics import grammars
+from pytest_gpumem.forensics import messages
 from pytest_gpumem.forensics.runs import FAILING, Failure, Run, Seen, Summary
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _adopt(failure: Failure, entry: Summary) -> None:
     """Take the summary's word where the section has none."""
     failure.subtest = entry.subtest
     message = entry.message
-    found = grammars.parse(message, raised=True) if message else None
+    found = messages.parse(message, raised=True) if message else None
     if found is not None and found.named and failure.seen is None and not failure.died:
         failure.seen = Seen(failure.line, found)
     if message and (not failure.error or not message.endswith("...")):

@@ -13,7 +13,7 @@ from pytest_gpumem.records.findings import GpuProcess, OomEvent
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pytest_gpumem.forensics.grammars import Message
+    from pytest_gpumem.forensics.messages import Message
     from pytest_gpumem.forensics.runs import Failure, Run, Seen, Test
 
 _NEAR = 60

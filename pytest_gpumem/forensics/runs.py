@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pytest_gpumem.forensics.causes import Leftover
-    from pytest_gpumem.forensics.grammars import Message
+    from pytest_gpumem.forensics.messages import Message
 
 FAILING = ("FAILED", "ERROR")
+SUBTESTS = {"SUBFAIL": "FAILED", "SUBFAILED": "FAILED"}
+"""What a failing subtest makes of its test."""
 STICKY = re.compile(
     r"illegal memory access|device-side assert|unspecified launch failure|misaligned address"
     r"|cudaErrorIllegalAddress|uncorrectable ECC|CUDA_ERROR_ILLEGAL_ADDRESS"

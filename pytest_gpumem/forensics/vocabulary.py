@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.forensics.grammars import Message
+    from pytest_gpumem.forensics.messages import Message
 
 _HINT = re.compile(
     r"(?i)memory|alloc|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|KV cache|cache blocks"
@@ -68,13 +68,13 @@ def _hinted(text: str) -> list[str]:
 
 
 def _line(line: str) -> Said | None:
-    from pytest_gpumem.forensics import grammars
+    from pytest_gpumem.forensics import messages
 
     for start in sorted(set(_starts(line))):
         if _DATA.search(line, 0, start) or _DATA.match(line, start):
             return None
         rest = line[start:]
-        message = None if _CLASS.match(rest) else grammars.parse(rest, raised=True)
+        message = None if _CLASS.match(rest) else messages.parse(rest, raised=True)
         if message is not None and not _quoted(rest, message):
             if _DATA.search(rest, 0, message.start):
                 return None

@@ -64,5 +64,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 def _consolidate_if_needed(item: pytest.Item) -> None:
     here = consolidator.get_gpu_consolidator()
     if not here.idle and here.should_consolidate():
+        from pytest_gpumem.records import properties
+
         done = here.consolidate_gpu_memory(process_context=item.name)
-        item.user_properties.append(("gpumem_consolidated", str(done)))
+        properties.tell_consolidated(item.user_properties, done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -213,7 +214,7 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
                 "--gpumem-simulate: an earlier run in this process simulated a card, which cannot "
                 "be undone; start a new process for each run"
             )
-        settings = settings._replace(simulate_context=around.card.context)
+        settings = replace(settings, simulate_context=around.card.context)
         return State(settings, _card_of(around), simulation=around, borrowed=True)
     if real.cards and not settings.simulate_anyway:
         raise BadSettingError(
@@ -233,7 +234,7 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
     exported = CARD_VARIABLE not in os.environ
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
     # Whoever made the card decided what a context costs.
-    settings = settings._replace(simulate_context=simulation.card.context)
+    settings = replace(settings, simulate_context=simulation.card.context)
     return State(settings, _card_of(simulation), simulation=simulation, exported=exported)
 
 

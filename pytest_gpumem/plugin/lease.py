@@ -18,17 +18,9 @@ from pytest_gpumem.leases.ask import SOMETHING, Need, Place, want_of
 from pytest_gpumem.leases.asking import HOPE, Want
 from pytest_gpumem.plugin import attempts, marks, retry
 from pytest_gpumem.plugin.route import may_fall_back
-from pytest_gpumem.plugin.state import (
-    GRANT,
-    STEP,
-    USAGE,
-    State,
-    drop_properties,
-    marks_of,
-    stashed,
-)
+from pytest_gpumem.plugin.state import GRANT, USAGE, State, marks_of, stashed
 from pytest_gpumem.plugin.xdist.worker import tear_down
-from pytest_gpumem.records import Grant
+from pytest_gpumem.records import Grant, properties
 from pytest_gpumem.scheduling.history import DURATION
 from pytest_gpumem.scheduling.workers import VISIBLE, Holdings
 from pytest_gpumem.tracking import release
@@ -166,9 +158,8 @@ class Leasing:
         consolidator = _consolidator()
         if consolidator is not None:
             done = consolidator.consolidate_gpu_memory(process_context=item.name)
-            item.user_properties.append(("gpumem_consolidated", str(done)))
-        drop_properties(item, STEP)
-        item.user_properties.append((STEP, self._step))
+            properties.tell_consolidated(item.user_properties, done)
+        properties.tell_step(item.user_properties, self._step)
         manager = sys.modules.get("pytest_gpumem.routing.resource_manager")
         banned = nullcontext()
         if self._step == retry.CPU and manager is not None:
@@ -276,7 +267,7 @@ class Leasing:
 
     def _is_shared(self, card: Card) -> bool:
         if self._without:
-            return bool(set(devices.process_bytes(card)) - {os.getpid()})
+            return devices.used_by_others(card)
         try:
             opened = self._open()
             return opened.is_shared(card.uuid) or opened.foreign(card.uuid, card.total) > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from contextlib import contextmanager
@@ -18,15 +17,14 @@ from pytest_gpumem.plugin.state import (
     HOST,
     LATE,
     NOTES,
-    PROPERTIES,
     STATE,
     USAGE,
     ItemMarks,
     State,
-    drop_properties,
     marks_of,
     stashed,
 )
+from pytest_gpumem.records import properties
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import NOTHING_USED, Fixture, Usage
 from pytest_gpumem.tracking.left_behind import LeftBehind
@@ -216,7 +214,7 @@ class LateTeardowns:
 def _shared(cards: Sequence[records.Card]) -> bool:
     """Return whether other processes use the cards: other workers, or strangers."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    return workers > 1 or any(set(devices.process_bytes(card)) - {os.getpid()} for card in cards)
+    return workers > 1 or any(map(devices.used_by_others, cards))
 
 
 def _keepers(item: pytest.Item) -> dict[int, str]:
@@ -267,22 +265,7 @@ def _enforce(
 
 def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
-    drop_properties(item, *PROPERTIES)
     grant = stashed(item, GRANT)
-    if not (usage.cards or usage.fixtures or usage.left or oom or grant):
-        return
-    record = {
-        "cards": [records.to_plain(card) for card in usage.cards],
-        "fixtures": [records.to_plain(fixture) for fixture in usage.fixtures],
-        "oom": oom,
-        "lease": records.to_plain(grant),
-        "left": [records.to_plain(each) for each in usage.left],
-        "beside": [records.to_plain(each) for each in item.stash.get(BESIDE, ())] if oom else [],
-    }
-    values = (
-        sum(card.peak for card in usage.cards),
-        sum(card.leftover for card in usage.cards),
-        sum(card.leaked for card in usage.cards),
-        json.dumps(record),
-    )
-    item.user_properties.extend(zip(PROPERTIES, values, strict=True))
+    beside = item.stash.get(BESIDE, []) if oom else []
+    told = properties.Told(usage.cards, usage.fixtures, oom, grant, usage.left, tuple(beside))
+    properties.tell_usage(item.user_properties, told)

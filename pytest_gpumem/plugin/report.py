@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,8 @@ import pytest
 
 from pytest_gpumem import devices, records
 from pytest_gpumem.plugin import attempts
-from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, ROUTES, STEP, USAGE_ERROR, State
+from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, USAGE_ERROR, State
+from pytest_gpumem.records import properties
 from pytest_gpumem.units import format_mib
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Reporting:
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_table_row(self, report: pytest.TestReport, cells: list[str]) -> None:
         """Fill the column."""
-        peak = dict(report.user_properties).get("gpumem_peak")
+        peak = dict(report.user_properties).get(properties.PEAK)
         cells.insert(2, f"<td>{format_mib(peak) if isinstance(peak, int) else ''}</td>")
 
 
@@ -264,23 +264,4 @@ def _record(
     )
     if not report.user_properties:
         return own
-    told = dict(report.user_properties)
-    routes, step = told.get(ROUTES), told.get(STEP)
-    if isinstance(routes, str):
-        own = own._replace(routes=tuple(records.Route(*each) for each in json.loads(routes)))
-    if isinstance(step, str):
-        own = own._replace(step=step)
-    text = told.get("gpumem_record")
-    if not isinstance(text, str):
-        return own
-    usage = json.loads(text)
-    return own._replace(
-        cards=tuple(records.from_plain(records.CardUsage, card) for card in usage["cards"]),
-        fixtures=tuple(
-            records.from_plain(records.FixtureUsage, each) for each in usage["fixtures"]
-        ),
-        oom=usage["oom"],
-        lease=usage["lease"] and records.from_plain(records.Grant, usage["lease"]),
-        left=tuple(records.from_plain(records.Left, each) for each in usage["left"]),
-        beside=tuple(records.from_plain(records.Process, each) for each in usage["beside"]),
-    )
+    return own._replace(**properties.read(report.user_properties)._asdict())

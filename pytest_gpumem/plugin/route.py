@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpumem import devices
-from pytest_gpumem.plugin.state import ROUTES, STATE, drop_properties, marks_of
+from pytest_gpumem.plugin.state import STATE, marks_of
 from pytest_gpumem.routing import thresholds
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
 
+    from pytest_gpumem.records import Route
     from pytest_gpumem.routing.model_pool import ModelPool
 
 NAME = "gpumem-routed"
@@ -81,7 +81,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave nothing of an earlier attempt in the test's report."""
-    drop_properties(item, ROUTES)
+    if item.user_properties:
+        _tell(item, ())
     if _MANAGER in sys.modules:
         sys.modules[_MANAGER].shared.take_routes()
 
@@ -93,10 +94,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     if _MANAGER in sys.modules:
         shared = sys.modules[_MANAGER].shared
         shared.give_back()
-        routes = shared.take_routes()
-        if routes:
-            item.user_properties.append((ROUTES, json.dumps(routes)))
+        if routes := shared.take_routes():
+            _tell(item, routes)
     return result
+
+
+def _tell(item: pytest.Item, routes: Sequence[Route]) -> None:
+    from pytest_gpumem.records import properties  # most suites route nothing
+
+    properties.tell_routes(item.user_properties, routes)
 
 
 @pytest.hookimpl(trylast=True)

@@ -85,18 +85,6 @@ def marks_of(item: pytest.Item) -> ItemMarks:
     return stashed(item, ITEM_MARKS) or _NO_MARKS
 
 
-def drop_properties(item: pytest.Item, *names: str) -> None:
-    """Take back what an earlier phase or attempt told in a test's user properties."""
-    if item.user_properties:
-        kept = [each for each in item.user_properties if each[0] not in names]
-        item.user_properties[:] = kept
-
-
-PROPERTIES = ("gpumem_peak", "gpumem_leftover", "gpumem_leaked", "gpumem_record")
-"""A test's user properties: bytes over all cards, and the whole record as JSON text."""
-ROUTES = "gpumem_routes"
-STEP = "gpumem_step"
-"""User properties too: where the test's tasks were sent, and why it is a further attempt."""
 USAGE_ERROR = "gpumem_usage_error"
 CARDS = "gpumem_cards"
 HOST = "gpumem_host"

@@ -1,7 +1,6 @@
 """What a run leaves behind."""
 
 from pytest_gpumem.records.run import (
-    NOT_WORTH,
     SCHEMA,
     Card,
     CardUsage,
@@ -23,7 +22,6 @@ from pytest_gpumem.records.run import (
 )
 
 __all__ = [
-    "NOT_WORTH",
     "SCHEMA",
     "Card",
     "CardUsage",

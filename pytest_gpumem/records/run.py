@@ -142,10 +142,6 @@ class Grant(NamedTuple):
     """Seconds before its start."""
 
 
-NOT_WORTH = "is not worth a card"
-"""How the reason ends of a route to the CPU that is no fallback."""
-
-
 class Route(NamedTuple):
     """Where a task was sent."""
 
@@ -156,11 +152,8 @@ class Route(NamedTuple):
     device: str
     """``cuda`` or ``cpu``."""
     reason: str
-
-    @property
-    def fell_back(self) -> bool:
-        """Whether it is on the CPU though it was worth a card."""
-        return self.device == "cpu" and not self.reason.endswith(NOT_WORTH)
+    fell_back: bool = False
+    """Whether it is on the CPU though it was worth a card."""
 
 
 class RecordedTest(NamedTuple):

@@ -216,7 +216,7 @@ class ModelPool:
         """
         with self._mutex:
             entry = self._entries.pop(name, None)
-        before = _readings()
+        before = devices.totals()
         if entry is not None:
             with entry.mutex:
                 model = entry.held()
@@ -232,7 +232,7 @@ class ModelPool:
                 del model
         for allocator in devices.allocators():
             allocator.release_cached()
-        after = _readings()
+        after = devices.totals()
         driver = None if before[1] is None or after[1] is None else before[1] - after[1]
         return Freed(before[0] - after[0], driver)
 
@@ -365,7 +365,7 @@ class ModelPool:
         framework = self._framework(model)
         if framework is not None:
             del model  # whose memory would not go otherwise
-            return self._take_apart(entry, framework)
+            return _take_apart(entry, framework, self.consolidator)
         if not _is_module(model) or self.consolidator.sleeping_bytes(model):
             return 0
         item = {"data": model, "type": "model", "metadata": {"model_name": entry.name}}
@@ -376,29 +376,31 @@ class ModelPool:
             _log.warning("%s stays on the card: %s", entry.name, refusal)
         return max(0, done.freed_allocator)
 
-    def _take_apart(self, entry: _Entry, framework: _Framework) -> int:
-        if entry.model is None:  # others keep it, and its memory with it
-            return 0
-        before = _readings()[0]
-        state = framework.save(entry.model)
-        try:
-            name = self.consolidator.store.put(
-                state, type="model", context="model pool", metadata={"model_name": entry.name}
-            )
-        except ArchiveError as error:
-            _log.warning("%s stays on the card: %s", entry.name, error)
-            entry.model = framework.load(state)  # the old one has let go of its memory
-            return 0
-        entry.archived = name, framework.load
-        entry.model, entry.reference = None, lambda: None
-        del state
-        gc.collect()
-        for allocator in devices.allocators():
-            allocator.release_cached()
-        return max(0, before - _readings()[0])
-
     def _framework(self, model: Any) -> _Framework | None:
         return next((each for each in self._frameworks if isinstance(model, each.kind)), None)
+
+
+def _take_apart(entry: _Entry, framework: _Framework, consolidator: GpuConsolidator) -> int:
+    """Archive the state of an object that is no torch module; return the bytes that freed."""
+    if entry.model is None:  # others keep it, and its memory with it
+        return 0
+    before = devices.totals()[0]
+    state = framework.save(entry.model)
+    try:
+        name = consolidator.store.put(
+            state, type="model", context="model pool", metadata={"model_name": entry.name}
+        )
+    except ArchiveError as error:
+        _log.warning("%s stays on the card: %s", entry.name, error)
+        entry.model = framework.load(state)  # the old one has let go of its memory
+        return 0
+    entry.archived = name, framework.load
+    entry.model, entry.reference = None, lambda: None
+    del state
+    gc.collect()
+    for allocator in devices.allocators():
+        allocator.release_cached()
+    return max(0, before - devices.totals()[0])
 
 
 def _sentence_transformer(name: str) -> Any:
@@ -414,11 +416,3 @@ def _weakly(model: Any) -> Callable[[], Any]:
         return weakref.ref(model)
     except TypeError:
         return lambda: model
-
-
-def _readings() -> tuple[int, int | None]:
-    allocated = sum(each.allocated for one in devices.allocators() for each in one.read())
-    told = [devices.driver_reading(card) for card in devices.find_cards().cards]
-    if not told or None in told:
-        return allocated, None
-    return allocated, sum(reading.used for reading in told if reading is not None)

@@ -16,7 +16,7 @@ from pytest_gpumem import devices
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.leases.api import store
 from pytest_gpumem.leases.asking import Want
-from pytest_gpumem.records import NOT_WORTH, Route
+from pytest_gpumem.records import Route
 from pytest_gpumem.routing import thresholds as limits
 from pytest_gpumem.scheduling.workers import Holdings
 from pytest_gpumem.units import format_bytes
@@ -184,13 +184,14 @@ class HybridResourceManager:
 
         ``gpu`` says whether the task is worth a card; None: by its kind.
         """
-        device, reason = self._decide(task_type, size, gpu)
-        route = Route(task_type, size, device, reason)
+        worth = task_type in GPU_TASKS if gpu is None else gpu
+        device, reason = self._decide(task_type, size, worth=worth)
+        route = Route(task_type, size, device, reason, fell_back=worth and device == CPU)
         with shared.mutex:
             shared.routes.append(route)
         return route
 
-    def _decide(self, task_type: str, size: int, gpu: bool | None) -> tuple[str, str]:
+    def _decide(self, task_type: str, size: int, *, worth: bool) -> tuple[str, str]:
         if shared.banned:
             return CPU, shared.banned
         card = self._card()
@@ -211,9 +212,8 @@ class HybridResourceManager:
                     f"{format_bytes(size)} wanted, and {_part(reading):.0%} of the card are in "
                     f"use, above {limits.busy:.0%}"
                 )
-        worth = task_type in GPU_TASKS if gpu is None else gpu
         if not worth:
-            return CPU, f"{task_type!r} {NOT_WORTH}"
+            return CPU, f"{task_type!r} is not worth a card"
         if reading is not None and size > reading.free + _cached(card):
             free = format_bytes(reading.free)
             return CPU, f"{format_bytes(size)} wanted, {free} of the card are free"
@@ -284,17 +284,17 @@ def get_sentence_transformer_device(size: int = 0) -> str:
         limit = limits.in_force.transformers
         if part > limit:
             reason = f"{part:.0%} of the card are reserved, above {limit:.0%}"
-            with shared.mutex:
-                shared.routes.append(Route("sentence_transformer", size, CPU, reason))
-            _log.warning("a sentence transformer goes to the CPU: %s", reason)
-            return CPU
+            return _kept_off(size, reason)
         return _the_one.route("sentence_transformer", size, gpu=True).device
     except Exception as error:  # whatever it is, the CPU works
-        reason = f"the card cannot be read: {error}"
-        with shared.mutex:
-            shared.routes.append(Route("sentence_transformer", size, CPU, reason))
-        _log.warning("a sentence transformer goes to the CPU: %s", reason)
-        return CPU
+        return _kept_off(size, f"the card cannot be read: {error}")
+
+
+def _kept_off(size: int, reason: str) -> str:
+    with shared.mutex:
+        shared.routes.append(Route("sentence_transformer", size, CPU, reason, fell_back=True))
+    _log.warning("a sentence transformer goes to the CPU: %s", reason)
+    return CPU
 
 
 def _reserved_part() -> float:
@@ -314,12 +314,8 @@ def _part(reading: devices.DriverReading) -> float:
 
 def _cached(card: Card) -> int:
     """Return the bytes that this process's allocator holds and does not use."""
-    return sum(
-        held.reserved - held.allocated
-        for allocator in devices.allocators()
-        for index, held in enumerate(allocator.read())
-        if allocator.card(index).uuid == card.uuid
-    )
+    held = devices.held(card)
+    return held.reserved - held.allocated
 
 
 def _system_status() -> SystemStatus:

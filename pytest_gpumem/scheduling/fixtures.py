@@ -14,12 +14,10 @@ not come before the last one that uses G within the module, class or package to 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from pytest_gpumem.scheduling.estimates import PlannedTest
 
 
 class WideFixture(NamedTuple):
@@ -30,6 +28,18 @@ class WideFixture(NamedTuple):
     name: str
     param: int | None = None
     """Setting it up with another parameter tears it down first."""
+
+
+class Test(Protocol):
+    """What is to be known of a test."""
+
+    @property
+    def nodeid(self) -> str:
+        """Its name."""
+
+    @property
+    def wide(self) -> tuple[WideFixture, ...]:
+        """The wide fixtures that it is known to use."""
 
 
 SetUp = frozenset[WideFixture]
@@ -45,7 +55,7 @@ class SetUpOrder:
 
     """
 
-    def __init__(self, tests: Sequence[PlannedTest]) -> None:
+    def __init__(self, tests: Sequence[Test]) -> None:
         self._tests = tests
         self._first: dict[WideFixture, int] = {}
         """The first test that uses it."""

@@ -24,6 +24,7 @@ from xdist.remote import WorkerInteractor
 
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
 from pytest_gpumem.plugin.xdist.controller import Taken, cards_of, planned_tests, taken
+from pytest_gpumem.records import CardUsage, properties
 from pytest_gpumem.scheduling.history import History
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes
@@ -992,7 +993,9 @@ def test_a_test_that_never_ran_may_use_a_card_unexpectedly():
 
 
 def test_what_a_test_took_is_read_from_its_report():
-    cards = [{"extra": 7, "fixture_bytes": 1}, {"extra": 2, "fixture_bytes": 4}]
+    usage = CardUsage("GPU-1", *(0,) * 7, process=None, extra=7, fixture_bytes=1)
+    told: list[tuple[str, object]] = []
+    properties.tell_usage(told, properties.Told((usage, usage._replace(extra=2, fixture_bytes=4))))
 
-    assert taken([("gpumem_record", json.dumps({"cards": cards}))]) == Taken(7, 4)
+    assert taken(told) == Taken(7, 4)
     assert taken([("other", 1)]) == Taken(0, 0)

@@ -85,11 +85,27 @@ def test_links_between_documents_lead_somewhere(document):
         assert not target or (document.parent / target).exists(), target
 
 
-def test_every_option_is_in_the_reference():
+def test_the_reference_has_every_option_as_it_is_declared():
     from pytest_gpumem.plugin.settings import OPTIONS
 
     reference = (ROOT / "docs" / "reference.md").read_text()
-    assert [option.flag for option in OPTIONS if f"`{option.flag}" not in reference] == []
+    options = reference.partition("\n## Marks")[0]
+    rows = {
+        name: (metavar, default.replace("`", ""))
+        for name, metavar, default in re.findall(
+            r"^\| `(--gpumem[\w-]*) ?(\w*)` \|.*\| (.*) \|$", options, re.MULTILINE
+        )
+    }
+    declared = {
+        each.flag: (each.metavar or "", each.default or ("none" if each.metavar else "off"))
+        for each in OPTIONS
+    }
+    declared["--gpumem"] = ("MODE", "track; on with -p gpumem")
+    assert rows == declared
+
+    sentence = next(line for line in options.splitlines() if "do something only with `on`" in line)
+    needy = [option.flag for option in OPTIONS if option.needs_on]
+    assert sorted(re.findall(r"`(--[\w-]+)`", sentence)) == sorted(needy)
 
 
 def test_every_field_of_the_records_is_in_the_json_document():

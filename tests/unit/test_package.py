@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pytest_gpumem
+from pytest_gpumem import files
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,3 +34,15 @@ def test_importing_the_plugin_imports_nothing_heavy():
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     loaded = set(child.stdout.decode().split())
     assert not loaded & {"torch", "pynvml", "numpy", "cryptography", "zstandard", "rich"}
+
+
+def test_each_python_that_is_claimed_is_run_by_the_workflow():
+    project = files.read_toml(ROOT / "pyproject.toml")["project"]
+    claimed = {each.rpartition(" ")[2] for each in project["classifiers"] if " :: 3." in each}
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    sessions = set(re.findall(r"\bnewest-(3\.\d+)", text))
+
+    # .ci/run is the one of 3.11, the oldest that pyproject.toml allows is run as session oldest.
+    assert sessions | {"3.11"} == claimed
+    assert project["requires-python"] == ">=3.10"
+    assert "[oldest, newest-3.10," in text

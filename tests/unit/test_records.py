@@ -5,7 +5,19 @@ import json
 import pytest
 
 from pytest_gpumem import files, records
-from pytest_gpumem.records import Card, CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
+from pytest_gpumem.records import (
+    Card,
+    CardUsage,
+    FixtureUsage,
+    Grant,
+    Holder,
+    Left,
+    Process,
+    RecordedTest,
+    Route,
+    RunRecord,
+    properties,
+)
 
 HOLDER = Holder("test_x.py: module global CACHE[3]", (2, 3), "float32", 24, 1, ("a.py:1 f",))
 USAGE = CardUsage("GPU-1", 1, 9, 4, 20, 20, 0, 1, None, leaked=4, holders=(HOLDER,))
@@ -55,6 +67,55 @@ def test_other_files_are_refused_by_name(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"run\.json' is not"):
         records.load_run(path)
+
+
+TOLD = properties.Told(
+    (USAGE, USAGE._replace(card="GPU-2", peak=5)),
+    (FixtureUsage("model", "session", "GPU-1", 100, 120),),
+    "CUDA out of memory",
+    Grant(("GPU-1",), 7, alone=True, waited=0.5),
+    (Left("default device", "cpu", "cuda:0"),),
+    (Process(7, "python", None),),
+    (Route("encode", 5, "cpu", "the card is full"), Route("encode", 5, "cuda", "there is room")),
+    "alone",
+)
+
+
+def tell(told):
+    found = [("somebody_elses", 1)]
+    properties.tell_usage(found, told._replace(routes=(), step=""))
+    properties.tell_routes(found, told.routes)
+    properties.tell_step(found, told.step)
+    return found
+
+
+@pytest.mark.parametrize("field", properties.Told._fields)
+def test_what_a_test_told_is_read_whether_it_told_one_thing_or_all(field):
+    alone = properties.Told(**{field: getattr(TOLD, field)})
+
+    assert properties.read(tell(alone)) == alone
+    assert properties.read(tell(TOLD)) == TOLD
+    assert properties.read([]) == properties.Told()
+
+
+def test_a_further_attempt_takes_the_place_of_the_one_before():
+    found = tell(TOLD)
+    properties.tell_consolidated(found, "3 MiB")
+    properties.tell_usage(found, properties.Told())
+    properties.tell_routes(found, ())
+    properties.tell_step(found, "cpu")
+
+    assert found == [
+        ("somebody_elses", 1),
+        ("gpumem_consolidated", "3 MiB"),
+        ("gpumem_step", "cpu"),
+    ]
+
+
+def test_what_junit_shows_are_sums_over_all_cards():
+    told = dict(tell(TOLD))
+
+    assert (told["gpumem_peak"], told["gpumem_leftover"], told["gpumem_leaked"]) == (14, 8, 8)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ comes with its reports.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ import pytest
 
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
+from pytest_gpumem.records import properties
 from pytest_gpumem.scheduling import planner as plans
 from pytest_gpumem.scheduling import workers
 from pytest_gpumem.scheduling.estimates import PlannedTest
@@ -527,13 +527,12 @@ def cards_of(
     return totals, used
 
 
-def taken(properties: Iterable[tuple[str, object]]) -> Taken:
+def taken(told: Iterable[tuple[str, object]]) -> Taken:
     """Return what a test took, from its report."""
-    text = dict(properties).get("gpumem_record")
-    cards = json.loads(text)["cards"] if isinstance(text, str) else ()
+    cards = properties.read(told).cards
     return Taken(
-        max((usage["extra"] for usage in cards), default=0),
-        max((usage["fixture_bytes"] for usage in cards), default=0),
+        max((usage.extra for usage in cards), default=0),
+        max((usage.fixture_bytes for usage in cards), default=0),
     )
 
 

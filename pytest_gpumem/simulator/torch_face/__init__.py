@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from pytest_gpumem.simulator.card import SharedCard
 
 
@@ -41,4 +43,12 @@ def install(card: SharedCard) -> None:
         raise RuntimeError(
             f"the simulated card does not fit torch {torch.__version__}: {error}"
         ) from None
-    torch_python.enter_everywhere(lambda: modes.on_the_card(memory, generator))
+
+    def enter() -> AbstractContextManager[None]:
+        # Not before torch is prepared, whose functions its table is of.
+        from pytest_gpumem.simulator.torch_face import calls
+
+        charges = modes.Charges(memory, generator)
+        return modes.entered(modes.Face(memory, charges, calls.HANDLERS, calls.create))
+
+    torch_python.enter_everywhere(enter)

@@ -16,12 +16,10 @@ from pytest_gpumem.simulator.torch_face.modes import face_again
 from pytest_gpumem.simulator.torch_face.stubs import CARD, device_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from pytest_gpumem.simulator.blocks import Block
-    from pytest_gpumem.simulator.torch_face.modes import Face, Function
-
-    Handler = Callable[[Face, Function, Any, Any], Any]
+    from pytest_gpumem.simulator.torch_face.modes import Face, Function, Handler
 
 _C: Any = torch._C
 Tensor: Any = torch.Tensor

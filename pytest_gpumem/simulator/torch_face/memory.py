@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.simulator.blocks import Block, CachingAllocator, OutOfMemory
+from pytest_gpumem.simulator.allocator import CachingAllocator, OutOfMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pytest_gpumem.simulator.blocks import Block
     from pytest_gpumem.simulator.card import SharedCard
 
 _C: Any = torch._C

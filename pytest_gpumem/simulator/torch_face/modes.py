@@ -5,7 +5,7 @@ turns what names the card into what the host can do (``calls`` says how, functio
 ``Charges`` sees every operation below autograd: what comes out of operands on the card is charged
 to the card.
 
-Modes belong to a thread; ``on_the_card`` enters both.
+Modes belong to a thread; ``entered`` enters both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pytest_gpumem.simulator.torch_face.memory import CardMemory, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from pytest_gpumem.simulator.torch_face.stubs import CardGenerator
 
@@ -260,20 +261,27 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Any]:
             yield from _tensors_in(value)
 
 
+Handler = Callable[["Face", Function, Any, Any], Any]
 _this_thread = threading.local()
 
 
 class Face(TorchFunctionMode):
     """Lets host tensors that ``CardMemory`` holds appear on ``cuda:0``."""
 
-    def __init__(self, memory: CardMemory, charges: Charges) -> None:
+    def __init__(
+        self,
+        memory: CardMemory,
+        charges: Charges,
+        handlers: Mapping[Any, Handler],
+        create: Handler,
+    ) -> None:
         super().__init__()
-        from pytest_gpumem.simulator.torch_face import calls
-
         self.memory = memory
         self.charges = charges
-        self._handlers = calls.HANDLERS
-        self._create = calls.create
+        self._handlers = handlers
+        """What is done for single functions."""
+        self._create = create
+        """What is done for every other that is told a device."""
 
     def __torch_function__(
         self, func: Function, types: Any, args: Any = (), kwargs: Any = None
@@ -297,12 +305,10 @@ class Face(TorchFunctionMode):
 
 
 @contextmanager
-def on_the_card(memory: CardMemory, generator: CardGenerator) -> Iterator[None]:
+def entered(face: Face) -> Iterator[None]:
     """Enter both modes in this thread."""
-    charges = Charges(memory, generator)
-    face = Face(memory, charges)
     _this_thread.face = face
-    with face, charges:
+    with face, face.charges:
         yield
 
 

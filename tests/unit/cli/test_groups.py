@@ -148,7 +148,7 @@ def test_processes_count_while_they_overlap():
 
 def test_a_fallback_is_what_was_worth_a_card_and_ended_on_the_cpu():
     to_card = records.Route("embedding", 1, "cuda", "there is room")
-    full = records.Route("embedding", 1, "cpu", "91% of the card are in use, above 90%")
+    full = records.Route("embedding", 1, "cpu", "91% of the card are in use", fell_back=True)
     never = records.Route("parse", 0, "cpu", "'parse' is not worth a card")
 
     def test(*routes, step=""):

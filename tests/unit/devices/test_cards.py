@@ -13,7 +13,6 @@ from device_fakes import GIB, NOT_SUPPORTED, FakeBoard, FakeCuda, FakeDriver, Fa
 
 from pytest_gpumem.devices import (
     Usage,
-    cards,
     cards_to_choose,
     driver_reading,
     find_cards,
@@ -23,6 +22,7 @@ from pytest_gpumem.devices import (
     torch_state,
     usage,
     used_bytes,
+    users,
 )
 from pytest_gpumem.devices.nvml import DriverReading
 from pytest_gpumem.records import Card
@@ -197,8 +197,8 @@ def test_a_process_knows_its_own_figure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     namespace = str(Path("/proc/self/ns/pid").readlink())
-    monkeypatch.setattr(cards, "_FIRST_NAMESPACE", namespace if here else "another")
-    monkeypatch.setattr(cards, "process_bytes", lambda _: told)
+    monkeypatch.setattr(users, "_FIRST_NAMESPACE", namespace if here else "another")
+    monkeypatch.setattr(users, "process_bytes", lambda _: told)
     card = Card(A, "", 0)
 
     assert own_bytes(card, reserved) == own

@@ -133,6 +133,7 @@ def test_a_figure_the_binding_lets_through_as_17179869184_gib_is_not_told(
     assert nvml.processes(A) == {8: None}
 
 
+@pytest.mark.newest
 def test_an_older_driver_is_asked_by_its_older_process_call(driver: FakeDriver) -> None:
     driver.boards = [FakeBoard(A, processes={7: GIB, 8: NOT_AVAILABLE})]
     driver.missing = {"nvmlDeviceGetComputeRunningProcesses_v3"}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from device_fakes import FakeCuda
 
 
+@pytest.mark.newest
 def test_every_private_name_is_in_the_torch_of_the_named_version() -> None:
     import torch
 
@@ -53,6 +54,7 @@ def test_the_callback_comes_before_the_reset(cuda: FakeCuda) -> None:
     assert cuda.calls[2:] == [("reset_peak", 1)]
 
 
+@pytest.mark.newest
 def test_every_public_name_of_the_reset_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torch.accelerator import reset_peak_memory_stats as bound_early

@@ -10,6 +10,7 @@ from forensic_corpus import ERROR, torch
 
 from pytest_gpumem.forensics import analysis, grammars, lines
 from pytest_gpumem.forensics.causes import HOST
+from pytest_gpumem.forensics.grammars.language import size
 from pytest_gpumem.forensics.sequence import Follower
 
 
@@ -85,7 +86,7 @@ def test_each_framework_s_words_are_known(memory, tried, text):
     (event,) = events(f"starting\n{message}\nstopped\n")
 
     assert ("host" if event.backend in HOST else "card") == memory
-    assert event.tried_bytes == (None if tried == "-" else grammars.size(tried))
+    assert event.tried_bytes == (None if tried == "-" else size(tried))
 
 
 NOTHING = [

@@ -10,7 +10,8 @@ from forensic_corpus import CASES, LOG
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pytest_gpumem.forensics import analysis, grammars, lines, readers
+from pytest_gpumem.forensics import analysis, lines, readers
+from pytest_gpumem.forensics.grammars.language import size
 from pytest_gpumem.forensics.sequence import Follower
 
 TEXTS = [each.data for each in CASES if each.suffix == ".log"]
@@ -74,13 +75,13 @@ def test_what_stands_before_a_run_does_not_hide_it(noise):
 def test_a_printed_size_is_its_bytes(number, unit):
     shift = {"b": 0, "B": 0, "k": 10, "K": 10, "M": 20, "G": 30}[unit[0]]
 
-    assert grammars.size(f"{number} {unit}") == number << shift
-    assert grammars.size(f"{number:,}{unit}") == number << shift
+    assert size(f"{number} {unit}") == number << shift
+    assert size(f"{number:,}{unit}") == number << shift
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "1.2.3 GiB", "one GiB", "1 XiB", "-1 GiB"])
 def test_what_is_no_size_is_none(text):
-    assert grammars.size(text) is None
+    assert size(text) is None
 
 
 CARRIERS = {

@@ -43,7 +43,7 @@ def shown(*tests: RecordedTest, top: int = 10, verbosity: int = 0) -> list[str]:
 
 
 def table(lines: list[str]) -> list[str]:
-    (head,) = [n for n, line in enumerate(lines) if line.endswith("leftover  test")]
+    (head,) = [n for n, line in enumerate(lines) if line.endswith("  test")]
     rows = lines[head + 1 :]
     return rows[: rows.index("")] if "" in rows else rows
 

@@ -59,6 +59,7 @@ def card(monkeypatch, tmp_path):
         (0, ("quantum", 0), "cuda", "there is room"),
         (0, ("tensor", 1000), "cuda", "there is room"),
         (0, ("parsing", 1), "cpu", "not worth a card"),
+        (851, ("parsing", 1), "cpu", "above 85%"),
         (0, ("math", 1001), "cpu", "of the card are free"),
         (850, ("math", 100), "cuda", "there is room"),
         (851, ("math", 1), "cpu", "above 85%"),
@@ -75,6 +76,7 @@ def test_the_thresholds_are_the_plans(card, used, task, device, reason):
     (route,) = module.shared.take_routes()
     assert (route.device, route.size) == (device, task[1] * MIB)
     assert reason in route.reason
+    assert route.fell_back == (device == "cpu" and task[0] != "parsing")
 
 
 def test_other_thresholds_hold_if_they_are_given(card):

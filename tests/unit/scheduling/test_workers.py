@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import AllocatorReading, DriverReading, cards
+from pytest_gpumem.devices import AllocatorReading, DriverReading, users
 from pytest_gpumem.records import Card
 from pytest_gpumem.scheduling.history import Learned
 from pytest_gpumem.scheduling.workers import (
@@ -288,7 +288,7 @@ def driver(monkeypatch):
         asked.append(card.uuid)
         return told
 
-    monkeypatch.setattr(cards, "process_bytes", process_bytes)
+    monkeypatch.setattr(users, "process_bytes", process_bytes)
     return told, asked
 
 
@@ -352,6 +352,6 @@ def test_of_each_card_is_told_how_much_of_it_is_used(driver, monkeypatch):
     told, _ = driver
     told[os.getpid()] = 7
     readings = {"GPU-a": DriverReading(used=30, free=70, total=100, reserved=0)}
-    monkeypatch.setattr(cards, "driver_reading", lambda card: readings.get(card.uuid))
+    monkeypatch.setattr(users, "driver_reading", lambda card: readings.get(card.uuid))
 
     assert tell_cards(CARDS[:2]) == [("GPU-a", GIB, 30), ("GPU-b", GIB, 7)]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -16,7 +16,10 @@ from hypothesis.stateful import (
     rule,
 )
 
-from pytest_gpumem.simulator.blocks import Block, CachingAllocator, OutOfMemory
+from pytest_gpumem.simulator.allocator import CachingAllocator, OutOfMemory
+
+if TYPE_CHECKING:
+    from pytest_gpumem.simulator.blocks import Block
 
 KIB, MIB = 2**10, 2**20
 POOLED = (

@@ -320,7 +320,13 @@ def held_at_once(tmp_path_factory: pytest.TempPathFactory, known: set[int]) -> d
     }
 
 
-@pytest.mark.parametrize("name", HOLDERS)
+NEED_NEWEST = {"a gradient", "what hooks packed for the backward pass"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.newest] * (name in NEED_NEWEST)) for name in HOLDERS],
+)
 def test_a_holder_is_named(held_at_once: dict[str, list[str]], name: str) -> None:
     _, where = HOLDERS[name]
     assert held_at_once[name] == [where]
@@ -395,6 +401,7 @@ def test_a_gradient_without_an_object_of_its_own_is_found(suite: Suite) -> None:
     assert held.size == 2 * (9 + 3) * 8
 
 
+@pytest.mark.newest
 def test_a_model_that_only_a_loss_keeps_alive_is_laid_at_its_door(suite: Suite) -> None:
     suite.module(
         "def loss():\n    model = torch.nn.Linear(3, 3, dtype=MARK)\n"

@@ -1,0 +1,56 @@
+"""The suite on other Pythons, and on the oldest of what pyproject.toml claims.
+
+    nox --list
+    nox -s newest-3.13
+    nox -s oldest -- tests/unit/scheduling
+
+Interpreters that are not found are skipped: those of pyenv are found with ``pyenv shell``, or with
+their folders of ``bin`` on the PATH. What stands behind ``--`` goes to pytest.
+"""
+
+from __future__ import annotations
+
+import re
+
+import nox
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = False
+CORE = [
+    *(f"tests/unit/{room}" for room in ("cli", "devices", "leases", "plugin", "reports")),
+    *(f"tests/unit/{room}" for room in ("routing", "scheduling", "tracking", "test_house.py")),
+    *(f"tests/plugin/test_{name}.py" for name in ("scheduler", "sharing")),
+]
+"""What needs no other plugin."""
+# As `make` has it: nothing may import the source tree beside the installed wheel.
+ENVIRONMENT = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def floor(requirement: str) -> str:
+    """Return ``requirement`` for the oldest release that it allows: ``a>=1.2`` as ``a==1.2.*``."""
+    return re.sub(r">=([\d.]+).*", r"==\1.*", requirement)
+
+
+@nox.session(python=PYTHONS)
+def newest(session: nox.Session) -> None:
+    """Run the suite on the newest of everything."""
+    group = nox.project.dependency_groups(PROJECT, "test")
+    session.install(".", *(name.replace("torch==", "torch>=") for name in group))
+    session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2"]), env=ENVIRONMENT)
+
+
+@nox.session(python=PYTHONS[0])
+def oldest(session: nox.Session) -> None:
+    """Run what needs no other plugin on the oldest of what the package says that it works with."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    claimed = [*PROJECT["project"]["dependencies"], *extras["torch"], *extras["xdist"]]
+    session.install(".", *map(floor, claimed), "hypothesis", "plotly", "pyyaml")
+    # Our own settings are for the newest pytest and for plugins that need one.
+    session.run(
+        *("python", "-m", "pytest", "-o", "addopts=-ra", "-m", "not newest"),
+        *("-W", "ignore::pytest.PytestConfigWarning"),
+        *(session.posargs or CORE),
+        env=ENVIRONMENT,
+    )

@@ -1,0 +1,85 @@
+"""What calls CUDA on its own, and the driver's and the runtime's words, wherever they surface."""
+
+from pytest_gpumem.forensics.grammars.language import grammar
+
+_OUT = r"[Oo]ut\s+of\s+memory"
+
+GRAMMARS = (
+    # NCCL, Numba, Julia, Warp, Blender, faiss, XGBoost.
+    grammar(
+        "nccl",
+        "Cuda failure",
+        r"(?:\S+:\d+:\d+ \[(?P<device>\d{1,4})\] .{0,80}?)?(?:NCCL WARN )?Cuda failure (?:\d+ )?"
+        "'out of memory'",
+        distinct=True,
+    ),
+    grammar(
+        "nccl",
+        "ailed to CUDA calloc",
+        r"(?:NCCL WARN )?Failed to CUDA calloc",
+        r"calloc (?:async )?<tried>",
+        distinct=True,
+    ),
+    grammar(
+        "numba",
+        "CUDA_ERROR_OUT_",
+        r"\[2\] Call to cu\w+ results in CUDA_ERROR_OUT_\w*",
+        distinct=True,
+    ),
+    grammar(
+        "cuda",
+        "ut of GPU memory|ut of device memory|ut of video memory",
+        r"(?i:\bout of (?:gpu|device|video) memory)",
+        r"trying to allocate <tried>",
+    ),
+    grammar("cuda", "out of GPU and shared host memory", "", distinct=True),
+    grammar(
+        "cuda",
+        "(cudaMalloc error out",
+        r"\bsize \d+ bytes \(cudaMalloc error out of memory",
+        r"size <tried>",
+        distinct=True,
+    ),
+    grammar("cuda", "ailed to cudaMalloc", "", r"cudaMalloc <tried>", distinct=True),
+    grammar("cuda", "inside the cuDNN", r"Resource allocation failed inside the cuDNN library"),
+    grammar(
+        "cuda",
+        "Memory allocation failed",
+        r"storage_manager\.h:\d+: Memory allocation failed",
+        distinct=True,
+    ),
+    grammar(
+        "cuda",
+        "on device 'cuda",
+        r"Failed to allocate \d+ bytes on device 'cuda",
+        r"allocate <tried>",
+        r"cuda:(?P<device>\d{1,4})",
+        distinct=True,
+    ),
+    # The driver's and the runtime's own name for it, and their calls, wherever they surface.
+    grammar(
+        "cuda",
+        "CUDA_ERROR_OUT_|cudaErrorMemoryAllocation|CUDA_OUT_OF_MEMORY",
+        r"\bCUDA_ERROR_OUT_(?:OF_MEMORY\b|\w*(?:\.\.\.|\N{HORIZONTAL ELLIPSIS}))"
+        r"|\bcudaErrorMemoryAllocation\b|\bCUDA_OUT_OF_MEMORY\b",
+        r"allocate \S+ \(<tried>\)",
+        r"allocate <tried>",
+        r"Requested memory: <tried>",
+        r"Free memory: <free>",
+        distinct=True,
+    ),
+    grammar(
+        "cuda",
+        "ut of memory",
+        rf"\b(?i:CUDA (?:driver |runtime )?(?:API )?(?:error|fail(?:ure|ed)|runtime)|cu(?:da)?blas)"
+        rf"\b.{{0,100}}?\b{_OUT}\b"
+        rf"|\b(?:cuda|cu)[A-Z]\w+.{{0,160}}?\b{_OUT}\b|\bOut of memory in cu[A-Z]\w+\("
+        rf"|(?i:gpu api call\)? ?\(?){_OUT}|\bcuda: ?{_OUT}\b"
+        rf"|== cudaSuccess.{{0,60}}?\b{_OUT}\b|\bcudaSuccess ==.{{0,60}}?\b{_OUT}\b",
+        r"cudaMalloc\w* <tried>",
+        r"allocat(?:e|ing) <tried>",
+        distinct=True,
+        words="CUDA error: out of memory",
+    ),
+    grammar("cuda", "out of memory", rf"(?i:cuda|gpu|vram|device).{{0,200}}?\b{_OUT}\b"),
+)

@@ -1,0 +1,68 @@
+"""The interfaces of graphics and of other cards: Vulkan, Metal, Level Zero, OpenCL, OptiX."""
+
+from pytest_gpumem.forensics.grammars.language import grammar
+
+GRAMMARS = (
+    # Vulkan, Metal, Level Zero, OpenCL, OptiX.
+    grammar(
+        "vulkan",
+        "evice memory allocation of size",
+        r"[Dd]evice memory allocation of size",
+        r"of size <tried#>",
+        distinct=True,
+    ),
+    grammar(
+        "vulkan",
+        "OutOfDeviceMemory|ERROR_OUT_OF_DEVICE_MEMORY",
+        r"\bErrorOutOfDeviceMemory|\bVK_ERROR_OUT_OF_DEVICE_MEMORY",
+        distinct=True,
+    ),
+    grammar(
+        "metal",
+        "ErrorOutOfMemory|nsufficient Memory",
+        r"Insufficient Memory(?: \((?:\d{8}:|IOAF)|$)|kIOGPU\w*ErrorOutOfMemory",
+        distinct=True,
+    ),
+    grammar(
+        "metal",
+        "maximum allowed buffer",
+        r"Attempting to allocate .{0,40} which is greater than the maximum allowed buffer size",
+        r"allocate <tried>",
+        r"buffer size of <allowed>",
+        distinct=True,
+    ),
+    grammar(
+        "metal",
+        "nable to allocate",
+        r"\[(?:metal::malloc|malloc_or_wait|malloc)\] Unable to allocate",
+        r"allocate <tried>",
+        distinct=True,
+    ),
+    grammar(
+        "xpu",
+        "ERROR_OUT_OF_DEVICE_MEMORY|ERROR_MEM_OBJECT",
+        r"\b(?:UR|ZE|PI)_(?:RESULT_)?ERROR_(?:OUT_OF_DEVICE_MEMORY|MEM_OBJECT_ALLOCATION_FAILURE)",
+        distinct=True,
+    ),
+    grammar(
+        "host",
+        "OUT_OF_HOST_MEMORY|OutOfHostMemory",
+        r"\b(?:UR|ZE|PI|VK|CL)_(?:RESULT_)?(?:ERROR_)?OUT_OF_HOST_MEMORY|\bErrorOutOfHostMemory",
+        distinct=True,
+    ),
+    grammar(
+        "opencl",
+        "MEM_OBJECT_ALLOCATION_FAILURE",
+        r"(?:\bCL_)?MEM_OBJECT_ALLOCATION_FAILURE",
+        distinct=True,
+    ),
+    grammar(
+        "opencl",
+        "bytes on device",
+        r"POCL\b.{0,200}Failed to allocate \d+ bytes on device"
+        r"|ERROR \| +Failed to allocate \d+ bytes on device",
+        r"allocate <tried>",
+        distinct=True,
+    ),
+    grammar("cuda", "DEVICE_OUT_OF_MEMORY", r"\bOPTIX_ERROR_DEVICE_OUT_OF_MEMORY", distinct=True),
+)

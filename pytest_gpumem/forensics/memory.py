@@ -1,0 +1,171 @@
+"""Lines that tell that memory ran out, or that a process ended."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.forensics import messages
+from pytest_gpumem.forensics.cursor import BEGUN
+from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
+from pytest_gpumem.forensics.runs import Kill, Seen
+from pytest_gpumem.forensics.signatures import signature, subject
+from pytest_gpumem.forensics.wrapped import ERROR_LINE, read_message, soon, traced
+
+if TYPE_CHECKING:
+    from pytest_gpumem.forensics.cursor import Cursor
+    from pytest_gpumem.forensics.lines import Line, Text
+
+_LOGGED_KEPT = 1000
+_SURVIVED = {"TRACE", "DEBUG", "INFO", "NOTICE", "WARNING", "WARN"}
+"""Levels of log records: who logs a failure as less than an error goes on."""
+_FATAL_LEVELS = {"ERROR", "CRITICAL", "FATAL"}
+_CRASH = re.compile(r"(?:worker|Slave|slave) '(gw\d+)' crashed while running '(.+?)'?$")
+_DOWN = re.compile(r"\[(gw\d+)\] node down: ")
+WHAT = re.compile(
+    r"(?:(.*?)\s*terminate called after throwing an instance of .*|\s*what\(\): +(.*))$"
+)
+"""An exception that nobody caught, by C++'s own word, with what stood before it."""
+_EXCEPTION = re.compile(
+    r"(?:[A-Za-z_]\w{0,80}\.){0,12}\w{0,80}"
+    r"(?:Error|Exception|Exit|Failed|Warning|Timeout)\w{0,80}: "
+)
+# Only a traceback names the exception's module.
+_QUALIFIED = re.compile(r"(?:[A-Za-z_]\w{0,80}\.){1,12}\w{0,80}(?:Error|Exception)\w{0,80}: ")
+_FAULT = re.compile(
+    r"Fatal Python error: (?P<fatal>Segmentation fault|Illegal instruction|Bus error"
+    r"|Floating.point exception|Cannot recover from stack overflow)"
+    r"|\+{3,} (?P<timeout>Timeout) \+{3,}|^(?P<shell>Segmentation fault|Bus error)\b"
+)
+"""What ends a process in its own words, which are not memory's."""
+
+
+def read_memory(at: Cursor, line: Line, text: Text) -> bool:
+    """Read a line that may tell that memory ran out."""
+    if at.section == "other":
+        return True
+    body = text.body
+    failure = at.failure
+    if (match := ERROR_LINE.match(body)) and not at.captured:
+        return note_raised(at, line, match[1].removeprefix("| "))
+    if match := WHAT.match(body):
+        # An abort: "what()" tells why, and nobody catches it.
+        if match[1] and (begun := BEGUN.match(match[1])):
+            at.resume()
+            at.run.current = at.run.test(begun[1])
+        return note_loose(at, line, match[2] or "", rank=text.rank, raised=True)
+    if not at.captured and (
+        at.section == "failures" or (failure is not None and at.section == "errors")
+    ):
+        # Source lines are indented; --tb=native prints the error at the margin.
+        found = None if body[:1].isspace() else read_message(at, line, body, raised=True)
+        if found and found.named and found.kind != "kill":
+            failure = failure or at.fail(line, "")
+            failure.note(Seen(line.number, found))
+            failure.error = body
+            return True
+        return note_kill(at, line, body)
+    return note_loose(at, line, body, text.level, text.rank) or note_kill(at, line, body)
+
+
+def note_raised(at: Cursor, line: Line, message: str) -> bool:
+    """Take the error of the failing test from a line that shows it."""
+    failure = at.failure
+    if failure is None and at.section == "failures":
+        failure = at.fail(line, "")
+    stripped = message.strip()
+    if failure is not None and (failure.compares or messages.QUOTING.search(stripped)):
+        failure.error = failure.error if failure.compares else stripped
+        failure.compares = True
+        return True
+    found = read_message(at, line, stripped, raised=True)
+    if found and found.kind != "kill" and (found.named or found.sizes or stripped != message):
+        failure = failure or at.fail(line, "")
+        failure.note(Seen(line.number, found))
+        failure.error = stripped
+        return True
+    if failure is not None and (_EXCEPTION.match(stripped) or stripped.startswith("assert ")):
+        failure.error = stripped
+        return True
+    return False
+
+
+def note_loose(
+    at: Cursor, line: Line, body: str, level: str = "", rank: str = "", *, raised: bool = False
+) -> bool:
+    """Keep a message outside of failures; how the test ends decides what it meant."""
+    found = read_message(at, line, body, raised=raised)
+    if found is None and not raised and traced(at, line):
+        found = read_message(at, line, body, raised=True)
+        level = ""
+    if found is None:
+        return False
+    if found.kind == "kill":
+        at.run.kills.append(Kill(line.number, found, found.pid))
+        return True
+    if level in _SURVIVED and (_QUALIFIED.match(body) or traced(at, line)):
+        # The last line of a traceback is an error, at whatever level a carrier logs it.
+        level = ""
+    if level in _SURVIVED or (not raised and messages.HANDLED.search(soon(at, line))):
+        return True
+    seen = Seen(line.number, found, rank or None)
+    if at.failure is not None and at.captured:
+        if found.named or raised:
+            at.failure.aside = at.failure.aside or seen
+    elif found.named or raised or found.sizes or level in _FATAL_LEVELS:
+        at.run.loose.append((seen, at.run.current))
+    return True
+
+
+def note_kill(at: Cursor, line: Line, body: str) -> bool:
+    """Keep a line that tells of a killed process."""
+    if at.captured:
+        return False
+    match = SHELL_KILL.search(body) or PROBABLE_KILL.fullmatch(body)
+    if match is None:
+        return False
+    pid = match["pid"] if "pid" in match.groupdict() else None
+    at.run.kills.append(Kill(line.number, None, int(pid) if pid else None))
+    return True
+
+
+def read_death(at: Cursor, line: Line, text: Text) -> bool:
+    """Read a line that tells of the end of a worker or of a process."""
+    run = at.run
+    if match := _CRASH.search(text.body):
+        worker, nodeid = match[1], match[2].rstrip("'")
+        if nodeid in run.crashed:
+            return True
+        run.crashed.add(nodeid)
+        failure = at.failure
+        if failure is None or at.section != "failures":
+            failure = at.fail(line, nodeid)
+        failure.name = failure.nodeid = nodeid
+        failure.worker, failure.died = worker, True
+        return True
+    if match := _DOWN.match(text.body):
+        run.down.setdefault(match[1], line.number)
+        run.faults.setdefault(match[1], at.fault)
+        run.pytest, at.fault = True, ""
+        return True
+    if match := _FAULT.search(text.body):
+        at.fault = match["fatal"] or match["timeout"] or match["shell"]
+        run.faults[None] = at.fault
+        return "Fatal" in text.body
+    return False
+
+
+def read_logged(at: Cursor, line: Line, text: Text) -> bool:
+    """Count the errors in lines of logs."""
+    del line
+    body = text.body
+    what = subject(body)
+    if text.level not in {"ERROR", "CRITICAL", "FATAL"} and what is None:
+        return False
+    if body and not body.startswith(("E ", ">", "FAILED", "ERROR ")):
+        run = at.run
+        name = signature(body[:400])
+        if name in run.logged or len(run.logged) < _LOGGED_KEPT:
+            run.logged[name] += 1
+            run.subjects[name] |= {what} if what else set()
+    return True

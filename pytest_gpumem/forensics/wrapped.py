@@ -1,0 +1,113 @@
+"""What the lines around one add to it: a message that was wrapped, a traceback above."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.forensics import lines, messages
+from pytest_gpumem.forensics.cursor import FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_gpumem.forensics.cursor import Cursor
+    from pytest_gpumem.forensics.lines import Line, Text
+    from pytest_gpumem.forensics.messages import Message
+
+_SAID = 80
+"""How far into a line a program says what it does next; further on are advice and paths."""
+ERROR_LINE = re.compile(r"E {2,}(.*)")
+# An error whose words are on the next line, or were cut by a width.
+_UNENDED = re.compile(
+    r"(?:[A-Za-z_][\w.]{0,200}(?:Error|Exception|Exhausted)\w*: (?!.{0,2000}emory).*"
+    r"|.{0,400}(?:(?:Error|Exception|failure|what\(\)|exhausted|EXHAUSTED)[^:]{0,80}|\(\d+\)): ?"
+    r"|.{0,400}\b(?:Out|of|memory|CUDA|RESOURCE_EXHAUSTED:|exhausted:)) *$"
+)
+_FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
+# Where a new thing begins, a message that was wrapped has ended.
+_NEW = re.compile(
+    rf"(?:[=_-]{{3,}}|{FILE}:[\d:]|FAILED |ERROR |PASSED |SKIPPED |\[gw\d|Traceback |File |"
+    r"frame #|>|.{0,80}\bout of memory\b|During handling|The above exception|\d+ passed|\d+ failed)"
+)
+
+
+def soon(at: Cursor, line: Line) -> str:
+    """Return the two lines that follow, where a program says that it tries again."""
+    return "\n".join(text.body[:_SAID] for text in following(line, 2, at.carrier))
+
+
+def traced(at: Cursor, line: Line) -> bool:
+    """Tell whether the line above is a frame of a traceback."""
+    start = line.end - len(line.raw)
+    above = line.buffer[max(0, start - 4096) : start].rstrip(b"\r\n").rpartition(b"\n")[2]
+    return _FRAME.match(lines.read(above, at.carrier).body) is not None
+
+
+def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
+    """Parse a message, with the lines that it was wrapped onto."""
+    body = body.strip()
+    found = messages.parse(body, raised=raised)
+    broken = found is None and _UNENDED.match(body) is not None
+    if not broken and (
+        found is None or found.complete or body.endswith(("...", "\N{HORIZONTAL ELLIPSIS}"))
+    ):
+        return found or _escaped(body, raised=raised)
+    for text in _joined(line, body, at.carrier):
+        other = messages.parse(text, raised=raised or found is not None)
+        if other is not None and other.figures > (found.figures if found else -1):
+            found = other
+    return found
+
+
+def _escaped(body: str, *, raised: bool) -> Message | None:
+    """Parse the lines of a text that a record has in one, with its newlines escaped."""
+    if "\\n" not in body:
+        return None
+    parts = re.split(r"\\+n", body)
+    found = (messages.parse(part.strip(), raised=raised) for part in parts)
+    return next((each for each in found if each is not None and each.named), None)
+
+
+def following(line: Line, limit: int, carrier: re.Pattern[str] | None) -> Iterator[Text]:
+    """Return the next ``limit`` lines, one by one: most who ask need the first only."""
+    at = line.end
+    for _ in range(limit):
+        start = line.buffer.find(b"\n", at, line.window) + 1
+        if not start:
+            # Carriage returns alone, or the end.
+            start = line.buffer.find(b"\r", at, line.window) + 1
+            if not start:
+                return
+        end = line.buffer.find(b"\n", start, line.window)
+        at = end if end >= 0 else line.window
+        yield lines.read(line.buffer[start : min(at, start + 4096)].rstrip(b"\r"), carrier)
+
+
+def _joined(line: Line, body: str, carrier: re.Pattern[str] | None) -> tuple[str, ...]:
+    """Return ``body`` with the lines that go on with it, joined in each way they may have been cut.
+
+    At a width, where spaces may have gone at the end of a line; at spaces; anywhere.
+    """
+    parts = [body]
+    widths = [len(lines.read(line.raw, carrier).whole)]
+    for text in following(line, 10, carrier):
+        part = text.body
+        if match := ERROR_LINE.match(part):
+            part = match[1]
+        # What a first line lacks altogether may be all that the second has.
+        new = _NEW.match(part) or _NEW.match(text.body)
+        if not part.strip() or (new and ("emory" in body or len(parts) > 1)):
+            break
+        parts.append(part)
+        widths.append(len(text.whole))
+        if messages.ENDS.search(" ".join(parts)):
+            break
+    if len(parts) == 1:
+        return ()
+    width = max(widths[:-1])
+    padded = "".join(
+        part + " " * (width - own) for part, own in zip(parts, [*widths[:-1], width], strict=True)
+    )
+    cut = (padded,) if min(widths[:-1]) >= width - 2 else ()
+    return *cut, " ".join(each.strip() for each in parts), "".join(parts)

@@ -1,0 +1,183 @@
+"""How an option is written: its names, its values, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpumem.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class Option(NamedTuple):
+    """One option: how it is written and read."""
+
+    field: str
+    parse: Callable[[Any], Any]
+    what: str
+    metavar: str | None
+    """None for a flag."""
+    default: str
+    """As a user would write it, or in words where there is no value."""
+    needs_on: bool
+    """Whether it is about sharing a card, and has no effect in another mode."""
+
+    @property
+    def suffix(self) -> str:
+        """What distinguishes its names from those of the mode."""
+        return "" if self.field == "mode" else f"_{self.field}"
+
+    @property
+    def dest(self) -> str:
+        """Name in the ini file and on pytest's option object."""
+        return f"gpumem{self.suffix}"
+
+    @property
+    def flag(self) -> str:
+        """Name on the command line."""
+        return f"--{self.dest.replace('_', '-')}"
+
+    @property
+    def env(self) -> str:
+        """Name in the environment."""
+        return self.dest.upper()
+
+    @property
+    def help(self) -> str:
+        """What ``pytest --help`` says of it."""
+        return f"{self.what} Default: {self.default}." if self.default else self.what
+
+
+def declared(
+    parse: Callable[[Any], Any],
+    what: str,
+    metavar: str | None = None,
+    *,
+    default: str | None = None,
+    otherwise: str = "",
+    needs_on: bool = False,
+) -> Any:
+    """Declare a field of ``Settings`` and the option that sets it.
+
+    Args:
+        parse: returns the value that a text means; raises ``ValueError`` in one sentence.
+        what: sentences of ``--help``, without the default.
+        metavar: what stands for its value; None for a flag, which is off.
+        default: the text whose value holds where the option is not given; None: ``None`` holds.
+        otherwise: what ``None`` means, in words.
+        needs_on: whether it has an effect with ``--gpumem=on`` only.
+
+    """
+    value = False if metavar is None else None if default is None else parse(default)
+    rest = (parse, what, metavar, default or otherwise, needs_on)
+    return dataclasses.field(default=value, metadata={"option": rest})
+
+
+def options_of(settings: type) -> tuple[Option, ...]:
+    """Return the options that the fields of ``settings`` declare."""
+    return tuple(
+        Option(field.name, *field.metadata["option"])
+        for field in dataclasses.fields(settings)
+        if "option" in field.metadata
+    )
+
+
+def one_of(words: Sequence[str], what: str) -> Callable[[str], str]:
+    """Return a parser of the ``words``; ``what`` is what each of them is."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is not {what}; allowed are {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def flag(text: str | bool) -> bool:
+    """Return whether a flag is set."""
+    if isinstance(text, bool):
+        return text
+    flags = {"1": True, "true": True, "yes": True, "on": True}
+    flags |= {"0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in flags:
+        raise ValueError(f"{text!r} is neither true nor false; allowed are {', '.join(flags)}")
+    return flags[text.lower()]
+
+
+def count(text: str) -> int:
+    """Return a number of lines."""
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a number of lines; allowed is 0 or more")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return a number of seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text!r} is not a number of seconds; allowed is 0 or more")
+    return seconds
+
+
+def fraction(text: str) -> float:
+    """Return a part of a card, 0 for ``auto``."""
+    if text == "auto":
+        return 0.0
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"{text!r} is not a part of a card; allowed are auto and numbers above 0 and up to 1"
+        )
+    return fraction
+
+
+def simulated_size(text: str) -> int:
+    """Return the bytes of a simulated card, which this machine's memory holds."""
+    size = parse_bytes(text)
+    if size == 0:
+        raise ValueError(f"{text!r} is an empty card; allowed is more than 0 bytes")
+    ram = _ram()
+    if ram is not None and size > ram:
+        raise ValueError(
+            f"{text!r} is more than this machine's memory of {format_bytes(ram)}, "
+            "in which the simulated card's tensors really live"
+        )
+    return size
+
+
+def _ram() -> int | None:
+    """Return the bytes of main memory, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def file(text: str) -> Path:
+    """Return the path of a file to write."""
+    return Path(text).absolute()
+
+
+def user_path(text: str) -> Path:
+    """Return a path of the user's, who may write ``~``."""
+    return Path(text).expanduser().absolute()
+
+
+def share(text: str) -> float:
+    """Return the part of 1 that a text like ``85%`` names."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", text, re.ASCII)
+    if match is None or not 0 < float(match[1]) <= 100:
+        raise ValueError(f"{text!r} is not a part; allowed is more than 0% and up to 100%")
+    return float(match[1]) / 100

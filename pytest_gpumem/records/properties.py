@@ -1,0 +1,102 @@
+"""What a test's user properties tell of it: xdist carries them home, JUnit shows them.
+
+Each ``tell_*`` takes the place of what was told before, so that a report made after a further
+attempt tells of that attempt alone.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.records.run import (
+    CardUsage,
+    FixtureUsage,
+    Grant,
+    Left,
+    Process,
+    Route,
+    from_plain,
+    to_plain,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    Properties = list[tuple[str, object]]
+
+PEAK = "gpumem_peak"
+_RECORD = "gpumem_record"
+_USAGE = (PEAK, "gpumem_leftover", "gpumem_leaked", _RECORD)
+"""Bytes over all cards, and the whole record as JSON text."""
+_ROUTES = "gpumem_routes"
+_STEP = "gpumem_step"
+_CONSOLIDATED = "gpumem_consolidated"
+
+
+class Told(NamedTuple):
+    """The fields of a ``RecordedTest`` that its own process knows."""
+
+    cards: tuple[CardUsage, ...] = ()
+    fixtures: tuple[FixtureUsage, ...] = ()
+    oom: str = ""
+    lease: Grant | None = None
+    left: tuple[Left, ...] = ()
+    beside: tuple[Process, ...] = ()
+    routes: tuple[Route, ...] = ()
+    step: str = ""
+
+
+_IN_RECORD = ("cards", "fixtures", "oom", "lease", "left", "beside")
+
+
+def tell_usage(properties: Properties, usage: Told) -> None:
+    """Tell what the test did to the cards; nothing where it did nothing."""
+    _forget(properties, _USAGE)
+    if not any(usage):
+        return
+    values = (
+        sum(card.peak for card in usage.cards),
+        sum(card.leftover for card in usage.cards),
+        sum(card.leaked for card in usage.cards),
+        json.dumps({name: to_plain(getattr(usage, name)) for name in _IN_RECORD}),
+    )
+    properties.extend(zip(_USAGE, values, strict=True))
+
+
+def tell_routes(properties: Properties, routes: Sequence[Route]) -> None:
+    """Tell where the test's tasks were sent."""
+    _forget(properties, (_ROUTES,))
+    if routes:
+        properties.append((_ROUTES, json.dumps(routes)))
+
+
+def tell_step(properties: Properties, step: str) -> None:
+    """Tell why this is a further attempt."""
+    _forget(properties, (_STEP,))
+    properties.append((_STEP, step))
+
+
+def tell_consolidated(properties: Properties, done: object) -> None:
+    """Tell, beside what was told before, what was consolidated after the test or for it."""
+    properties.append((_CONSOLIDATED, str(done)))
+
+
+def read(properties: Iterable[tuple[str, object]]) -> Told:
+    """Return what was told; the fields of which nothing was are their defaults."""
+    found = dict(properties)
+    plain: dict[str, object] = {}
+    if isinstance(record := found.get(_RECORD), str):
+        plain = json.loads(record)
+    if isinstance(routes := found.get(_ROUTES), str):
+        plain["routes"] = [
+            dict(zip(Route._fields, each, strict=True)) for each in json.loads(routes)
+        ]
+    if isinstance(step := found.get(_STEP), str):
+        plain["step"] = step
+    return from_plain(Told, plain)
+
+
+def _forget(properties: Properties, names: Sequence[str]) -> None:
+    if properties:
+        properties[:] = [each for each in properties if each[0] not in names]

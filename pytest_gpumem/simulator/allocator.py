@@ -1,0 +1,353 @@
+"""PyTorch's caching allocator as plain bookkeeping: its policy and its segments.
+
+Policy, constants and statistics follow ``c10/cuda/CUDACachingAllocator.cpp`` and
+``c10/core/AllocatorConfig.h`` (native backend, one stream, default settings). No memory is held
+here: addresses are made up, and ``reserve`` and ``release`` stand for cudaMalloc and cudaFree.
+"""
+
+from __future__ import annotations
+
+import functools
+import marshal
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from pytest_gpumem.simulator.blocks import (
+    MIN_BLOCK,
+    SMALL_REQUEST,
+    Block,
+    Figure,
+    Figures,
+    Pool,
+    describe_segment,
+    merge,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SMALL_SEGMENT = 2 * 2**20
+_LARGE_SEGMENT = 20 * 2**20
+_OWN_SEGMENT = 10 * 2**20
+_SEGMENT_STEP = 2 * 2**20
+_FIRST_ADDRESS = 0x7F00_0000_0000
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class OutOfMemory(Exception):  # noqa: N818  # becomes torch.OutOfMemoryError, which has no suffix
+    """A segment did not fit, not even after the cached ones were given back."""
+
+    def __init__(self, requested: int, allocated: int, reserved: int, allowed: int | None) -> None:
+        super().__init__(f"no room for a segment of {requested} bytes")
+        self.requested = requested
+        """Bytes of the refused segment, which PyTorch prints as "Tried to allocate"."""
+        self.allocated = allocated
+        """Bytes in blocks handed out when it was refused."""
+        self.reserved = reserved
+        """Bytes in segments when it was refused."""
+        self.allowed = allowed
+        """Bytes the memory fraction allows; ``None`` at 1.0: no limit."""
+
+
+def _segment_size(size: int) -> int:
+    if size <= SMALL_REQUEST:
+        return _SMALL_SEGMENT
+    if size < _OWN_SEGMENT:
+        return _LARGE_SEGMENT
+    return -(-size // _SEGMENT_STEP) * _SEGMENT_STEP
+
+
+def _exclusive(
+    method: Callable[Concatenate[CachingAllocator, _P], _R],
+) -> Callable[Concatenate[CachingAllocator, _P], _R]:
+    """Run the method alone, with everything given back before it settled."""
+
+    @functools.wraps(method)
+    def alone(self: CachingAllocator, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            with self._lock:
+                self._settle()
+                nested, self._busy = self._busy, True
+                try:
+                    return method(self, *args, **kwargs)
+                finally:
+                    self._busy = nested
+        finally:
+            self._settle()
+
+    return alone
+
+
+class CachingAllocator:
+    """PyTorch's allocator for one device of one process; safe to use from several threads.
+
+    ``reserve(bytes)`` answers whether the card had room for a segment, ``release(bytes)`` gives
+    one back, ``total`` is what a memory fraction is a fraction of.
+
+    A collected tensor gives its block back at any moment, even in the middle of a call of the
+    same thread. So ``free`` and ``empty_cache`` only queue what they want; it is settled before
+    they return, or, where a call is under way, as soon as that call ends.
+    """
+
+    def __init__(
+        self, reserve: Callable[[int], bool], release: Callable[[int], None], total: int
+    ) -> None:
+        self._reserve = reserve
+        self._release = release
+        self._total = total
+        self._fraction = 1.0
+        self._lock = threading.RLock()
+        self._busy = False
+        self._returned: deque[Block | None] = deque()
+        self._small = Pool("small")
+        self._large = Pool("large")
+        self._all = Figures()
+        self._segments: dict[int, Block] = {}
+        self._next_address = _FIRST_ADDRESS
+        self._told: bytes | None = None
+        """What ``stats`` returned last; None: something has changed since."""
+        self._clear_counters()
+
+    def _clear_counters(self) -> None:
+        self._retries = self._ooms = self._flushes = 0
+        self._segments_taken = self._segments_freed = 0
+
+    @property
+    def allocated(self) -> int:
+        """Bytes in blocks handed out, rounded as the allocator rounds them."""
+        self._settle()
+        return self._all.allocated_bytes.current
+
+    @property
+    def reserved(self) -> int:
+        """Bytes in segments, handed out or cached."""
+        self._settle()
+        return self._all.reserved_bytes.current
+
+    @property
+    def memory_fraction(self) -> float:
+        """The share of the card's total that segments may take; ``None`` sets it back to 1.0.
+
+        Raises:
+            ValueError: when it is set to less than 0 or more than 1.
+
+        """
+        return self._fraction
+
+    @memory_fraction.setter
+    def memory_fraction(self, fraction: float | None) -> None:
+        fraction = 1.0 if fraction is None else fraction
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"memory fraction {fraction!r} is outside 0.0 ... 1.0")
+        self._fraction = fraction
+
+    @property
+    def allowed(self) -> int | None:
+        """Bytes that segments may take by the memory fraction; ``None`` at 1.0: no limit."""
+        return None if self._fraction == 1.0 else round(self._fraction * self._total)
+
+    @_exclusive
+    def malloc(self, size: int) -> Block:
+        """Hand out a block for ``size`` bytes (more than 0).
+
+        Raises:
+            OutOfMemory: when a new segment is needed and fits neither the card nor the memory
+                fraction, although every whole cached segment was given back.
+
+        """
+        if size <= 0:
+            raise ValueError(f"a block of {size} bytes: an empty tensor takes no block")
+        self._told = None
+        rounded = -(-size // MIN_BLOCK) * MIN_BLOCK
+        pool = self._small if rounded <= SMALL_REQUEST else self._large
+        block = pool.take_best(rounded) or self._new_segment(pool, _segment_size(rounded))
+        self._cut(block, rounded)
+        block.requested = size
+        block.allocated = True
+        self._all.handed_out(block)
+        pool.figures.handed_out(block)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Give ``block`` back to the cache; it merges with cached neighbours.
+
+        Raises:
+            ValueError: when the block is not handed out.
+
+        """
+        if not block.allocated:
+            raise ValueError(f"the block at {block.address:#x} is not handed out")
+        block.allocated = False
+        self._returned.append(block)
+        self._settle()
+
+    def empty_cache(self) -> None:
+        """Give every segment that is cached as a whole back to the card."""
+        self._returned.append(None)
+        self._settle()
+
+    @_exclusive
+    def stats(self) -> dict[str, Any]:
+        """Return what ``torch._C._cuda_memoryStats`` returns: nested counts and bytes.
+
+        A copy of what it returned last, if nothing has changed: it is asked several times a test,
+        and to put forty dicts together takes ten times as long.
+        """
+        if self._told is None:
+            self._told = marshal.dumps(self._count())
+        found: dict[str, Any] = marshal.loads(self._told)  # noqa: S302  # written above
+        return found
+
+    def _count(self) -> dict[str, Any]:
+        every, small, large = self._all, self._small.figures, self._large.figures
+
+        def pools(name: str) -> dict[str, dict[str, int]]:
+            return {
+                "all": getattr(every, name).as_dict(),
+                "small_pool": getattr(small, name).as_dict(),
+                "large_pool": getattr(large, name).as_dict(),
+            }
+
+        return {
+            "num_alloc_retries": self._retries,
+            "num_ooms": self._ooms,
+            "num_oom_rejections": 0,
+            "max_split_size": -1,  # "no limit", as the real one shows it
+            "num_sync_all_streams": self._flushes,
+            "num_device_alloc": self._segments_taken,
+            "num_device_free": self._segments_freed,
+            "allocation": pools("allocation"),
+            "segment": pools("segment"),
+            # Active beyond allocated are only blocks that other streams still use.
+            "active": pools("allocation"),
+            "inactive_split": pools("inactive_split"),
+            "allocated_bytes": pools("allocated_bytes"),
+            "reserved_bytes": pools("reserved_bytes"),
+            "reserved_bytes_by_private_pools": {},
+            "active_bytes": pools("allocated_bytes"),
+            "inactive_split_bytes": pools("inactive_split_bytes"),
+            "requested_bytes": pools("requested_bytes"),
+            # Nothing is oversize without a limit.
+            "oversize_allocations": Figure().as_dict(),
+            "oversize_segments": Figure().as_dict(),
+        }
+
+    @_exclusive
+    def reset_peak_stats(self) -> None:
+        """Let every peak start again from its current value."""
+        self._told = None
+        for figure in self._figures():
+            figure.peak = figure.current
+
+    @_exclusive
+    def reset_accumulated_stats(self) -> None:
+        """Let every sum (``allocated``, ``freed``) and every event counter start from 0."""
+        self._told = None
+        for figure in self._figures():
+            figure.allocated = figure.freed = 0
+        self._clear_counters()
+
+    @_exclusive
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Return the segments and their blocks as ``torch.cuda.memory_snapshot()`` does."""
+        return [describe_segment(head) for _, head in sorted(self._segments.items())]
+
+    def _figures(self) -> list[Figure]:
+        return [*self._all.all(), *self._small.figures.all(), *self._large.figures.all()]
+
+    def _settle(self) -> None:
+        """Do what ``free`` and ``empty_cache`` queued, unless a call under way will."""
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                if self._busy:
+                    return
+                self._busy = True
+                try:
+                    self._settle_one()
+                finally:
+                    self._busy = False
+            finally:
+                self._lock.release()
+
+    def _settle_one(self) -> None:
+        if not self._returned:  # another thread was faster
+            return
+        block = self._returned.popleft()
+        self._told = None
+        if block is None:
+            self._release_cached()
+        else:
+            self._cache(block)
+
+    def _cut(self, block: Block, size: int) -> None:
+        """Make ``block`` as small as policy allows and cache the rest of it."""
+        pool, was_split = block.pool, block.split
+        if pool.leaves_rest(block, size):
+            rest = Block(block.address + size, block.size - size, pool)
+            rest.prev, rest.next = block, block.next
+            if rest.next is not None:
+                rest.next.prev = rest
+            block.next = rest
+            block.size = size
+            pool.put(rest)
+            count, moved = (0, -size) if was_split else (1, rest.size)
+        elif was_split:
+            count, moved = -1, -block.size
+        else:
+            return
+        self._all.inactive_moved(count, moved)
+        pool.figures.inactive_moved(count, moved)
+
+    def _cache(self, block: Block) -> None:
+        """Put a block that came back into its pool, merged with its cached neighbours."""
+        pool, count, moved = block.pool, 0, 0
+        self._all.taken_back(block)
+        pool.figures.taken_back(block)
+        if block.prev is not None and block.prev.cached:
+            pool.take(block.prev)
+            count, moved = count - 1, moved - block.prev.size
+            block = merge(block.prev, block)
+        if block.next is not None and block.next.cached:
+            pool.take(block.next)
+            count, moved = count - 1, moved - block.next.size
+            block = merge(block, block.next)
+        if block.split:
+            count, moved = count + 1, moved + block.size
+        pool.put(block)
+        self._all.inactive_moved(count, moved)
+        pool.figures.inactive_moved(count, moved)
+
+    def _new_segment(self, pool: Pool, size: int) -> Block:
+        if not self._fits(size):
+            self._release_cached()
+            self._retries += 1
+            if not self._fits(size):
+                self._ooms += 1
+                allocated = self._all.allocated_bytes.current
+                raise OutOfMemory(size, allocated, self._all.reserved_bytes.current, self.allowed)
+        self._segments_taken += 1
+        for figures in (self._all, pool.figures):
+            figures.segment.add(1)
+            figures.reserved_bytes.add(size)
+        block = self._segments[self._next_address] = Block(self._next_address, size, pool)
+        self._next_address += size
+        return block
+
+    def _fits(self, size: int) -> bool:
+        allowed = self.allowed
+        if allowed is not None and self._all.reserved_bytes.current + size > allowed:
+            return False
+        return self._reserve(size)
+
+    def _release_cached(self) -> None:
+        self._flushes += 1
+        for pool in (self._large, self._small):
+            for block in pool.take_whole_segments():
+                self._segments_freed += 1
+                for figures in (self._all, pool.figures):
+                    figures.segment.take(1)
+                    figures.reserved_bytes.take(block.size)
+                del self._segments[block.address]
+                self._release(block.size)

@@ -1,0 +1,82 @@
+"""The forensic report in each of its forms, from one log that has something of everything."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_gpumem.forensics import analysis, compare
+from pytest_gpumem.reports import forensics, sections
+
+OOM = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3.81 GiB of "
+    "which 1.00 GiB is free. Process 77 has 2.50 GiB memory in use."
+)
+LOG = f"""============================= test session starts ==============================
+collected 4 items
+tests/a/test_x.py::test_a PASSED
+tests/a/test_x.py::test_b FAILED
+tests/b/test_<y>.py::test_c FAILED
+tests/b/test_<y>.py::test_d ERROR
+=================================== FAILURES ===================================
+____________________________________ test_b ____________________________________
+E   torch.OutOfMemoryError: {OOM}
+____________________________________ test_c ____________________________________
+E   ValueError: 'Thing' is not supported
+=========================== short test summary info ============================
+FAILED tests/a/test_x.py::test_b - torch.OutOfMemoryError: {OOM}
+FAILED tests/b/test_<y>.py::test_c - ValueError: 'Thing' is not supported
+==================== 2 failed, 1 passed, 1 error in 62.50s =====================
+"""
+
+
+@pytest.fixture
+def found(tmp_path):
+    path = tmp_path / "run.log"
+    path.write_text(LOG)
+    return analysis.analyse([str(path)])
+
+
+def test_every_form_has_every_title_cause_and_row(found):
+    told = list(forensics.sections(found, 20))
+    text = "\n".join(sections.text(told))
+    markdown = "\n".join(sections.markdown(told))
+    page = "\n".join(sections.html(told, "What <happened>"))
+
+    assert "4 tests in 1 run: 1 passed, 2 failed, 1 errors, pass rate 25.0 %, 1 min 2 s" in text
+    for form in (text, markdown, page):
+        assert "First out of memory" in form
+        assert "tried 2.00 GiB" in form
+        assert "2.50 GiB" in form
+    for title in ("Out of memory", "Other errors", "Files", "Directories"):
+        assert title in text
+        assert f"## {title}" in markdown
+        assert f"<h2>{title}</h2>" in page
+    assert "<title>What &lt;happened&gt;</title>" in page
+    assert "test_<y>" not in page
+    assert "test\\_\\<y\\>.py" in markdown
+
+
+def test_a_table_that_was_cut_says_by_how_much(found):
+    (cut,) = [each for each in forensics.sections(found, 1) if each.title == "Files"]
+
+    assert cut.sentences == ("1 more; --top 2 shows all",)
+    assert len(cut.rows) == 1
+
+
+def test_the_first_screen_says_what_it_leaves_out(found):
+    assert "--top 20 shows" in "\n".join(sections.text(forensics.sections(found)))
+
+
+def test_a_comparison_shows_what_got_worse(found, tmp_path):
+    passing = "\n".join(line for line in LOG.splitlines() if not line.startswith(("E ", "_", "F")))
+    passing = passing.replace("test_b FAILED", "test_b PASSED")
+    passing = passing.replace("2 failed, 1", "1 failed, 2")
+    (tmp_path / "before.log").write_text(passing)
+    before = analysis.analyse([str(tmp_path / "before.log")])
+    told = compare.compare(before, found, compare.Limits())
+    shown = "\n".join(sections.text(forensics.compared(told, 20)))
+
+    assert "Comparison" in shown
+    assert "pass rate" in shown
+    assert "\nWorse\n" in shown
+    assert "tests/a/test_x.py::test_b" in shown
