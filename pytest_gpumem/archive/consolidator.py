@@ -235,7 +235,7 @@ class GpuConsolidator:
             return asleep[0].id
         nap = None
         try:
-            nap = sleep.Nap(awake, _parts(data), (caller, threading.get_ident()))
+            nap = sleep.Nap(awake, _users(data), (caller, threading.get_ident()))
             archived = _replaced(state, nap.contents)
             name = self.store.put(
                 archived,
@@ -315,13 +315,11 @@ def _state(data: Any) -> Any:
     return data.state_dict() if hasattr(data, "state_dict") else data
 
 
-def _parts(data: Any) -> set[int]:
-    """Return the ids of what computes with an item's tensors."""
+def _users(data: Any) -> list[Any]:
+    """Return what computes with an item's tensors."""
     import torch
 
-    if isinstance(data, torch.nn.Module):
-        return {id(each) for each in data.modules()}
-    return {id(data)}
+    return list(data.modules()) if isinstance(data, torch.nn.Module) else [data]
 
 
 def _tensors(value: Any) -> Iterator[Any]:

@@ -13,13 +13,13 @@ a tensor without its content, whatever other threads do meanwhile:
 5. If nobody used a tensor meanwhile, all of them lose their content in one step under the lock
    that a use would need.
 
-In the place of its content a tensor has one element of all ones in each place, which is NaN:
-shape, type and device stay true for what asks no class, and numbers that are made of it show.
+What is written in C++ asks no class. That of torch is reached through Python that is told to wake
+first (``torch_private.before_c``); for an extension the modules that have the tensors, and
+optimizers, get a hook. No hook and no class is there while a tensor is awake.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
@@ -148,7 +148,7 @@ class Nap:
 
     Args:
         tensors: those that ``can_sleep``, each once.
-        parts: ids of what computes with them, such as modules.
+        users: what computes with them: modules, or an optimizer.
         but: the idents of the threads that ask.
 
     Raises:
@@ -156,8 +156,8 @@ class Nap:
 
     """
 
-    def __init__(self, tensors: Sequence[Any], parts: set[int], but: Collection[int]) -> None:
-        torch_private.before_transforms(wake)
+    def __init__(self, tensors: Sequence[Any], users: Sequence[Any], but: Collection[int]) -> None:
+        torch_private.before_c(wake)
         self.id = ""
         """Of the archive."""
         self.size = 0
@@ -173,11 +173,12 @@ class Nap:
             """What is archived of each tensor, by its id, until they sleep."""
             self._versions = [each._version for each in tensors]
             _naps.add(self)
+            self._hooks = [hook for each in users for hook in _hooks(each, self._wake_first)]
             for each in tensors:
                 vars(each)[_NAP] = self
                 each.__class__ = _KINDS[type(each)]
         try:
-            bystanders.refuse({*parts, *map(id, tensors)}, but)
+            bystanders.refuse({*map(id, users), *map(id, tensors)}, but)
             self._leave_out(self._held())
         except BaseException:
             self.wake()
@@ -275,6 +276,9 @@ class Nap:
             elif self._state == "asleep":
                 apart(self._fill, device)
 
+    def _wake_first(self, *_: object) -> None:
+        self.wake()
+
     def _fill(self, device: str) -> None:
         wanted: dict[str, dict[int, int]] = {}
         for at, (place, home) in enumerate(zip(self._places, self._devices, strict=True)):
@@ -305,6 +309,8 @@ class Nap:
         self.contents = {}
         for tensor in self._living():
             self._as_before(tensor)
+        for hook in self._hooks:
+            hook.remove()
         self._end()
 
     def _as_before(self, tensor: Any) -> None:
@@ -382,6 +388,19 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+def _hooks(user: Any, wake: Callable[..., None]) -> list[Any]:
+    """Have ``wake`` called before ``user`` computes, and before its other hooks.
+
+    A module gets one if it has tensors of its own: those are the first that copying and pickling
+    it touches, so that no copy ever has the hook.
+    """
+    if isinstance(user, torch.nn.Module) and (user._parameters or user._buffers):
+        return [user.register_forward_pre_hook(wake, prepend=True)]
+    if isinstance(user, torch.optim.Optimizer):
+        return [user.register_step_pre_hook(wake)]
+    return []
+
+
 def _shown(storage: Any) -> bool:
     """Return whether Python code other than the caller has the storage itself."""
     return _references(storage) > _references_to_own()
@@ -403,18 +422,6 @@ def _references_to_own() -> int:
 
 
 def _empty(tensors: Sequence[Any]) -> None:
-    """Take the content off tensors, which keep their identity, shape, dtype and device."""
-    kinds = {(each.dtype, each.device) for each in tensors}
-    shapes = [(each.shape, each.dtype, each.device) for each in tensors]
+    """Take the content off tensors, which keep their identity, dtype, device and dimensions."""
     for each in tensors:
         each.data = torch.empty((0,) * each.dim(), dtype=each.dtype, device=each.device)
-    # Only now: the card may have had no room for a single number. Some types have no views.
-    with contextlib.suppress(RuntimeError):
-        ones = {kind: _one(*kind) for kind in kinds}
-        for each, (shape, dtype, device) in zip(tensors, shapes, strict=True):
-            each.data = ones[dtype, device].as_strided(shape, (0,) * len(shape))
-
-
-def _one(dtype: torch.dtype, device: torch.device) -> Any:
-    bits = torch.full((dtype.itemsize,), 255, dtype=torch.uint8, device=device)
-    return torch.zeros(1, dtype=dtype, device=device) if dtype is torch.bool else bits.view(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,14 +92,21 @@ def plainly() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
-def before_transforms(wake: Callable[[Any], None]) -> None:
-    """Have ``wake`` called with each tensor that ``torch.func`` wraps, which asks no class."""
-    import torch._functorch.eager_transforms as transforms
+_WAYS_TO_C = (
+    ("torch._functorch.eager_transforms", "_wrap_tensor_for_grad"),
+    ("torch._functorch.eager_transforms", "_wrap_functional_tensor"),
+    ("torch._functorch.utils", "unwrap_if_dead"),
+)
+"""What ``torch.func`` and ``autograd.Function.apply`` do first with each tensor they are given."""
 
-    for name in ("_wrap_tensor_for_grad", "_wrap_functional_tensor"):
-        wrap = getattr(transforms, name, None)
-        if wrap is not None and not hasattr(wrap, "__wrapped__"):
-            setattr(transforms, name, _after(wake, wrap))
+
+def before_c(wake: Callable[[Any], None]) -> None:
+    """Have ``wake`` called with each tensor on the ways of torch into C++ that ask no class."""
+    for module, name in _WAYS_TO_C:
+        home = importlib.import_module(module)
+        way = getattr(home, name, None)
+        if way is not None and not hasattr(way, "__wrapped__"):
+            setattr(home, name, _after(wake, way))
 
 
 def _after(wake: Callable[[Any], None], wrap: Callable[..., Any]) -> Callable[..., Any]:

@@ -53,6 +53,18 @@ class First(nn.Module):
         return self.inner(x)[0]
 
 
+class Extension(nn.Module):
+    """Computes as an extension in C++ does, which no class of a tensor is asked about."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        with torch._C.DisableTorchFunctionSubclass():
+            return x @ self.weight + self.bias
+
+
 def linear():
     return nn.Linear(6, 6)
 
@@ -109,6 +121,7 @@ MODULES = {
     "old_spectral_norm": old_spectral_norm,
     "pruned": pruned,
     "lora": Lora,
+    "extension": Extension,
     "quantised": quantised,
     "lazy": lazy,
     "ema": ema,
@@ -174,6 +187,11 @@ def _named(m):
 
 def _of_weights(transform):
     return lambda m: transform(_loss(m))(_named(m))
+
+
+def _vjp(m):
+    _, pull = torch.func.vjp(_loss(m), _named(m))
+    return pull(torch.ones(()))
 
 
 def _ema_swap(m):
@@ -378,7 +396,7 @@ def _in_forked(m):
     with os.fdopen(reading, "rb") as pipe:
         got = pipe.read()
     os.waitpid(pid, 0)
-    return pickle.loads(got)
+    return pickle.loads(got)  # noqa: S301  # its own
 
 
 def _traced(m):
@@ -451,7 +469,11 @@ USES = {
     "copy": lambda m: copy.copy(first(m)),
     "deepcopy": lambda m: copy.deepcopy(m)(X()),
     "deepcopy of a parameter": lambda m: copy.deepcopy(first(m)),
-    "pickle": lambda m: pickle.loads(pickle.dumps(first(m))),
+    "hooks of a copy": lambda m: [
+        len(each._forward_pre_hooks) for each in [*copy.deepcopy(m).modules(), *m.modules()]
+    ],
+    "pickle": lambda m: pickle.loads(pickle.dumps(first(m))),  # noqa: S301  # its own
+    "pickle of the module": lambda m: pickle.loads(pickle.dumps(m))(X()),  # noqa: S301  # its own
     "save": lambda m: saved(dict(m.state_dict())),
     "save of parameters": lambda m: saved(list(m.parameters())),
     "parameters_to_vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
@@ -520,7 +542,7 @@ USES = {
         m(X()),
     ),
     "func.grad": _of_weights(torch.func.grad),
-    "func.vjp": lambda m: (lambda out: out[1](torch.ones(())))(torch.func.vjp(_loss(m), _named(m))),
+    "func.vjp": _vjp,
     "func.jvp": _jvp,
     "func.jacrev": _of_weights(torch.func.jacrev),
     "func.jacrev of inputs": lambda m: torch.func.jacrev(m)(X()),
