@@ -59,19 +59,29 @@ def _place(frame: FrameType) -> tuple[int, int]:
 
 
 def _has_in_hand(innermost: FrameType, parts: Collection[int], torch: str, *, stuck: bool) -> bool:
-    """Look at torch's own frames, and at the innermost one of a thread that did not move."""
+    """Look at torch's own frames, and at the innermost one of a thread that did not move.
+
+    A thread may stand still with a model because it waits; that it does, nothing tells.
+    """
     frame: FrameType | None = innermost
     while frame is not None:
-        looked_at = frame.f_code.co_filename.startswith(torch) or (stuck and frame is innermost)
-        if looked_at and any(id(each) in parts for each in _in_reach(frame)):
+        if frame.f_code.co_filename.startswith(torch):
+            reached = _in_reach(frame)
+        else:
+            reached = _named(frame) if stuck and frame is innermost else iter(())
+        if any(id(each) in parts for each in reached):
             return True
         frame = frame.f_back
     return False
 
 
+def _named(frame: FrameType) -> Iterator[Any]:
+    yield from list(frame.f_locals.values())
+    yield from (frame.f_globals.get(name) for name in frame.f_code.co_names)
+
+
 def _in_reach(frame: FrameType) -> Iterator[Any]:
-    named = [frame.f_globals[name] for name in frame.f_code.co_names if name in frame.f_globals]
-    for value in (*list(frame.f_locals.values()), *named):
+    for value in list(frame.f_locals.values()):
         yield value
         if isinstance(value, (list, tuple)):
             yield from list(value)

@@ -7,6 +7,7 @@ back; on any failure before that it stays as it was.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -229,35 +230,43 @@ class GpuConsolidator:
         state = _state(data)
         live = list({id(each): each for each in _tensors(state)}.values())
         awake = [each for each in live if sleep.can_sleep(each)]
-        asleep = [nap for nap in map(sleep.nap_of, live) if nap is not None and not nap.awake]
+        asleep = [nap for nap in map(sleep.nap_of, live) if nap is not None and nap.id]
         if asleep and not awake:
             self._note(data, asleep[0])
             return asleep[0].id
         nap = None
         try:
             nap = sleep.Nap(awake, _users(data), (caller, threading.get_ident()))
-            archived = _replaced(state, nap.contents)
-            name = self.store.put(
-                archived,
-                type=item.get("type", "state"),
-                context=context,
-                metadata=item.get("metadata") or {},
-            )
-            if nap.tensors:
-                contents = {id(content): tensor for tensor, content in nap.contents.items()}
-                places = {
-                    contents[id(each)]: place
-                    for place, each in enumerate(_tensors(archived))
-                    if id(each) in contents
-                }
-                nap.begin(self.store, name, places)
-                self._naps.add(nap)
-                self._note(data, nap)
+            name = self._put(nap, state, item, context)
         except InUseError as error:
             raise InUseError(f"cannot consolidate a {type(data).__name__} now: {error}") from None
         finally:
             if nap is not None and not nap.id:
                 nap.wake()
+        if nap.id:
+            self._naps.add(nap)
+            self._note(data, nap)
+        return name
+
+    def _put(self, nap: Nap, state: Any, item: dict[str, Any], context: str) -> str:
+        contents = nap.contents
+        nap.check()  # after that: a use empties them
+        archived = _replaced(state, contents)
+        kind, metadata = item.get("type", "state"), item.get("metadata") or {}
+        name = self.store.put(archived, type=kind, context=context, metadata=metadata)
+        if nap.tensors:
+            tensors = {id(content): tensor for tensor, content in contents.items()}
+            places = {
+                tensors[id(each)]: place
+                for place, each in enumerate(_tensors(archived))
+                if id(each) in tensors
+            }
+            try:
+                nap.begin(self.store, name, places)
+            except ArchiveError:
+                with contextlib.suppress(ArchiveError):
+                    self.store.delete(name)
+                raise
         return name
 
     def _note(self, data: Any, nap: Nap) -> None:

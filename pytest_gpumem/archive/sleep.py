@@ -218,11 +218,24 @@ class Nap:
             tensor = ref()
             if tensor is not None and id(tensor) in held:
                 self._as_before(tensor)
-                del self.contents[id(tensor)]
+                self.contents.pop(id(tensor), None)
             elif tensor is not None:
                 kept.append((ref, version))
         self.tensors = [ref for ref, _ in kept]
         self._versions = [version for _, version in kept]
+
+    def check(self, *, alone: bool = False) -> None:
+        """Make sure that none of the tensors was used since they were marked.
+
+        ``alone``: and that nobody else has their memory since.
+
+        Raises:
+            InUseError: one was. All are awake.
+
+        """
+        if self._state != "marked" or self._changed() or (alone and self._held()):
+            self.wake()
+            raise InUseError("it was used while it was archived")
 
     def begin(self, store: ArchiveStore, name: str, places: dict[int, int]) -> None:
         """Let the tensors go to sleep: their content is in the archive ``name``.
@@ -240,10 +253,11 @@ class Nap:
             self.wake()
             raise
         with self._lock:
-            if self._state != "marked" or self._changed() or self._held():
-                self.wake()
+            try:
+                self.check(alone=True)
+            except InUseError:
                 end()
-                raise InUseError("it was used while it was archived")
+                raise
             self.id, self._store = name, store
             self._end = weakref.finalize(self, end)
             living = self._living()

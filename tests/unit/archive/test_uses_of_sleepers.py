@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 import torch
 import uses
@@ -19,6 +19,7 @@ from pytest_gpumem.archive.store import ArchiveStore
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+MEMORY = "/dev/shm"  # noqa: S108  # a directory of a random name is made there
 SHARE = 1 if settings.get_current_profile_name() == "soak" else 8
 """Of the uses one in so many is tried with each kind, all of them with the first."""
 
@@ -26,7 +27,7 @@ SHARE = 1 if settings.get_current_profile_name() == "soak" else 8
 @pytest.fixture(scope="module")
 def consolidator():
     # In memory, where there is such a place: each use is an archive that waits for the disk.
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    memory = MEMORY if Path(MEMORY).is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as store:
         yield GpuConsolidator(ArchiveStore(store, key=b"k" * 32))
 
@@ -62,7 +63,7 @@ def flat(value):
             type(value).__name__, str(value.dtype), tuple(value.shape), value.stride(),
             value.requires_grad, bits.view(torch.uint8).numpy().tobytes() if bits.numel() else b"",
         )  # fmt: skip
-    if isinstance(value, numpy.ndarray):
+    if isinstance(value, np.ndarray):
         return value.tobytes()
     if isinstance(value, dict):
         return [(key, flat(each)) for key, each in value.items()]

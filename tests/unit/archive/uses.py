@@ -138,7 +138,7 @@ MODULES = {
 }
 
 
-def X():
+def inputs():
     return torch.linspace(-1, 1, 24).view(4, 6)
 
 
@@ -157,7 +157,7 @@ def stepped(m, make, times=2, closure=False):
     optimizer = make([p for p in m.parameters() if p.requires_grad])
     for _ in range(times):
         optimizer.zero_grad()
-        loss = m(X()).float().pow(2).sum()
+        loss = m(inputs()).float().pow(2).sum()
         loss.backward()
         optimizer.step((lambda loss=loss: loss) if closure else None)
     return [p.detach().clone() for p in m.parameters()]
@@ -165,18 +165,18 @@ def stepped(m, make, times=2, closure=False):
 
 def _in(context, m):
     with context:
-        return m(X())
+        return m(inputs())
 
 
 def _then_trains(context, m):
     with context:
-        m(X())
+        m(inputs())
     return stepped(m, lambda p: torch.optim.SGD(p, 0.1))
 
 
 def _loss(m):
     def loss(parameters):
-        return torch.func.functional_call(m, parameters, (X(),)).float().pow(2).sum()
+        return torch.func.functional_call(m, parameters, (inputs(),)).float().pow(2).sum()
 
     return loss
 
@@ -198,10 +198,10 @@ def _ema_swap(m):
     kept = [p.data for p in m.parameters()]
     for p in m.parameters():
         p.data = torch.zeros_like(p.data)
-    out = m(X())
+    out = m(inputs())
     for p, data in zip(m.parameters(), kept, strict=True):
         p.data = data
-    return out, m(X())
+    return out, m(inputs())
 
 
 def _jvp(m):
@@ -240,7 +240,7 @@ def _hook(m):
     handle = next(iter(m.modules())).register_forward_pre_hook(
         lambda module, _: seen.append([p.sum() for p in module.parameters()])
     )
-    m(X())
+    m(inputs())
     handle.remove()
     return seen
 
@@ -248,7 +248,7 @@ def _hook(m):
 def _gradient_hook(m):
     seen = []
     first(m).register_hook(lambda grad: seen.append(grad.clone()))
-    m(X()).float().sum().backward()
+    m(inputs()).float().sum().backward()
     return seen
 
 
@@ -259,7 +259,7 @@ def _accumulated(m):
         for p in m.parameters()
         if p.requires_grad
     ]
-    m(X()).float().sum().backward()
+    m(inputs()).float().sum().backward()
     for handle in handles:
         handle.remove()
     return seen
@@ -293,7 +293,7 @@ def _fused(m):
 
 def _fused_itself(m):
     p = first(m)
-    ones = torch.ones_like(X().new_ones(p.shape))
+    ones = torch.ones_like(inputs().new_ones(p.shape))
     with torch.no_grad():
         torch._fused_sgd_(
             [p], [ones], [], weight_decay=0.0, momentum=0.0, lr=0.1, dampening=0.0,
@@ -304,18 +304,18 @@ def _fused_itself(m):
 
 def _group(m):
     nn.utils.clip_grad_norm_(m.parameters(), 1.0)
-    m(X()).float().pow(2).sum().backward()
+    m(inputs()).float().pow(2).sum().backward()
     return nn.utils.clip_grad_norm_(m.parameters(), 1.0), [p.grad for p in m.parameters()]
 
 
 def _checkpointed(m):
-    x = X().requires_grad_()
+    x = inputs().requires_grad_()
     torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False).float().sum().backward()
     return [p.grad for p in m.parameters()], x.grad
 
 
 def _reentrant(m):
-    x = X().requires_grad_()
+    x = inputs().requires_grad_()
     torch.utils.checkpoint.checkpoint(m, x, use_reentrant=True).float().sum().backward()
     return [p.grad for p in m.parameters()], x.grad
 
@@ -333,8 +333,8 @@ def _fake(m):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        shape = m(X()).shape
-    return shape, m(X())
+        shape = m(inputs()).shape
+    return shape, m(inputs())
 
 
 def _functional_mode(m):
@@ -362,23 +362,23 @@ def _loaded(m):
 def _assigned(m):
     state = {name: each.clone() * 2 for name, each in copy.deepcopy(m).state_dict().items()}
     m.load_state_dict(state, assign=True)
-    return m(X())
+    return m(inputs())
 
 
 def _other_thread(m):
     import threading
 
     found = []
-    thread = threading.Thread(target=lambda: found.append(m(X())))
+    thread = threading.Thread(target=lambda: found.append(m(inputs())))
     thread.start()
     thread.join()
     return found
 
 
 def _numpy(m):
-    import numpy
+    import numpy as np
 
-    return numpy.asarray(first(m).detach()).sum(), first(m).detach().numpy().copy()
+    return np.asarray(first(m).detach()).sum(), first(m).detach().numpy().copy()
 
 
 def _in_forked(m):
@@ -400,11 +400,11 @@ def _in_forked(m):
 
 
 def _traced(m):
-    return torch.jit.trace(m, X(), check_trace=False)(X())
+    return torch.jit.trace(m, inputs(), check_trace=False)(inputs())
 
 
 def _compiled(m):
-    return torch.compile(m, backend="eager")(X())
+    return torch.compile(m, backend="eager")(inputs())
 
 
 def _mutated_view(m):
@@ -419,14 +419,16 @@ def _error(m):
 
 def _shared_other(m):
     other = getattr(m, "other", None)
-    return other.module(X()) if other else None
+    return other.module(inputs()) if other else None
 
 
 USES = {
-    "call": lambda m: m(X()),
-    "call twice": lambda m: (m(X()), m(X())),
-    "backward": lambda m: (m(X()).float().sum().backward(), [p.grad for p in m.parameters()])[1],
-    "eval": lambda m: m.eval()(X()),
+    "call": lambda m: m(inputs()),
+    "call twice": lambda m: (m(inputs()), m(inputs())),
+    "backward": lambda m: (m(inputs()).float().sum().backward(), [p.grad for p in m.parameters()])[
+        1
+    ],
+    "eval": lambda m: m.eval()(inputs()),
     "shape": lambda m: [tuple(p.shape) for p in m.parameters()],
     "numel": lambda m: [p.numel() for p in m.parameters()],
     "device": lambda m: [str(p.device) for p in m.parameters()],
@@ -467,13 +469,13 @@ USES = {
     "load_state_dict": _loaded,
     "load_state_dict assigned": _assigned,
     "copy": lambda m: copy.copy(first(m)),
-    "deepcopy": lambda m: copy.deepcopy(m)(X()),
+    "deepcopy": lambda m: copy.deepcopy(m)(inputs()),
     "deepcopy of a parameter": lambda m: copy.deepcopy(first(m)),
     "hooks of a copy": lambda m: [
         len(each._forward_pre_hooks) for each in [*copy.deepcopy(m).modules(), *m.modules()]
     ],
     "pickle": lambda m: pickle.loads(pickle.dumps(first(m))),  # noqa: S301  # its own
-    "pickle of the module": lambda m: pickle.loads(pickle.dumps(m))(X()),  # noqa: S301  # its own
+    "pickle of the module": lambda m: pickle.loads(pickle.dumps(m))(inputs()),  # noqa: S301  # its own
     "save": lambda m: saved(dict(m.state_dict())),
     "save of parameters": lambda m: saved(list(m.parameters())),
     "parameters_to_vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
@@ -481,15 +483,15 @@ USES = {
         nn.utils.vector_to_parameters(
             torch.ones(sum(p.numel() for p in m.parameters())), m.parameters()
         ),
-        m(X()),
+        m(inputs()),
     ),
     "clip_grad_norm": _group,
-    "zero_grad": lambda m: (m.zero_grad(), m(X())),
+    "zero_grad": lambda m: (m.zero_grad(), m(inputs())),
     "to dtype": lambda m: [p.dtype for p in m.double().parameters()],
-    "half and back": lambda m: m.bfloat16().float()(X()),
-    "to device": lambda m: m.to("cpu")(X()),
-    "requires_grad_": lambda m: m.requires_grad_(False)(X()),
-    "share_memory": lambda m: m.share_memory()(X()),
+    "half and back": lambda m: m.bfloat16().float()(inputs()),
+    "to device": lambda m: m.to("cpu")(inputs()),
+    "requires_grad_": lambda m: m.requires_grad_(False)(inputs()),
+    "share_memory": lambda m: m.share_memory()(inputs()),
     "reset": lambda m: [
         (torch.manual_seed(0), each.reset_parameters())[0] and None
         for each in m.modules()
@@ -504,11 +506,16 @@ USES = {
     "setitem": _no_grad(lambda p: p.__setitem__(0, 1.0)),
     "view and write": _mutated_view,
     "data += 1": _no_grad(lambda p: p.data.add_(1)),
-    "data = other": lambda m: (setattr(first(m), "data", torch.ones_like(first(m))), m(X()))[1],
+    "data = other": lambda m: (setattr(first(m), "data", torch.ones_like(first(m))), m(inputs()))[
+        1
+    ],
     "swap data and back": _ema_swap,
     "out=": _no_grad(lambda p: torch.add(p, 1, out=p)),
     "foreach": lambda m: torch._foreach_norm(list(m.parameters())),
-    "foreach add": lambda m: (torch._foreach_add_([p.data for p in m.parameters()], 1), m(X())),
+    "foreach add": lambda m: (
+        torch._foreach_add_([p.data for p in m.parameters()], 1),
+        m(inputs()),
+    ),
     "foreach on parameters": lambda m: torch._foreach_mul([p.detach() for p in m.parameters()], 2),
     "fused adam": _fused,
     "fused sgd on itself": _fused_itself,
@@ -533,30 +540,32 @@ USES = {
     "other thread": _other_thread,
     "forked child": _in_forked,
     "functional_call": lambda m: torch.func.functional_call(
-        m, {k: torch.zeros_like(v) for k, v in m.named_parameters()}, (X(),)
+        m, {k: torch.zeros_like(v) for k, v in m.named_parameters()}, (inputs(),)
     ),
     "functional_call, then itself": lambda m: (
         torch.func.functional_call(
-            m, {k: torch.ones(v.shape) for k, v in copy.deepcopy(m).named_parameters()}, (X(),)
+            m, {k: torch.ones(v.shape) for k, v in copy.deepcopy(m).named_parameters()}, (inputs(),)
         ),
-        m(X()),
+        m(inputs()),
     ),
     "func.grad": _of_weights(torch.func.grad),
     "func.vjp": _vjp,
     "func.jvp": _jvp,
     "func.jacrev": _of_weights(torch.func.jacrev),
-    "func.jacrev of inputs": lambda m: torch.func.jacrev(m)(X()),
+    "func.jacrev of inputs": lambda m: torch.func.jacrev(m)(inputs()),
     "func.jacfwd": _of_weights(torch.func.jacfwd),
     "func.hessian": lambda m: torch.func.hessian(lambda w: (w**3).sum())(first(m)),
     "func.vmap": lambda m: torch.func.vmap(lambda w: (w * 2).sum())(first(m)),
-    "func.vmap of inputs": lambda m: torch.func.vmap(lambda x: (first(m) * x.sum()).sum())(X()),
+    "func.vmap of inputs": lambda m: torch.func.vmap(lambda x: (first(m) * x.sum()).sum())(
+        inputs()
+    ),
     "func.functionalize": lambda m: torch.func.functionalize(lambda w: w * 2)(first(m)),
     "func.stack_module_state": lambda m: torch.func.stack_module_state([m])[0],
     "forward dual": _dual,
     "autograd.grad": lambda m: torch.autograd.grad(
-        m(X()).float().sum(), [p for p in m.parameters() if p.requires_grad], allow_unused=True
+        m(inputs()).float().sum(), [p for p in m.parameters() if p.requires_grad], allow_unused=True
     ),
-    "autograd.functional": lambda m: torch.autograd.functional.jacobian(m, X()),
+    "autograd.functional": lambda m: torch.autograd.functional.jacobian(m, inputs()),
     "autograd.Function": _function,
     "checkpoint": _checkpointed,
     "checkpoint, reentrant": _reentrant,

@@ -19,7 +19,7 @@ def sleeps(model):
     return GpuConsolidator().sleeping_bytes(model) > 0
 
 def both(first, second):
-    """Run two functions at once; return what each raised, as far as it ended in 20 seconds."""
+    # Runs two functions at once; returns what each raised.
     errors = [None, None]
     def run(at, function):
         try:
