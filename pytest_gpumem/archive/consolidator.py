@@ -181,14 +181,15 @@ class GpuConsolidator:
             wanted = self._awake() if items is None else list(items)
             for item in wanted:
                 try:
-                    name = self._consolidate(item, process_context)
-                    entry = self.store.entry(name)
-                    sizes[entry.content] = entry.size, self.store.stored(entry)
-                    ids.append(name)
+                    ids.append(self._consolidate(item, process_context))
                 except ArchiveError as error:
                     refused.append(str(error))
                 except Exception as error:  # a model's own code may fail in any way
                     refused.append(_foreign(item, error))
+            for name in ids:
+                with contextlib.suppress(ArchiveError):  # it is asleep, whatever it takes there
+                    entry = self.store.entry(name)
+                    sizes[entry.content] = entry.size, self.store.stored(entry)
         for allocator in devices.allocators():
             allocator.release_cached()
         after = _readings()

@@ -247,7 +247,8 @@ def marked(path: Path) -> Callable[[], None]:
 
     def end() -> None:
         if os.getpid() == owner:  # a forked child shares the mark, and must not end its parent's
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # who next has the store alone removes it
+                path.unlink()
         os.close(file)
 
     return end
