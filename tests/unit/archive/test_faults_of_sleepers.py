@@ -6,6 +6,10 @@ import copy
 import errno
 import gc
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,13 +111,9 @@ def test_a_damaged_archive_is_named_and_another_way_out_is_open(consolidator, da
     else:
         state.unlink()
         state.write_bytes(content if damage == "flip" else content[:100])
-    for use in (
-        lambda: model(X),
-        lambda: model[0].weight.sum(),
-        lambda: consolidator.restore(model),
-    ):
+    for use in (model, model[0].weight.mul, lambda _: consolidator.restore(model)):
         with pytest.raises(ArchiveError, match=f"sleeps in the archive {name} cannot be woken"):
-            use()
+            use(X)
     for part, other in zip(model, awake, strict=True):
         part.weight, part.bias = nn.Parameter(other.weight), nn.Parameter(other.bias)
     assert torch.equal(model(X), awake(X))
@@ -184,6 +184,15 @@ def test_a_forked_child_of_a_consolidation_has_the_model_awake(consolidator, mon
     assert len(consolidator.consolidate_gpu_memory([{"data": model}]).ids) == 1
     assert status == [0]
     assert torch.equal(model(X), awake(X))
+
+
+def test_a_kill_leaves_what_slept_whole():
+    program = Path(__file__).parents[2] / "soak" / "sleepers_kills.py"
+    done = subprocess.run(
+        [sys.executable, program, "--every=23"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"[3-9] kills; [1-9]", done.stdout), done.stdout
 
 
 def test_what_sleeps_leaves_no_trace_when_it_is_awake(consolidator):
