@@ -173,17 +173,22 @@ class Nap:
             """What is archived of each tensor, by its id, until they sleep."""
             self._versions = [each._version for each in tensors]
             _naps.add(self)
-            self._hooks = [hook for each in users for hook in _hooks(each, self._wake_first)]
+            self._hooks = [
+                hook for each in users if tensors for hook in _hooks(each, self._wake_first)
+            ]
             for each in tensors:
                 vars(each)[_NAP] = self
                 each.__class__ = _KINDS[type(each)]
+        if not tensors:
+            return
         try:
             bystanders.refuse({*map(id, users), *map(id, tensors)}, but)
             self._leave_out(self._held())
         except BaseException:
             self.wake()
             raise
-        if tensors and not self.tensors:
+        if not self.tensors:
+            self.wake()
             raise InUseError("its memory is in use: a graph, a view or a call has it, too")
 
     @property

@@ -206,5 +206,10 @@ def test_what_sleeps_leaves_no_trace_when_it_is_awake(consolidator):
     assert [type(each) for each in model.parameters()] == classes
     assert [vars(each) for each in model.parameters()] == [vars(each) for each in twin.parameters()]
     assert not any(each._forward_pre_hooks for each in model.modules())
+    kept = [each.data for each in model.parameters()]
+    done = consolidator.consolidate_gpu_memory([{"data": model}])
+    assert len(done.refused) == 1
+    assert "its memory is in use" in done.refused[0]
+    assert not any(each._forward_pre_hooks for each in model.modules())
     gc.collect()
     assert not list((consolidator.store.path / "asleep").iterdir())
