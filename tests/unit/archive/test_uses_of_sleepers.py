@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import uses
 from hypothesis import settings
 from torch import nn
 
-from pytest_gpumem.archive import sleep
+from pytest_gpumem.archive import sleep, torch_private
 from pytest_gpumem.archive.consolidator import GpuConsolidator
 from pytest_gpumem.archive.store import ArchiveStore
 
@@ -104,3 +105,17 @@ def test_asleep_is_as_awake(kind, consolidator):
             wrong.append((name, *results))
     assert not wrong, "\n".join(str(each)[:600] for each in wrong)
     assert slept == (0 if kind == "lazy" else len([*tried(kind)]))
+
+
+def test_the_private_names_of_torch_that_sleep_needs_are_there():
+    for module, name in torch_private._WAYS_TO_C:
+        assert hasattr(importlib.import_module(module), name), f"torch {torch.__version__}"
+    module = nn.Linear(6, 6)
+    assert torch_private.holders(module.weight) == 0, f"torch {torch.__version__}"
+    loss = module(torch.ones(1, 6)).sum()
+    assert torch_private.holders(module.weight) == 0, "the node that gathers its gradient"
+    graph = module(torch.ones(1, 6, requires_grad=True))
+    assert torch_private.holders(module.weight) > 0, "a graph that will need it"
+    del loss, graph
+    content = module.weight.data
+    assert torch_private.storage_holders(content.untyped_storage()) == 2
