@@ -19,6 +19,7 @@ _HOMES = {
         "ArchiveError",
         "DamagedError",
         "DiskError",
+        "InUseError",
         "KeyRefusedError",
         "LeaseError",
         "LeaseTimeout",

@@ -25,6 +25,9 @@ from pytest_gpumem.errors import (
     DiskError as DiskError,
 )
 from pytest_gpumem.errors import (
+    InUseError as InUseError,
+)
+from pytest_gpumem.errors import (
     KeyRefusedError as KeyRefusedError,
 )
 from pytest_gpumem.errors import (

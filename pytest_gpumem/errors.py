@@ -51,6 +51,10 @@ class NotFoundError(ArchiveError):
     """There is nothing of that name in the store."""
 
 
+class InUseError(ArchiveError):
+    """It cannot be had now: a thread computes with it, or a model that sleeps needs it."""
+
+
 class QuotaError(ArchiveError):
     """There is no room left for it in the store's quota."""
 

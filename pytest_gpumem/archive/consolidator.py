@@ -1,27 +1,29 @@
 """Taking model state off the card: archive it, free its VRAM, bring it back bit for bit.
 
-A consolidated model sleeps: its parameters are empty until it is used again. Calling it, asking
-for its state, or ``restore`` wakes it. Its VRAM is freed only after the archive is on the disk and
-was read back; on any failure before that it stays as it was.
+A consolidated model sleeps: its tensors have no content until one of them is used, or ``restore``
+is called; see ``sleep``. Its VRAM is freed only after the archive is on the disk and was read
+back; on any failure before that it stays as it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
-from pytest_gpumem.errors import ArchiveError, NotFoundError, StateRefusedError
+from pytest_gpumem.errors import ArchiveError, InUseError, StateRefusedError
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from pytest_gpumem.archive.sleep import Nap
     from pytest_gpumem.archive.store import ArchiveStore
 
 ABOVE = 0.85
@@ -67,16 +69,6 @@ class Consolidation(NamedTuple):
         )
 
 
-class _Sleeper(NamedTuple):
-    """An item whose tensors are empty."""
-
-    id: str
-    data: Callable[[], Any]
-    """Returns the item's data, None once nobody else has it."""
-    handles: list[Any]
-    """Of the hooks that wake it."""
-
-
 class GpuConsolidator:
     """Archives the state that lies on cards when they fill up.
 
@@ -93,8 +85,9 @@ class GpuConsolidator:
         self._given = store
         self._mutex = threading.RLock()
         self._registered: dict[int, tuple[Callable[[], Any], dict[str, Any]]] = {}
-        self._asleep: dict[int, _Sleeper] = {}
-        self._waking: set[int] = set()
+        self._last: dict[int, Nap] = {}
+        """The last nap of what is registered, by the id of its data."""
+        self._naps: weakref.WeakSet[Nap] = weakref.WeakSet()
 
     @functools.cached_property
     def store(self) -> ArchiveStore:
@@ -109,7 +102,11 @@ class GpuConsolidator:
     @property
     def idle(self) -> bool:
         """Whether nothing is registered that could be consolidated now."""
-        return self._registered.keys() <= self._asleep.keys()
+        return not self._registered or all(map(self._sleeps, list(self._registered)))
+
+    def _sleeps(self, key: int) -> bool:
+        last = self._last.get(key)
+        return last is not None and not last.awake
 
     def register(
         self,
@@ -132,9 +129,7 @@ class GpuConsolidator:
 
     def sleeping_bytes(self, data: Any) -> int:
         """Return the bytes that waking ``data`` takes; 0 if it is awake."""
-        with self._mutex:
-            sleeper = self._asleep.get(id(data))
-            return self.store.entry(sleeper.id).size if sleeper is not None else 0
+        return sum(nap.size for nap in _naps_of(data) if not nap.awake)
 
     def _reference(self, data: Any) -> Callable[[], Any]:
         try:
@@ -144,7 +139,7 @@ class GpuConsolidator:
 
     def _forget(self, key: int, _: object = None) -> None:
         self._registered.pop(key, None)
-        self._asleep.pop(key, None)
+        self._last.pop(key, None)
 
     def should_consolidate(self) -> bool:
         """Return whether a card is used beyond ``above``; False where there is none.
@@ -186,12 +181,15 @@ class GpuConsolidator:
             wanted = self._awake() if items is None else list(items)
             for item in wanted:
                 try:
-                    name = self._consolidate(item, process_context)
-                    entry = self.store.entry(name)
-                    sizes[entry.content] = entry.size, self.store.stored(entry)
-                    ids.append(name)
+                    ids.append(self._consolidate(item, process_context))
                 except ArchiveError as error:
                     refused.append(str(error))
+                except Exception as error:  # a model's own code may fail in any way
+                    refused.append(_foreign(item, error))
+            for name in ids:
+                with contextlib.suppress(ArchiveError):  # it is asleep, whatever it takes there
+                    entry = self.store.entry(name)
+                    sizes[entry.content] = entry.size, self.store.stored(entry)
         for allocator in devices.allocators():
             allocator.release_cached()
         after = devices.totals()
@@ -214,92 +212,128 @@ class GpuConsolidator:
         found = []
         for key, (data, item) in list(self._registered.items()):
             living = data()
-            if living is not None and key not in self._asleep:
+            if living is not None and not self._sleeps(key):
                 found.append(item | {"data": living})
         return found
 
     def _consolidate(self, item: Any, context: str) -> str:
         if not isinstance(item, dict) or "data" not in item:
             raise StateRefusedError("cannot consolidate an item without 'data'")
+        from pytest_gpumem.archive import sleep
+
+        return str(sleep.apart(self._take, item, context, threading.get_ident()))
+
+    def _take(self, item: dict[str, Any], context: str, caller: int) -> str:
+        """Archive an item, let what can sleep of it do so, and return the archive's id."""
+        from pytest_gpumem.archive import sleep
+
         data = item["data"]
-        if id(data) in self._asleep:
-            return self._asleep[id(data)].id
-        on_card = {str(each.device): each for each in _tensors(_live(data)) if _is_on_card(each)}
-        if len(on_card) > 1:
-            raise StateRefusedError(
-                f"cannot consolidate an item that lies on {' and '.join(sorted(on_card))}; "
-                "give one item for each"
-            )
-        name = self.store.put(
-            _state(data),
-            type=item.get("type", "state"),
-            context=context,
-            metadata=item.get("metadata") or {},
-        )
-        # From here on it is on the disk and was read back.
-        for tensor in _tensors(_live(data)):
-            if _is_on_card(tensor):
-                _empty(tensor)
-        if on_card:
-            wake = functools.partial(self._wake, id(data))
-            sleeper = _Sleeper(name, self._reference(data), _hooks(data, wake))
-            self._asleep[id(data)] = sleeper
+        state = _state(data)
+        live = list({id(each): each for each in _tensors(state)}.values())
+        awake = [each for each in live if sleep.can_sleep(each)]
+        asleep = [nap for nap in map(sleep.nap_of, live) if nap is not None and nap.id]
+        if asleep and not awake:
+            self._note(data, asleep[0])
+            return asleep[0].id
+        nap = None
+        try:
+            nap = sleep.Nap(awake, _users(data), (caller, threading.get_ident()))
+            name = self._put(nap, state, item, context)
+        except InUseError as error:
+            raise InUseError(f"cannot consolidate a {type(data).__name__} now: {error}") from None
+        finally:
+            if nap is not None and not nap.id:
+                nap.wake()
+        if nap.id:
+            self._naps.add(nap)
+            self._note(data, nap)
         return name
 
-    def restore(self, what: Any = None) -> None:
+    def _put(self, nap: Nap, state: Any, item: dict[str, Any], context: str) -> str:
+        contents = nap.contents
+        nap.check()  # after that: a use empties them
+        archived = _replaced(state, contents)
+        kind, metadata = item.get("type", "state"), item.get("metadata") or {}
+        name = self.store.put(archived, type=kind, context=context, metadata=metadata)
+        if nap.tensors:
+            tensors = {id(content): tensor for tensor, content in contents.items()}
+            places = {
+                tensors[id(each)]: place
+                for place, each in enumerate(_tensors(archived))
+                if id(each) in tensors
+            }
+            try:
+                nap.begin(self.store, name, places)
+            except ArchiveError:
+                with contextlib.suppress(ArchiveError):
+                    self.store.delete(name)
+                raise
+        return name
+
+    def _note(self, data: Any, nap: Nap) -> None:
+        if id(data) in self._registered:
+            self._last[id(data)] = nap
+
+    def restore(self, what: Any = None, device: str = "") -> None:
         """Wake ``what``, an item's data; None: all that sleeps. Nothing, if it is awake.
 
+        Those that share tensors with it wake as far as they fell asleep with those. ``device`` is
+        where to; without, where they were.
+
         Raises:
-            ArchiveError: it cannot be restored; it sleeps on.
+            ArchiveError: some cannot be restored, which sleep on; the others are awake.
 
         """
-        with self._mutex:
-            for key in [id(what)] if what is not None else list(self._asleep):
-                self._wake(key)
-
-    def _wake(self, key: int, *_: object, **__: object) -> None:
-        with self._mutex:
-            sleeper = self._asleep.get(key)
-            data = sleeper.data() if sleeper is not None else None
-            if sleeper is None or data is None or key in self._waking:
-                return
-            # Filling a model asks it for its state, which would wake it.
-            self._waking.add(key)
+        naps = list(self._naps) if what is None else _naps_of(what)
+        failed: list[Exception] = []
+        for nap in naps:
             try:
-                self._fill(sleeper, data)
-            finally:
-                self._waking.discard(key)
-            del self._asleep[key]
+                nap.wake(device)
+            except Exception as error:  # the others first
+                failed.append(error)
+        if failed:
+            first, *others = failed
+            for each in others:
+                first.add_note(f"and {each}")
+            raise first
 
-    def _fill(self, sleeper: _Sleeper, data: Any) -> None:
-        live = list(_tensors(_live(data)))
-        empty = [tensor for tensor in live if _is_on_card(tensor) or not tensor.numel()]
-        device = str(empty[0].device) if empty else "cpu"
-        restored = list(_tensors(self.store.get(sleeper.id, device=device)))
-        if len(restored) != len(live):
-            raise NotFoundError(f"the state {sleeper.id} is no longer built like its model")
-        for tensor, content in zip(live, restored, strict=True):
-            if tensor.shape != content.shape:
-                _refill(tensor, content)
-        for handle in sleeper.handles:
-            handle.remove()
+
+def _foreign(item: dict[str, Any], error: Exception) -> str:
+    kind = type(item["data"]).__name__
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"cannot consolidate a {kind}: {reason}"
+
+
+def _naps_of(data: Any) -> list[Nap]:
+    """Return the naps of an item's tensors, each once."""
+    from pytest_gpumem.archive import sleep
+
+    naps = [sleep.nap_of(each) for each in _tensors(_state(data))]
+    return list({id(nap): nap for nap in naps if nap is not None}.values())
 
 
 def _state(data: Any) -> Any:
-    """Return what is archived of an item's data."""
-    return data.state_dict() if hasattr(data, "state_dict") else data
+    """Return the tensors of an item, themselves, in the nesting in which they are archived.
 
-
-def _live(data: Any) -> Any:
-    """Return the state with the very tensors that ``data`` has, in the same order."""
+    A module's by their names, whatever it has made of ``state_dict``.
+    """
     import torch
 
     if isinstance(data, torch.nn.Module):
-        return data.state_dict(keep_vars=True)
-    return _state(data)
+        parameters = data.named_parameters(remove_duplicate=False)
+        return dict([*parameters, *data.named_buffers(remove_duplicate=False)])
+    return data.state_dict() if hasattr(data, "state_dict") else data
+
+
+def _users(data: Any) -> list[Any]:
+    """Return what computes with an item's tensors."""
+    import torch
+
+    return list(data.modules()) if isinstance(data, torch.nn.Module) else [data]
 
 
 def _tensors(value: Any) -> Iterator[Any]:
+    """Yield tensors in the order of ``tree.leaves``."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -312,36 +346,27 @@ def _tensors(value: Any) -> Iterator[Any]:
             yield from _tensors(each)
 
 
-def _is_on_card(tensor: Any) -> bool:
-    return tensor.device.type not in {"cpu", "meta"} and tensor.numel() > 0
+def _replaced(value: Any, contents: dict[int, Any]) -> Any:
+    """Return a state with the content in the place of each tensor that is falling asleep.
 
-
-def _empty(tensor: Any) -> None:
-    """Take the content off a tensor, which keeps its identity, dtype and device."""
+    One that sleeps already is named by the archive that has it.
+    """
     import torch
 
-    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    from pytest_gpumem.archive import sleep
 
-
-def _refill(tensor: Any, content: Any) -> None:
-    # The model may have been moved or cast while it slept.
-    tensor.data = content.detach().to(device=tensor.device, dtype=tensor.dtype)
-
-
-def _hooks(data: Any, wake: Callable[..., None]) -> list[Any]:
-    """Have ``data`` woken by whatever needs its tensors."""
-    import torch
-
-    if isinstance(data, torch.nn.Module):
-        found: list[Any] = []
-        for module in data.modules():
-            found.append(module.register_forward_pre_hook(wake))
-            hook: Any = module.register_state_dict_pre_hook  # untyped
-            found.append(hook(wake))
-        return found
-    if isinstance(data, torch.optim.Optimizer):
-        return [data.register_step_pre_hook(wake), data.register_state_dict_pre_hook(wake)]
-    return []
+    if isinstance(value, torch.Tensor):
+        content = contents.get(id(value))
+        nap = sleep.nap_of(value)
+        return content if content is not None else nap.id if nap is not None else value
+    if type(value) in {dict, OrderedDict}:
+        made = type(value)((key, _replaced(each, contents)) for key, each in value.items())
+        if isinstance(value, OrderedDict):  # state_dict() keeps the versions of its modules there
+            vars(made).update(vars(value))
+        return made
+    if type(value) in {list, tuple}:
+        return type(value)(_replaced(each, contents) for each in value)
+    return value
 
 
 _the_one: GpuConsolidator | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from pytest_gpumem.errors import DiskError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
 TEMPORARY: Final = ".new-"
 """How the names of unfinished files begin."""
@@ -232,3 +232,40 @@ def locked(path: Path, *, alone: bool, wait: bool = True) -> Generator[bool, Non
             fcntl.flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)
+
+
+def marked(path: Path) -> Callable[[], None]:
+    """Make a file that ``is_marked`` until the returned function is called, or this process ends.
+
+    The kernel holds the mark, for children too that are forked meanwhile.
+    """
+    import fcntl
+
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CLOEXEC | _NOFOLLOW, 0o600)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    owner = os.getpid()
+
+    def end() -> None:
+        if os.getpid() == owner:  # a forked child shares the mark, and must not end its parent's
+            with contextlib.suppress(OSError):  # who next has the store alone removes it
+                path.unlink()
+        os.close(file)
+
+    return end
+
+
+def is_marked(path: Path) -> bool:
+    """Return whether whoever marked a file is alive."""
+    import fcntl
+
+    try:
+        file = os.open(path, os.O_RDWR | _CLOEXEC | _NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False

@@ -219,6 +219,17 @@ class Reader:
         with tree.checked():
             return self._builder(tree.reach(node, self.records), device).value(node)
 
+    def get_tensors(self, which: Sequence[int], device: str = "cpu") -> list[Any]:
+        """Return tensors by their places in ``tree.leaves``, in new memory on ``device``.
+
+        They share memory where they did.
+        """
+        with tree.checked():
+            leaves = list(tree.leaves(self.tree))
+            node = ["l", *(leaves[place] for place in which)]
+            builder = self._builder(tree.reach(node, self.records), device)
+            return [builder.value(each) for each in node[1:]]
+
     def _builder(self, records: Iterable[int], device: str) -> tree.Builder:
         """Return a builder of these tensors, with their content read."""
         import torch

@@ -3,6 +3,7 @@
 ``key``     the store's secret, sealed under a root key; ``key-copy`` is a second one
 ``states/`` one file for each different state, named by its keyed content hash
 ``entries/`` one small file for each time a state was put: its type, context, tags and time
+``asleep/`` a lock for each entry that a sleeping model will need; it ends with the process
 ``lock``    writers share it; who removes something has it alone
 
 A state is written before its first entry and removed after its last, so at every moment an entry
@@ -29,6 +30,7 @@ from pytest_gpumem.errors import (
     ArchiveError,
     DamagedError,
     DiskError,
+    InUseError,
     KeyRefusedError,
     NotFoundError,
     QuotaError,
@@ -148,7 +150,6 @@ class ArchiveStore:
         self._known: dict[str, Entry] = {}
         self._broken: dict[str, str] = {}
         self._seen: int | None = None
-        self._sound: set[str] = set()
         self._sizes: dict[str, int] = {}
         self._sizes_at: int | None = None
         with explained("use the store", self.path):
@@ -302,13 +303,16 @@ class ArchiveStore:
         return found
 
     def _has(self, content: str) -> bool:
-        """Return whether a state is there and sound; once read, it is taken to stay so."""
+        """Return whether a state is there and every byte of it is what was written.
+
+        It is read each time: whoever puts a state may free the memory it came from.
+        """
         path = self._states / content
-        if content not in self._sound and path.exists():
+        if path.exists():
             with contextlib.suppress(DamagedError):
                 self._read_back(path, content)
-                self._sound.add(content)
-        return content in self._sound and path.exists()
+                return True
+        return False
 
     def _read_back(self, path: Path, content: str) -> None:
         reader = file.Reader(path, self._secret, content, direct=True)
@@ -330,7 +334,6 @@ class ArchiveStore:
             new.publish()
         finally:
             new.close()
-        self._sound.add(content)
         if self.quota is not None:
             self._sizes[content] = new.size
             self._sizes_at = self._states.stat().st_mtime_ns
@@ -390,6 +393,17 @@ class ArchiveStore:
                 return reader.get_into(into, path)
         except KeyError as error:
             raise NotFoundError(f"the state {id} has no {error.args[0]!r} there") from None
+        except DamagedError as error:
+            raise DamagedError(f"the state {id} cannot be restored: {error}") from None
+        finally:
+            reader.close()
+
+    def get_tensors(self, id: str, which: Sequence[int], device: str = "cpu") -> list[Any]:  # noqa: A002
+        """Return some of a state's tensors, by their places in ``tensors(id)``; see ``get``."""
+        reader = self._reader(self.entry(id))
+        try:
+            with explained("read", self._states):
+                return reader.get_tensors(which, device)
         except DamagedError as error:
             raise DamagedError(f"the state {id} cannot be restored: {error}") from None
         finally:
@@ -509,10 +523,13 @@ class ArchiveStore:
 
         Raises:
             NotFoundError: there is no such id.
+            InUseError: a model that sleeps needs it.
 
         """
         with contextlib.suppress(DamagedError):  # what cannot be read can still be removed
             self.entry(id)
+        if id in self._needed():
+            raise InUseError(f"cannot delete {id}: a model that sleeps needs it")
         self._remove([id])
 
     def forget(
@@ -527,6 +544,8 @@ class ArchiveStore:
     ) -> Forgotten:
         """Remove what no rule keeps, oldest first, and return how much that was.
 
+        What a sleeping model needs stays, whatever the rules say.
+
         Args:
             older_than: seconds; entries put earlier than that decay.
             keep_last: so many of the newest entries stay.
@@ -537,7 +556,9 @@ class ArchiveStore:
 
         """
         everything = self.entries()
-        candidates = self.find(type=type, context=context)
+        needed = self._needed()
+        found = self.find(type=type, context=context)
+        candidates = [entry for entry in found if entry.id not in needed]
         kept = len(candidates) if keep_last is None else keep_last
         before = None if older_than is None else time.time() - older_than
         decayed = {
@@ -567,7 +588,7 @@ class ArchiveStore:
             marker = disk.NewFile(self._entries / "none")
             done = False
             try:
-                for each in ids:
+                for each in set(ids) - self._needed(tidy=True):
                     (self._entries / each).unlink(missing_ok=True)
                 disk.sync_directory(self._entries)
                 orphans = self._remove_orphans()
@@ -575,6 +596,38 @@ class ArchiveStore:
                 return orphans
             finally:
                 marker.close(keep=not done)
+
+    def need(self, id: str) -> Callable[[], None]:  # noqa: A002  # what put returned
+        """Keep an entry from being removed until the returned function is called.
+
+        Or until this process ends, and those that it forked meanwhile.
+
+        Raises:
+            NotFoundError: there is no such id.
+
+        """
+        folder = self.path / "asleep"
+        with explained("keep", folder), self._locked(alone=False):
+            self.entry(id)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            return disk.marked(folder / f"{id}.{secrets.token_hex(4)}")
+
+    def _needed(self, *, tidy: bool = False) -> set[str]:
+        """Return the entries that sleeping models need.
+
+        ``tidy`` removes the marks of processes that ended; for who has the store alone.
+        """
+        folder = self.path / "asleep"
+        if not folder.is_dir():
+            return set()
+        found = set()
+        with explained("look at", folder):
+            for name in list(self._listed(folder)):
+                if disk.is_marked(folder / name):
+                    found.add(name.partition(".")[0])
+                elif tidy:
+                    (folder / name).unlink(missing_ok=True)
+        return found
 
     def _remove_orphans(self) -> set[str]:
         wanted = {entry.content for entry in self.entries()}
@@ -585,7 +638,6 @@ class ArchiveStore:
             (self._states / each).unlink(missing_ok=True)
         if orphans:
             disk.sync_directory(self._states)
-        self._sound -= orphans
         return orphans
 
     def _sweep(self) -> None:

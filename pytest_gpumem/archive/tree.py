@@ -380,6 +380,19 @@ def at_path(tree: Any, path: Sequence[Hashable]) -> Any:
     return tree
 
 
+def leaves(node: Any) -> Iterator[Any]:
+    """Yield the nodes of tensors, in the order of ``listing``."""
+    tag = node[0] if isinstance(node, list) and node else None
+    if tag == "T":
+        yield node
+    elif tag in {"l", "t"}:
+        for member in node[1:]:
+            yield from leaves(member)
+    elif tag in {"d", "o"}:
+        for member in node[2 if tag == "d" else 3 :: 2]:
+            yield from leaves(member)
+
+
 def listing(node: Any, records: list[Any], path: str = "") -> Iterator[tuple[Any, ...]]:
     """Yield the path, dtype (or kind) and shape of each tensor of ``node``."""
     tag = node[0] if isinstance(node, list) and node else None

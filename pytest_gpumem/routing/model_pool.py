@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
 import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ from pytest_gpumem import devices
 from pytest_gpumem.archive.consolidator import GpuConsolidator, get_gpu_consolidator
 from pytest_gpumem.errors import ArchiveError
 from pytest_gpumem.routing import placing
+from pytest_gpumem.routing.pool_entries import Entries, Entry, is_module
 from pytest_gpumem.routing.resource_manager import CPU, shared
 from pytest_gpumem.tracking import release
 
@@ -37,29 +37,6 @@ class _Framework(NamedTuple):
     kind: type
     save: Callable[[Any], Any]
     load: Callable[[Any], Any]
-
-
-class _Entry:
-    """One model of the pool."""
-
-    def __init__(self, name: str, load: Callable[[], Any], *, weak: bool) -> None:
-        self.name = name
-        self.load = load
-        self.weak = weak
-        self.mutex = threading.RLock()
-        self.model: Any = None
-        self.reference: Callable[[], Any] = lambda: None
-        self.used = 0
-        self.pins = 0
-        self.archived: tuple[str, Callable[[Any], Any]] | None = None
-        """Of an object of another framework that was taken apart: its state, and how it is made
-        of that."""
-        self.banned = False
-        """Whether it is on the CPU only because nothing might go to the card."""
-
-    def held(self) -> Any:
-        """Return the model, None if it is not loaded or nobody keeps it."""
-        return self.model if self.model is not None else self.reference()
 
 
 class LazyModel:
@@ -101,10 +78,8 @@ class ModelPool:
 
     def __init__(self, consolidator: GpuConsolidator | None = None) -> None:
         self._consolidator = consolidator
-        self._entries: dict[str, _Entry] = {}
+        self._entries = Entries(_sentence_transformer)
         self._frameworks: list[_Framework] = []
-        self._mutex = threading.RLock()
-        self._clock = 0
 
     @property
     def consolidator(self) -> GpuConsolidator:
@@ -129,25 +104,33 @@ class ModelPool:
             load: returns the model, on the CPU; None: a sentence transformer of that name.
             weak: keep the model only as long as somebody else does.
 
+        Raises:
+            RuntimeError: its loader asks for it, or waits for a loader that does.
+
         """
-        with self._locked(name, load, weak=weak) as entry:
+        with self._entries.locked(name, load, weak=weak) as entry:
             return self._ready(entry)
 
     @contextmanager
     def use(self, name: str, load: Callable[[], Any] | None = None) -> Iterator[Any]:
         """Yield the model ``name``, which is not consolidated meanwhile."""
-        with self._locked(name, load) as entry:
+        with self._entries.locked(name, load) as entry:
+            user = self._entries.begin_use(entry)
             self._pin(entry)  # first: what is awake might be consolidated before it is pinned
             try:
                 model = self._ready(entry)
             except BaseException:
-                self._unpin(entry)
+                self._end_use(entry, user)
                 raise
         try:
             yield model
         finally:
             del model
-            self._unpin(entry)
+            self._end_use(entry, user)
+
+    def _end_use(self, entry: Entry, user: int) -> None:
+        self._unpin(entry)
+        self._entries.end_use(entry, user)
 
     def pin(self, name: str) -> None:
         """Keep a model where it is until ``unpin``, which has to be called as often.
@@ -156,7 +139,7 @@ class ModelPool:
             KeyError: when the pool has no such model.
 
         """
-        self._pin(self._entry(name))
+        self._pin(self._entries[name])
 
     def unpin(self, name: str) -> None:
         """Let a model be consolidated again.
@@ -165,7 +148,7 @@ class ModelPool:
             KeyError: when the pool has no such model.
 
         """
-        self._unpin(self._entry(name))
+        self._unpin(self._entries[name])
 
     def attach(
         self,
@@ -184,8 +167,7 @@ class ModelPool:
         """
         if getattr(target, attribute, None) is None:
             if load is not None:
-                with self._mutex:
-                    self._entries.setdefault(name, _Entry(name, load, weak=False))
+                self._entries.set_default(name, load)
             setattr(target, attribute, LazyModel(self, name, load))
         return target
 
@@ -195,8 +177,7 @@ class ModelPool:
         ``wanted`` bytes suffice; 0: all that can go.
         """
         freed = 0
-        with self._mutex:
-            entries = sorted(self._entries.values(), key=lambda entry: entry.used)
+        entries = sorted(self._entries.all(), key=lambda entry: entry.used)
         for entry in entries:
             # Whoever holds it is loading or waking it just now.
             if not entry.mutex.acquire(blocking=False):
@@ -212,29 +193,41 @@ class ModelPool:
     def unload(self, name: str) -> Freed:
         """Let go of a model and free its VRAM; once more is harmless.
 
-        If somebody else still refers to it, it moves to the CPU.
+        First other threads come to the end of their ``use`` of it. If somebody still refers to it
+        then, it moves to the CPU; if the pool has it by another name, too, it stays.
+
+        Raises:
+            RuntimeError: a thread that uses it waits for this one.
+
         """
-        with self._mutex:
-            entry = self._entries.pop(name, None)
+        entry = self._entries.get(name)
+        if entry is not None:
+            self._entries.wait_for_use(entry)
+            entry = self._entries.pop(name)
         before = devices.totals()
         if entry is not None:
             with entry.mutex:
-                model = entry.held()
-                self.consolidator.forget(model)
-                reference = _weakly(model) if _is_module(model) else lambda: None
-                entry.model, entry.archived, entry.reference = None, None, lambda: None
-                del model
-                gc.collect()
-                model = reference()
-                if model is not None:
-                    placing.take_back(model)
-                    self.consolidator.restore(model)
-                del model
+                self._let_go(entry)
         for allocator in devices.allocators():
             allocator.release_cached()
         after = devices.totals()
         driver = None if before[1] is None or after[1] is None else before[1] - after[1]
         return Freed(before[0] - after[0], driver)
+
+    def _let_go(self, entry: Entry) -> None:
+        model = entry.held()
+        reference = _weakly(model) if is_module(model) else lambda: None
+        if entry.archived is not None:
+            entry.archived[2]()
+        entry.model, entry.archived, entry.reference = None, None, lambda: None
+        if model is None or any(each.held() is model for each in self._entries.all()):
+            return
+        self.consolidator.forget(model)
+        del model
+        gc.collect()
+        model = reference()
+        if model is not None:
+            placing.take_back(self._entries.with_kin(model))
 
     def clear(self) -> None:
         """Unload every model."""
@@ -242,66 +235,44 @@ class ModelPool:
             self.unload(name)
 
     def __iter__(self) -> Iterator[str]:
-        with self._mutex:
-            return iter(list(self._entries))
+        return iter(self._entries.names())
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._entries.names()
 
-    def _entry(self, name: str) -> _Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            known = ", ".join(self) or "none"
-            raise KeyError(f"the pool has no model {name!r}; it has {known}") from None
-
-    @contextmanager
-    def _locked(
-        self, name: str, load: Callable[[], Any] | None, *, weak: bool = False
-    ) -> Iterator[_Entry]:
-        """Yield the entry of a model, which is there then, and this thread's alone."""
-        while True:
-            with self._mutex:
-                entry = self._entries.get(name)
-                if entry is None:
-                    entry = _Entry(name, load or (lambda: _sentence_transformer(name)), weak=weak)
-                    self._entries[name] = entry
-                self._clock += 1
-                entry.used = self._clock
-            with entry.mutex:
-                if self._entries.get(name) is entry:  # else somebody unloaded it meanwhile
-                    entry.load = load or entry.load
-                    yield entry
-                    return
-
-    def _pin(self, entry: _Entry) -> None:
+    def _pin(self, entry: Entry) -> None:
         with entry.mutex:
             entry.pins += 1
-            self.consolidator.forget(entry.held())
+            for each in self._entries.kin(entry.held()):
+                self.consolidator.forget(each.held())
 
-    def _unpin(self, entry: _Entry) -> None:
+    def _unpin(self, entry: Entry) -> None:
         with entry.mutex:
             entry.pins = max(0, entry.pins - 1)
-            model = entry.held()
-            if model is not None:
-                self._register(entry, model)
+            for each in self._entries.kin(entry.held()):
+                self._register(each, each.held())
 
-    def _ready(self, entry: _Entry) -> Any:
+    def _ready(self, entry: Entry) -> Any:
         """Return the model of an entry that is this thread's, loaded and awake."""
         model = entry.held()
         return self._load(entry) if model is None else self._wake(entry, model)
 
-    def _load(self, entry: _Entry) -> Any:
+    def _load(self, entry: Entry) -> Any:
         if entry.archived is not None:
-            name, put_together = entry.archived
+            name, put_together, end = entry.archived
             entry.model = put_together(self.consolidator.store.get(name))
             entry.archived = None
+            end()
             return entry.model
-        model = entry.load()
-        if _is_module(model):
+        entry.loading = True
+        try:
+            model = entry.load()
+        finally:
+            entry.loading = False
+        if is_module(model):
             self._place(entry, model)
         entry.reference = _weakly(model)
         if not entry.weak:
@@ -309,17 +280,16 @@ class ModelPool:
         self._register(entry, model)
         return model
 
-    def _wake(self, entry: _Entry, model: Any) -> Any:
-        if not _is_module(model):
+    def _wake(self, entry: Entry, model: Any) -> Any:
+        if not is_module(model):
             return model
         asleep = self.consolidator.sleeping_bytes(model)
         if shared.banned and not entry.banned:
-            placing.take_back(model)  # empty, or for this attempt
+            placing.take_back(self._entries.with_kin(model))
             entry.banned = True
-            self.consolidator.restore(model)
         elif asleep:
             if placing.room_for(asleep, "model", self._make_room_for(entry)) == CPU:
-                placing.take_back(model)
+                placing.take_back(self._entries.with_kin(model))
             self._restore(model)
         elif entry.banned and not shared.banned:
             entry.banned = False
@@ -333,18 +303,18 @@ class ModelPool:
             if not release.oom_sentence(error):
                 raise
             release.clear_frames(error)
-            placing.take_back(model)
-            self.consolidator.restore(model)
+            placing.take_back(self._entries.with_kin(model))
 
-    def _place(self, entry: _Entry, model: Any) -> None:
+    def _place(self, entry: Entry, model: Any) -> None:
         entry.banned = bool(shared.banned)
-        if placing.is_on_card(model) and not shared.banned:
+        model = self._entries.with_kin(model)
+        if placing.is_all_on_card(model) and not shared.banned:
             return
         make_room = self._make_room_for(entry)
         device = placing.room_for(placing.size_of(model), "model", make_room)
         placing.place(model, device, lambda: make_room(0))
 
-    def _make_room_for(self, entry: _Entry) -> Callable[[int], bool]:
+    def _make_room_for(self, entry: Entry) -> Callable[[int], bool]:
         def make_room(size: int) -> bool:
             entry.pins += 1  # its lock is this thread's, and would let it in again
             try:
@@ -354,19 +324,19 @@ class ModelPool:
 
         return make_room
 
-    def _register(self, entry: _Entry, model: Any) -> None:
-        if not entry.pins and _is_module(model):
+    def _register(self, entry: Entry, model: Any) -> None:
+        if is_module(model) and not self._entries.is_pinned(model):
             self.consolidator.register(model, type="model", metadata={"model_name": entry.name})
 
-    def _consolidate(self, entry: _Entry) -> int:
+    def _consolidate(self, entry: Entry) -> int:
         model = entry.held()
-        if entry.pins or model is None:
+        if model is None or entry.pins or self._entries.is_pinned(model):
             return 0
         framework = self._framework(model)
         if framework is not None:
             del model  # whose memory would not go otherwise
             return _take_apart(entry, framework, self.consolidator)
-        if not _is_module(model) or self.consolidator.sleeping_bytes(model):
+        if not is_module(model):
             return 0
         item = {"data": model, "type": "model", "metadata": {"model_name": entry.name}}
         if not placing.is_on_card(model):
@@ -380,7 +350,7 @@ class ModelPool:
         return next((each for each in self._frameworks if isinstance(model, each.kind)), None)
 
 
-def _take_apart(entry: _Entry, framework: _Framework, consolidator: GpuConsolidator) -> int:
+def _take_apart(entry: Entry, framework: _Framework, consolidator: GpuConsolidator) -> int:
     """Archive the state of an object that is no torch module; return the bytes that freed."""
     if entry.model is None:  # others keep it, and its memory with it
         return 0
@@ -390,11 +360,12 @@ def _take_apart(entry: _Entry, framework: _Framework, consolidator: GpuConsolida
         name = consolidator.store.put(
             state, type="model", context="model pool", metadata={"model_name": entry.name}
         )
+        end = consolidator.store.need(name)
     except ArchiveError as error:
         _log.warning("%s stays on the card: %s", entry.name, error)
         entry.model = framework.load(state)  # the old one has let go of its memory
         return 0
-    entry.archived = name, framework.load
+    entry.archived = name, framework.load, end
     entry.model, entry.reference = None, lambda: None
     del state
     gc.collect()
@@ -405,10 +376,6 @@ def _take_apart(entry: _Entry, framework: _Framework, consolidator: GpuConsolida
 
 def _sentence_transformer(name: str) -> Any:
     return placing.load_sentence_transformer(name, device=CPU)
-
-
-def _is_module(model: Any) -> bool:
-    return hasattr(model, "parameters") and hasattr(model, "to")
 
 
 def _weakly(model: Any) -> Callable[[], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.archive import torch_private
 from pytest_gpumem.archive.consolidator import get_gpu_consolidator
 from pytest_gpumem.routing.resource_manager import (
     CPU,
@@ -24,9 +25,10 @@ _log = logging.getLogger("pytest_gpumem")
 
 
 def size_of(model: Any) -> int:
-    """Return the bytes of a module's parameters and buffers, each storage once."""
-    parts = [each.untyped_storage() for each in (*model.parameters(), *model.buffers())]
-    return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+    """Return the bytes of a module's parameters and buffers, each storage once; wakes nothing."""
+    with torch_private.plainly():
+        parts = [each.untyped_storage() for each in (*model.parameters(), *model.buffers())]
+        return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
 
 
 def place(model: Any, device: str, make_room: Callable[[], bool] | None = None) -> str:
@@ -64,6 +66,7 @@ def take_back(model: Any) -> str:
     """Move a module to the CPU; return where it is then: one that cannot be moved stays."""
     if not is_on_card(model):
         return CPU
+    get_gpu_consolidator().restore(model, CPU)  # what sleeps needs no room on the card for that
     try:
         model.to(CPU)
     except Exception as error:  # quantised models refuse to be moved, for one
@@ -74,9 +77,20 @@ def take_back(model: Any) -> str:
 
 
 def is_on_card(model: Any) -> bool:
-    """Return whether any part of a module is on a card, be it empty there."""
-    parts = (*model.parameters(), *model.buffers())
-    return any(each.device.type not in {CPU, "meta"} for each in parts)
+    """Return whether any part of a module is on a card, or will be when it wakes."""
+    return GPU in _devices(model)
+
+
+def is_all_on_card(model: Any) -> bool:
+    """Return whether no part of a module is elsewhere."""
+    return _devices(model) == {GPU}
+
+
+def _devices(model: Any) -> set[str]:
+    """Return where parts of a module are; wakes nothing."""
+    with torch_private.plainly():
+        kinds = {each.device.type for each in (*model.parameters(), *model.buffers())}
+    return {kind if kind in {CPU, "meta"} else GPU for kind in kinds}
 
 
 def consolidate_all() -> bool:

@@ -15,6 +15,24 @@ from pytest_gpumem.routing.resource_manager import shared
 
 MIB = 2**20
 
+def sleeps(model):
+    return GpuConsolidator().sleeping_bytes(model) > 0
+
+def both(first, second):
+    # Runs two functions at once; returns what each raised.
+    errors = [None, None]
+    def run(at, function):
+        try:
+            function()
+        except Exception as error:
+            errors[at] = error
+    threads = [threading.Thread(target=run, args=each, daemon=True)
+               for each in enumerate((first, second))]
+    [each.start() for each in threads]
+    [each.join(20) for each in threads]
+    assert not any(each.is_alive() for each in threads), "they wait for each other"
+    return errors
+
 def linear(calls=None):
     if calls is not None:
         calls.append(1)
@@ -43,12 +61,12 @@ def test_the_least_recently_used_goes_first_and_wakes_bit_for_bit(pool):
     before = a.weight.detach().cpu().clone()
     pool.get("b")
     assert pool.consolidate(1) >= 16 * MIB
-    assert a.weight.numel() == 0 and b.weight.numel() > 0
+    assert sleeps(a) and not sleeps(b)
     assert torch.equal(pool.get("a").weight.cpu(), before) and a.weight.is_cuda
 
 def test_a_pinned_model_stays(pool):
     with pool.use("m", linear) as model:
-        assert pool.consolidate() == 0 and model.weight.numel() > 0
+        assert pool.consolidate() == 0 and not sleeps(model)
     assert pool.consolidate() >= 16 * MIB
 
 def test_unloading_frees_and_twice_is_harmless(pool):
@@ -72,7 +90,7 @@ def test_a_full_disk_leaves_the_model_usable(tmp_path):
     pool = ModelPool(GpuConsolidator(store))
     model = pool.get("m", linear)
     assert pool.consolidate() == 0
-    assert model.weight.is_cuda and model.weight.numel() > 0
+    assert model.weight.is_cuda and not sleeps(model)
     pool.clear()
 
 def test_a_model_that_cannot_be_moved_stays_on_the_cpu(pool):
@@ -130,7 +148,98 @@ def test_other_frameworks_come_by_two_functions(pool):
     pool.register_framework(Other, save=lambda o: {"w": o.w}, load=lambda s: Other(s["w"]))
     pool.get("o", lambda: Other(torch.full((MIB,), 7.0, device="cuda")))
     assert pool.consolidate() >= 4 * MIB
+    assert not any(pool.consolidator.store.forget(keep_last=0))  # it is needed
     assert pool.get("o").w.sum().item() == 7 * MIB
+
+def test_loaders_that_ask_for_each_other_are_an_error(pool):
+    meet = threading.Barrier(2, timeout=10)
+
+    def asks_for(other):
+        def load():
+            meet.wait()
+            pool.get(other, linear)
+            return linear()
+        return load
+
+    errors = both(lambda: pool.get("a", asks_for("b")), lambda: pool.get("b", asks_for("a")))
+    assert [str(each) for each in errors if each and "ask for one another" in str(each)]
+    with pytest.raises(RuntimeError, match="'own' asks for that model"):
+        pool.get("own", lambda: pool.get("own"))
+    assert "own" not in pool and pool.get("a", linear).weight.is_cuda
+
+def test_a_load_that_fails_leaves_nothing(pool):
+    def broken():
+        raise ValueError("no such file")
+
+    for ask in (lambda: pool.get("m", broken), lambda: pool.use("m", broken).__enter__()):
+        with pytest.raises(ValueError, match="no such file"):
+            ask()
+        assert "m" not in pool and list(pool) == []
+    assert pool.get("m", linear).weight.is_cuda
+
+def test_a_module_has_one_pin_whatever_its_names(pool):
+    model = pool.get("a", linear)
+    assert pool.get("b", lambda: model) is model
+    pool.pin("a")
+    assert pool.consolidate() == 0 and pool.consolidator.idle and not sleeps(model)
+    assert not any(pool.unload("b")) and model.weight.is_cuda
+    pool.unpin("a")
+    assert pool.consolidate() >= 16 * MIB
+
+def test_models_that_share_a_parameter_are_on_one_device(pool):
+    def sharing():
+        model = torch.nn.Sequential(linear(), linear())
+        model[0].weight = one.weight
+        return model
+
+    one = pool.get("one", linear)
+    two = pool.get("two", sharing)
+    assert {str(each.device) for each in two.parameters()} == {"cuda:0"}
+    before = [each.detach().cpu().clone() for each in two.parameters()]
+    with pool.use("one"):
+        assert pool.consolidate() == 0 and not sleeps(two)
+    assert pool.consolidate() >= 32 * MIB
+    with shared.ban("for this test"):
+        pool.get("two")
+        assert {each.device.type for m in (one, two) for each in m.parameters()} == {"cpu"}
+    assert all(torch.equal(*each) for each in zip(before, two.parameters()))
+    assert two[0].weight is one.weight
+    pool.get("two")
+    assert {each.device.type for m in (one, two) for each in m.parameters()} == {"cuda"}
+
+def test_unloading_waits_for_those_who_use_it(pool):
+    inside, done = threading.Event(), []
+
+    def use():
+        with pool.use("m", linear) as model:
+            inside.set()
+            for _ in range(50):
+                model(torch.ones(1, 2048, device="cuda"))
+            done.append(model.weight.is_cuda)
+
+    def unload():
+        assert inside.wait(10)
+        pool.unload("m")
+        done.append("unloaded")
+
+    assert both(use, unload) == [None, None] and done == [True, "unloaded"]
+    with pool.use("m", linear):
+        pool.unload("m")  # by itself
+
+def test_users_that_unload_each_others_models_are_an_error(pool):
+    meet = threading.Barrier(2, timeout=10)
+
+    def unload(mine, other):
+        def run():
+            with pool.use(mine, linear):
+                meet.wait()
+                pool.unload(other)
+        return run
+
+    errors = both(unload("a", "b"), unload("b", "a"))
+    assert [str(each) for each in errors if each] == [
+        str(next(each for each in errors if each))
+    ] and "waits for this one" in str(errors)
 """
 
 

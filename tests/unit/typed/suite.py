@@ -15,6 +15,7 @@ from pytest_gpumem import (
     GpuConsolidator,
     GpuMemory,
     HybridResourceManager,
+    InUseError,
     KeyRefusedError,
     Lease,
     LeaseError,
@@ -45,6 +46,7 @@ TIME_IS_UP: type[TimeoutError] = LeaseTimeout
 ARCHIVE_ERRORS: tuple[type[ArchiveError], ...] = (
     DamagedError,
     DiskError,
+    InUseError,
     KeyRefusedError,
     MismatchError,
     NotFoundError,

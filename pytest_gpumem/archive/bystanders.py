@@ -1,0 +1,89 @@
+"""Whether another thread computes with tensors, from where it stands.
+
+A call of torch that works on memory has let the GIL go, and ``weight.add_(1)`` counts as a user of
+``weight`` nowhere. So whoever wants to give memory up first sees to it that new calls are stopped,
+and then that each other thread has moved on from where it stood, or stands where it has nothing of
+these tensors in hand.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpumem.errors import InUseError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from types import FrameType
+
+_PATIENCE = 0.02
+"""Seconds in which a thread that runs Python is sure to have moved on."""
+
+
+def refuse(parts: Collection[int], but: Collection[int]) -> None:
+    """Wait until calls that other threads had begun are over.
+
+    Args:
+        parts: ids of the tensors, and of what computes with them.
+        but: the idents of the threads that ask.
+
+    Raises:
+        InUseError: a thread computes with one of these objects.
+
+    """
+    stuck = {key: _place(frame) for key, frame in _others(but).items()}
+    if not stuck:
+        return
+    until = time.monotonic() + _PATIENCE
+    while stuck and time.monotonic() < until:
+        time.sleep(_PATIENCE / 40)
+        now = {key: _place(frame) for key, frame in _others(but).items()}
+        stuck = {key: place for key, place in stuck.items() if now.get(key) == place}
+    torch = str(Path(sys.modules["torch"].__file__ or "").parent)
+    for key, frame in _others(but).items():
+        if _has_in_hand(frame, parts, torch, stuck=key in stuck):
+            names = {each.ident: each.name for each in threading.enumerate()}
+            raise InUseError(f"the thread {names.get(key, key)!r} computes with it")
+
+
+def _others(but: Collection[int]) -> dict[int, FrameType]:
+    return {key: frame for key, frame in sys._current_frames().items() if key not in but}
+
+
+def _place(frame: FrameType) -> tuple[int, int]:
+    return id(frame), frame.f_lasti
+
+
+def _has_in_hand(innermost: FrameType, parts: Collection[int], torch: str, *, stuck: bool) -> bool:
+    """Look at torch's own frames, and at the innermost one of a thread that did not move.
+
+    A thread may stand still with a model because it waits; that it does, nothing tells.
+    """
+    frame: FrameType | None = innermost
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(torch):
+            reached = _in_reach(frame)
+        else:
+            reached = _named(frame) if stuck and frame is innermost else iter(())
+        if any(id(each) in parts for each in reached):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _named(frame: FrameType) -> Iterator[Any]:
+    yield from list(frame.f_locals.values())
+    yield from (frame.f_globals.get(name) for name in frame.f_code.co_names)
+
+
+def _in_reach(frame: FrameType) -> Iterator[Any]:
+    for value in list(frame.f_locals.values()):
+        yield value
+        if isinstance(value, (list, tuple)):
+            yield from list(value)
+        elif type(value) is dict:
+            yield from list(value.values())

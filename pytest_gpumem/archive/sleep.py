@@ -1,0 +1,446 @@
+"""Tensors that sleep: their content is in an archive, and any use of one brings it back.
+
+A sleeping tensor is the object that it was, with another class: torch asks the class before each
+call that is given the tensor (``__torch_function__``), and what it does then is to wake it. Those
+that fell asleep together wake together, as a ``Nap``. The way down is such that nobody ever sees
+a tensor without its content, whatever other threads do meanwhile:
+
+1. Tensors whose memory somebody else has, too, are left alone: a graph, a view, a call in another
+   thread. Their use could not be noticed, and their memory would not be freed.
+2. The others get the class. From now on any use of one ends the nap at once, before it began.
+3. Other threads are seen to be through with calls that had begun before.
+4. The content is archived, and read back.
+5. If nobody used a tensor meanwhile, all of them lose their content in one step under the lock
+   that a use would need.
+
+What is written in C++ asks no class. That of torch is reached through Python that is told to wake
+first (``torch_private.before_c``); for an extension the modules that have the tensors, and
+optimizers, get a hook. No hook and no class is there while a tensor is awake.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import sys
+import threading
+import weakref
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_gpumem.archive import bystanders, torch_private
+from pytest_gpumem.errors import ArchiveError, InUseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+    from pytest_gpumem.archive.store import ArchiveStore
+
+_NAP = "_gpumem_nap"
+"""The attribute in which a sleeping tensor has its nap."""
+
+
+class _Asleep:
+    awake: type
+    """What the tensor's class is when it does not sleep."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for each in _sleepers([*args, *kwargs.values()]):
+            wake(each)
+        if func is torch.Tensor.detach and _in_new_parameter():
+            return _as_itself(args[0])
+        return func(*args, **kwargs)
+
+    # torch's own of these look into the tensor before they ask its class, or not at all.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        wake(self)
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        wake(self)
+        return self.__reduce_ex__(protocol)
+
+
+class AsleepTensor(_Asleep, torch.Tensor):
+    """A tensor that sleeps."""
+
+    awake = torch.Tensor
+
+
+class AsleepParameter(_Asleep, torch.nn.Parameter):
+    """A parameter that sleeps."""
+
+    awake = torch.nn.Parameter
+
+
+_KINDS: dict[type, Any] = {kind.awake: kind for kind in (AsleepTensor, AsleepParameter)}
+
+
+def _sleepers(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, _Asleep):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _sleepers(value)
+        elif isinstance(value, dict):
+            yield from _sleepers(value.values())
+
+
+def _in_new_parameter() -> bool:
+    """Return whether ``nn.Parameter(tensor)`` asks; a simulated card's frames may lie between."""
+    frame = sys._getframe(2)
+    for _ in range(4):
+        if frame.f_code is torch.nn.Parameter.__new__.__code__:
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _as_itself(tensor: Any) -> Any:
+    """Return what ``nn.Parameter`` wants of a tensor whose class it does not know: one like it."""
+    if type(tensor) is torch.nn.Parameter:
+        return torch.nn.Parameter(tensor.data, requires_grad=tensor.requires_grad)
+    return tensor.detach()
+
+
+def nap_of(tensor: Any) -> Nap | None:
+    """Return the nap of a tensor, None if it is awake."""
+    return vars(tensor).get(_NAP) if isinstance(tensor, _Asleep) else None
+
+
+def wake(tensor: Any) -> None:
+    """Wake a tensor, and those that fell asleep with it; nothing, for one that is awake.
+
+    Raises:
+        ArchiveError: its content cannot be had; it sleeps on. The archive is named.
+
+    """
+    nap = nap_of(tensor)
+    if nap is not None:
+        nap.wake()
+
+
+def _reduce_awake(tensor: Any) -> Any:
+    from torch.multiprocessing import reductions
+
+    wake(tensor)
+    return reductions.reduce_tensor(tensor)  # type: ignore[no-untyped-call]  # torch's has no types
+
+
+for _kind in _KINDS.values():
+    ForkingPickler.register(_kind, _reduce_awake)  # which goes by the exact class
+
+
+class Nap:
+    """Tensors that fall asleep and wake together; any thread may do either.
+
+    Marks those of ``tensors`` that nobody else has in hand; ``tensors`` are those then.
+
+    Args:
+        tensors: those that ``can_sleep``, each once.
+        users: what computes with them: modules, or an optimizer.
+        but: the idents of the threads that ask.
+
+    Raises:
+        InUseError: another thread computes with them.
+
+    """
+
+    def __init__(self, tensors: Sequence[Any], users: Sequence[Any], but: Collection[int]) -> None:
+        torch_private.before_c(wake)
+        self.id = ""
+        """Of the archive."""
+        self.size = 0
+        """Bytes that waking takes."""
+        self._lock = threading.RLock()
+        self._state = "marked"
+        self._end: Callable[[], object] = lambda: None
+        with _marking:
+            if not all(type(each) in _KINDS for each in tensors):
+                raise InUseError("another thread consolidates it")
+            self.tensors = [weakref.ref(each) for each in tensors]
+            self.contents = {id(each): each.data for each in tensors}
+            """What is archived of each tensor, by its id, until they sleep."""
+            self._versions = [each._version for each in tensors]
+            _naps.add(self)
+            self._hooks = [
+                hook for each in users if tensors for hook in _hooks(each, self._wake_first)
+            ]
+            for each in tensors:
+                vars(each)[_NAP] = self
+                each.__class__ = _KINDS[type(each)]
+        if not tensors:
+            return
+        try:
+            bystanders.refuse({*map(id, users), *map(id, tensors)}, but)
+            self._leave_out(self._held())
+        except BaseException:
+            self.wake()
+            raise
+        if not self.tensors:
+            self.wake()
+            raise InUseError("its memory is in use: a graph, a view or a call has it, too")
+
+    @property
+    def awake(self) -> bool:
+        """Whether it is over."""
+        return self._state == "awake"
+
+    def _living(self) -> list[Any]:
+        return [each for each in (ref() for ref in self.tensors) if each is not None]
+
+    def _held(self) -> set[int]:
+        """Return the ids of tensors whose memory somebody else holds, too.
+
+        A graph that will compute with them, a view, ``tensor.data``, a call in another thread.
+        """
+        with torch_private.plainly():
+            living = self._living()
+            found = {id(each) for each in living if torch_private.holders(each)}
+            lying: dict[int, list[int]] = {}
+            for each in living:
+                lying.setdefault(each.untyped_storage()._cdata, []).append(id(each))
+            for each in living:
+                storage = each.untyped_storage()
+                mine = lying[storage._cdata]
+                if torch_private.storage_holders(storage) != 2 * len(mine) or _shown(storage):
+                    found.update(mine)  # each tensor and its content here, and nobody else
+        return found
+
+    def _leave_out(self, held: set[int]) -> None:
+        kept = []
+        for ref, version in zip(self.tensors, self._versions, strict=True):
+            tensor = ref()
+            if tensor is not None and id(tensor) in held:
+                self._as_before(tensor)
+                self.contents.pop(id(tensor), None)
+            elif tensor is not None:
+                kept.append((ref, version))
+        self.tensors = [ref for ref, _ in kept]
+        self._versions = [version for _, version in kept]
+
+    def check(self, *, alone: bool = False) -> None:
+        """Make sure that none of the tensors was used since they were marked.
+
+        ``alone``: and that nobody else has their memory since.
+
+        Raises:
+            InUseError: one was. All are awake.
+
+        """
+        if self._state != "marked" or self._changed() or (alone and self._held()):
+            self.wake()
+            raise InUseError("it was used while it was archived")
+
+    def begin(self, store: ArchiveStore, name: str, places: dict[int, int]) -> None:
+        """Let the tensors go to sleep: their content is in the archive ``name``.
+
+        ``places`` says where, by their ids; see ``ArchiveStore.get_tensors``.
+
+        Raises:
+            InUseError: one was used since it was marked. All are awake.
+            NotFoundError: somebody removed the archive. All are awake.
+
+        """
+        try:
+            end = store.need(name)
+        except BaseException:
+            self.wake()
+            raise
+        with self._lock:
+            try:
+                self.check(alone=True)
+            except InUseError:
+                end()
+                raise
+            self.id, self._store = name, store
+            self._end = weakref.finalize(self, end)
+            living = self._living()
+            self.tensors = [weakref.ref(each) for each in living]
+            self._places = [places[id(each)] for each in living]
+            self._state = "asleep"
+            with torch_private.plainly():
+                self._devices = [str(each.device) for each in living]
+                storages = {each.untyped_storage()._cdata: each for each in living}
+                self.size = sum(each.untyped_storage().nbytes() for each in storages.values())
+                del storages
+                self.contents = {}
+                _empty(living)
+
+    def _changed(self) -> bool:
+        with torch_private.plainly():
+            now = [getattr(ref(), "_version", None) for ref in self.tensors]
+        return now != self._versions
+
+    def wake(self, device: str = "") -> None:
+        """Bring the content back, to ``device`` or where it was.
+
+        Raises:
+            ArchiveError: it cannot be had; all sleep on. The archive is named.
+
+        """
+        with self._lock:
+            if self._state == "marked":
+                self._over()
+            elif self._state == "asleep":
+                apart(self._fill, device)
+
+    def _wake_first(self, *_: object) -> None:
+        self.wake()
+
+    def _fill(self, device: str) -> None:
+        wanted: dict[str, dict[int, int]] = {}
+        for at, (place, home) in enumerate(zip(self._places, self._devices, strict=True)):
+            if self.tensors[at]() is not None:
+                wanted.setdefault(device or home, {})[at] = place
+        contents: dict[int, Any] = {}
+        try:
+            for where, places in wanted.items():
+                found = self._store.get_tensors(self.id, list(places.values()), where)
+                contents.update(zip(places, found, strict=True))
+                if where.startswith("cuda"):
+                    torch.cuda.synchronize(where)  # the caller may be on another stream
+        except ArchiveError as error:
+            raise type(error)(
+                f"a model that sleeps in the archive {self.id} cannot be woken: {error}"
+            ) from error
+        if self._state != "asleep":  # whoever waits for this one was interrupted, and woke it
+            return
+        with torch_private.plainly():
+            for at, content in contents.items():
+                tensor = self.tensors[at]()
+                if tensor is not None:
+                    tensor.data = content
+        self._over()
+
+    def _over(self) -> None:
+        self._state = "awake"
+        self.contents = {}
+        for tensor in self._living():
+            self._as_before(tensor)
+        for hook in self._hooks:
+            hook.remove()
+        self._end()
+
+    def _as_before(self, tensor: Any) -> None:
+        # The class first: without the attribute a sleeping tensor could not be woken.
+        if nap_of(tensor) is self:
+            tensor.__class__ = tensor.awake
+            del vars(tensor)[_NAP]
+
+    def after_fork(self) -> None:
+        """Go on in a child: the thread that held the lock is not there."""
+        self._lock = threading.RLock()
+        if self._state == "marked":
+            self._over()
+
+
+_naps: weakref.WeakSet[Nap] = weakref.WeakSet()
+_marking = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _marking  # noqa: PLW0603  # the thread that held it is not there
+    _marking = threading.Lock()
+    for nap in list(_naps):
+        nap.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def can_sleep(tensor: Any) -> bool:
+    """Return whether a tensor lies on a card and its use could be noticed.
+
+    Those of other classes, layouts and states stay as they are, and so do single numbers, whose
+    memory is not worth it.
+    """
+    return (
+        type(tensor) in _KINDS
+        and is_on_card(tensor)
+        and tensor.numel() > 1
+        and tensor.layout is torch.strided
+        and tensor.is_leaf
+        and not (tensor.is_quantized or tensor.is_inference() or tensor.is_nested)
+    )
+
+
+def is_on_card(tensor: Any) -> bool:
+    """Return whether a tensor lies on a card; wakes nothing."""
+    with torch_private.plainly():
+        return tensor.device.type not in {"cpu", "meta"}
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Return what ``function`` returns, called in a thread of its own.
+
+    There none of the caller's modes holds: inference, autocast, transforms, fake tensors, a
+    default device, no gradients. What one of them would make of a content could not be trained.
+    """
+    done: list[Any] = []
+
+    def run() -> None:
+        try:
+            done.extend((function(*args), None))
+        except BaseException as error:  # the caller's to judge
+            done.extend((None, error))
+
+    thread = threading.Thread(target=run, name="gpumem")
+    thread.start()
+    thread.join()
+    result, error = done
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error, done, run  # else its traceback would be a cycle, which keeps tensors
+    return result
+
+
+def _hooks(user: Any, wake: Callable[..., None]) -> list[Any]:
+    """Have ``wake`` called before ``user`` computes, and before its other hooks.
+
+    A module gets one if it has tensors of its own: those are the first that copying and pickling
+    it touches, so that no copy ever has the hook.
+    """
+    if isinstance(user, torch.nn.Module) and (user._parameters or user._buffers):
+        return [user.register_forward_pre_hook(wake, prepend=True)]
+    if isinstance(user, torch.optim.Optimizer):
+        return [user.register_step_pre_hook(wake)]
+    return []
+
+
+def _shown(storage: Any) -> bool:
+    """Return whether Python code other than the caller has the storage itself."""
+    return _references(storage) > _references_to_own()
+
+
+def _references(storage: Any) -> int:
+    return sys.getrefcount(storage)
+
+
+@functools.cache
+def _references_to_own() -> int:
+    tensor = torch.empty(1)
+    storage = tensor.untyped_storage()
+
+    def shown(storage: Any) -> int:
+        return _references(storage)
+
+    return shown(storage)
+
+
+def _empty(tensors: Sequence[Any]) -> None:
+    """Take the content off tensors, which keep their identity, dtype, device and dimensions."""
+    for each in tensors:
+        each.data = torch.empty((0,) * each.dim(), dtype=each.dtype, device=each.device)

@@ -1,0 +1,121 @@
+"""Whatever is done with a sleeping model gives what an awake one gives."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import uses
+from hypothesis import settings
+from torch import nn
+
+from pytest_gpumem.archive import sleep, torch_private
+from pytest_gpumem.archive.consolidator import GpuConsolidator
+from pytest_gpumem.archive.store import ArchiveStore
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+MEMORY = "/dev/shm"  # noqa: S108  # a directory of a random name is made there
+SHARE = 1 if settings.get_current_profile_name() == "soak" else 8
+"""Of the uses one in so many is tried with each kind, all of them with the first."""
+
+
+@pytest.fixture(scope="module")
+def consolidator():
+    # In memory, where there is such a place: each use is an archive that waits for the disk.
+    memory = MEMORY if Path(MEMORY).is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as store:
+        yield GpuConsolidator(ArchiveStore(store, key=b"k" * 32))
+
+
+@pytest.fixture(autouse=True)
+def host_is_a_card(monkeypatch):
+    """Let tensors of the host sleep: every part of torch works there, and at full speed."""
+    monkeypatch.setattr(sleep, "is_on_card", lambda tensor: not tensor.is_meta)
+
+
+def made(kind):
+    torch.manual_seed(3)
+    return uses.MODULES[kind]()
+
+
+def outcome(use, module):
+    torch.manual_seed(7)
+    try:
+        return use(module)
+    except Exception as error:  # whatever it is, both have the same
+        return type(error), str(error).partition("\n")[0]
+
+
+def flat(value):
+    if isinstance(value, nn.UninitializedParameter):
+        return "lazy"
+    if isinstance(value, torch.Tensor):
+        if value.is_meta:
+            return "meta", tuple(value.shape)
+        plain = value.detach().resolve_conj().resolve_neg()
+        bits = (plain.int_repr() if plain.is_quantized else plain).contiguous().flatten()
+        return (
+            type(value).__name__, str(value.dtype), tuple(value.shape), value.stride(),
+            value.requires_grad, bits.view(torch.uint8).numpy().tobytes() if bits.numel() else b"",
+        )  # fmt: skip
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if isinstance(value, dict):
+        return [(key, flat(each)) for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [flat(each) for each in value]
+    return value
+
+
+def state(module):
+    return flat(
+        [
+            (name, each, None if isinstance(each, nn.UninitializedParameter) else each.grad)
+            for name, each in [*module.named_parameters(), *module.named_buffers()]
+        ]
+    )
+
+
+def tried(kind):
+    """Yield uses by their names; over all kinds each of them several times."""
+    at = [*uses.MODULES].index(kind)
+    for number, (name, use) in enumerate(uses.USES.items()):
+        # torch itself crashes where a transform meets a lazy module's first call.
+        crashes = kind == "lazy" and name.startswith("func.")
+        if not crashes and (at == 0 or (number + at) % SHARE == 0):
+            yield name, use
+
+
+@pytest.mark.parametrize("kind", uses.MODULES)
+def test_asleep_is_as_awake(kind, consolidator):
+    wrong, slept = [], 0
+    for name, use in tried(kind):
+        awake, asleep = made(kind), made(kind)
+        done = consolidator.consolidate_gpu_memory([{"data": asleep}])
+        naps = [each for each in asleep.parameters() if sleep.nap_of(each)]
+        slept += bool(naps) and not done.refused
+        results = [outcome(use, awake), outcome(use, asleep)]
+        if flat(results[0]) != flat(results[1]) or state(awake) != state(asleep):
+            wrong.append((name, *results))
+    assert not wrong, "\n".join(str(each)[:600] for each in wrong)
+    assert slept == (0 if kind == "lazy" else len([*tried(kind)]))
+
+
+def test_the_private_names_of_torch_that_sleep_needs_are_there():
+    for module, name in torch_private._WAYS_TO_C:
+        assert hasattr(importlib.import_module(module), name), f"torch {torch.__version__}"
+    module = nn.Linear(6, 6)
+    assert torch_private.holders(module.weight) == 0, f"torch {torch.__version__}"
+    loss = module(torch.ones(1, 6)).sum()
+    assert torch_private.holders(module.weight) == 0, "the node that gathers its gradient"
+    graph = module(torch.ones(1, 6, requires_grad=True))
+    assert torch_private.holders(module.weight) > 0, "a graph that will need it"
+    del loss, graph
+    content = module.weight.data
+    assert torch_private.storage_holders(content.untyped_storage()) == 2
