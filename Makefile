@@ -9,7 +9,7 @@ CORE = kinds.py runs.py
 PIP := $(BIN)/python -m pip install -qq
 # Rooms that need no other process and no card.
 QUICK = scheduling tracking plugin test_admission.py test_house.py test_records.py test_units.py
-PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -name py.typed) pyproject.toml README.md LICENSE
+PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -name py.typed) pytest_gpumem.pth pyproject.toml README.md LICENSE
 
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1

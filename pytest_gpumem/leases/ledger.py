@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pytest_gpumem.admission import Claim
+from pytest_gpumem.devices import family
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases import family, telling
+from pytest_gpumem.leases import telling
 from pytest_gpumem.leases.locks import FileLock, LockBusyError, Watch, is_held
 
 HELD, WAITING, RESIDENT, SPARE = "h", "w", "r", "s"

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpumem.leases.family import described
+from pytest_gpumem.devices.family import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable

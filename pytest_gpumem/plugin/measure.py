@@ -12,6 +12,7 @@ import pytest
 
 from pytest_gpumem import devices, records
 from pytest_gpumem.devices.processes import others
+from pytest_gpumem.plugin import children
 from pytest_gpumem.plugin.state import (
     CARDS,
     GRANT,
@@ -35,6 +36,7 @@ from pytest_gpumem.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    from pytest_gpumem.tracking.sampler import Sampler
 
 BESIDE: pytest.StashKey[list[records.Process]] = pytest.StashKey()
 """Who else was on the cards when a test ran out of memory."""
@@ -61,7 +63,23 @@ class Measuring:
         """What the first of them that ran out of memory says."""
         self._keepers: dict[int, str] = {}
         self._state = state
+        self._sampler: Sampler | None = None
         self._late: list[tuple[str, list[dict[str, Any]], dict[str, int]]] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> None:
+        """Begin to know what tests start, when it is clear that there will be tests."""
+        watched = children.watch(self._state)
+        if watched is not None:
+            self.tracker.children, self._sampler = watched
+
+    def pytest_unconfigure(self) -> None:
+        """Leave nothing of that behind."""
+        if self._sampler is not None:
+            self._sampler.stop()
+        if self.tracker.children is not None:
+            self.tracker.children.close()
+            self.tracker.children = None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -259,7 +277,7 @@ def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
     item.user_properties[:] = [each for each in item.user_properties if each[0] not in PROPERTIES]
     grant = item.stash.get(GRANT, None)
-    if not (usage.cards or usage.fixtures or usage.left or oom or grant):
+    if not (usage.cards or usage.fixtures or usage.left or usage.children or oom or grant):
         return
     record = {
         "cards": [records.to_plain(card) for card in usage.cards],
@@ -267,6 +285,7 @@ def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
         "oom": oom,
         "lease": records.to_plain(grant),
         "left": [records.to_plain(each) for each in usage.left],
+        "children": [records.to_plain(each) for each in usage.children],
         "beside": [records.to_plain(each) for each in item.stash.get(BESIDE, ())] if oom else [],
     }
     values = (

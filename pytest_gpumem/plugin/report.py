@@ -256,5 +256,8 @@ def _record(report: pytest.TestReport, worker: str, phases: _Phases) -> records.
         oom=usage["oom"],
         lease=usage["lease"] and records.from_plain(records.Grant, usage["lease"]),
         left=tuple(records.from_plain(records.Left, each) for each in usage["left"]),
+        children=tuple(
+            records.from_plain(records.ChildUsage, each) for each in usage.get("children", ())
+        ),
         beside=tuple(records.from_plain(records.Process, each) for each in usage["beside"]),
     )

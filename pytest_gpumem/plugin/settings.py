@@ -40,6 +40,8 @@ class Settings(NamedTuple):
     top: int = 10
     vram_limit: int | None = None
     vram_leak_limit: int | None = None
+    children: str = "watch"
+    sample_interval: float = 0.05
     archive: Path | None = None
     archive_key_file: Path | None = None
     archive_quota: int | None = None
@@ -278,6 +280,20 @@ OPTIONS = (
         "Fail each test that leaks more than this size, unless its vram_leak_limit mark says "
         "otherwise.",
         "SIZE",
+    ),
+    Option(
+        "children",
+        _one_of(("watch", "off"), "a way to treat child processes"),
+        "watch: charge the processes that tests start to them, and give those of a simulated run "
+        "the simulated card; off: leave them alone. Default: watch.",
+        "HOW",
+    ),
+    Option(
+        "sample_interval",
+        _seconds,
+        "Seconds between two looks at what the driver says of child processes; 0 for none "
+        "between the beginning and the end of a test. Default: 0.05.",
+        "SECONDS",
     ),
     Option(
         "archive",

@@ -14,8 +14,8 @@ from os import environ, getuid
 from pathlib import Path
 from typing import ClassVar
 
+from pytest_gpumem.on_import import when_imported
 from pytest_gpumem.simulator.card import SharedCard
-from pytest_gpumem.simulator.on_import import when_imported
 
 
 class Simulation:

@@ -12,16 +12,21 @@ fixture holds is not.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
 from pytest_gpumem.devices import Allocator, AllocatorReading
-from pytest_gpumem.records import Card, CardUsage, FixtureUsage, Left
+from pytest_gpumem.records import Card, CardUsage, ChildUsage, FixtureUsage, Left
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdict, Verdicts
+
+if TYPE_CHECKING:
+    from pytest_gpumem.tracking.children import Children
 
 ReleaseCache = Callable[[Card, AllocatorReading], bool]
 """Says whether the allocator's unused cache should go back to the driver after a test."""
@@ -71,6 +76,8 @@ class Owner:
     name: str
     scope: str = "function"
     accounts: dict[str, Account] = field(default_factory=dict)
+    number: int = 0
+    """By which its children know it."""
 
     def account(self, uuid: str) -> Account:
         """Return this owner's account on the card ``uuid``."""
@@ -173,6 +180,7 @@ class Usage:
     cards: tuple[CardUsage, ...] = ()
     fixtures: tuple[FixtureUsage, ...] = ()
     left: tuple[Left, ...] = ()
+    children: tuple[ChildUsage, ...] = ()
 
 
 @dataclass
@@ -220,6 +228,12 @@ class Tracker:
         """Wider fixtures that are set up."""
         self._tensors = TensorLedger(root)
         self._left = left or LeftBehind()
+        self.children: Children | None = None
+        """What tests start; whoever has a place for their book gives it before the first test."""
+        self._wide: list[Fixture] = []
+        """Wider fixtures that are set up, whether or not they hold anything."""
+        self._moved: list[Fixture] = []
+        """Those that were set up or torn down since the last test ended."""
         self._changed = 0
         """Net bytes, over all cards, since the ledger met what lives on them."""
         self._reading = False
@@ -245,7 +259,10 @@ class Tracker:
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
         cards = {uuid for fixture in self._standing for uuid in fixture.set_up}
-        return {uuid: _held(self._standing, uuid) for uuid in cards}
+        held = Counter({uuid: _held(self._standing, uuid) for uuid in cards})
+        if self.children is not None:
+            held.update(self.children.held_by(self._wide))
+        return held
 
     def close(self) -> None:
         """Stop watching."""
@@ -347,6 +364,8 @@ class Tracker:
         self._look()
         self._outside.accounts.clear()
         self._test = Test(nodeid, found=list(self._standing))
+        if self.children is not None:
+            self._test.number = self.children.enter(nodeid)
         self._owners = [self._test]
         for meter in self._meters.values():
             self._test.baselines[meter.card.uuid] = meter.last.allocated
@@ -355,7 +374,10 @@ class Tracker:
     def usage(self) -> tuple[CardUsage, ...]:
         """Return what the running test did so far; nothing is judged or cleaned."""
         self.boundary()
-        return self._card_usages(self._test, {}, ()) if self._test is not None else ()
+        if self._test is None:
+            return ()
+        self._look_at_children()
+        return self._card_usages(self._test, {}, ())
 
     def anything_stayed(self) -> bool:
         """Whether the running test, or a fixture torn down in it, keeps memory at this moment."""
@@ -408,9 +430,18 @@ class Tracker:
         self._set_aside(test)
         self._release_caches()
         self._read_processes()
+        over = [test, *(fixture for fixture in self._moved if fixture.torn_down)]
+        stirred = self.children is not None and self.children.stirred()
+        if self.children is not None and stirred:
+            self.children.settle(over)
         cards = self._card_usages(test, verdicts, fixtures)
         self._look()
         usage = Usage(cards, _fixture_usages(test, verdicts), self._left.settle())
+        if self.children is not None and stirred:
+            told = self.children.widen_fixtures(usage.fixtures, self._moved)
+            usage = replace(usage, fixtures=told, children=self.children.report())
+            self.children.forget(over)
+        self._moved.clear()
         self._test = None
         self._owners = [self._outside]
         return usage
@@ -471,7 +502,19 @@ class Tracker:
                     fixture_bytes=test.fixture_bytes(uuid, fixtures),
                 )
             )
-        return tuple(usages)
+        if self.children is None or not self.children.known:
+            return tuple(usages)
+        used = [each for each in {*self._wide, *self._moved} if each.name in fixtures]
+        return self.children.widen(usages, test, used, self._untouched)
+
+    def _untouched(self, uuid: str) -> CardUsage:
+        """Return the usage of a card on which this process did nothing."""
+        held = sum(each.last.allocated for each in self._meters.values() if each.card.uuid == uuid)
+        return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
+
+    def _look_at_children(self) -> None:
+        if self.children is not None and self.children.stirred():
+            self.children.look()
 
     def _read_processes(self) -> None:
         """Ask the driver for this process's bytes where the reserved memory has changed.
@@ -499,6 +542,8 @@ class Tracker:
         if fixture.wide:
             self._remember()
             self._look()
+            if self.children is not None:
+                fixture.number = self.children.enter(fixture.label)
         self._owners.append(fixture)
         return fixture
 
@@ -515,6 +560,15 @@ class Tracker:
         if self._test is not None and fixture.wide:
             for uuid, account in fixture.accounts.items():
                 self._test.account(uuid).add(account)
+            if self.children is not None:
+                self.children.hand_over(fixture, self._test)
+            self._resume()
+
+    def _resume(self) -> None:
+        """Let what is started from now on belong to who runs, of function fixtures the test."""
+        if self.children is not None:
+            owner = self._owners[-1].number
+            self.children.resume(owner or (0 if self._test is None else self._test.number))
 
     def end_fixture(self, fixture: Fixture, value: object = None, function: object = None) -> None:
         """End charging the set-up of ``fixture``, where ``function`` made ``value``."""
@@ -526,6 +580,9 @@ class Tracker:
         fixture.set_up = {uuid: replace(account) for uuid, account in fixture.accounts.items()}
         if fixture.wide:
             fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
+            self._wide.append(fixture)
+            self._moved.append(fixture)
+            self._resume()
         holds = any(account.delta > 0 for account in fixture.set_up.values())
         if fixture.wide and holds:
             self._standing.append(fixture)
@@ -554,6 +611,10 @@ class Tracker:
         if fixture in self._standing:
             self._standing.remove(fixture)
         self._owners.append(fixture)
+        if fixture in self._wide:
+            self._wide.remove(fixture)
+            self._moved = [*(each for each in self._moved if each is not fixture), fixture]
+        self._resume()
         self._tensors.drop_fixture(fixture.roots)
         if self._test is not None and fixture not in self._test.fixtures and fixture.set_up:
             self._test.fixtures.append(fixture)

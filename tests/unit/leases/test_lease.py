@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pytest_gpumem.admission import Claim, may_start
-from pytest_gpumem.devices import Usage
+from pytest_gpumem.devices import Usage, family
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
-from pytest_gpumem.leases import family, ledger, locks
+from pytest_gpumem.leases import ledger, locks
 from pytest_gpumem.leases import store as lease
 from pytest_gpumem.leases.store import LeaseStore, Want
 from pytest_gpumem.simulator import Simulation

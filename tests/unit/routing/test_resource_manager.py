@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import DriverReading
-from pytest_gpumem.leases import family
+from pytest_gpumem.devices import DriverReading, family
 from pytest_gpumem.records import Card
 from pytest_gpumem.routing import resource_manager as module
 from pytest_gpumem.routing.resource_manager import HybridResourceManager

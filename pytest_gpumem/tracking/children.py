@@ -1,0 +1,502 @@
+"""The processes that tests and fixtures start: whose they are, and what they hold of the cards.
+
+Two sources tell. Children that run Python with torch write down what their allocators hold (see
+``devices.book``), which is exact. Of all others, and of what is not torch's, the driver tells what
+each process uses at the moment when it is asked, which ``sampler`` does again and again.
+
+Every child belongs to the test or the wider fixture that started it, by a number. A process that
+says it by its page or its environment is believed; one whose environment was cleared belongs to
+who ran when it began, if the tree of processes leads here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pytest_gpumem import devices
+from pytest_gpumem.devices import family
+from pytest_gpumem.devices.book import key
+from pytest_gpumem.devices.processes import command
+from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage
+
+if TYPE_CHECKING:
+    from pytest_gpumem.devices.book import Book, Figures, Told
+    from pytest_gpumem.records import Card
+    from pytest_gpumem.tracking.tracker import Fixture, Owner
+
+ENDING = 0.3
+"""Seconds that a child may take to end after who started it: a signal was sent, nobody waited."""
+LAG = 5.0
+"""Seconds that the driver is waited for to give back what a process had that has ended."""
+RECENT = 0.05
+"""Seconds for which what the driver said is taken to hold, where nothing was started since."""
+_POLL = 0.01
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+@dataclass
+class _Held:
+    """What one child holds of one card; bytes, None where its source does not tell."""
+
+    told: Figures | None = None
+    used: int | None = None
+    used_peak: int | None = None
+    leaked: int = 0
+
+    def now(self, context: int) -> int:
+        """Return what it holds: the driver's figure, or else the allocator's and a context."""
+        if self.used is not None:
+            return self.used
+        return 0 if self.told is None else self.told.reserved + context
+
+
+@dataclass(eq=False)
+class Child:
+    """A process that used a card."""
+
+    pid: int
+    identity: str
+    owner: int
+    began: float
+    slot: int | None = None
+    """Of its page, if it has one."""
+    command: str = ""
+    ended: float = 0.0
+    judged: bool = False
+    """Whether its owner is over."""
+    news: bool = True
+    """Whether something is known that no test's record has."""
+    cards: dict[str, _Held] = field(default_factory=dict)
+
+    def on(self, uuid: str) -> _Held:
+        """Return what it holds of a card."""
+        return self.cards.setdefault(uuid, _Held())
+
+
+@dataclass
+class Share:
+    """What all children of one owner had of one card together, at their highest; bytes."""
+
+    told: int = 0
+    """Allocated, by their allocators."""
+    other: int = 0
+    """Used by those whose allocators told nothing."""
+    need: int = 0
+    """Reserved or used, contexts included."""
+
+    @property
+    def peak(self) -> int:
+        """What counts as allocated."""
+        return self.told + self.other
+
+
+class Children:
+    """Knows the children of the tests that this process runs. Any thread may ``look``.
+
+    Args:
+        make_book: makes the book in which they tell what they hold; called again in a forked
+            child that runs tests itself.
+        cards: returns the cards that are looked at.
+        context: bytes that a process is taken to cost where the driver does not tell.
+
+    """
+
+    def __init__(
+        self, make_book: Callable[[], Book], cards: Callable[[], Sequence[Card]], context: int
+    ) -> None:
+        self._make_book = make_book
+        self._book = make_book()
+        self._pid = os.getpid()
+        self._cards = cards
+        self._context = context
+        self._lock = threading.RLock()
+        self._inherited = os.environ.get(family.VARIABLE)
+        self._names = [""]
+        """By number."""
+        self._heirs: dict[int, int] = {}
+        """Who answers for an owner now."""
+        self._turns: list[tuple[float, int]] = []
+        """Since when, by the clock of processes, who ran."""
+        self._children: list[Child] = []
+        """Those that live, or were not reported to their end."""
+        self._strangers: set[str] = set()
+        """Processes on the cards that are no children."""
+        self._shares: dict[tuple[int, str], Share] = {}
+        self._reaped = _reaped()
+        self._looked = 0.0
+        """When the driver was asked last."""
+
+    # Owners
+
+    def enter(self, name: str) -> int:
+        """Let a test or fixture run that was not known yet; return its number."""
+        if os.getpid() != self._pid:
+            self._begin_anew()
+        self._names.append(name)
+        number = len(self._names) - 1
+        self.resume(number)
+        return number
+
+    def _begin_anew(self) -> None:
+        """Keep a book of its own in a forked child that runs tests, as pytest-forked's do."""
+        self._pid, self._book = os.getpid(), self._make_book()
+        self._children, self._shares, self._turns = [], {}, []
+
+    def resume(self, number: int) -> None:
+        """Let what is started from now on be the doing of ``number``."""
+        # Before each test: this is written out, a Link takes twice as long.
+        line = f"{number}|{self._book.path}|{self._names[number]}"
+        if len(line) > 500 or not line.isprintable():
+            line = str(family.Link(number, str(self._book.path), self._names[number]))
+        outer = f"{self._inherited}\n" if self._inherited else ""
+        os.environ[family.VARIABLE] = f"{outer}{line}"
+        self._book.now = number
+        self._turns.append((time.clock_gettime(time.CLOCK_BOOTTIME), number))
+
+    def hand_over(self, owner: Owner, to: Owner) -> None:
+        """Let another one answer for what ``owner`` started."""
+        number, heir = owner.number, to.number
+        self._heirs[number] = heir
+        with self._lock:
+            for child in self._children:
+                if child.owner == number:
+                    child.owner = heir
+            for uuid in self._shares_of(number):
+                share, mine = self._shares.pop((number, uuid)), self._share(heir, uuid)
+                mine.told += share.told
+                mine.other += share.other
+                mine.need += share.need
+
+    def close(self) -> None:
+        """Take the variable out of the environment, and the book off the disk."""
+        if self._inherited is None:
+            os.environ.pop(family.VARIABLE, None)
+        else:
+            os.environ[family.VARIABLE] = self._inherited
+        with self._lock:
+            self._book.remove()
+
+    # Looking
+
+    def stirred(self) -> bool:
+        """Whether there is anything to look at; some 3 us where nothing was started."""
+        return bool(self._children) or self._book.used or self._started()
+
+    def worth_a_look(self) -> bool:
+        """Whether there are children, on a card or not yet."""
+        return any(not child.ended for child in list(self._children)) or has_children()
+
+    def _started(self) -> bool:
+        """Whether this process has children that use no card yet, or had since it was asked."""
+        before, self._reaped = self._reaped, _reaped()
+        return self._reaped != before or has_children()
+
+    def look(self, age: float = 0.0) -> None:
+        """Take in what children told, and what the driver says of all.
+
+        It is not asked again, which may take milliseconds, if it was within ``age`` seconds.
+        """
+        with self._lock:
+            self._read_book()
+            if time.monotonic() - self._looked >= age:
+                for card in self._cards():
+                    self._read_driver(card)
+                self._looked = time.monotonic()
+            self._note_ends()
+
+    def _read_book(self) -> None:
+        uuids = {key(card.uuid): card.uuid for card in self._cards()}
+        pages = {child.slot: child for child in self._children if child.slot is not None}
+        for told in self._book.read():
+            if told.pid == os.getpid():
+                continue  # a forked child that runs a test itself, and measures it
+            child = pages.get(told.slot) or self._met(told)
+            for card, figures in told.cards.items():
+                if card in uuids:
+                    self._take_in(child, uuids[card], figures)
+            if not told.lives:
+                self._book.strike(told.slot)
+                child.slot = None
+                self._end(child)
+
+    def _met(self, told: Told) -> Child:
+        """Return the child whose page is new; the driver may have told of it before."""
+        owner = self._heirs.get(told.owner, told.owner)
+        for child in self._children:
+            if child.pid == told.pid and child.slot is None and not child.ended:
+                child.slot, child.owner = told.slot, owner
+                return child
+        child = Child(told.pid, family.identity(told.pid), owner, told.began, told.slot)
+        child.command = told.command
+        self._children.append(child)
+        return child
+
+    def _take_in(self, child: Child, uuid: str, figures: Figures) -> None:
+        held = child.on(uuid)
+        if held.told != figures:
+            held.told, child.news = figures, True
+            share = self._share(child.owner, uuid)
+            share.told = max(share.told, figures.sum_peak)
+            share.need = max(share.need, figures.need)
+
+    def _share(self, owner: int, uuid: str) -> Share:
+        return self._shares.setdefault((owner, uuid), Share())
+
+    def _read_driver(self, card: Card) -> None:
+        told = devices.others_bytes(card)
+        living = {child.pid: child for child in self._children if not child.ended}
+        sums: dict[int, Share] = {}
+        for pid, size in told.items():
+            child = living.get(pid) or self._find(pid)
+            if child is None:
+                continue
+            held = child.on(card.uuid)
+            held.used = size
+            if size is not None and size > (held.used_peak or 0):
+                held.used_peak, child.news = size, True
+            total = sums.setdefault(child.owner, Share())
+            total.need += size or 0
+            if held.told is None:
+                total.other += size or 0
+        for owner, total in sums.items():
+            share = self._share(owner, card.uuid)
+            share.need, share.other = max(share.need, total.need), max(share.other, total.other)
+        for child in self._children:
+            if child.pid not in told and card.uuid in child.cards:
+                used = child.cards[card.uuid].used
+                child.cards[card.uuid].used = None if used is None else 0
+
+    def _find(self, pid: int) -> Child | None:
+        """Return the child that a process on a card is, None if it is no child."""
+        identity = family.identity(pid)
+        if not identity:
+            # It has ended, and the driver lags.
+            return next((each for each in self._children if each.pid == pid), None)
+        if identity in self._strangers:
+            return None
+        owner = self._owner_of(pid, identity)
+        if owner is None:
+            self._strangers.add(identity)
+            return None
+        child = Child(pid, identity, owner, time.time(), command=command(pid))
+        self._children.append(child)
+        return child
+
+    def _owner_of(self, pid: int, identity: str) -> int | None:
+        book = str(self._book.path)
+        for link in family.started_by(pid):
+            if link.book == book:
+                return self._heirs.get(link.owner, link.owner)
+        root = self._book.root
+        if root not in family.lineage(pid):
+            return None
+        # The kernel rounds down, so it may have begun a tick later.
+        begun = (float(identity.partition(":")[2]) + 1) / _TICKS
+        at = bisect.bisect(self._turns, (begun, len(self._names)))
+        owner = self._turns[at - 1][1] if at else 0
+        return self._heirs.get(owner, owner)
+
+    def _note_ends(self) -> None:
+        for child in self._children:
+            if (
+                child.slot is None
+                and not child.ended
+                and child.identity != family.identity(child.pid)
+            ):
+                self._end(child)
+
+    def _end(self, child: Child) -> None:
+        child.ended, child.news = time.time(), True
+
+    # What it comes to
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to tell of any child."""
+        return bool(self._shares)
+
+    def settle(self, owners: Iterable[Owner]) -> None:
+        """Find out what stays of the children of ``owners``, whose time is over.
+
+        A child that is about to end has ``ENDING`` seconds for it, the driver ``LAG`` to give back
+        what one had that has ended.
+        """
+        over = {owner.number for owner in owners}
+        # Where nothing new was started, and nobody is to be judged, a look of late will do.
+        started = self._started()
+        self.look(age=RECENT)
+        if started or any(self._orphans(over)) or any(map(self._lags, self._children)):
+            self.look()
+        begun = time.monotonic()
+        while (waited := time.monotonic() - begun) < LAG:
+            ending = waited < ENDING and any(self._orphans(over))
+            if not ending and not any(map(self._lags, self._children)):
+                break
+            time.sleep(_POLL)
+            self.look()
+        with self._lock:
+            for child in list(self._orphans(over)):
+                child.judged = child.news = True
+                for held in child.cards.values():
+                    held.leaked = held.now(self._context)
+
+    def _orphans(self, over: Collection[int]) -> Iterator[Child]:
+        for child in list(self._children):
+            runs_on = child.owner in over and not child.ended and not child.judged
+            if runs_on and any(held.now(self._context) for held in list(child.cards.values())):
+                yield child
+
+    @staticmethod
+    def _lags(child: Child) -> bool:
+        return bool(child.ended) and any(held.used for held in list(child.cards.values()))
+
+    def report(self) -> tuple[ChildUsage, ...]:
+        """Return what became known of children since the last report; of the ended, for good."""
+        with self._lock:
+            news = [child for child in self._children if child.news]
+            self._children = [child for child in self._children if not child.ended]
+            for child in news:
+                child.news = False
+            return tuple(
+                self._usage(child, *each) for child in news for each in child.cards.items()
+            )
+
+    def _usage(self, child: Child, uuid: str, held: _Held) -> ChildUsage:
+        told = held.told
+        return ChildUsage(
+            pid=child.pid,
+            command=child.command,
+            card=uuid,
+            started_by=self._names[child.owner],
+            peak=None if told is None else told.peak,
+            reserved_peak=None if told is None else told.reserved_peak,
+            used_peak=held.used_peak,
+            used=0 if child.ended else held.now(self._context),
+            leaked=held.leaked,
+            ooms=0 if told is None else told.ooms,
+            start=child.began,
+            end=child.ended,
+        )
+
+    def living(self) -> dict[str, int]:
+        """Return what the children hold that live, by card."""
+        found: dict[str, int] = {}
+        with self._lock:
+            for child in self._children:
+                for uuid, held in () if child.ended else child.cards.items():
+                    found[uuid] = found.get(uuid, 0) + held.now(self._context)
+        return found
+
+    def held_by(self, owners: Iterable[Owner], *, living: bool = True) -> dict[str, int]:
+        """Return the most that the children of ``owners`` had, by card: of those where one lives.
+
+        Of all ``owners`` if not ``living``.
+        """
+        numbers = {owner.number for owner in owners}
+        with self._lock:
+            if living:
+                numbers &= {child.owner for child in self._children if not child.ended}
+            found: dict[str, int] = {}
+            for (owner, uuid), share in self._shares.items():
+                if owner in numbers:
+                    found[uuid] = found.get(uuid, 0) + share.need
+            return found
+
+    def widen(
+        self,
+        usages: Iterable[CardUsage],
+        test: Owner,
+        fixtures: Iterable[Owner],
+        untouched: Callable[[str], CardUsage],
+    ) -> tuple[CardUsage, ...]:
+        """Return what a test did with what its children did, and what its fixtures' hold.
+
+        ``untouched`` returns the usage of a card on which the process itself did nothing.
+        """
+        found = {usage.card: usage for usage in usages}
+        for uuid, share in self._shares_of(test.number).items():
+            usage, orphaned = found.get(uuid) or untouched(uuid), self.orphaned(test.number, uuid)
+            found[uuid] = usage._replace(
+                peak=usage.peak + share.peak,
+                leftover=usage.leftover + orphaned,
+                leaked=usage.leaked + orphaned,
+                extra=usage.extra + share.need,
+                children_peak=share.peak,
+                orphaned=orphaned,
+            )
+        for uuid, size in self.held_by(fixtures, living=False).items():
+            usage = found.get(uuid) or untouched(uuid)
+            found[uuid] = usage._replace(fixture_bytes=usage.fixture_bytes + size)
+        return tuple(found.values())
+
+    def widen_fixtures(
+        self, usages: Iterable[FixtureUsage], moved: Iterable[Fixture]
+    ) -> tuple[FixtureUsage, ...]:
+        """Return what fixtures did that were set up or torn down, with what their children did."""
+        found = {(usage.name, usage.scope, usage.card): usage for usage in usages}
+        for fixture in moved:
+            for uuid, share in self._shares_of(fixture.number).items():
+                name = (fixture.name, fixture.scope, uuid)
+                usage = found.get(name) or FixtureUsage(
+                    *name, 0, 0, 0 if fixture.torn_down else None
+                )
+                orphaned = self.orphaned(fixture.number, uuid)
+                back = None
+                if usage.released is not None:
+                    back = usage.released + max(0, share.peak - orphaned)
+                found[name] = usage._replace(
+                    allocated=usage.allocated + share.peak,
+                    peak=usage.peak + share.peak,
+                    released=back,
+                    leaked=usage.leaked + orphaned,
+                )
+        return tuple(found.values())
+
+    def _shares_of(self, number: int) -> dict[str, Share]:
+        with self._lock:
+            return {uuid: share for (each, uuid), share in self._shares.items() if each == number}
+
+    def orphaned(self, owner: int, uuid: str) -> int:
+        """Return what the orphans of ``owner`` held of a card when it was over."""
+        with self._lock:
+            mine = [child for child in self._children if child.owner == owner]
+            return sum(child.cards[uuid].leaked for child in mine if uuid in child.cards)
+
+    def ooms(self) -> dict[str, int]:
+        """Return how often which children ran out of memory, by what a message calls them."""
+        self.look(age=RECENT)
+        with self._lock:
+            return {
+                f"process {child.pid} ({child.command})": held.told.ooms
+                for child in self._children
+                for held in child.cards.values()
+                if held.told is not None and held.told.ooms
+            }
+
+    def forget(self, owners: Iterable[Owner]) -> None:
+        """Drop the sums of those that are over and were told of."""
+        numbers = {owner.number for owner in owners}
+        with self._lock:
+            for each in [each for each in self._shares if each[0] in numbers]:
+                del self._shares[each]
+
+
+def has_children() -> bool:
+    """Whether this process has a child, a zombie included; takes nothing from who waits for it."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _reaped() -> int:
+    """Return a figure that grows with each child that has ended and was waited for."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
