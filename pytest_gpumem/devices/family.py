@@ -9,6 +9,7 @@ clears its environment and outlives its parents is not known to belong to anybod
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -96,6 +97,20 @@ def identity(pid: int) -> str:
     """Return a process as ``pid:start``; "" if it has ended."""
     born = _born(pid)
     return "" if born is None else f"{pid}:{born.start:.2f}"
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process was killed and is not gone yet; False where the system does not tell."""
+    told = _stat(pid)
+    # PF_EXITING of Linux's include/linux/sched.h: it gives its memory back, which takes a while.
+    if told is None or int(told[7]) & 0x4:
+        return True
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    pending = status.partition("ShdPnd:")[2].split(None, 1)[:1]
+    return bool(pending) and bool(int(pending[0], 16) >> (signal.SIGKILL - 1) & 1)
 
 
 def described(pid: int) -> str:

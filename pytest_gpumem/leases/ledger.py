@@ -388,6 +388,19 @@ class Ledger:
             line[0] in self.lineage(self.process) or not set(line).isdisjoint(roots)
         )
 
+    def starters(self, pids: Collection[int], taking_part: Collection[str]) -> dict[int, str]:
+        """Return which of the processes ``taking_part`` started which of ``pids``.
+
+        Of those that are no kin of this process, which come from ``is_kin``.
+        """
+        roots, found = self.roots(), {}
+        for pid in pids:
+            line = family.lineage(pid)
+            starter = next((each for each in line[1:] if each in taking_part), None)
+            if starter is not None and starter not in roots:
+                found[pid] = starter
+        return found
+
     def roots(self) -> Collection[str]:
         """Return this process and those that started it and take part, as ``lineage`` does."""
         return {*self.lineage(self.process)[:1], *self.ancestors()}

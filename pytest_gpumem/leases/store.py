@@ -604,9 +604,16 @@ class LeaseStore:
         usage = driver.usage(uuid)
         told = dict(usage.processes)
         strangers = told.keys() - {os.getpid(), *map(pid_of, ours)}
+        for pid, starter in self._ledger.starters(strangers, ours).items():
+            # Within what its starter keeps, or runs with: a worker's engine, say.
+            mine = pid_of(starter)
+            told[mine] = (told.get(mine) or 0) + (told.pop(pid) or 0)
+            strangers = strangers - {pid}
         kin = self._kin(strangers)
         family = sum(told[pid] or 0 for pid in kin)
         own, known = ours.pop(self._ledger.process, NOTHING), told.pop(os.getpid(), None)
+        # This process may have entered what it started as kept: that counts once.
+        family = max(0, family - max(0, own.resident - usage.own))
         # What this process uses is its own, whether or not it was entered.
         least = max(own.resident, usage.own)
         most = least if known is not None else max(least, own.resident + own.extra)

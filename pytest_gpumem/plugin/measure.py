@@ -64,7 +64,7 @@ class Measuring:
         self._keepers: dict[int, str] = {}
         self._state = state
         self._sampler: Sampler | None = None
-        self._late: list[tuple[str, list[dict[str, Any]], dict[str, int]]] = []
+        self._late: list[tuple[str, Any, Any, dict[str, int]]] = []
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> None:
@@ -117,6 +117,8 @@ class Measuring:
         """
         self._errors.append(error)
         self._oom = self._oom or release.oom_sentence(error)
+        if not isinstance(error, pytest.skip.Exception):
+            self._oom = self._oom or self.tracker.child_oom()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -134,6 +136,7 @@ class Measuring:
         if limit is not None:
             leaked = [(card, card.leaked) for card in cards]
             _enforce(item, "teardown", "allowed to leak {}, leaked {}", limit, leaked)
+            _enforce_of_fixtures(item.stash.get(USAGE, Usage()), limit)
         return result
 
     def _end(self, item: pytest.Item) -> tuple[records.CardUsage, ...]:
@@ -205,9 +208,9 @@ class Measuring:
         finally:
             self._tearing_down = False
             usage = self.tracker.end_test()
-            if usage.fixtures or self.tracker.reserved != before:
-                fixtures = [records.to_plain(fixture) for fixture in usage.fixtures]
-                self._late.append((nodeid, fixtures, self.tracker.reserved))
+            if usage.fixtures or usage.children or self.tracker.reserved != before:
+                plain = map(records.to_plain, (usage.fixtures, usage.children))
+                self._late.append((nodeid, *plain, self.tracker.reserved))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Tell the controller what no report told; this worker may be on another machine."""
@@ -271,6 +274,15 @@ def _enforce(
             item.add_report_section(when, "GPU memory", "\n".join(terminal.usage_lines(card, name)))
             # Without the traceback, which would show this plugin's lines and not the test's.
             pytest.fail(sentence.format(format_bytes(limit), format_bytes(size)), pytrace=False)
+
+
+def _enforce_of_fixtures(usage: Usage, limit: int) -> None:
+    """Fail the test after which a wider fixture left processes that hold more than ``limit``."""
+    for fixture in usage.fixtures:
+        if fixture.orphaned > limit:
+            size = f"{format_bytes(fixture.orphaned)} of {fixture.name!r} ({fixture.scope})"
+            text = f"allowed to leak {format_bytes(limit)}, processes of a fixture hold {size}"
+            pytest.fail(text, pytrace=False)
 
 
 def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,6 +32,16 @@ class _Phases:
     """Whether the controller lets it run again, alone on its cards."""
 
 
+@dataclass
+class _Late:
+    """What was torn down after a test was reported."""
+
+    fixtures: list[records.FixtureUsage] = field(default_factory=list)
+    children: list[records.ChildUsage] = field(default_factory=list)
+    reserved: dict[str, int] = field(default_factory=dict)
+    """Bytes that were reserved then, by card."""
+
+
 class Reporting:
     """Collects every test's record in the process that reports, and shows them at the end."""
 
@@ -48,9 +58,8 @@ class Reporting:
         self._workers: set[str] = set()
         self._hosts: dict[str, str] = {}
         """By worker, where that is another machine."""
-        self._late: dict[tuple[str, str], tuple[list[records.FixtureUsage], dict[str, int]]] = {}
-        """By test and worker: fixtures torn down after the test was reported, and the bytes that
-        were reserved then, by card."""
+        self._late: dict[tuple[str, str], _Late] = {}
+        """By test and worker."""
         self._notes: list[str] = []
         self._failures: list[str] = []
         self._usage_error = ""
@@ -120,10 +129,11 @@ class Reporting:
         for plain in output.get(CARDS, ()):
             card = records.from_plain(records.Card, plain)._replace(host=self._host(worker))
             self._cards.setdefault((card.host, card.uuid), card)
-        for nodeid, plains, reserved in output.get(LATE, ()):
-            fixtures, now = self._late.setdefault((nodeid, worker), ([], {}))
-            fixtures += [records.from_plain(records.FixtureUsage, plain) for plain in plains]
-            now.update(reserved)
+        for nodeid, fixtures, children, reserved in output.get(LATE, ()):
+            late = self._late.setdefault((nodeid, worker), _Late())
+            late.fixtures += [records.from_plain(records.FixtureUsage, each) for each in fixtures]
+            late.children += [records.from_plain(records.ChildUsage, each) for each in children]
+            late.reserved.update(reserved)
         self._notes += [note for note in output.get(NOTES, ()) if note not in self._notes]
 
     def _host(self, worker: str) -> str:
@@ -148,12 +158,15 @@ class Reporting:
         """Return a test's record with what became known after its report."""
         late, host = self._late.get((test.nodeid, test.worker)), self._host(test.worker)
         if late is not None:
-            fixtures, reserved = late
             cards = [
-                card._replace(reserved=reserved.get(card.card, card.reserved))
+                card._replace(reserved=late.reserved.get(card.card, card.reserved))
                 for card in test.cards
             ]
-            test = test._replace(fixtures=(*test.fixtures, *fixtures), cards=tuple(cards))
+            test = test._replace(
+                fixtures=(*test.fixtures, *late.fixtures),
+                children=(*test.children, *late.children),
+                cards=tuple(cards),
+            )
         return test._replace(host=host) if host else test
 
     @pytest.hookimpl(trylast=True)

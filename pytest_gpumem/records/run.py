@@ -169,6 +169,8 @@ class FixtureUsage(NamedTuple):
     leaked: int = 0
     """The part that did not come back and was confirmed as a leak."""
     holders: tuple[Holder, ...] = ()
+    orphaned: int = 0
+    """The part of ``leaked`` that processes hold which it started, and which still run."""
 
 
 class Grant(NamedTuple):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import Card
     from pytest_gpumem.tracking.tracker import Fixture, Owner
 
-ENDING = 0.3
+ENDING = 0.5
 """Seconds that a child may take to end after who started it: a signal was sent, nobody waited."""
 LAG = 5.0
 """Seconds that the driver is waited for to give back what a process had that has ended."""
@@ -66,7 +66,9 @@ class Child:
     owner: int
     began: float
     slot: int | None = None
-    """Of its page, if it has one."""
+    """Of its page, while it has one."""
+    tells: bool = False
+    """Whether it had a page."""
     command: str = ""
     ended: float = 0.0
     judged: bool = False
@@ -86,10 +88,15 @@ class Share:
 
     told: int = 0
     """Allocated, by their allocators."""
-    other: int = 0
-    """Used by those whose allocators told nothing."""
     need: int = 0
     """Reserved or used, contexts included."""
+    others: dict[Child, int] = field(default_factory=dict)
+    """Used by those whose allocators told nothing, when that was most together."""
+
+    @property
+    def other(self) -> int:
+        """Used by those that never told anything: some do so a moment after they are seen."""
+        return sum(size for child, size in self.others.items() if not child.tells)
 
     @property
     def peak(self) -> int:
@@ -130,6 +137,8 @@ class Children:
         """Processes on the cards that are no children."""
         self._shares: dict[tuple[int, str], Share] = {}
         self._reaped = _reaped()
+        self._oom = ""
+        """What is said of the last child that ran out of memory in the running test."""
         self._looked = 0.0
         """When the driver was asked last."""
 
@@ -171,8 +180,8 @@ class Children:
             for uuid in self._shares_of(number):
                 share, mine = self._shares.pop((number, uuid)), self._share(heir, uuid)
                 mine.told += share.told
-                mine.other += share.other
                 mine.need += share.need
+                mine.others.update(share.others)
 
     def close(self) -> None:
         """Take the variable out of the environment, and the book off the disk."""
@@ -231,9 +240,9 @@ class Children:
         owner = self._heirs.get(told.owner, told.owner)
         for child in self._children:
             if child.pid == told.pid and child.slot is None and not child.ended:
-                child.slot, child.owner = told.slot, owner
+                child.slot, child.owner, child.tells = told.slot, owner, True
                 return child
-        child = Child(told.pid, family.identity(told.pid), owner, told.began, told.slot)
+        child = Child(told.pid, family.identity(told.pid), owner, told.began, told.slot, tells=True)
         child.command = told.command
         self._children.append(child)
         return child
@@ -241,6 +250,8 @@ class Children:
     def _take_in(self, child: Child, uuid: str, figures: Figures) -> None:
         held = child.on(uuid)
         if held.told != figures:
+            if figures.ooms > (0 if held.told is None else held.told.ooms):
+                self._oom = f"CUDA out of memory in process {child.pid} ({child.command})"
             held.told, child.news = figures, True
             share = self._share(child.owner, uuid)
             share.told = max(share.told, figures.sum_peak)
@@ -263,11 +274,13 @@ class Children:
                 held.used_peak, child.news = size, True
             total = sums.setdefault(child.owner, Share())
             total.need += size or 0
-            if held.told is None:
-                total.other += size or 0
+            if not child.tells:
+                total.others[child] = size or 0
         for owner, total in sums.items():
             share = self._share(owner, card.uuid)
-            share.need, share.other = max(share.need, total.need), max(share.other, total.other)
+            share.need = max(share.need, total.need)
+            if total.other > share.other:
+                share.others = total.others
         for child in self._children:
             if child.pid not in told and card.uuid in child.cards:
                 used = child.cards[card.uuid].used
@@ -336,7 +349,10 @@ class Children:
             self.look()
         begun = time.monotonic()
         while (waited := time.monotonic() - begun) < LAG:
-            ending = waited < ENDING and any(self._orphans(over))
+            left = [child for child in self._orphans(over) if child.pid]
+            ending = left and (
+                waited < ENDING or any(family.is_ending(child.pid) for child in left)
+            )
             if not ending and not any(map(self._lags, self._children)):
                 break
             time.sleep(_POLL)
@@ -359,6 +375,7 @@ class Children:
 
     def report(self) -> tuple[ChildUsage, ...]:
         """Return what became known of children since the last report; of the ended, for good."""
+        self._oom = ""
         with self._lock:
             news = [child for child in self._children if child.news]
             self._children = [child for child in self._children if not child.ended]
@@ -456,6 +473,7 @@ class Children:
                     peak=usage.peak + share.peak,
                     released=back,
                     leaked=usage.leaked + orphaned,
+                    orphaned=orphaned,
                 )
         return tuple(found.values())
 
@@ -479,6 +497,12 @@ class Children:
                 for held in child.cards.values()
                 if held.told is not None and held.told.ooms
             }
+
+    def oom(self) -> str:
+        """Return in one sentence which child ran out of memory in the running test, "" for none."""
+        if self.stirred():
+            self.look(age=RECENT)
+        return self._oom
 
     def forget(self, owners: Iterable[Owner]) -> None:
         """Drop the sums of those that are over and were told of."""

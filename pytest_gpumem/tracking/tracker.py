@@ -264,6 +264,16 @@ class Tracker:
             held.update(self.children.held_by(self._wide))
         return held
 
+    def child_oom(self) -> str:
+        """Return in one sentence which child of the running test ran out of memory, or ""."""
+        return "" if self.children is None else self.children.oom()
+
+    def engines(self, names: Collection[str]) -> Mapping[str, int]:
+        """Return what that holds, by card, which the wider fixtures among ``names`` started."""
+        if self.children is None:
+            return {}
+        return self.children.held_by(each for each in self._wide if each.name in names)
+
     def close(self) -> None:
         """Stop watching."""
         if self._unwatch is not None:
