@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from harness import Run
+if TYPE_CHECKING:
+    from harness import Run
 
-from pytest_gpumem.records import RecordedTest
+    from pytest_gpumem.records import RecordedTest
 
 MIB = 2**20
 CONTEXT = 64 * MIB
