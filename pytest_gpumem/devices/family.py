@@ -33,13 +33,17 @@ class Link(NamedTuple):
 
     def __str__(self) -> str:
         """Return it as a line of the variable."""
-        name = self.name[:_LONGEST_NAME].replace("\n", " ").replace("\0", " ")
-        return f"{self.owner}|{self.book}|{name}"
+        return f"{self.owner}|{self.book}|{fitting(self.name)}"
 
     @property
     def root(self) -> str:
         """The process that runs the tests, as ``pid:start``."""
         return Path(self.book).name.partition("-")[0]
+
+
+def fitting(name: str) -> str:
+    """Return a name as the variable can hold it."""
+    return name[:_LONGEST_NAME].encode(errors="replace").decode().translate({0: " ", 10: " "})
 
 
 def links(text: str) -> list[Link]:

@@ -64,14 +64,11 @@ class Measuring:
         self._keepers: dict[int, str] = {}
         self._state = state
         self._sampler: Sampler | None = None
-        self._late: list[tuple[str, Any, Any, dict[str, int]]] = []
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtestloop(self) -> None:
-        """Begin to know what tests start, when it is clear that there will be tests."""
-        watched = children.watch(self._state)
+        # Now, because modules of tests keep copies of the environment.
+        watched = children.watch(state)
         if watched is not None:
             self.tracker.children, self._sampler = watched
+        self._late: list[tuple[str, Any, Any, dict[str, int]]] = []
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing of that behind."""

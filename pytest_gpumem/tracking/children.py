@@ -124,8 +124,10 @@ class Children:
         self._cards = cards
         self._context = context
         self._lock = threading.RLock()
+        self._place = str(self._book.path)
         self._inherited = os.environ.get(family.VARIABLE)
-        self._names = [""]
+        self._outer = f"{self._inherited}\n" if self._inherited else ""
+        self._names = ["outside of tests"]
         """By number."""
         self._heirs: dict[int, int] = {}
         """Who answers for an owner now."""
@@ -141,6 +143,7 @@ class Children:
         """What is said of the last child that ran out of memory in the running test."""
         self._looked = 0.0
         """When the driver was asked last."""
+        self.resume(0)
 
     # Owners
 
@@ -156,16 +159,16 @@ class Children:
     def _begin_anew(self) -> None:
         """Keep a book of its own in a forked child that runs tests, as pytest-forked's do."""
         self._pid, self._book = os.getpid(), self._make_book()
+        self._place = str(self._book.path)
         self._children, self._shares, self._turns = [], {}, []
 
     def resume(self, number: int) -> None:
         """Let what is started from now on be the doing of ``number``."""
         # Before each test: this is written out, a Link takes twice as long.
-        line = f"{number}|{self._book.path}|{self._names[number]}"
-        if len(line) > 500 or not line.isprintable():
-            line = str(family.Link(number, str(self._book.path), self._names[number]))
-        outer = f"{self._inherited}\n" if self._inherited else ""
-        os.environ[family.VARIABLE] = f"{outer}{line}"
+        name = self._names[number]
+        if len(name) > 500 or not name.isprintable():
+            name = family.fitting(name)
+        os.environ[family.VARIABLE] = f"{self._outer}{number}|{self._place}|{name}"
         self._book.now = number
         self._turns.append((time.clock_gettime(time.CLOCK_BOOTTIME), number))
 
@@ -237,12 +240,13 @@ class Children:
 
     def _met(self, told: Told) -> Child:
         """Return the child whose page is new; the driver may have told of it before."""
-        owner = self._heirs.get(told.owner, told.owner)
+        identity = family.identity(told.pid)
+        owner = self._heir(told.owner, identity)
         for child in self._children:
             if child.pid == told.pid and child.slot is None and not child.ended:
                 child.slot, child.owner, child.tells = told.slot, owner, True
                 return child
-        child = Child(told.pid, family.identity(told.pid), owner, told.began, told.slot, tells=True)
+        child = Child(told.pid, identity, owner, told.began, told.slot, tells=True)
         child.command = told.command
         self._children.append(child)
         return child
@@ -303,13 +307,20 @@ class Children:
         return child
 
     def _owner_of(self, pid: int, identity: str) -> int | None:
-        book = str(self._book.path)
         for link in family.started_by(pid):
-            if link.book == book:
-                return self._heirs.get(link.owner, link.owner)
-        root = self._book.root
-        if root not in family.lineage(pid):
+            if link.book == self._place:
+                return self._heir(link.owner, identity)
+        if self._book.root not in family.lineage(pid):
             return None
+        return self._heir(0, identity)
+
+    def _heir(self, number: int, identity: str) -> int:
+        """Return who answers for a child that ``number`` started, nobody: who ran as it began.
+
+        Whose environment is a copy that a module made when it was imported says nobody.
+        """
+        if number or not identity:
+            return self._heirs.get(number, number)
         # The kernel rounds down, so it may have begun a tick later.
         begun = (float(identity.partition(":")[2]) + 1) / _TICKS
         at = bisect.bisect(self._turns, (begun, len(self._names)))
