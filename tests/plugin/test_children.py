@@ -91,3 +91,43 @@ def test_served(engine, number):
     assert [test.lease.waited for test in later] == [0, 0, 0]
     assert {test.lease.size for test in later} == {36 * MIB}
     assert {card.fixture_bytes for test in later for card in test.cards} == {500 * MIB + CONTEXT}
+
+
+def test_a_test_whose_child_ran_out_of_memory_beside_others_runs_again(tmp_path):
+    write_suite(
+        tmp_path,
+        conftest="import torch\n",
+        test_holds=SMALL
+        + """
+from pathlib import Path
+HERE = Path(__file__).parent
+
+def test_holds():
+    child = start(1300)
+    (HERE / "held").touch()
+    until = time.monotonic() + 60
+    while not (HERE / "tried").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    child.stdout.close()
+""",
+        test_needs=SMALL
+        + """
+from pathlib import Path
+HERE = Path(__file__).parent
+
+def test_needs():
+    while not (HERE / "held").exists():
+        time.sleep(0.05)
+    code = CHILD.replace("time.sleep(60)", "")
+    done = subprocess.run([sys.executable, "-c", code, "1000"])
+    (HERE / "tried").touch()
+    assert done.returncode == 0
+""",
+    )
+    options = ("-n", "2", "--dist", "loadfile", "--gpumem-json", "run.json")
+    run = run_pytest(tmp_path, *CARD, *options)
+    assert run.outcomes == {"passed": 2, "rerun": 1}, run.output
+    (first, *_) = [test for test in run.record.tests if test.outcome == "rerun"]
+    assert "out of memory in process" in first.oom

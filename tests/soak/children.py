@@ -73,7 +73,7 @@ def ways() -> int:
             place.mkdir()
             write_suite(place)
             shutil.copy(SUITES / "children.py", place / "test_children.py")
-            env = {"CASES": "all", "FLAG_OF_OOM": f"{name}/flag"}
+            env = {"CASES": "all"}
             arguments = (*CARD[:2], "--gpumem-simulate", "4GiB", *workers)
             context = ("--gpumem-simulate-context", "64MiB", "--gpumem-json", "run.json")
             run = run_pytest(place, *arguments, *context, env=env, timeout=3000)
