@@ -36,6 +36,7 @@ def watch(state: State) -> tuple[Children, Sampler] | None:
     from pytest_gpumem.devices.book import Book
     from pytest_gpumem.tracking.children import Children
     from pytest_gpumem.tracking.sampler import Sampler
+    from pytest_gpumem.tracking.starters import Starters
 
     def make_book() -> Book:
         for _ in range(_TRIES):
@@ -52,7 +53,7 @@ def watch(state: State) -> tuple[Children, Sampler] | None:
     try:
         directory = run_directory() / "families"
         state.notes += _left_behind(directory)
-        children = Children(make_book, cards, settings.context_cost)
+        children = Children(Starters(make_book), cards, settings.context_cost)
     except (LeaseError, OSError) as error:
         state.notes.append(f"child processes of tests are not known: {error}")
         return None

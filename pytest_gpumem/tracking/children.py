@@ -4,20 +4,16 @@ Two sources tell. Children that run Python with torch write down what their allo
 ``devices.book``), which is exact. Of all others, and of what is not torch's, the driver tells what
 each process uses at the moment when it is asked, which ``sampler`` does again and again.
 
-Every child belongs to the test or the wider fixture that started it, by a number. A process that
-says it by its page or its environment is believed; one whose environment was cleared belongs to
-who ran when it began, if the tree of processes leads here.
+Every child belongs to the test or the wider fixture that started it, see ``starters``.
 """
 
 from __future__ import annotations
 
-import bisect
 import os
 import resource
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
@@ -25,10 +21,12 @@ from pytest_gpumem.devices import family
 from pytest_gpumem.devices.book import key
 from pytest_gpumem.devices.processes import command
 from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage
+from pytest_gpumem.tracking.child import Child, Held, Share
 
 if TYPE_CHECKING:
-    from pytest_gpumem.devices.book import Book, Figures, Told
+    from pytest_gpumem.devices.book import Figures, Told
     from pytest_gpumem.records import Card
+    from pytest_gpumem.tracking.starters import Starters
     from pytest_gpumem.tracking.tracker import Fixture, Owner
 
 ENDING = 0.5
@@ -38,101 +36,25 @@ LAG = 5.0
 RECENT = 0.05
 """Seconds for which what the driver said is taken to hold, where nothing was started since."""
 _POLL = 0.01
-_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-
-
-@dataclass
-class _Held:
-    """What one child holds of one card; bytes, None where its source does not tell."""
-
-    told: Figures | None = None
-    used: int | None = None
-    used_peak: int | None = None
-    leaked: int = 0
-
-    def now(self, context: int) -> int:
-        """Return what it holds: the driver's figure, or else the allocator's and a context."""
-        if self.used is not None:
-            return self.used
-        return 0 if self.told is None else self.told.reserved + context
-
-
-@dataclass(eq=False)
-class Child:
-    """A process that used a card."""
-
-    pid: int
-    identity: str
-    owner: int
-    began: float
-    slot: int | None = None
-    """Of its page, while it has one."""
-    tells: bool = False
-    """Whether it had a page."""
-    command: str = ""
-    ended: float = 0.0
-    judged: bool = False
-    """Whether its owner is over."""
-    news: bool = True
-    """Whether something is known that no test's record has."""
-    cards: dict[str, _Held] = field(default_factory=dict)
-
-    def on(self, uuid: str) -> _Held:
-        """Return what it holds of a card."""
-        return self.cards.setdefault(uuid, _Held())
-
-
-@dataclass
-class Share:
-    """What all children of one owner had of one card together, at their highest; bytes."""
-
-    told: int = 0
-    """Allocated, by their allocators."""
-    need: int = 0
-    """Reserved or used, contexts included."""
-    others: dict[Child, int] = field(default_factory=dict)
-    """Used by those whose allocators told nothing, when that was most together."""
-
-    @property
-    def other(self) -> int:
-        """Used by those that never told anything: some do so a moment after they are seen."""
-        return sum(size for child, size in self.others.items() if not child.tells)
-
-    @property
-    def peak(self) -> int:
-        """What counts as allocated."""
-        return self.told + self.other
 
 
 class Children:
     """Knows the children of the tests that this process runs. Any thread may ``look``.
 
     Args:
-        make_book: makes the book in which they tell what they hold; called again in a forked
-            child that runs tests itself.
+        starters: knows who runs.
         cards: returns the cards that are looked at.
         context: bytes that a process is taken to cost where the driver does not tell.
 
     """
 
     def __init__(
-        self, make_book: Callable[[], Book], cards: Callable[[], Sequence[Card]], context: int
+        self, starters: Starters, cards: Callable[[], Sequence[Card]], context: int
     ) -> None:
-        self._make_book = make_book
-        self._book = make_book()
-        self._pid = os.getpid()
+        self.starters = starters
         self._cards = cards
         self._context = context
         self._lock = threading.RLock()
-        self._place = str(self._book.path)
-        self._inherited = os.environ.get(family.VARIABLE)
-        self._outer = f"{self._inherited}\n" if self._inherited else ""
-        self._names = ["outside of tests"]
-        """By number."""
-        self._heirs: dict[int, int] = {}
-        """Who answers for an owner now."""
-        self._turns: list[tuple[float, int]] = []
-        """Since when, by the clock of processes, who ran."""
         self._children: list[Child] = []
         """Those that live, or were not reported to their end."""
         self._strangers: set[str] = set()
@@ -143,39 +65,17 @@ class Children:
         """What is said of the last child that ran out of memory in the running test."""
         self._looked = 0.0
         """When the driver was asked last."""
-        self.resume(0)
-
-    # Owners
 
     def enter(self, name: str) -> int:
         """Let a test or fixture run that was not known yet; return its number."""
-        if os.getpid() != self._pid:
-            self._begin_anew()
-        self._names.append(name)
-        number = len(self._names) - 1
-        self.resume(number)
-        return number
-
-    def _begin_anew(self) -> None:
-        """Keep a book of its own in a forked child that runs tests, as pytest-forked's do."""
-        self._pid, self._book = os.getpid(), self._make_book()
-        self._place = str(self._book.path)
-        self._children, self._shares, self._turns = [], {}, []
-
-    def resume(self, number: int) -> None:
-        """Let what is started from now on be the doing of ``number``."""
-        # Before each test: this is written out, a Link takes twice as long.
-        name = self._names[number]
-        if len(name) > 500 or not name.isprintable():
-            name = family.fitting(name)
-        os.environ[family.VARIABLE] = f"{self._outer}{number}|{self._place}|{name}"
-        self._book.now = number
-        self._turns.append((time.clock_gettime(time.CLOCK_BOOTTIME), number))
+        if self.starters.begin_anew():  # in a forked child that runs tests, as pytest-forked's do
+            self._children, self._shares = [], {}
+        return self.starters.enter(name)
 
     def hand_over(self, owner: Owner, to: Owner) -> None:
         """Let another one answer for what ``owner`` started."""
         number, heir = owner.number, to.number
-        self._heirs[number] = heir
+        self.starters.heirs[number] = heir
         with self._lock:
             for child in self._children:
                 if child.owner == number:
@@ -187,19 +87,15 @@ class Children:
                 mine.others.update(share.others)
 
     def close(self) -> None:
-        """Take the variable out of the environment, and the book off the disk."""
-        if self._inherited is None:
-            os.environ.pop(family.VARIABLE, None)
-        else:
-            os.environ[family.VARIABLE] = self._inherited
+        """Know of no children any more."""
         with self._lock:
-            self._book.remove()
+            self.starters.close()
 
     # Looking
 
     def stirred(self) -> bool:
         """Whether there is anything to look at; some 3 us where nothing was started."""
-        return bool(self._children) or self._book.used or self._started()
+        return bool(self._children) or self.starters.book.used or self._started()
 
     def worth_a_look(self) -> bool:
         """Whether there are children, on a card or not yet."""
@@ -226,7 +122,7 @@ class Children:
     def _read_book(self) -> None:
         uuids = {key(card.uuid): card.uuid for card in self._cards()}
         pages = {child.slot: child for child in self._children if child.slot is not None}
-        for told in self._book.read():
+        for told in self.starters.book.read():
             if told.pid == os.getpid():
                 continue  # a forked child that runs a test itself, and measures it
             child = pages.get(told.slot) or self._met(told)
@@ -234,14 +130,14 @@ class Children:
                 if card in uuids:
                     self._take_in(child, uuids[card], figures)
             if not told.lives:
-                self._book.strike(told.slot)
+                self.starters.book.strike(told.slot)
                 child.slot = None
                 self._end(child)
 
     def _met(self, told: Told) -> Child:
         """Return the child whose page is new; the driver may have told of it before."""
         identity = family.identity(told.pid)
-        owner = self._heir(told.owner, identity)
+        owner = self.starters.heir(told.owner, identity)
         for child in self._children:
             if child.pid == told.pid and child.slot is None and not child.ended:
                 child.slot, child.owner, child.tells = told.slot, owner, True
@@ -298,34 +194,13 @@ class Children:
             return next((each for each in self._children if each.pid == pid), None)
         if identity in self._strangers:
             return None
-        owner = self._owner_of(pid, identity)
+        owner = self.starters.of(pid, identity)
         if owner is None:
             self._strangers.add(identity)
             return None
         child = Child(pid, identity, owner, time.time(), command=command(pid))
         self._children.append(child)
         return child
-
-    def _owner_of(self, pid: int, identity: str) -> int | None:
-        for link in family.started_by(pid):
-            if link.book == self._place:
-                return self._heir(link.owner, identity)
-        if self._book.root not in family.lineage(pid):
-            return None
-        return self._heir(0, identity)
-
-    def _heir(self, number: int, identity: str) -> int:
-        """Return who answers for a child that ``number`` started, nobody: who ran as it began.
-
-        Whose environment is a copy that a module made when it was imported says nobody.
-        """
-        if number or not identity:
-            return self._heirs.get(number, number)
-        # The kernel rounds down, so it may have begun a tick later.
-        begun = (float(identity.partition(":")[2]) + 1) / _TICKS
-        at = bisect.bisect(self._turns, (begun, len(self._names)))
-        owner = self._turns[at - 1][1] if at else 0
-        return self._heirs.get(owner, owner)
 
     def _note_ends(self) -> None:
         for child in self._children:
@@ -396,13 +271,13 @@ class Children:
                 self._usage(child, *each) for child in news for each in child.cards.items()
             )
 
-    def _usage(self, child: Child, uuid: str, held: _Held) -> ChildUsage:
+    def _usage(self, child: Child, uuid: str, held: Held) -> ChildUsage:
         told = held.told
         return ChildUsage(
             pid=child.pid,
             command=child.command,
             card=uuid,
-            started_by=self._names[child.owner],
+            started_by=self.starters.names[child.owner],
             peak=None if told is None else told.peak,
             reserved_peak=None if told is None else told.reserved_peak,
             used_peak=held.used_peak,
@@ -525,6 +400,8 @@ class Children:
 
 def has_children() -> bool:
     """Whether this process has a child, a zombie included; takes nothing from who waits for it."""
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return True
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

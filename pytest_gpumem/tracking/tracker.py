@@ -578,7 +578,7 @@ class Tracker:
         """Let what is started from now on belong to who runs, of function fixtures the test."""
         if self.children is not None:
             owner = self._owners[-1].number
-            self.children.resume(owner or (0 if self._test is None else self._test.number))
+            self.children.starters.resume(owner or (0 if self._test is None else self._test.number))
 
     def end_fixture(self, fixture: Fixture, value: object = None, function: object = None) -> None:
         """End charging the set-up of ``fixture``, where ``function`` made ``value``."""

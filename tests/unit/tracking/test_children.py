@@ -15,6 +15,7 @@ from pytest_gpumem.devices.book import Book
 from pytest_gpumem.records import Card, CardUsage
 from pytest_gpumem.tracking import children as module
 from pytest_gpumem.tracking.children import Children
+from pytest_gpumem.tracking.starters import Starters
 
 MIB = 2**20
 CARD = Card("GPU-children", "fake", 1000 * MIB)
@@ -44,7 +45,7 @@ def driver(monkeypatch):
 @pytest.fixture
 def children(driver, tmp_path, monkeypatch):
     monkeypatch.delenv(family.VARIABLE, raising=False)
-    found = Children(lambda: Book.create(tmp_path / "families", 5), lambda: (CARD,), 5)
+    found = Children(Starters(lambda: Book.create(tmp_path / "families", 5)), lambda: (CARD,), 5)
     yield found
     found.close()
     assert family.VARIABLE not in os.environ
@@ -184,7 +185,7 @@ def test_a_process_without_children_is_not_stirred_and_a_strangers_is_none(child
 def test_runs_around_this_one_keep_their_lines(driver, tmp_path, monkeypatch):
     outer = "4|/elsewhere/1:1.00-ab|test_outer"
     monkeypatch.setenv(family.VARIABLE, outer)
-    inner = Children(lambda: Book.create(tmp_path / "families", 5), lambda: (CARD,), 5)
+    inner = Starters(lambda: Book.create(tmp_path / "families", 5))
     inner.enter("test_inner")
     links = family.links(os.environ[family.VARIABLE])
     assert [link.name for link in links] == ["test_outer", "test_inner"]
