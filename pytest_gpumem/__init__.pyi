@@ -43,6 +43,9 @@ from pytest_gpumem.errors import (
     QuotaError as QuotaError,
 )
 from pytest_gpumem.errors import (
+    RequestRefusedError as RequestRefusedError,
+)
+from pytest_gpumem.errors import (
     StateRefusedError as StateRefusedError,
 )
 from pytest_gpumem.errors import (
@@ -57,11 +60,11 @@ from pytest_gpumem.errors import (
 from pytest_gpumem.forensics.analysis import (
     analyze_oom_sequence as analyze_oom_sequence,
 )
-from pytest_gpumem.leases.store import (
-    Lease as Lease,
+from pytest_gpumem.leases.api import (
+    gpu_lease as gpu_lease,
 )
 from pytest_gpumem.leases.store import (
-    gpu_lease as gpu_lease,
+    Lease as Lease,
 )
 from pytest_gpumem.records.run import (
     RunRecord as RunRecord,

@@ -7,6 +7,10 @@ class LeaseError(Exception):
     """Leases are not to be had: their directory cannot be used, or the wait could last for ever."""
 
 
+class RequestRefusedError(LeaseError, ValueError):
+    """A lease cannot be asked for so; says what is wrong, and what is allowed."""
+
+
 class TooLarge(LeaseError):  # noqa: N818  # the name says what is wrong with the request
     """More is asked for than the card has."""
 

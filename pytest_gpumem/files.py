@@ -1,14 +1,30 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Files that are whole or not there, and files that do no harm to whoever opens them."""
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+import stat
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+WRITABLE: Final = 0o022
+"""Permissions by which others could change a file."""
+OPEN: Final = 0o077
+"""Permissions by which others could change or read it."""
+_FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY"))
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @contextmanager
@@ -34,3 +50,108 @@ def replace(path: Path) -> Iterator[TextIO]:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def open_own(
+    path: Path | str,
+    flags: int = os.O_RDONLY,
+    *,
+    most: int | None = None,
+    closed: int = WRITABLE,
+) -> int:
+    """Return the descriptor of a regular file of this user, without waiting for anybody.
+
+    In the place of a file that a program expects there may be a FIFO, which blocks whoever opens
+    it, a link that leads elsewhere, a file of somebody else, or a sparse one that fills the memory
+    of whoever reads it. Each of them is refused before a byte is read.
+
+    Args:
+        path: the file; its last part is not followed as a link.
+        flags: as for ``os.open``; a file that is made here has mode 0600.
+        most: bytes that it may have.
+        closed: permissions that others must not have, ``WRITABLE`` or ``OPEN``.
+
+    Raises:
+        OSError: whose ``strerror`` says what is wrong with the file.
+
+    """
+    name = str(path)
+    try:
+        file = os.open(name, flags | _FLAGS, 0o600)
+    except OSError as error:
+        # Of a link the system says "too many levels", of a FIFO or socket "no such device".
+        if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+            _refuse_kind(os.lstat(name), stat.S_IFREG, name)
+        raise
+    try:
+        about = os.fstat(file)
+        _refuse_kind(about, stat.S_IFREG, name)
+        _refuse_others(about, closed, name)
+        _refuse_size(about.st_size, most, name)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def read_own(path: Path | str, most: int, *, closed: int = WRITABLE) -> bytes:
+    """Return the content of a file that ``open_own`` opens.
+
+    Raises:
+        OSError: see there; also if the file grows beyond ``most`` bytes meanwhile.
+
+    """
+    file = open_own(path, most=most, closed=closed)
+    try:
+        found = bytearray()
+        while part := os.read(file, min(2**20, most + 1 - len(found))):
+            found += part
+            _refuse_size(len(found), most, str(path))
+        return bytes(found)
+    finally:
+        os.close(file)
+
+
+def own_directory(path: Path, *, follow: bool = False, closed: int = WRITABLE) -> None:
+    """Make a directory with mode 0700, or make sure that the one there is this user's.
+
+    Args:
+        path: the directory; those above it are made too.
+        follow: whether it may be a symbolic link to one.
+        closed: permissions that others must not have.
+
+    Raises:
+        OSError: whose ``strerror`` says what is wrong with it.
+
+    """
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+    about = path.stat() if follow else path.lstat()
+    _refuse_kind(about, stat.S_IFDIR, str(path))
+    _refuse_others(about, closed, str(path))
+
+
+def _refuse_kind(about: os.stat_result, wanted: int, name: str) -> None:
+    kind = stat.S_IFMT(about.st_mode)
+    if kind != wanted:
+        expected = "regular file" if wanted == stat.S_IFREG else "directory"
+        found = _KINDS.get(kind, "a file")
+        code = errno.ELOOP if kind == stat.S_IFLNK else errno.EINVAL
+        raise OSError(code, f"it is {found}, not a {expected}", name)
+
+
+def _refuse_others(about: os.stat_result, closed: int, name: str) -> None:
+    if not hasattr(os, "geteuid"):  # Windows, whose permissions are not in these bits
+        return
+    if about.st_uid != os.geteuid():
+        raise OSError(errno.EPERM, "it belongs to another user", name)
+    if about.st_mode & closed:
+        mode = stat.S_IMODE(about.st_mode)
+        tight = "700" if stat.S_ISDIR(about.st_mode) else "600"
+        told = f"it is open to others (mode {mode:04o}); chmod {tight} it"
+        raise OSError(errno.EPERM, told, name)
+
+
+def _refuse_size(size: int, most: int | None, name: str) -> None:
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"it has {size} bytes; allowed are {most}", name)

@@ -15,7 +15,7 @@ _FACTORS = {
     "gb": 10**9,
     "tb": 10**12,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*", re.ASCII)
+_SIZE = r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*"
 
 SIZE_FORM = 'a size like "350 MiB" or "2GiB" (B, KiB, MiB, GiB, TiB, KB, MB, GB, TB)'
 """How messages describe what is allowed."""
@@ -35,7 +35,7 @@ def parse_bytes(text: str | int) -> int:
         if text < 0:
             raise ValueError(f"{text} is negative; allowed is {SIZE_FORM}")
         return text
-    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    match = re.fullmatch(_SIZE, text, re.ASCII) if isinstance(text, str) else None
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not a size; allowed is {SIZE_FORM}")

@@ -91,6 +91,7 @@ def excerpt(command: str, output: str) -> str:
 
 def shape(block: str) -> str:
     """Return ``block`` without what differs from run to run: numbers, and the room they take."""
+    block = re.sub(r" \(\d+:\d\d:\d\d\)", "", block)  # pytest's, from a minute on
     return re.sub(r"[\s=─-]+", " ", re.sub(r"\d+(\.\d+)?", "N", block)).strip()
 
 

@@ -109,7 +109,7 @@ class GpuConsolidator:
     @property
     def idle(self) -> bool:
         """Whether nothing is registered that could be consolidated now."""
-        return not any(key not in self._asleep for key in self._registered)
+        return self._registered.keys() <= self._asleep.keys()
 
     def register(
         self,

@@ -167,7 +167,8 @@ def _why_bad(name: str, value: str) -> str:
 
 def _leases() -> Iterator[Finding]:
     from pytest_gpumem.errors import LeaseError
-    from pytest_gpumem.leases.ledger import Ledger, run_directory
+    from pytest_gpumem.leases.ledger import Ledger
+    from pytest_gpumem.leases.place import run_directory
 
     try:
         directory = run_directory()

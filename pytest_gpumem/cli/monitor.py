@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from pytest_gpumem.leases.ledger import Ledger, Page
+    from pytest_gpumem.leases.ledger import Ledger
+    from pytest_gpumem.leases.page import Page
     from pytest_gpumem.leases.watching import Glimpse, Watcher
     from pytest_gpumem.simulator.card import SharedCard
 
@@ -154,7 +155,7 @@ def _holdings(
     used: Mapping[int, int | None],
     glimpses: Sequence[Glimpse],
 ) -> tuple[Holding, ...]:
-    from pytest_gpumem.leases.ledger import HELD, WAITING, card_key
+    from pytest_gpumem.leases.entries import HELD, WAITING, card_key
 
     key = card_key(uuid)
     rows: dict[int, Holding] = {pid: _child(Holding(pid, size)) for pid, size in used.items()}
@@ -221,7 +222,8 @@ class _View:
 
         """
         from pytest_gpumem.errors import LeaseError
-        from pytest_gpumem.leases.ledger import Ledger, run_directory
+        from pytest_gpumem.leases.ledger import Ledger
+        from pytest_gpumem.leases.place import run_directory
         from pytest_gpumem.leases.watching import Watcher
 
         directory = run_directory()

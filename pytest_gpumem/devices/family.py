@@ -124,8 +124,13 @@ def described(pid: int) -> str:
     told = _stat(pid)
     if told is None:
         return f"pid {pid}"
-    name, state, *_ = told
-    return f"pid {pid} ({name}{', stopped' if state in 'Tt' else ''})"
+    return f"pid {pid} ({told[0]}{', stopped' if is_stopped(pid) else ''})"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped, and may go on."""
+    told = _stat(pid)
+    return told is not None and told[1] in "Tt"
 
 
 if sys.platform == "linux":  # a tenth of psutil's time, whose import alone takes 15 ms

@@ -37,10 +37,10 @@ def cuda() -> Any:
     """
     global _cuda  # noqa: PLW0603  # one face of one module
     module = getattr(sys.modules.get("torch"), "cuda", None)
-    # Missing while another thread is still importing torch.
-    if not hasattr(module, "is_initialized"):
-        return None
-    if module is not _cuda.module:
+    if module is None or module is not _cuda.module:
+        # Missing while another thread is still importing torch.
+        if not hasattr(module, "is_initialized"):
+            return None
         _cuda = _Face(module)
     # A mock's answer is true, but is not True.
     return _cuda if _cuda.is_initialized() is True else None

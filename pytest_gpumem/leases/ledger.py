@@ -1,217 +1,53 @@
-"""The ledger of leases: a directory of small files whose names say everything.
+"""The ledger of leases: a directory of small files, see ``entries``.
 
-``h-0000000007-4711.9f3c2a51-56789abc=2147483648`` is a lease (``h``: held, ``w``: waiting, ``r``:
-kept between tests, ``s``: so too, and some of it can be spared) with its number in the queue, its
-process, and 2 GiB of the card whose UUID ends so; ``x`` behind the size means exclusive, ``-t`` at
-the end that it is a test's. The content is a label for people. Each process keeps one locked file
-in another directory, which says from whom the process descends; entries of a process whose lock
-is gone are void.
+The content of an entry is a label for people. Each process keeps one locked file in another
+directory, which says from whom the process descends; entries of a process whose lock is gone are
+void.
 """
 
 from __future__ import annotations
 
-import errno
-import functools
 import os
-import stat
 import threading
 import time
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from pytest_gpumem.admission import Claim
-from pytest_gpumem.devices import family
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases import telling
-from pytest_gpumem.leases.locks import FileLock, LockBusyError, Watch, is_held
+from pytest_gpumem.files import own_directory, read_own
+from pytest_gpumem.leases import family, telling
+from pytest_gpumem.leases.entries import (
+    WAITING,
+    Entry,
+    claim_in,
+    entry_named,
+    entry_of,
+    is_process,
+)
+from pytest_gpumem.leases.family import Families
+from pytest_gpumem.leases.locks import FileLock, LockBusyError, Watch, is_held, prepare
+from pytest_gpumem.leases.page import Page
+from pytest_gpumem.leases.place import is_plain, make_own, unusable
+from pytest_gpumem.units import printable
 
-HELD, WAITING, RESIDENT, SPARE = "h", "w", "r", "s"
-KEPT = RESIDENT, SPARE
-"""What a process keeps without a lease."""
-_BEING_REMOVED = FileNotFoundError, FileExistsError, IsADirectoryError
-"""What the kernel says of files in a directory that somebody removes at the same time."""
 _LABEL = 500
+"""Characters of a label that are kept."""
+_MOST = 4 * _LABEL
+"""Bytes of a label that are read."""
+_FORMAT = 32
+"""Bytes that are read of what a later version says of its format."""
+_NEW = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 LOCK_PATIENCE = 10.0
 """Seconds that anybody waits for the ledger's lock, which is held for well under a millisecond."""
 _LOCK_LEAST = 0.03
 """Seconds that it gets even where the deadline is nearer: its holder may just not be running."""
-_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs"}
-_NETWORK |= {"fuse.sshfs", "fuse.glusterfs", "glusterfs"}
 
 
 class LedgerBusyError(LeaseError):
     """Somebody keeps the ledger's lock; says who."""
-
-
-class Vanished(LeaseError):  # noqa: N818  # nobody sees it who tries again
-    """The directory, or an entry, is being removed; a new one can be made right after."""
-
-
-class Entry(NamedTuple):
-    """One file of the ledger; ``claims`` are by ``card_key``."""
-
-    name: str
-    state: str
-    number: int
-    process: str
-    claims: dict[str, Claim]
-    test: bool = False
-    """Whether it is a test's: what its process asks for meanwhile comes out of it."""
-
-    @property
-    def pid(self) -> int:
-        """Number of its process, which may be another container's."""
-        return pid_of(self.process)
-
-    def turned(self, state: str) -> Entry:
-        """Return it in another state."""
-        return self._replace(state=state, name=state + self.name[1:])
-
-
-class Page:
-    """What the ledger said at one moment, in the order of the queue.
-
-    Whoever is asked for by somebody who has a lease works within that lease: the processes that
-    its process started, and, if it is a test's, what its own process asks for later. What they
-    hold comes out of it, and they never wait for it.
-    """
-
-    def __init__(
-        self, names: Collection[str], lineage: Callable[[str], tuple[str, ...]] = lambda _: ()
-    ) -> None:
-        known = (name for name in names if name[:2] in ("h-", "w-", "r-", "s-"))
-        self.entries = sorted(map(entry_named, known), key=lambda entry: entry.number)
-        self.last = self.entries[-1].number if self.entries else 0
-        self.waiting = [entry for entry in self.entries if entry.state == WAITING]
-        self.taken = [entry for entry in self.entries if entry.state != WAITING]
-        """Held and kept ones."""
-        self._ancestors = _ancestors(self.entries, lineage)
-        """Processes with entries, by that of any descendant."""
-
-    def descends(self, process: str, other: str) -> bool:
-        """Return whether ``other`` started ``process``, directly or not."""
-        return other in self._ancestors.get(process, ())
-
-    def covers(self, lease: Entry, other: Entry) -> bool:
-        """Return whether ``other`` is, or would be, within a lease that is held."""
-        if lease.state != HELD:
-            return False
-        if lease.process == other.process:
-            return lease.test and lease.number < other.number
-        return self.descends(other.process, lease.process)
-
-    def against(self, request: Entry, key: str) -> list[Claim]:
-        """Return what leaves ``request`` less of a card.
-
-        What its own children have, and for a test what its process has, it keeps rather than waits
-        for. So it is with leases whose holders themselves wait, for they would for ever.
-        """
-        found = []
-        for entry in self.taken:
-            claim = self.claims[key].get(entry.name)
-            if claim is None or self.covers(entry, request):
-                continue
-            own = request.test and entry.process == request.process
-            if own or self.descends(entry.process, request.process) or self.is_stuck(entry):
-                claim = Claim(claim.resident + claim.extra, 0, exclusive=False)
-            found.append(claim)
-        return found
-
-    def ahead(self, request: Entry, key: str) -> list[Claim]:
-        """Return what the requests want of a card that start before ``request``.
-
-        Within a lease others are before it only there: the rest waits for the lease's end.
-        """
-        around = [each for each in self.taken if key in each.claims and self.covers(each, request)]
-        return [
-            entry.claims[key]
-            for entry in self.waiting
-            if entry.number < request.number
-            and key in entry.claims
-            and not self.descends(request.process, entry.process)
-            and not self.descends(entry.process, request.process)
-            and (not around or any(self.covers(each, entry) for each in around))
-        ]
-
-    def left(self, request: Entry, key: str, total: int) -> int:
-        """Return what nobody has yet of the lease around ``request``, if there is one."""
-        around = (each for each in self.taken if key in each.claims and self.covers(each, request))
-        return max(
-            (
-                (each.claims[key].extra or total) - self._within(each, self.claims[key])
-                for each in around
-            ),
-            default=0,
-        )
-
-    def is_covered(self, request: Entry) -> bool:
-        """Return whether ``request`` is within somebody's lease."""
-        return any(self.covers(each, request) for each in self.taken)
-
-    def is_stuck(self, holder: Entry) -> bool:
-        """Return whether a holder itself waits, or for a process of its own that does."""
-        return holder.state == HELD and any(
-            self.covers(holder, entry) or (entry.test and entry.process == holder.process)
-            for entry in self.waiting
-        )
-
-    @functools.cached_property
-    def claims(self) -> Mapping[str, Mapping[str, Claim]]:
-        """Those of ``taken``, by card and name, without what others hold within them."""
-        found: defaultdict[str, dict[str, Claim]] = defaultdict(dict)
-        for entry in self.taken:
-            for key, claim in entry.claims.items():
-                found[key][entry.name] = claim
-        if len(self.taken) < 2:
-            return found
-        parents = set().union(*self._ancestors.values())
-        around = [entry for entry in self.taken if entry.process in parents or entry.test]
-        # Innermost first: what is within them does not count for those around them once more.
-        around.sort(key=self._depth, reverse=True)
-        outside: dict[tuple[str, str, str], int] = {}
-        # What no lease of a process has taken in yet, by process, entry and card.
-        for lease in around:
-            for key, claim in lease.claims.items():
-                left = claim.extra
-                for entry in self.taken:
-                    if key in entry.claims and self.covers(lease, entry):
-                        inner = found[key][entry.name]
-                        place = lease.process, entry.name, key
-                        size = outside.get(place, inner.resident + inner.extra)
-                        outside[place] = max(0, size - left)
-                        left = max(0, left - size)
-                found[key][lease.name] = claim._replace(extra=left)
-        return found
-
-    def _depth(self, entry: Entry) -> tuple[int, int]:
-        return len(self._ancestors.get(entry.process, ())), entry.number
-
-    def _within(self, lease: Entry, claims: Mapping[str, Claim]) -> int:
-        inside = (entry for entry in self.taken if self.covers(lease, entry))
-        found = (claims[entry.name] for entry in inside if entry.name in claims)
-        return sum(claim.resident + claim.extra for claim in found)
-
-
-def _ancestors(
-    entries: Collection[Entry], lineage: Callable[[str], tuple[str, ...]]
-) -> Mapping[str, Collection[str]]:
-    """Return the ancestors among the processes, by process; those that have none are left out."""
-    if len(entries) < 2:
-        return {}
-    processes = {entry.process for entry in entries}
-    lines = {process: lineage(process) for process in processes}
-    known: defaultdict[str, list[str]] = defaultdict(list)
-    for process, line in lines.items():
-        known["".join(line[:1])].append(process)
-    found = {
-        process: {each for one in line[1:] if one in known for each in known[one]}
-        for process, line in lines.items()
-    }
-    return {process: each for process, each in found.items() if each}
 
 
 class Standing(NamedTuple):
@@ -230,6 +66,8 @@ class Ledger:
         self.directory = directory
         self._queue = directory / "queue"
         self._alive = directory / "alive"
+        self._ignored: set[str] = set()
+        """Names in the queue behind which there is no file of ours."""
         self.forget()
         _ledgers.add(self)
 
@@ -245,8 +83,19 @@ class Ledger:
         """The thread that took each of this process's leases, by the name of the entry."""
         self.residents: dict[str, Entry] = {}
         """What this process keeps between tests, by card."""
-        self._lineages: dict[str, tuple[str, ...]] = {}
-        """Who each process that was asked for descends from, itself first."""
+        self.lasting: dict[str, Entry] = {}
+        """What it waited for in vain, by card."""
+        self.family = Families(self._alive, self.process)
+
+    def taken_here(self) -> list[Entry]:
+        """Return the leases that this thread has taken."""
+        current = threading.current_thread()
+        taken = list(self.leases.items())
+        return [
+            entry
+            for name, thread in taken
+            if thread is current and (entry := entry_named(name)) is not None
+        ]
 
     def drop(self, entry: Entry) -> bool:
         """Strike out a lease of this process; False when it has none such, as a forked child."""
@@ -352,65 +201,23 @@ class Ledger:
 
     def page(self) -> Page:
         """Return what it says now; for where ``alone`` says what is wrong with the directory."""
-        return Page(os.listdir(self._queue), self.lineage)  # noqa: PTH208  # iterdir is slower
+        names = os.listdir(self._queue)  # noqa: PTH208  # iterdir is slower
+        if self._ignored:
+            names = [name for name in names if name not in self._ignored]
+        return Page(names, self.family.kin)
 
-    def lineage(self, process: str) -> tuple[str, ...]:
-        """Return what a process said of itself and its ancestors, closest first; () if nothing."""
-        known = self._lineages.get(process)
-        if known is None:
-            about = self._about(process)
-            known = tuple(about[0].split()) if about else ()
-            if known:
-                self._lineages[process] = known
-        return known
-
-    def ancestors(self) -> Mapping[str, int | None]:
-        """Return the processes that started this one and take part, outermost first.
-
-        With each comes the number of its file that leads to the terminal, if it has one.
-        """
-        own = self.lineage(self.process)
-        found = {}
-        for process in os.listdir(self._alive):  # noqa: PTH208  # as page
-            line = self.lineage(process)
-            if line and line[0] in own[1:]:
-                found[line[0]] = self._about(process)
-        return {
-            each: int(about[1]) if len(about := found[each]) > 1 and about[1] else None
-            for each in reversed(own)
-            if each in found
-        }
-
-    def is_kin(self, pid: int, roots: Collection[str]) -> bool:
-        """Return whether a process started this one, or one of ``roots`` started it."""
-        line = family.lineage(pid)
-        return bool(line) and (
-            line[0] in self.lineage(self.process) or not set(line).isdisjoint(roots)
-        )
-
-    def starters(self, pids: Collection[int], taking_part: Collection[str]) -> dict[int, str]:
-        """Return which of the processes ``taking_part`` started which of ``pids``.
-
-        Of those that are no kin of this process, which come from ``is_kin``.
-        """
-        roots, found = self.roots(), {}
-        for pid in pids:
-            line = family.lineage(pid)
-            starter = next((each for each in line[1:] if each in taking_part), None)
-            if starter is not None and starter not in roots:
-                found[pid] = starter
+    def strange(self) -> list[str]:
+        """Return the files of its directories that are none of its own; they are left alone."""
+        found = []
+        with suppress(OSError):
+            names = set(os.listdir(self._queue))  # noqa: PTH208  # as page
+            others = {*Page(names).strange, *(self._ignored & names)}
+            found += [f"{self._queue.name}/{name}" for name in sorted(others)]
+            processes = sorted(os.listdir(self._alive))  # noqa: PTH208  # as page
+            for name in processes:  # a process may end meanwhile
+                if not self._is_ours(name) and os.path.lexists(f"{self._alive}/{name}"):
+                    found.append(f"{self._alive.name}/{name}")
         return found
-
-    def roots(self) -> Collection[str]:
-        """Return this process and those that started it and take part, as ``lineage`` does."""
-        return {*self.lineage(self.process)[:1], *self.ancestors()}
-
-    def _about(self, process: str) -> list[str]:
-        """Return the lines in which a process told of itself: its lineage, and its terminal."""
-        try:
-            return Path(f"{self._alive}/{process}").read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return []
 
     def ahead(self, request: Entry) -> int:
         """Return how many wait before ``request``; all who wait ask at once when a process ends."""
@@ -419,7 +226,7 @@ class Ledger:
         except OSError:
             return 0
         # Names are in the order of the queue.
-        return sum(name < request.name and name.startswith(WAITING) for name in names)
+        return sum(WAITING <= name < request.name for name in names)
 
     def mend(self) -> None:
         """See to it that the next use makes a directory that is gone, or half gone."""
@@ -440,13 +247,26 @@ class Ledger:
 
     def write(self, entry: Entry, label: str) -> None:
         """Add an entry."""
-        file = os.open(self._path(entry), os.O_WRONLY | os.O_CREAT, 0o600)
+        file = os.open(self._path(entry), _NEW, 0o600)
         try:
             # The name is what counts: a full disk costs the label, not the lease.
             with suppress(OSError):
                 os.write(file, label[:_LABEL].encode(errors="replace"))
         finally:
             os.close(file)
+
+    def kept(self, state: str, key: str, size: int) -> Entry:
+        """Return the entry by which this process says so of a card for as long as it likes."""
+        return entry_of(state, 0, self.process, {key: claim_in(state, size)})
+
+    def tell(self, told: dict[str, Entry], state: str, key: str, size: int) -> None:
+        """Put an entry of that kind in the place of the one in ``told``; none for nothing."""
+        before, now = told.pop(key, None), self.kept(state, key, size)
+        if size:
+            told[key] = now
+            self.write(now, "")
+        if before is not None and before != told.get(key):
+            self.strike(before)
 
     def turn(self, entry: Entry, state: str) -> None:
         """Put an entry into another state."""
@@ -460,24 +280,29 @@ class Ledger:
     def label(self, entry: Entry) -> str:
         """Return what its owner calls itself."""
         try:
-            return Path(self._path(entry)).read_text(encoding="utf-8") or "no label"
-        except OSError:
+            told = read_own(self._path(entry), _MOST)
+        except FileNotFoundError:
             return "gone meanwhile"
+        except OSError:
+            return "no label"
+        return printable(told.decode(errors="replace")) or "no label"
 
     def nudge(self, entry: Entry) -> bool:
         """Wake the owner of a waiting entry; False when it does not wait any more."""
         try:
-            os.utime(self._path(entry))
+            os.utime(f"{self._alive}/{entry.process}")
         except FileNotFoundError:
+            return False
+        if not os.path.exists(self._path(entry)):  # noqa: PTH110  # as _path
             return False
         if hasattr(os, "sched_yield"):
             # Where both share a core, the woken one would wait until this one sleeps.
             os.sched_yield()
         return True
 
-    def watch(self, entry: Entry) -> Watch:
-        """Return what waits for a nudge to ``entry`` or the end of any process."""
-        return Watch(Path(self._path(entry)), self._alive)
+    def watch(self) -> Watch:
+        """Return what waits for a nudge to this process or the end of any."""
+        return Watch(self._alive / self.process, self._alive)
 
     def dead(self, suspects: Collection[str] | None) -> list[str]:
         """Return the processes among ``suspects`` (None: all with entries) that seem dead."""
@@ -495,13 +320,21 @@ class Ledger:
         Needs the lock. Somebody may start then, and has to be woken.
         """
         # Looked at again: a process that just joins has its file before it has its lock.
-        dead = [each for each in dead if not is_held(self._alive / each)]
+        dead = [each for each in dead if not is_held(f"{self._alive}/{each}")]
         for entry in self.page().entries if dead else ():
-            if entry.process in dead:
+            if entry.process not in dead:
+                continue
+            if is_plain(self._path(entry)):
                 self.strike(entry)
-        for each in dead:
+            else:
+                self._ignored.add(entry.name)
+        for each in filter(self._is_ours, dead):
             (self._alive / each).unlink(missing_ok=True)
         return bool(dead)
+
+    def _is_ours(self, name: str) -> bool:
+        """Return whether a file is one by which a process shows that it lives."""
+        return is_process(name) and is_plain(f"{self._alive}/{name}")
 
     def close(self) -> bool:
         """Take everything of this process out; return whether there can have been anything."""
@@ -513,6 +346,7 @@ class Ledger:
                     self.strike(entry)
             self.leases.clear()
             self.residents.clear()
+            self.lasting.clear()
             (self._alive / self.process).unlink(missing_ok=True)
         self._leave()
         return True
@@ -524,18 +358,23 @@ class Ledger:
         """Take part, with all that this process has."""
         make_own(self.directory)
         for each in (self._queue, self._alive):
-            each.mkdir(mode=0o700, exist_ok=True)
+            own_directory(each)
+        prepare()
         files = [FileLock(self.directory / "lock")]
         try:
             self._lock(files[0], limit, on_wait)
+            self._refuse_later(files[0])
             files.append(FileLock(self._alive / self.process))
             self._lock(files[1], limit, on_wait)
             own, terminal = " ".join(family.lineage(os.getpid())), telling.terminal()
             with suppress(OSError):  # as a label's
                 files[1].write(f"{own}\n{'' if terminal is None else terminal}\n")
-            for entry in (*map(entry_named, self.leases), *self.residents.values()):
+            kept = (*self.residents.values(), *self.lasting.values())
+            for entry in (*filter(None, map(entry_named, self.leases)), *kept):
                 self.write(entry, "")
-            if self.bury({each.name for each in self._alive.iterdir()} - {self.process}):
+            others = {each.name for each in self._alive.iterdir()} - {self.process}
+            others |= {each.process for each in self.page().entries} - {self.process}
+            if self.bury(others):
                 for entry in self.page().waiting:  # any of them may be able to start now
                     self.nudge(entry)
             files[0].release()
@@ -545,24 +384,18 @@ class Ledger:
             raise
         return Standing(alive=files[1], guard=files[0])
 
+    def _refuse_later(self, guard: FileLock) -> None:
+        """Raise where a later version said in the file of the lock that it writes otherwise."""
+        if told := guard.read(_FORMAT):
+            raise LeaseError(
+                f"the leases in {self.directory} are kept in a format that this version of "
+                f"pytest-gpumem does not read: its lock says {told!r}, and should be empty"
+            )
+
     def _leave(self) -> None:
         own, self._standing = self._standing, None
         for file in own or ():
             file.close()
-
-
-def pid_of(process: str) -> int:
-    """Return the number of a process by its name in the ledger."""
-    return int(process.partition(".")[0])
-
-
-@functools.cache
-def card_key(uuid: str) -> str:
-    """Return the end of a UUID, which leaves room for many cards in one file's name.
-
-    Two cards with the same end would count as one: less would be granted, never more.
-    """
-    return "".join(filter(str.isalnum, uuid))[-8:]
 
 
 def _limit(deadline: float | None) -> float:
@@ -570,119 +403,6 @@ def _limit(deadline: float | None) -> float:
     now = time.monotonic()
     patient = now + LOCK_PATIENCE
     return patient if deadline is None else min(patient, max(deadline, now + _LOCK_LEAST))
-
-
-def entry_of(
-    state: str, number: int, process: str, claims: dict[str, Claim], *, test: bool = False
-) -> Entry:
-    """Return the entry that says so, with its name."""
-    text = ",".join(f"{key}={_claim_text(claim)}" for key, claim in claims.items())
-    name = f"{state}-{number:010d}-{process}-{text}{'-t' if test else ''}"
-    return Entry(name, state, number, process, claims, test)
-
-
-@functools.lru_cache(maxsize=4096)
-def entry_named(name: str) -> Entry:
-    """Return what an entry's name says."""
-    state, number, process, text, *test = name.split("-", 4)
-    parts = (part.partition("=") for part in text.split(",") if part)
-    claims = {key: _claim(state, size) for key, _, size in parts}
-    return Entry(name, state, int(number), process, claims, test == ["t"])
-
-
-def _claim_text(claim: Claim) -> str:
-    return f"{claim.resident + claim.extra}{'x' if claim.exclusive else ''}"
-
-
-def _claim(state: str, text: str) -> Claim:
-    size = int(text.removesuffix("x"))
-    resident, extra = (size, 0) if state in KEPT else (0, size)
-    return Claim(resident, extra, text.endswith("x"))
-
-
-def run_directory() -> Path:
-    """Return this user's directory for leases on this machine; who uses it makes it.
-
-    Raises:
-        LeaseError: when GPUMEM_RUN_DIR is not absolute.
-
-    """
-    import getpass
-
-    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-    return _place() / f"gpumem-{user}"
-
-
-def _place() -> Path:
-    """Return where the users' directories lie.
-
-    Processes of one user must agree on it: what a session, a service or ``su`` puts into
-    XDG_RUNTIME_DIR and TMPDIR differs, /dev/shm does not, and is in memory.
-    """
-    if named := os.environ.get("GPUMEM_RUN_DIR"):
-        if not Path(named).is_absolute():
-            raise LeaseError(f"GPUMEM_RUN_DIR={named} is no absolute path")
-        return Path(named)
-    memory = Path("/dev/shm")  # noqa: S108  # the owner of our directory there is looked at
-    with suppress(OSError):
-        if memory.stat().st_mode & stat.S_ISVTX and os.access(memory, os.W_OK | os.X_OK):
-            return memory
-    import tempfile
-
-    return Path(tempfile.gettempdir())
-
-
-def make_own(directory: Path) -> None:
-    """Make a directory that only this user may enter, or make sure that it is one.
-
-    Raises:
-        OSError: when that cannot be, or it is on a network file system, whose locks others miss.
-
-    """
-    _refuse_network(directory)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Anybody may make directories in /dev/shm, and links to theirs.
-    if directory.is_symlink() or not _is_ours(directory):
-        raise PermissionError(errno.EPERM, "it belongs to another user")
-    directory.chmod(0o700)
-
-
-def unusable(directory: Path, error: OSError) -> LeaseError:
-    """Return the sentence that says so."""
-    kind = Vanished if isinstance(error, _BEING_REMOVED) else LeaseError
-    return kind(
-        f"leases cannot be kept in {directory}: {error.strerror}; "
-        "GPUMEM_RUN_DIR can name another directory on this machine"
-    )
-
-
-def _is_ours(path: Path) -> bool:
-    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
-
-
-def _refuse_network(directory: Path) -> None:
-    """Raise where other machines' locks and changes are not seen, or not at once."""
-    kind = _filesystem(directory)
-    if kind in _NETWORK:
-        raise OSError(errno.ENOTSUP, f"{kind} is a network file system")
-
-
-def _filesystem(directory: Path) -> str:
-    """Return the type of the file system that ``directory`` is or will be on, "" if unknown.
-
-    See proc(5), mountinfo.
-    """
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    found: dict[str, str] = {}
-    for line in mounts.splitlines():
-        place, _, kind = line.partition(" - ")
-        # Blanks in the name of a mount point are written as octal numbers.
-        found[place.split()[4].replace("\\040", " ")] = kind.split()[0]
-    at = directory.resolve()
-    return next((found[str(each)] for each in (at, *at.parents) if str(each) in found), "")
 
 
 _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()

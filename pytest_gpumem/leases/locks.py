@@ -7,6 +7,7 @@ in ``inotify(7)`` on Linux; elsewhere, and where inotify has no instance left, i
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.devices.family import described
+from pytest_gpumem.files import open_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +38,11 @@ _LONG = 0.05
 _NEVER = math.inf
 _IN_ATTRIB, _IN_CLOSE_WRITE, _IN_Q_OVERFLOW = 0x4, 0x8, 0x4000
 _EVENT = struct.Struct("iIII")
-_OPEN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
+_NO_CHILD = getattr(os, "O_NOINHERIT", 0)
+"""On Windows; elsewhere ``open_own`` sees to it."""
+_NO_LOCK = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ELOOP, errno.ENOTDIR}
+_NO_LOCK |= {errno.ENXIO, errno.ENODEV, errno.EISDIR}
+"""What the system, or ``open_own``, says of a file that is not there or not a process's."""
 
 _forking = threading.RLock()
 """Held where a file is opened and noted: a child forked in between would keep it for good."""
@@ -55,10 +61,8 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        # Not through a link that somebody else may have put there.
-        nofollow = getattr(os, "O_NOFOLLOW", 0)
         with _forking:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | nofollow | _OPEN, 0o600)
+            self._file = open_own(path, os.O_RDWR | os.O_CREAT | _NO_CHILD)
             _open_files.add(self._file)
 
     @property
@@ -103,6 +107,11 @@ class FileLock:
                     return f"probably {described(int(words[4]))}"
         return "another process"
 
+    def read(self, most: int) -> str:
+        """Return what the file says, its first ``most`` bytes."""
+        os.lseek(self._file, 0, os.SEEK_SET)
+        return os.read(self._file, most).decode(errors="replace")
+
     def write(self, text: str) -> None:
         """Let the file say so."""
         os.write(self._file, text.encode())
@@ -123,11 +132,20 @@ class FileLock:
 
 
 def is_held(path: Path | str) -> bool:
-    """Return whether a process that lives holds the lock of ``path``; False without such a file."""
+    """Return whether a process that lives holds the lock of ``path``.
+
+    False where there is no such file, or what is there can be no process's lock.
+
+    Raises:
+        OSError: when the system cannot open any file now: nobody is dead for that.
+
+    """
     try:
-        file = os.open(path, os.O_RDONLY | _OPEN)
-    except FileNotFoundError:
-        return False
+        file = open_own(path, os.O_RDONLY | _NO_CHILD)
+    except OSError as error:
+        if error.errno in _NO_LOCK:
+            return False
+        raise
     try:
         return not _could_lock(file)
     finally:
@@ -187,8 +205,8 @@ class News(NamedTuple):
 class Watch:
     """Lets one thread wait until its own file is touched or a process ends.
 
-    ``alive`` is a directory in which each process keeps a locked file open for writing. What
-    happens after ``__enter__`` is not missed.
+    ``alive`` is a directory in which each process keeps a locked file open for writing, ``own``
+    is this process's. What happens after ``__enter__`` is not missed.
     """
 
     def __init__(self, own: Path, alive: Path) -> None:
@@ -200,17 +218,23 @@ class Watch:
         self._inotify = _take_inotify()
         if self._inotify is not None:
             add = functools.partial(_libc().inotify_add_watch, self._inotify)
+            # After the first time both are there already.
             self._watches = [
                 add(os.fsencode(self._own), _IN_ATTRIB),
                 add(os.fsencode(self._alive), _IN_CLOSE_WRITE),
             ]
             if min(self._watches) < 0:
-                self._give_back()
+                self.__exit__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Let the next one have the instance with its watches.
+
+        To remove one may take milliseconds, which would come between a grant and its use.
+        """
         if self._inotify is not None:
-            self._give_back()
+            _idle_watchers.append(self._inotify)
+            self._inotify = None
 
     def wait(self, timeout: float | None, patience: Callable[[], float] = lambda: 0) -> News:
         """Block until there is news, or for ``timeout`` seconds; any thread may.
@@ -241,12 +265,6 @@ class Watch:
 
     def _dead(self, closed: set[str], end: float) -> list[str]:
         return [name for name in closed if _has_died(self._alive / name, end)]
-
-    def _give_back(self) -> None:
-        for watch in self._watches:
-            _libc().inotify_rm_watch(self._inotify, watch)
-        _idle_watchers.append(self._inotify)  # type: ignore[arg-type]  # the callers looked
-        self._inotify = None
 
 
 def _has_died(path: Path, end: float) -> bool:
@@ -303,6 +321,16 @@ def _take_inotify() -> int | None:
             return None
         _open_files.add(found)
     return found
+
+
+def prepare() -> None:
+    """Have an inotify instance before a process's file in ``alive`` is opened.
+
+    The kernel closes the files of a process that was killed in the reverse order, and takes 16 ms
+    for an instance that watches something: nobody is to wait for that.
+    """
+    if (found := _take_inotify()) is not None:
+        _idle_watchers.append(found)
 
 
 @functools.cache

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.leases.ledger import make_own, unusable
+from pytest_gpumem.files import own_directory, read_own
 from pytest_gpumem.leases.locks import FileLock, is_held
+from pytest_gpumem.leases.place import is_plain, make_own, unusable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_MOST = 2**16
+"""Bytes that a process tells at most."""
+_OURS = re.compile(r"[0-9]{1,10}-[0-9a-f]{8}(\.json|\.new)?")
 
 
 class Glimpse(NamedTuple):
@@ -93,7 +100,7 @@ class Watcher:
                 continue
             # Its process may take it away just now.
             with suppress(OSError, ValueError, TypeError):
-                found.append(Glimpse(*json.loads(path.read_text(encoding="utf-8"))))
+                found.append(Glimpse(*json.loads(read_own(path, _MOST))))
         return found
 
     def __enter__(self) -> Self:
@@ -108,7 +115,7 @@ class _Life:
     """A locked file that shows that this process lives."""
 
     def __init__(self, place: Path) -> None:
-        place.mkdir(mode=0o700, exist_ok=True)
+        own_directory(place)
         _remove_dead(place)
         while True:
             self.path = place / f"{os.getpid()}-{os.urandom(4).hex()}"
@@ -124,7 +131,8 @@ class _Life:
 
 
 def _remove_dead(place: Path) -> None:
-    """Take out what processes left that were killed."""
+    """Take out what processes left that were killed, and nothing else that lies there."""
     for path in place.glob("*"):
-        if not is_held(path.with_suffix("")):
+        ours = _OURS.fullmatch(path.name) is not None and is_plain(str(path))
+        if ours and not is_held(path.with_suffix("")):
             path.unlink(missing_ok=True)

@@ -3,46 +3,76 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_gpumem import devices
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.ledger import run_directory
+from pytest_gpumem.leases.place import run_directory
 from pytest_gpumem.leases.watching import Glimpse, Teller, is_watched
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+_EVERY = 0.05
+"""Seconds between two looks for a monitor: each takes 20 us on some machines, a test of a large
+suite of short ones not much more."""
+
+
 class Watched:
-    """Tells at the beginning of each phase of a test, if a monitor looked when the test began."""
+    """Looks for a monitor when a test begins; while there is one, ``Telling`` is registered.
+
+    Nothing else is done without one.
+    """
 
     NAME = "gpumem-watched"
 
-    def __init__(self) -> None:
+    def __init__(self, manager: pytest.PytestPluginManager) -> None:
+        self._manager = manager
         self._directory: Path | None = None
-        self._teller: Teller | None = None
-        self._test = ""
-        try:
+        self._looked = -_EVERY
+        with suppress(LeaseError):  # whoever takes leases says so
             self._directory = run_directory()
-        except LeaseError:  # whoever takes leases says so
-            return
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Look for a monitor once a test; nothing else is done without one."""
-        if self._directory is None:
+        """Look for a monitor, and let it know of the test."""
+        now = time.monotonic()
+        telling: Telling | None = self._manager.get_plugin(Telling.NAME)
+        if self._directory is None or (telling is None and now - self._looked < _EVERY):
             return
+        self._looked = now
         if not is_watched(self._directory):
-            self._close()
+            if telling is not None:
+                telling.end()
             return
+        if telling is None:
+            try:
+                telling = Telling(self._manager, Teller(self._directory))
+            except OSError:  # a monitor may not see everything; a test must not fail by it
+                self._directory = None
+                return
+            self._manager.register(telling, Telling.NAME)
+        telling.begin(nodeid)
+
+
+class Telling:
+    """Tells at the beginning of each phase of a test what is held."""
+
+    NAME = "gpumem-telling"
+
+    def __init__(self, manager: pytest.PytestPluginManager, teller: Teller) -> None:
+        self._manager = manager
+        self._teller = teller
+        self._test = ""
+
+    def begin(self, nodeid: str) -> None:
+        """Tell that a test begins."""
         self._test = nodeid
-        try:
-            self._teller = self._teller or Teller(self._directory)
-        except OSError:  # a monitor may not see everything; a test must not fail by it
-            self._directory = None
         self._tell("setup")
 
     @pytest.hookimpl(tryfirst=True)
@@ -62,24 +92,20 @@ class Watched:
 
     def pytest_sessionfinish(self) -> None:
         """Leave nothing behind."""
-        self._close()
+        self.end()
 
     def _tell(self, phase: str) -> None:
-        if self._teller is None:
-            return
         worker = os.environ.get("PYTEST_XDIST_WORKER", "")
         try:
             self._teller.tell(Glimpse(os.getpid(), worker, self._test, phase, _held()))
         except OSError:
-            self._close()
+            self.end()
 
-    def _close(self) -> None:
-        teller, self._teller = self._teller, None
-        if teller is not None:
-            try:
-                teller.close()
-            except OSError:
-                return  # it is void once this process ends
+    def end(self) -> None:
+        """Tell nothing any more."""
+        self._manager.unregister(self)
+        with suppress(OSError):  # what was told is void once this process ends
+            self._teller.close()
 
 
 def _held() -> dict[str, tuple[int, int]]:

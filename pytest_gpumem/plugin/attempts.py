@@ -41,6 +41,10 @@ class Owed:
     def __init__(self) -> None:
         self._failures: dict[str, pytest.TestReport] = {}
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._failures)
+
     def promise(self, report: pytest.TestReport) -> None:
         """Call a failure a rerun, because another attempt of the test follows."""
         self._failures[report.nodeid] = failure = copy.copy(report)

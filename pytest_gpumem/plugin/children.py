@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.ledger import make_own, run_directory
+from pytest_gpumem.leases.place import make_own, run_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -100,7 +100,7 @@ def _measure(config: pytest.Config) -> None:
     from pytest_gpumem.plugin.measure import Measuring
 
     config.pluginmanager.register(Measuring(config, config.stash[STATE]), Measuring.NAME)
-    config.pluginmanager.register(Watched(), Watched.NAME)
+    config.pluginmanager.register(Watched(config.pluginmanager), Watched.NAME)
 
 
 def _share(config: pytest.Config) -> None:

@@ -7,17 +7,27 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpumem import admission, devices
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
-from pytest_gpumem.leases.store import HOPE, Lease, LeaseStore, Want, store
-from pytest_gpumem.plugin import attempts, marks
+from pytest_gpumem.leases.api import store
+from pytest_gpumem.leases.ask import SOMETHING, Need, Place, want_of
+from pytest_gpumem.leases.asking import HOPE, Want
+from pytest_gpumem.plugin import attempts, marks, retry
 from pytest_gpumem.plugin.route import may_fall_back
-from pytest_gpumem.plugin.state import GRANT, ITEM_MARKS, NO_MARKS, STEP, USAGE, State
+from pytest_gpumem.plugin.state import (
+    GRANT,
+    STEP,
+    USAGE,
+    State,
+    drop_properties,
+    marks_of,
+    stashed,
+)
 from pytest_gpumem.plugin.xdist.worker import tear_down
 from pytest_gpumem.records import Grant
 from pytest_gpumem.scheduling.history import DURATION
@@ -29,30 +39,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
     from pytest_gpumem.archive.consolidator import GpuConsolidator
+    from pytest_gpumem.leases.store import Lease, LeaseStore
     from pytest_gpumem.records import Card
-    from pytest_gpumem.scheduling.history import History
+    from pytest_gpumem.scheduling.history import Expectation, History
     from pytest_gpumem.tracking.tracker import Tracker
 
 ANY = marks.Need(vram=None, cards=1, exclusive=False)
 """What a test without a mark asks for."""
-_SOMETHING = 1
-"""Bytes for a test that may use a card and of which nothing is known: it shares the card with
-anybody, but not with a test that has to be alone."""
-
-_ELSEWHERE = "elsewhere"
-"""What is left to the controller, which alone knows if others were on the card and will see to it
-that the next attempt is alone there."""
-
-
-class Need(NamedTuple):
-    """What one test is to be granted on each of its cards."""
-
-    size: int | None
-    """Bytes beyond what its process keeps; None when unknown: then it has to be alone."""
-    cards: int = 1
-    alone: bool = False
-    fixtures: int = 0
-    """Bytes more, as far as the process does not keep the test's wider fixtures already."""
 
 
 class Leasing:
@@ -108,6 +101,8 @@ class Leasing:
         self.spoiled = False
         """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
         one as well."""
+        self._expected: Expectation | None = None
+        """Of the test that runs, if it has no mark."""
         self._waited = 0.0
         """Seconds that the test which is set up waited for its lease."""
         self._tried: list[str] = []
@@ -127,7 +122,10 @@ class Leasing:
     def pytest_runtestloop(self) -> None:
         """Let what tests start find this process, whether or not these ever take a lease."""
         with suppress(LeaseError):  # whoever takes one says so
-            self._open().join()
+            opened = self._open()
+            opened.join()
+            if strange := opened.strange_files():
+                self._notes.append(f"left alone, for they are no leases: {', '.join(strange[:3])}")
 
     def pytest_unconfigure(self) -> None:
         """Leave the terminal to others."""
@@ -158,7 +156,8 @@ class Leasing:
                     self._step = before
                     self._tried.clear()
         finally:
-            self._owed.publish(item.ihook)
+            if self._owed:
+                self._owed.publish(item.ihook)
         return result
 
     def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -167,14 +166,14 @@ class Leasing:
         if report is not None:
             item.ihook.pytest_runtest_logreport(report=report)
         consolidator = _consolidator()
-        if consolidator is not None and not consolidator.idle:
+        if consolidator is not None:
             done = consolidator.consolidate_gpu_memory(process_context=item.name)
             item.user_properties.append(("gpumem_consolidated", str(done)))
-        item.user_properties[:] = [each for each in item.user_properties if each[0] != STEP]
+        drop_properties(item, STEP)
         item.user_properties.append((STEP, self._step))
         manager = sys.modules.get("pytest_gpumem.routing.resource_manager")
         banned = nullcontext()
-        if self._step == "cpu" and manager is not None:
+        if self._step == retry.CPU and manager is not None:
             banned = manager.shared.ban("it ran out of memory on the card")
         with banned:
             item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
@@ -236,7 +235,8 @@ class Leasing:
         Not earlier: the report may be made in a child that runs this attempt and ends, or be one
         of several of which another plugin publishes the last.
         """
-        item = self._running
+        # No other report settles anything.
+        item = self._running if report.outcome == "failed" or self._owed else None
         # A subtest, which has a context, is not run again: the tests around it have gone on.
         if item is not None and report.nodeid == item.nodeid and not hasattr(report, "context"):
             self._judge(item, report)
@@ -249,8 +249,8 @@ class Leasing:
             return
         self.spoiled |= report.when == "setup"
         text: str = getattr(report, attempts.OOM, "")
-        step = self._next_step(item, text) if text else ""
-        if step == _ELSEWHERE:
+        step = retry.next_step(self._situation(item, text)) if text else ""
+        if step == retry.ELSEWHERE:
             attempts.leave_undecided(report)
         elif step:
             self._next = step
@@ -259,22 +259,24 @@ class Leasing:
         elif self._tried:
             report.sections.append(("GPU memory of earlier attempts", "\n".join(self._tried)))
 
-    def _next_step(self, item: pytest.Item, text: str) -> str:
-        """Return what to try with a test that ran out of memory; "" for nothing."""
-        answer, lease = self._settings.oom, self._lease
-        if answer == "fail" or self._step == "cpu":
-            return ""
-        cpu = "cpu" if answer == "cpu" and may_fall_back(item) else ""
-        if release.fits_nowhere(text, max((card.total for card in self._cards), default=0)):
-            return cpu  # also if it were alone there
-        elsewhere = "" if self._granted is None else _ELSEWHERE
-        alone = lease is not None and lease.exclusive
-        if not self._step and not alone and any(map(self._is_shared, self._cards)):
-            return elsewhere or "alone"
-        consolidator = _consolidator()
-        if self._step != "released" and consolidator is not None and not consolidator.idle:
-            return "released"
-        return cpu or elsewhere
+    def _situation(self, item: pytest.Item, text: str) -> retry.Situation:
+        lease, consolidator = self._lease, _consolidator()
+        # What others keep or use all the same left one with less than it asked for: it had the
+        # card to itself, and would get no more of it.
+        alone = lease is not None and (lease.exclusive or lease.short > 0)
+        first = not self._step and not alone
+        return retry.Situation(
+            answer=self._settings.oom,
+            step=self._step,
+            may_fall_back=may_fall_back(item),
+            fits_nowhere=release.fits_nowhere(
+                text, max((card.total for card in self._cards), default=0)
+            ),
+            was_alone=alone,
+            is_shared=first and any(map(self._is_shared, self._cards)),
+            can_release=consolidator is not None,
+            is_scheduled=self._granted is not None,
+        )
 
     def _is_shared(self, card: Card) -> bool:
         if self._without:
@@ -291,11 +293,12 @@ class Leasing:
 
         A test that took nothing, as expected, teaches nothing.
         """
-        usage = item.stash.get(USAGE, None)
+        usage = stashed(item, USAGE)
         if usage is None:
             return
         if self._granted is None:
-            expected = self._history.expect(item.nodeid)
+            # Of a test without a mark, this was asked when it began.
+            expected = self._expected or self._history.expect(item.nodeid)
             if usage.cards or expected.gpu or expected.source == "guess":
                 self._history.note_usage(item.nodeid, usage.cards, DURATION)
         elif any(card.extra or card.ooms for card in usage.cards):
@@ -362,11 +365,12 @@ class Leasing:
             try:
                 self._lease = self._wait(item, wants, on_wait)
             except BaseException:
+                self._waited = time.monotonic() - begun
                 if waiting.what:  # pytest-timeout's, or Ctrl-C
                     item.add_report_section("setup", "GPU memory", f"waited for {waiting.what}")
                 raise
-            finally:
-                self._waited = time.monotonic() - begun if waiting.what else 0.0
+            else:
+                self._waited = self._lease.waited
         size = min(wants[card.uuid].size or card.total for card in cards)
         item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, self._waited)
 
@@ -401,7 +405,10 @@ class Leasing:
 
         With them, as the second of each pair, come the bytes of them that wider fixtures hold.
         """
-        held, standing = self._kept(), self._standing()
+        held = self._kept()
+        if not held:
+            return {}
+        standing = self._standing()
         try:
             for uuid, resident in () if self._without else held.items():
                 self._open().set_resident(uuid, resident, spare=self._can_spare())
@@ -425,19 +432,18 @@ class Leasing:
 
         A mark is for all that the test works with, and its fixtures' engines stand.
         """
-        asked = item.stash.get(ITEM_MARKS, NO_MARKS).need
+        asked = marks_of(item).need
         if self._tracker is None or asked is None or asked.vram is None or need.size != asked.vram:
             return {}
         return self._tracker.engines(getattr(item, "fixturenames", ()))
 
     def _can_spare(self) -> bool:
-        consolidator = _consolidator()
-        return consolidator is not None and not consolidator.idle and not self._stuck
+        return not self._stuck and _consolidator() is not None
 
     def _spare(self) -> bool:
         """Consolidate what is registered if another process waits for its room; return whether."""
         consolidator = _consolidator()
-        if self._without or consolidator is None or not self._can_spare():
+        if consolidator is None or self._stuck or self._without:
             return False
         try:
             if not any(self._open().is_wanted(card.uuid, card.total) for card in self._cards):
@@ -460,47 +466,46 @@ class Leasing:
 
     def _need(self, item: pytest.Item) -> Need | None:
         """Return what a test is to be granted, None for one that uses no card."""
-        marked = item.stash.get(ITEM_MARKS, NO_MARKS)
+        self._expected, marked = None, marks_of(item)
         if marked.off:
             return None
         asked = marked.need or ANY
-        if self._step == "cpu":
+        if self._step == retry.CPU:
             return None
         if self._step:
             return Need(None, asked.cards)
         if self._granted is not None:
             return self._granted()
         expected = self._history.expect(item.nodeid, asked.vram)
+        self._expected = expected if asked.vram is None else None
         if expected.peak is not None:
             return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
         if expected.gpu or marked.need is not None:
             careful = asked.exclusive or self._settings.schedule != "optimistic"
-            return Need(None if careful else _SOMETHING, asked.cards)
+            return Need(None if careful else SOMETHING, asked.cards)
         unknown = expected.source == "guess" and "torch" in sys.modules
-        return Need(_SOMETHING) if unknown else None
+        return Need(SOMETHING) if unknown else None
 
     def _want(self, need: Need, card: Card, held: Mapping[str, int]) -> Want:
         if self._step and self._granted is None:
             # Others are to spare what they keep, if they can.
             kept = held.get(card.uuid, 0)
             most = self._open().capacity(card.uuid, card.total) - kept
-            return Want(max(_SOMETHING, most), exclusive=True)
-        if need.size is None:
-            return Want(None)
-        if need.size == _SOMETHING:
-            return Want(_SOMETHING)
-        kept = held.get(card.uuid, 0)
-        standing = self._standing().get(card.uuid, 0)
-        missing = admission.missing(need.fixtures, self._settings.context_cost, kept, standing)
-        # What was learned has a margin, which the card need not have.
-        most = max(_SOMETHING, card.total - self._settings.headroom - kept)
-        return Want(min(need.size + missing, most), need.alone)
+            return Want(max(SOMETHING, most), exclusive=True)
+        place = Place(
+            card.total,
+            self._settings.headroom,
+            self._settings.context_cost,
+            held.get(card.uuid, 0),
+            self._standing().get(card.uuid, 0),
+        )
+        return want_of(need, place)
 
     def _too_large(self, item: pytest.Item, need: Need) -> str:
         """Return in one sentence why no card can ever grant what a test's mark asks for."""
         if need.cards > len(self._cards):
             return admission.why_too_many(item.nodeid, need.cards, len(self._cards))
-        asked = item.stash.get(ITEM_MARKS, NO_MARKS).need
+        asked = marks_of(item).need
         vram = asked.vram if asked is not None else None
         besides = self._settings.context_cost + self._settings.headroom
         for card in self._cards[: need.cards]:
@@ -517,9 +522,10 @@ class Leasing:
 
 
 def _consolidator() -> GpuConsolidator | None:
-    """Return the process's consolidator, if anybody has used it."""
+    """Return the process's consolidator, if anything is registered that it could consolidate."""
     module = sys.modules.get("pytest_gpumem.archive.consolidator")
-    return module.get_gpu_consolidator() if module is not None else None
+    here = module.get_gpu_consolidator() if module is not None else None
+    return None if here is None or here.idle else here
 
 
 def _keep_terminal(config: pytest.Config) -> bool:

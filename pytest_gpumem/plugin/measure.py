@@ -17,19 +17,22 @@ from pytest_gpumem.plugin.state import (
     CARDS,
     GRANT,
     HOST,
-    ITEM_MARKS,
     LATE,
-    NO_MARKS,
     NOTES,
     PROPERTIES,
     STATE,
     USAGE,
+    ItemMarks,
     State,
+    drop_properties,
+    marks_of,
+    stashed,
 )
-from pytest_gpumem.reports import terminal
 from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.accounts import NOTHING_USED, Fixture, Usage
 from pytest_gpumem.tracking.left_behind import LeftBehind
-from pytest_gpumem.tracking.tracker import Fixture, Tracker, Usage, release_when_shared
+from pytest_gpumem.tracking.meter import release_when_shared
+from pytest_gpumem.tracking.tracker import Tracker
 from pytest_gpumem.tracking.verdict import holds_memory
 from pytest_gpumem.units import format_bytes
 
@@ -57,6 +60,8 @@ class Measuring:
         left = LeftBehind(put_back=on, fractions=settings.fraction is None)
         self.tracker = Tracker(*rules, left=left, stacks=settings.stacks, root=config.rootpath)
         self._item: pytest.Item | None = None
+        self._marks = ItemMarks()
+        """Its marks."""
         self._tearing_down = False
         self._errors: list[BaseException] = []
         self._oom = ""
@@ -81,7 +86,8 @@ class Measuring:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
-        if not item.stash.get(ITEM_MARKS, NO_MARKS).off:
+        self._marks = marks_of(item)
+        if not self._marks.off:
             self._errors.clear()
             self._oom = ""
             self._item = item
@@ -90,7 +96,7 @@ class Measuring:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_call(self, item: pytest.Item) -> None:
         """Fail a test that passed but peaked above its limit; not called for one that failed."""
-        limit = _limit(item.stash.get(ITEM_MARKS, NO_MARKS).vram_limit, self._settings.vram_limit)
+        limit = _limit(self._marks.vram_limit, self._settings.vram_limit)
         if limit is not None:
             took = [(card, card.peak - card.baseline) for card in self.tracker.usage()]
             _enforce(item, "call", "allowed {}, took {} at its peak", limit, took)
@@ -105,7 +111,8 @@ class Measuring:
                 item.stash[BESIDE] = [each for card in self._cards for each in others(card)]
         if call.when == "call":
             self._keepers = _keepers(item)
-            _attach(item, Usage(self.tracker.usage()), self._oom)
+            cards = self.tracker.usage()
+            _attach(item, Usage(cards) if cards else NOTHING_USED, self._oom)
 
     def _note(self, error: BaseException) -> None:
         """Keep what ended a phase.
@@ -128,8 +135,7 @@ class Measuring:
             self._end(item)
             raise
         cards = self._end(item)
-        marked = item.stash.get(ITEM_MARKS, NO_MARKS).vram_leak_limit
-        limit = _limit(marked, self._settings.vram_leak_limit)
+        limit = _limit(self._marks.vram_leak_limit, self._settings.vram_leak_limit)
         if limit is not None:
             leaked = [(card, card.leaked) for card in cards]
             _enforce(item, "teardown", "allowed to leak {}, leaked {}", limit, leaked)
@@ -140,13 +146,11 @@ class Measuring:
         self._tearing_down = False
         if self._item is None:  # gpumem_off, or its set-up never came to us
             return ()
-        self._drop_arguments(item)
-        arguments = getattr(item, "funcargs", None) or {}
         usage = self.tracker.end_test(
             self._errors,
             judge=not (self._pdb and self._errors),
+            let_go=lambda: _drop_arguments(item),
             keepers=self._keepers,
-            passing={id(value): "the test's arguments" for value in arguments.values()},
             fixtures=getattr(item, "fixturenames", ()),
         )
         item.stash[USAGE] = usage
@@ -155,18 +159,6 @@ class Measuring:
         self._keepers = {}
         self._item = None
         return usage.cards
-
-    def _drop_arguments(self, item: pytest.Item) -> None:
-        """Let go of the test's fixture values, which pytest would drop right after the teardown.
-
-        Judged a moment earlier than that, they would look like a leftover. Only those that hold
-        memory of a card are let go, and their names stay: other plugins read values, a
-        browser's page say, when they make the teardown's report.
-        """
-        arguments = getattr(item, "funcargs", None)
-        if self.tracker.anything_stayed() and isinstance(arguments, dict):
-            for name in [name for name, value in arguments.items() if holds_memory(value)]:
-                arguments[name] = None
 
     # Fixtures
 
@@ -188,10 +180,11 @@ class Measuring:
         return value
 
     def _begin_teardown(self, fixture: Fixture) -> None:
-        if self._item is not None and self._tearing_down:
-            # All of the test's own teardown is over when a wider fixture's begins. Not so during
-            # set-up, where the old instance of a parametrised fixture makes way for the new.
-            self._drop_arguments(self._item)
+        item = self._item if self._tearing_down else None
+        # All of the test's own teardown is over when a wider fixture's begins. Not so during
+        # set-up, where the old instance of a parametrised fixture makes way for the new.
+        if item is not None and self.tracker.anything_stayed():
+            _drop_arguments(item)
         self.tracker.begin_teardown(fixture)
 
     @contextmanager
@@ -252,6 +245,21 @@ def _keepers(item: pytest.Item) -> dict[int, str]:
     return {id(instance): f"pytest's {type(instance).__name__} instance: self"}
 
 
+def _drop_arguments(item: pytest.Item) -> dict[int, str]:
+    """Let go of the test's fixture values, which pytest would drop right after the teardown.
+
+    Judged a moment earlier than that, they would look like a leftover. Only those that hold
+    memory of a card are let go, and their names stay: other plugins read values, a browser's
+    page say, when they make the teardown's report. Returns the identities of all that is left.
+    """
+    arguments = getattr(item, "funcargs", None)
+    if not isinstance(arguments, dict):
+        return {}
+    for name in [name for name, value in arguments.items() if holds_memory(value)]:
+        arguments[name] = None
+    return {id(value): "the test's arguments" for value in arguments.values()}
+
+
 def _limit(marked: int | None, suite: int | None) -> int | None:
     return suite if marked is None else marked
 
@@ -266,6 +274,8 @@ def _enforce(
     """Fail the test with ``sentence`` where a size is above ``limit``."""
     for card, size in sizes:
         if size > limit:
+            from pytest_gpumem.reports import terminal
+
             cards = item.config.stash[STATE].found.cards
             name = next((each.name for each in cards if each.uuid == card.card), card.card)
             item.add_report_section(when, "GPU memory", "\n".join(terminal.usage_lines(card, name)))
@@ -284,8 +294,8 @@ def _enforce_of_fixtures(usage: Usage, limit: int) -> None:
 
 def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
-    item.user_properties[:] = [each for each in item.user_properties if each[0] not in PROPERTIES]
-    grant = item.stash.get(GRANT, None)
+    drop_properties(item, *PROPERTIES)
+    grant = stashed(item, GRANT)
     if not (usage.cards or usage.fixtures or usage.left or usage.children or oom or grant):
         return
     record = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from pytest_gpumem import devices, records
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, ROUTES, STEP, USAGE_ERROR, State
-from pytest_gpumem.reports import terminal, trace
 from pytest_gpumem.units import format_mib
 
 if TYPE_CHECKING:
@@ -20,26 +18,28 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@dataclass
 class _Phases:
     """What is known of a test whose teardown has not been reported yet."""
 
-    outcome: str = "passed"
-    duration: float = 0.0
-    start: float = 0.0
-    broke: str = ""
-    again: bool = False
-    """Whether the controller lets it run again, alone on its cards."""
+    __slots__ = ("again", "broke", "duration", "outcome", "start")
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self.duration = 0.0
+        self.outcome = "passed"
+        self.broke = ""
+        self.again = False
+        """Whether the controller lets it run again, alone on its cards."""
 
 
-@dataclass
 class _Late:
     """What was torn down after a test was reported."""
 
-    fixtures: list[records.FixtureUsage] = field(default_factory=list)
-    children: list[records.ChildUsage] = field(default_factory=list)
-    reserved: dict[str, int] = field(default_factory=dict)
-    """Bytes that were reserved then, by card."""
+    def __init__(self) -> None:
+        self.fixtures: list[records.FixtureUsage] = []
+        self.children: list[records.ChildUsage] = []
+        self.reserved: dict[str, int] = {}
+        """Bytes that were reserved then, by card."""
 
 
 class Reporting:
@@ -56,6 +56,7 @@ class Reporting:
         self._again: set[str] = set()
         """Tests whose next attempt will be alone on its cards."""
         self._workers: set[str] = set()
+        """Those that have ended."""
         self._hosts: dict[str, str] = {}
         """By worker, where that is another machine."""
         self._late: dict[tuple[str, str], _Late] = {}
@@ -67,28 +68,38 @@ class Reporting:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Put a test's phases together; its record is complete with its teardown."""
-        if hasattr(report, "gpumem_replaced"):
+        told = vars(report)
+        if "gpumem_replaced" in told:
             return
-        if hasattr(report, attempts.OWED):
+        if attempts.OWED in told:
             self._correct(report)
             return
-        worker = getattr(report, "worker_id", "")
-        self._workers.add(worker)
-        phases = self._running.setdefault((report.nodeid, worker), _Phases())
+        place = report.nodeid, told.get("worker_id", "")
+        phases = self._running.get(place)
+        if phases is None:
+            phases = self._running[place] = _Phases(report.start)
         phases.duration += report.duration
-        phases.start = phases.start or report.start
+        if report.outcome != "passed" or "wasxfail" in told or "gpumem_broke" in told:
+            self._judge(report, phases)
+        if report.when not in ("setup", "call"):
+            del self._running[place]
+            self._complete(_record(*place, report, phases), phases)
+
+    def _judge(self, report: pytest.TestReport, phases: _Phases) -> None:
+        """Take note of a phase that did not simply pass."""
         phases.broke = phases.broke or getattr(report, "gpumem_broke", "")
         phases.outcome = _outcome(report, phases.outcome)
         phases.again |= phases.outcome == "rerun" and hasattr(report, attempts.UNDECIDED)
-        if report.when not in ("setup", "call"):
-            del self._running[report.nodeid, worker]
-            test = _record(report, worker, phases)
-            if test.nodeid in self._again:
-                self._again.remove(test.nodeid)
-                test = test._replace(step=test.step or "alone")
-            self._tests.append(test)
-            if phases.again:
-                self._again.add(test.nodeid)
+        if phases.outcome == "rerun" and not self._config.pluginmanager.hasplugin(Reruns.NAME):
+            self._config.pluginmanager.register(Reruns(), Reruns.NAME)
+
+    def _complete(self, test: records.RecordedTest, phases: _Phases) -> None:
+        if test.nodeid in self._again:
+            self._again.remove(test.nodeid)
+            test = test._replace(step=test.step or "alone")
+        self._tests.append(test)
+        if phases.again:
+            self._again.add(test.nodeid)
 
     def _correct(self, report: pytest.TestReport) -> None:
         """Let an attempt that was called a rerun, and was the last, be the failure that it is."""
@@ -109,13 +120,6 @@ class Reporting:
             # As the phase of a test that passes nowhere counts, and is not shown.
             report.outcome, report.when = "passed", "setup"
             report.gpumem_replaced = True  # type: ignore[attr-defined]
-
-    def pytest_report_teststatus(
-        self, report: pytest.TestReport | pytest.CollectReport
-    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-        """Show an attempt that is made again as rerunfailures does."""
-        outcome: str = report.outcome
-        return ("rerun", "R", ("RERUN", {"yellow": True})) if outcome == "rerun" else None
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -142,14 +146,15 @@ class Reporting:
     def run_record(self) -> records.RunRecord:
         """Return what is known of the run."""
         state, settings = self._state, self._state.settings
+        late = self._late or self._hosts
         simulated = [state.simulation.NOT_SIMULATED] if state.simulation else []
         return records.RunRecord(
             schema=records.SCHEMA,
             mode=settings.mode,
             cards=tuple(self._cards.values()) or devices.find_cards().cards,
             simulated=settings.simulated,
-            workers=len(self._workers - {""}),
-            tests=tuple(map(self._whole, self._tests)),
+            workers=len((self._workers | {test.worker for test in self._tests}) - {""}),
+            tests=tuple(map(self._whole, self._tests) if late else self._tests),
             notes=tuple(dict.fromkeys([*simulated, *devices.notes(), *state.notes, *self._notes])),
             context=settings.context_cost if settings.mode == "on" else 0,
         )
@@ -178,6 +183,8 @@ class Reporting:
         if settings.json is not None:
             self._write("--gpumem-json", settings.json, lambda path: records.save(run, path))
         if settings.trace is not None:
+            from pytest_gpumem.reports import trace
+
             self._write("--gpumem-trace", settings.trace, lambda path: trace.save(run, path))
         if settings.html is not None:
             self._write("--gpumem-html", settings.html, lambda path: _save_page(run, path))
@@ -203,6 +210,8 @@ class Reporting:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Show the GPU memory section, if any test touched a card."""
+        from pytest_gpumem.reports import terminal
+
         verbosity = terminalreporter.config.get_verbosity()
         lines = list(terminal.lines(self.run_record(), self._state.settings.top, verbosity))
         if lines:
@@ -224,6 +233,19 @@ class Reporting:
         cells.insert(2, f"<td>{format_mib(peak) if isinstance(peak, int) else ''}</td>")
 
 
+class Reruns:
+    """Shows attempts that are made again; only in a run that has any."""
+
+    NAME = "gpumem-reruns"
+
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport | pytest.CollectReport
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        """Show such an attempt as rerunfailures does."""
+        outcome: str = report.outcome
+        return ("rerun", "R", ("RERUN", {"yellow": True})) if outcome == "rerun" else None
+
+
 def _save_page(run: records.RunRecord, path: Path) -> None:
     from pytest_gpumem.forensics import analysis
     from pytest_gpumem.reports import page
@@ -242,15 +264,19 @@ def _outcome(report: pytest.TestReport, before: str) -> str:
     return before if report.passed else report.outcome
 
 
-def _record(report: pytest.TestReport, worker: str, phases: _Phases) -> records.RecordedTest:
+def _record(
+    nodeid: str, worker: str, report: pytest.TestReport, phases: _Phases
+) -> records.RecordedTest:
     own = records.RecordedTest(
-        report.nodeid,
+        nodeid,
         phases.outcome,
         phases.duration,
         worker,
         start=phases.start,
         broke=phases.broke,
     )
+    if not report.user_properties:
+        return own
     told = dict(report.user_properties)
     routes, step = told.get(ROUTES), told.get(STEP)
     if isinstance(routes, str):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import devices
-from pytest_gpumem.plugin.state import ITEM_MARKS, NO_MARKS, ROUTES, STATE
+from pytest_gpumem.plugin.state import ROUTES, STATE, drop_properties, marks_of
 from pytest_gpumem.routing import thresholds
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 NAME = "gpumem-routed"
 _MANAGER = "pytest_gpumem.routing.resource_manager"
+_BEFORE = pytest.StashKey[tuple[int, thresholds.Thresholds]]()
+"""What was in force before this run."""
 _pool: list[ModelPool] = []
 """The process's pool, once somebody asked for it."""
 
@@ -31,7 +33,7 @@ def gpu_device(request: pytest.FixtureRequest) -> str:
     the test ran out of memory there. A test marked ``gpu`` without ``fallback="cpu"`` works on
     the card, or is skipped where there is none.
     """
-    need = request.node.stash.get(ITEM_MARKS, NO_MARKS).need
+    need = marks_of(request.node).need
     if need is not None and need.fallback is None:
         if not devices.find_cards().cards:
             pytest.skip("marked gpu without fallback='cpu', and there is no card")
@@ -60,15 +62,26 @@ def embedding_model(model_pool: ModelPool, pytestconfig: pytest.Config) -> Itera
         yield model
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Route by this run's settings; leave nothing of an earlier attempt in the test's report."""
-    item.user_properties[:] = [each for each in item.user_properties if each[0] != ROUTES]
-    settings = item.config.stash[STATE].settings
+def pytest_configure(config: pytest.Config) -> None:
+    """Route by this run's settings."""
+    settings = config.stash[STATE].settings
+    config.stash[_BEFORE] = thresholds.context, thresholds.in_force
     thresholds.context = settings.context_cost
     thresholds.in_force = thresholds.Thresholds(
         settings.route_full, settings.route_busy, settings.route_large, settings.route_transformers
     )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave the run around this one, if there is one, its own settings."""
+    if _BEFORE in config.stash:
+        thresholds.context, thresholds.in_force = config.stash[_BEFORE]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave nothing of an earlier attempt in the test's report."""
+    drop_properties(item, ROUTES)
     if _MANAGER in sys.modules:
         sys.modules[_MANAGER].shared.take_routes()
 
@@ -95,7 +108,7 @@ def pytest_sessionfinish() -> None:
 
 def may_fall_back(item: pytest.Item) -> bool:
     """Return whether the test takes the CPU if it is sent there."""
-    need = item.stash.get(ITEM_MARKS, NO_MARKS).need
+    need = marks_of(item).need
     if need is not None and need.fallback == "cpu":
         return True
     manager = sys.modules.get(_MANAGER)

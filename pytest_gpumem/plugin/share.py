@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.plugin.lease import Leasing, Need
+from pytest_gpumem.leases.ask import Need
+from pytest_gpumem.plugin.lease import Leasing
 from pytest_gpumem.plugin.measure import LateTeardowns, Measuring
-from pytest_gpumem.plugin.state import HISTORY, ITEM_MARKS, NO_MARKS, State
+from pytest_gpumem.plugin.state import HISTORY, State, marks_of
 from pytest_gpumem.plugin.worker_exit import Replacing
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
 from pytest_gpumem.scheduling import workers
@@ -176,9 +177,7 @@ def _give_back() -> None:
 
 def _needs(items: Sequence[pytest.Item]) -> list[tuple[int, int | None, int, bool]]:
     """Return what the marks of the tests say: index, bytes, cards, alone."""
-    marked = (
-        (index, item.stash.get(ITEM_MARKS, NO_MARKS).need) for index, item in enumerate(items)
-    )
+    marked = ((index, marks_of(item).need) for index, item in enumerate(items))
     return [
         (index, need.vram, need.cards, need.exclusive) for index, need in marked if need is not None
     ]

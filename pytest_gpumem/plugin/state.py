@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
@@ -13,8 +12,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.plugin import marks
     from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.simulator import Simulation
-    from pytest_gpumem.tracking.tracker import Usage
+    from pytest_gpumem.tracking.accounts import Usage
 
+T = TypeVar("T")
 STATE = pytest.StashKey["State"]()
 ITEM_MARKS = pytest.StashKey["ItemMarks"]()
 USAGE: pytest.StashKey[Usage] = pytest.StashKey()
@@ -23,26 +23,41 @@ GRANT: pytest.StashKey[records.Grant] = pytest.StashKey()
 """What a test was granted."""
 
 
-@dataclass
 class State:
-    """What the plugin keeps with pytest's configuration."""
+    """What the plugin keeps with pytest's configuration.
 
-    settings: Settings
-    found: CardsFound
-    visible: str | None = None
-    """What ``CUDA_VISIBLE_DEVICES`` said when they were found."""
-    simulation: Simulation | None = None
-    borrowed: bool = False
-    """Whether that is the simulation of a run that started this one in its own process."""
-    exported: bool = False
-    """Whether this process put ``CARD_VARIABLE`` into the environment."""
-    notes: list[str] = field(default_factory=list)
-    """Sentences about the run as a whole, from the plugin's parts."""
-    worker_reason: str = ""
-    """Why ``-n auto`` starts as many workers as it does."""
+    Args:
+        settings: of this run.
+        found: the cards.
+        simulation: of a card, if there is one.
+        borrowed: whether that is of a run that started this one in its own process.
+        exported: whether this process put ``CARD_VARIABLE`` into the environment.
+
+    """
+
+    # No data class, which would take half a millisecond of every run's start.
+    def __init__(
+        self,
+        settings: Settings,
+        found: CardsFound,
+        *,
+        simulation: Simulation | None = None,
+        borrowed: bool = False,
+        exported: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.found = found
+        self.simulation = simulation
+        self.borrowed = borrowed
+        self.exported = exported
+        self.visible: str | None = None
+        """What ``CUDA_VISIBLE_DEVICES`` said when they were found."""
+        self.notes: list[str] = []
+        """Sentences about the run as a whole, from the plugin's parts."""
+        self.worker_reason = ""
+        """Why ``-n auto`` starts as many workers as it does."""
 
 
-@dataclass
 class ItemMarks:
     """What the marks of one test mean; None where it has no such mark."""
 
@@ -52,7 +67,31 @@ class ItemMarks:
     off: bool = False
 
 
-NO_MARKS = ItemMarks()
+_NO_MARKS = ItemMarks()
+
+
+def stashed(item: pytest.Item, key: pytest.StashKey[T]) -> T | None:
+    """Return what is kept with a test, None if nothing is, as for most.
+
+    ``Stash.get`` raises and catches an error then, which takes ten times as long.
+    """
+    if key in item.stash:
+        return item.stash[key]
+    return None
+
+
+def marks_of(item: pytest.Item) -> ItemMarks:
+    """Return what the marks of a test mean."""
+    return stashed(item, ITEM_MARKS) or _NO_MARKS
+
+
+def drop_properties(item: pytest.Item, *names: str) -> None:
+    """Take back what an earlier phase or attempt told in a test's user properties."""
+    if item.user_properties:
+        kept = [each for each in item.user_properties if each[0] not in names]
+        item.user_properties[:] = kept
+
+
 PROPERTIES = ("gpumem_peak", "gpumem_leftover", "gpumem_leaked", "gpumem_record")
 """A test's user properties: bytes over all cards, and the whole record as JSON text."""
 ROUTES = "gpumem_routes"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import devices
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.store import Lease, Want, store
+from pytest_gpumem.leases.api import store
+from pytest_gpumem.leases.asking import Want
 from pytest_gpumem.records import NOT_WORTH, Route
 from pytest_gpumem.routing import thresholds as limits
 from pytest_gpumem.scheduling.workers import Holdings
@@ -23,6 +24,7 @@ from pytest_gpumem.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_gpumem.leases.store import Lease
     from pytest_gpumem.records import Card
     from pytest_gpumem.routing.thresholds import Thresholds
 

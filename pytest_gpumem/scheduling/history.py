@@ -106,7 +106,7 @@ def with_margin(size: int, margin: float) -> int:
 class _Kin:
     """What the tests of one family or one module took, kept in step as they come and go."""
 
-    __slots__ = ("_fixtures", "_nanoseconds", "_on_card", "_peaks")
+    __slots__ = ("_expectation", "_fixtures", "_nanoseconds", "_on_card", "_peaks")
 
     def __init__(self) -> None:
         self._peaks: list[int] = []
@@ -116,8 +116,11 @@ class _Kin:
         self._nanoseconds = 0
         """A sum of seconds would drift while tests come and go."""
         self._on_card = 0
+        self._expectation: Expectation | None = None
+        """What follows from these, once anybody asked: most tests come without one more."""
 
     def add(self, entry: _Entry) -> None:
+        self._expectation = None
         if entry.peaks:
             insort(self._peaks, max(entry.peaks))
         insort(self._fixtures, entry.fixtures)
@@ -125,6 +128,7 @@ class _Kin:
         self._on_card += entry.gpu
 
     def remove(self, entry: _Entry) -> None:
+        self._expectation = None
         # From the right: most values are equal, and what stands behind the last one has to move.
         if entry.peaks:
             del self._peaks[bisect_right(self._peaks, max(entry.peaks)) - 1]
@@ -137,13 +141,15 @@ class _Kin:
 
     def expectation(self) -> Expectation:
         """Return what to expect of a test of the same kind."""
-        return Expectation(
-            with_margin(self._peaks[-1], FAMILY_MARGIN) if self._peaks else None,
-            self._nanoseconds / len(self) / 1e9,
-            "family",
-            gpu=self._on_card > 0,
-            fixtures=self._fixtures[-1],
-        )
+        if self._expectation is None:
+            self._expectation = Expectation(
+                with_margin(self._peaks[-1], FAMILY_MARGIN) if self._peaks else None,
+                self._nanoseconds / len(self) / 1e9,
+                "family",
+                gpu=self._on_card > 0,
+                fixtures=self._fixtures[-1],
+            )
+        return self._expectation
 
 
 def _nanoseconds(entry: _Entry) -> int:

@@ -26,8 +26,8 @@ from pytest_gpumem.tracking.child import Child, Held, Share
 if TYPE_CHECKING:
     from pytest_gpumem.devices.book import Figures, Told
     from pytest_gpumem.records import Card
+    from pytest_gpumem.tracking.accounts import Fixture, Owner
     from pytest_gpumem.tracking.starters import Starters
-    from pytest_gpumem.tracking.tracker import Fixture, Owner
 
 ENDING = 0.5
 """Seconds that a child may take to end after who started it: a signal was sent, nobody waited."""

@@ -5,6 +5,8 @@ What wider fixtures and the suite's hooks between tests set is meant to last, an
 
 from __future__ import annotations
 
+import os
+
 from pytest_gpumem.devices import process_state
 from pytest_gpumem.records import Left
 
@@ -27,14 +29,16 @@ class LeftBehind:
 
     def look(self, *, by_test: bool) -> None:
         """Charge what changed since the last look to the test, or to nobody."""
-        now = process_state.read(fractions=self._fractions)
-        before = now if self._last is None else self._last
-        for what, (old, _) in process_state.changes(before, now).items():
+        now, before = process_state.read(fractions=self._fractions), self._last
+        if now == before:
+            return
+        self._last = now
+        changed = {} if before is None else process_state.changes(before, now)
+        for what, (old, _) in changed.items():
             if by_test:
                 self._before.setdefault(what, old)
             else:
                 self._before.pop(what, None)
-        self._last = now
 
     def settle(self) -> tuple[Left, ...]:
         """Return what the test that ends changed and left, put back where that is wanted."""
@@ -54,4 +58,6 @@ class LeftBehind:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return os.fsdecode(value)
     return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

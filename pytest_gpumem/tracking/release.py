@@ -9,11 +9,11 @@ import types
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.forensics import vocabulary
-from pytest_gpumem.forensics.vocabulary import Said
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from pytest_gpumem.forensics.vocabulary import Said
 
 _NEARLY_FULL = 256 * 2**20
 """Bytes free below which a library that cannot start probably found no room: cuBLAS and cuDNN take
@@ -109,6 +109,8 @@ def fits_nowhere(sentence: str, most: int) -> bool:
 
     False where ``sentence`` does not tell. Whoever else is on the card has no part in that.
     """
+    from pytest_gpumem.forensics import vocabulary
+
     said = vocabulary.classify(sentence)
     if said is None:
         return False
@@ -124,13 +126,15 @@ def _out_of_memory(error: BaseException) -> Said | None:
 
 def _said(error: BaseException) -> Said | None:
     """Return what one exception says; an assertion, or pytest's own, quotes what it compared."""
+    from pytest_gpumem.forensics.vocabulary import Said, classify
+
     if isinstance(error, AssertionError) or _of_pytest(error):
         return None
     try:
         text = str(error)
     except Exception:  # whatever the suite's class does
         return None
-    said = vocabulary.classify(text)
+    said = classify(text)
     if said is None and type(error).__name__ == "OutOfMemoryError":
         known = type(error).__module__.partition(".")[0] in ("torch", "cupy")
         return Said(text.partition("\n")[0] or "out of memory") if known else None

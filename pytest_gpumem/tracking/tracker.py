@@ -11,193 +11,33 @@ fixture holds is not.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import Allocator, AllocatorReading
-from pytest_gpumem.records import Card, CardUsage, ChildUsage, FixtureUsage, Left
+from pytest_gpumem.records import CardUsage, ChildUsage
 from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.accounts import (
+    NOTHING_USED,
+    Fixture,
+    Owner,
+    Test,
+    Usage,
+    card_usages,
+    fixture_usages,
+    held,
+)
 from pytest_gpumem.tracking.left_behind import LeftBehind
-from pytest_gpumem.tracking.verdict import TensorLedger, Verdict, Verdicts
+from pytest_gpumem.tracking.meter import Meter, ReleaseCache
+from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
 
 if TYPE_CHECKING:
+    from pytest_gpumem.devices import Allocator, AllocatorReading
     from pytest_gpumem.tracking.children import Children
-
-ReleaseCache = Callable[[Card, AllocatorReading], bool]
-"""Says whether the allocator's unused cache should go back to the driver after a test."""
-
-
-_SHARED_CACHE = 64 * 2**20
-"""Unused cache worth the price of new segments when other processes want the card."""
-
-
-def release_when_shared(shared: bool) -> ReleaseCache:
-    """Return the rule for giving back unused cache.
-
-    On a shared card, cache above 64 MiB is memory that other processes cannot have; alone on
-    it, only a cache above a quarter of the card is worth the new segments the next test pays.
-    """
-
-    def worth_it(card: Card, reading: AllocatorReading) -> bool:
-        unused = reading.reserved - reading.allocated
-        return unused > (_SHARED_CACHE if shared else card.total // 4)
-
-    return worth_it
-
-
-@dataclass
-class Account:
-    """What one owner did to one card: net change, highest allocated, and the allocator's woes."""
-
-    delta: int = 0
-    peak: int = 0
-    reserved_peak: int = 0
-    retries: int = 0
-    ooms: int = 0
-
-    def add(self, other: Account) -> None:
-        """Take over what ``other`` did."""
-        self.delta += other.delta
-        self.peak = max(self.peak, other.peak)
-        self.reserved_peak = max(self.reserved_peak, other.reserved_peak)
-        self.retries += other.retries
-        self.ooms += other.ooms
-
-
-@dataclass(eq=False)
-class Owner:
-    """A test or a fixture, and its accounts by card UUID."""
-
-    name: str
-    scope: str = "function"
-    accounts: dict[str, Account] = field(default_factory=dict)
-    number: int = 0
-    """By which its children know it."""
-
-    def account(self, uuid: str) -> Account:
-        """Return this owner's account on the card ``uuid``."""
-        return self.accounts.setdefault(uuid, Account())
-
-    def kept(self) -> dict[tuple[str, str], int]:
-        """Return, by this owner's name and card, the bytes it took and did not give back."""
-        return {
-            (self.name, uuid): account.delta
-            for uuid, account in self.accounts.items()
-            if account.delta > 0
-        }
-
-
-@dataclass(eq=False)
-class Fixture(Owner):
-    """A fixture between its set-up and its teardown."""
-
-    set_up: dict[str, Account] = field(default_factory=dict)
-    """The accounts as they stood at the end of its set-up."""
-    roots: tuple[int, ...] = ()
-    """Identities of what it holds its memory by."""
-    torn_down: bool = False
-
-    @property
-    def wide(self) -> bool:
-        """Whether it may outlive a test."""
-        return self.scope != "function"
-
-    @property
-    def label(self) -> str:
-        """How holders name it."""
-        return f"fixture {self.name!r} ({self.scope})"
-
-
-@dataclass(eq=False)
-class Test(Owner):
-    """A running test: its baselines by card, and the fixtures set up or torn down in it."""
-
-    __test__ = False  # not for pytest to collect
-
-    baselines: dict[str, int] = field(default_factory=dict)
-    fixtures: list[Fixture] = field(default_factory=list)
-    reserved_before: dict[str, int] = field(default_factory=dict)
-    reserved_peak: dict[str, int] = field(default_factory=dict)
-    """By card, whoever was charged."""
-    found: list[Fixture] = field(default_factory=list)
-    """Wider fixtures that were set up when it began."""
-    set_up: list[Fixture] = field(default_factory=list)
-    """Wider fixtures that were set up in it."""
-
-    def to_set_aside(self, uuid: str) -> int:
-        """Return the bytes to set aside for the test: what it made its process reserve.
-
-        What wider fixtures keep from now on is not the test's. A test that lives on cached blocks
-        reserves nothing, and would without them: so it is no less than what it allocated.
-        """
-        taken = self.reserved_peak.get(uuid, 0) - self.reserved_before.get(uuid, 0)
-        account = self.accounts.get(uuid, Account())
-        allocated = account.peak - self.baselines.get(uuid, 0)
-        return max(0, allocated, taken - _held(self.set_up, uuid))
-
-    def fixture_bytes(self, uuid: str, names: Collection[str]) -> int:
-        """Return what the wider fixtures among ``names`` hold."""
-        used = [fixture for fixture in (*self.found, *self.set_up) if fixture.name in names]
-        return _held(used, uuid)
-
-    def pay_back(self) -> None:
-        """Credit the fixtures torn down in the test with what came back after their teardown.
-
-        A reference cycle is collected only when the test is charged again.
-        """
-        for uuid, account in self.accounts.items():
-            for fixture in self.fixtures:
-                owed = fixture.account(uuid)
-                late = min(-account.delta, owed.delta)
-                if fixture.wide and fixture.torn_down and late > 0:
-                    account.delta += late
-                    owed.delta -= late
-
-    def stayed(self) -> dict[tuple[str, str], int]:
-        """Return what the test kept, and what the wider fixtures torn down in it kept."""
-        found = self.kept()
-        for fixture in self.fixtures:
-            if fixture.wide and fixture.torn_down:
-                found |= fixture.kept()
-        return found
-
-
-def _held(fixtures: Iterable[Fixture], uuid: str) -> int:
-    """Return what the set-ups of ``fixtures`` took of a card."""
-    accounts = (fixture.set_up.get(uuid) for fixture in fixtures)
-    return sum(max(0, account.delta) for account in accounts if account is not None)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a test did: to each card and fixture that moved, and to its process."""
-
-    cards: tuple[CardUsage, ...] = ()
-    fixtures: tuple[FixtureUsage, ...] = ()
-    left: tuple[Left, ...] = ()
-    children: tuple[ChildUsage, ...] = ()
-
-
-@dataclass
-class _Meter:
-    """One card as one allocator sees it."""
-
-    card: Card
-    last: AllocatorReading
-    process: int | None = None
-    """This process's bytes by the driver's count."""
-    process_read_at: int = -1
-    """What was reserved when ``process`` was read."""
-
-
-_NOTHING = AllocatorReading(
-    allocated=0, allocated_peak=0, reserved=0, reserved_peak=0, retries=0, ooms=0
-)
 
 
 class Tracker:
@@ -220,7 +60,7 @@ class Tracker:
         root: Path | None = None,
     ) -> None:
         self._release_cache = release_cache
-        self._meters: dict[tuple[str, int], _Meter] = {}
+        self._meters: dict[tuple[str, int], Meter] = {}
         self._outside = Owner("outside of tests", "session")
         self._owners: list[Owner] = [self._outside]
         self._test: Test | None = None
@@ -259,10 +99,10 @@ class Tracker:
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
         cards = {uuid for fixture in self._standing for uuid in fixture.set_up}
-        held = Counter({uuid: _held(self._standing, uuid) for uuid in cards})
+        sizes = Counter({uuid: held(self._standing, uuid) for uuid in cards})
         if self.children is not None:
-            held.update(self.children.held_by(self._wide))
-        return held
+            sizes.update(self.children.held_by(self._wide))
+        return sizes
 
     def child_oom(self) -> str:
         """Return in one sentence which child of the running test ran out of memory, or ""."""
@@ -292,7 +132,10 @@ class Tracker:
             self._watch_peaks()
             for allocator in active:
                 for index, reading in enumerate(allocator.read()):
-                    self._charge(allocator, index, reading)
+                    meter = self._meters.get((allocator.name, index))
+                    # Peaks were set back: if they are as they were, nothing was allocated.
+                    if meter is None or meter.last != reading:
+                        self._charge(allocator, index, reading)
         finally:
             self._reading = False
 
@@ -306,7 +149,7 @@ class Tracker:
         if meter is None:
             if not now.reserved_peak and not now.ooms:
                 return  # never used: asking for the names of all cards of a big machine costs
-            meter = _Meter(allocator.card(index), _NOTHING)
+            meter = Meter(allocator.card(index))
             self._meters[allocator.name, index] = meter
         before, meter.last = meter.last, now
         self._changed += now.allocated - before.allocated
@@ -323,6 +166,7 @@ class Tracker:
             highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
         if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
             allocator.reset_peak(index)
+            meter.last = now._replace(allocated_peak=now.allocated, reserved_peak=now.reserved)
 
     def _look(self) -> None:
         """Charge what is set for the process to who was running."""
@@ -373,7 +217,7 @@ class Tracker:
             self._remember()
         self._look()
         self._outside.accounts.clear()
-        self._test = Test(nodeid, found=list(self._standing))
+        self._test = Test(nodeid, tuple(self._standing))
         if self.children is not None:
             self._test.number = self.children.enter(nodeid)
         self._owners = [self._test]
@@ -386,7 +230,8 @@ class Tracker:
         self.boundary()
         if self._test is None:
             return ()
-        self._look_at_children()
+        if self.children is not None and self.children.stirred():
+            self.children.look()
         return self._card_usages(self._test, {}, ())
 
     def anything_stayed(self) -> bool:
@@ -396,18 +241,19 @@ class Tracker:
 
     def _anything_stayed(self) -> bool:
         """Whether anything stayed at the last boundary."""
-        if self._test is None:
+        test = self._test
+        if test is None or not (test.accounts or test.fixtures):
             return False
-        self._test.pay_back()
-        return bool(self._test.stayed())
+        test.pay_back()
+        return bool(test.stayed())
 
     def end_test(
         self,
         errors: Sequence[BaseException] = (),
         *,
         judge: bool = True,
+        let_go: Callable[[], Mapping[int, str]] = dict,
         keepers: Mapping[int, str] | None = None,
-        passing: Mapping[int, str] | None = None,
         fixtures: Collection[str] = (),
     ) -> Usage:
         """Stop measuring, find out what stayed, and return the test's usage.
@@ -416,22 +262,27 @@ class Tracker:
             errors: exceptions that ended the test's phases. When memory stayed, the frames of
                 their tracebacks are cleared, because they pin what the test's variables held.
             judge: False leaves frames and garbage alone and finds no leak (under a debugger).
+            let_go: called when memory stayed: lets go of what would be dropped in a moment, as
+                far as it holds memory, and returns the identities of the rest, and what to call
+                it; what that holds is no leak.
             keepers: identities of objects that keep the test's memory, and what to call them;
                 where something below them is a leak, that is more use than their own holders.
-            passing: identities of objects that will be dropped in a moment, and what to call
-                them; what they hold is no leak.
             fixtures: names of the fixtures that the test uses.
 
         """
         test = self._test
         if test is None:
-            return Usage()
-        self._end_teardowns()
+            return NOTHING_USED
+        passing: Mapping[int, str] = {}
+        if self.anything_stayed():
+            passing = let_go()
+            self.boundary()
+        self._leave_teardowns()
         verdicts: Verdicts = {}
         if judge and self._anything_stayed():
             self._give_back(errors)
             if self.anything_stayed():
-                verdicts = self._judge(test, keepers or {}, passing or {})
+                verdicts = self._judge(test, keepers or {}, passing)
                 self._remember()
         elif judge and self._standing:
             # They may pin a wider fixture's value beyond its teardown.
@@ -439,22 +290,42 @@ class Tracker:
                 release.clear_frames(error)
         self._set_aside(test)
         self._release_caches()
-        self._read_processes()
+        for meter in self._meters.values():
+            meter.read_process()
         over = [test, *(fixture for fixture in self._moved if fixture.torn_down)]
         stirred = self.children is not None and self.children.stirred()
         if self.children is not None and stirred:
             self.children.settle(over)
         cards = self._card_usages(test, verdicts, fixtures)
         self._look()
-        usage = Usage(cards, _fixture_usages(test, verdicts), self._left.settle())
+        left = self._left.settle()
+        told = fixture_usages(test, verdicts)
+        children: tuple[ChildUsage, ...] = ()
         if self.children is not None and stirred:
-            told = self.children.widen_fixtures(usage.fixtures, self._moved)
-            usage = replace(usage, fixtures=told, children=self.children.report())
+            told = self.children.widen_fixtures(told, self._moved)
+            children = self.children.report()
             self.children.forget(over)
         self._moved.clear()
         self._test = None
         self._owners = [self._outside]
-        return usage
+        if not (cards or told or left or children):
+            return NOTHING_USED
+        return Usage(cards, told, left, children)
+
+    def _card_usages(
+        self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
+    ) -> tuple[CardUsage, ...]:
+        """Return what a test did to each card, and what its children did."""
+        usages = card_usages(test, self._meters.values(), verdicts, fixtures)
+        if self.children is None or not self.children.known:
+            return usages
+        used = [each for each in {*self._wide, *self._moved} if each.name in fixtures]
+        return self.children.widen(usages, test, used, self._untouched)
+
+    def _untouched(self, uuid: str) -> CardUsage:
+        """Return the usage of a card on which this process did nothing."""
+        held = sum(each.last.allocated for each in self._meters.values() if each.card.uuid == uuid)
+        return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
 
     def _give_back(self, errors: Sequence[BaseException]) -> None:
         """Drop what only tracebacks and reference cycles keep alive, by the cheapest means."""
@@ -481,65 +352,14 @@ class Tracker:
         }
         return self._tensors.judge(test.stayed(), cards, keepers, passing, test.name)
 
-    def _card_usages(
-        self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
-    ) -> tuple[CardUsage, ...]:
-        usages = []
-        for meter in self._meters.values():
-            uuid = meter.card.uuid
-            account = test.accounts.get(uuid)
-            baseline = test.baselines.get(uuid, 0)
-            if account is None or not (
-                account.delta or account.ooms or account.peak > baseline or test.fixtures
-            ):
-                continue
-            verdict = verdicts.get((test.name, uuid), Verdict())
-            usages.append(
-                CardUsage(
-                    card=uuid,
-                    baseline=baseline,
-                    peak=max(account.peak, baseline),
-                    leftover=max(account.delta, 0),
-                    reserved=meter.last.reserved,
-                    reserved_peak=account.reserved_peak,
-                    retries=account.retries,
-                    ooms=account.ooms,
-                    process=meter.process,
-                    leaked=verdict.leaked,
-                    holders=verdict.holders,
-                    note=verdict.note,
-                    extra=test.to_set_aside(uuid),
-                    fixture_bytes=test.fixture_bytes(uuid, fixtures),
-                )
-            )
-        if self.children is None or not self.children.known:
-            return tuple(usages)
-        used = [each for each in {*self._wide, *self._moved} if each.name in fixtures]
-        return self.children.widen(usages, test, used, self._untouched)
-
-    def _untouched(self, uuid: str) -> CardUsage:
-        """Return the usage of a card on which this process did nothing."""
-        held = sum(each.last.allocated for each in self._meters.values() if each.card.uuid == uuid)
-        return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
-
-    def _look_at_children(self) -> None:
-        if self.children is not None and self.children.stirred():
-            self.children.look()
-
-    def _read_processes(self) -> None:
-        """Ask the driver for this process's bytes where the reserved memory has changed.
-
-        The driver's answer costs milliseconds on a real card, and moves only with segments.
-        """
-        for meter in self._meters.values():
-            if meter.process_read_at != meter.last.reserved:
-                meter.process_read_at = meter.last.reserved
-                meter.process = devices.own_bytes(meter.card, meter.last.reserved)
-
     def _release_caches(self) -> None:
-        for allocator in devices.allocators() if self._meters else ():
-            meters = [meter for (name, _), meter in self._meters.items() if name == allocator.name]
-            if any(self._release_cache(meter.card, meter.last) for meter in meters):
+        full = {
+            name
+            for (name, _), meter in self._meters.items()
+            if self._release_cache(meter.card, meter.last)
+        }
+        for allocator in devices.allocators() if full else ():
+            if allocator.name in full:
                 allocator.release_cached()
                 self.boundary()
 
@@ -587,7 +407,9 @@ class Tracker:
             self._remember()
             self._look()
         self._owners.remove(fixture)
-        fixture.set_up = {uuid: replace(account) for uuid, account in fixture.accounts.items()}
+        # Of each card in use, also if the set-up did nothing to it: the teardown may.
+        uuids = [meter.card.uuid for meter in self._meters.values()]
+        fixture.set_up = {uuid: copy.copy(fixture.account(uuid)) for uuid in uuids}
         if fixture.wide:
             fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
             self._wide.append(fixture)
@@ -631,39 +453,13 @@ class Tracker:
 
     def _end_teardowns(self) -> None:
         self.boundary()
-        if any(isinstance(owner, Fixture) and owner.torn_down for owner in self._owners):
-            self._look()
-        self._owners = [
+        self._leave_teardowns()
+
+    def _leave_teardowns(self) -> None:
+        """Let nothing more be charged to fixtures whose teardown has begun."""
+        rest = [
             owner for owner in self._owners if not (isinstance(owner, Fixture) and owner.torn_down)
         ]
-
-
-def _fixture_usages(test: Test, verdicts: Verdicts) -> tuple[FixtureUsage, ...]:
-    usages = []
-    for fixture in test.fixtures:
-        for uuid, account in fixture.set_up.items():
-            verdict = verdicts.get((fixture.name, uuid), Verdict())
-            usage = FixtureUsage(
-                name=fixture.name,
-                scope=fixture.scope,
-                card=uuid,
-                allocated=account.delta,
-                peak=account.peak,
-                released=_released(fixture, test, uuid),
-                leaked=verdict.leaked,
-                holders=verdict.holders,
-            )
-            usages.append(usage)
-    return tuple(usage for usage in usages if usage.allocated or usage.released)
-
-
-def _released(fixture: Fixture, test: Test, uuid: str) -> int | None:
-    """Return what came back of a fixture's memory, None while it is set up.
-
-    A function fixture's value lives until its test is over, so it is judged with the test:
-    what the test as a whole did not leave behind came back.
-    """
-    allocated = fixture.set_up[uuid].delta
-    if fixture.wide:
-        return allocated - fixture.accounts[uuid].delta if fixture.torn_down else None
-    return max(allocated - max(test.account(uuid).delta, 0), 0)
+        if len(rest) < len(self._owners):
+            self._look()
+            self._owners = rest

@@ -10,8 +10,6 @@ from types import FrameType, FunctionType, GeneratorType, ModuleType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pytest_gpumem import devices
-from pytest_gpumem.tracking.holders import Held, find_holders, live_storages
-from pytest_gpumem.tracking.torch_heap import exactly, is_a
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, UntypedStorage
 
     from pytest_gpumem.records import Holder
+    from pytest_gpumem.tracking.holders import Held
 
 _BLOCK = 512
 """The allocator's unit: every size is rounded up to it (c10/cuda/CUDACachingAllocator.cpp)."""
@@ -104,6 +103,8 @@ class TensorLedger:
 
     def remember(self, owner: str) -> None:
         """Lay all tensors that are not known yet at the door of ``owner``."""
+        from pytest_gpumem.tracking.holders import live_storages
+
         alive: dict[int, _Known] = {}
 
         def note(tensor: Tensor) -> bool:
@@ -155,6 +156,8 @@ class TensorLedger:
             test: the owner of all tensors that nobody is known to have made.
 
         """
+        from pytest_gpumem.tracking.holders import find_holders
+
         verdicts = {}
         stacks = devices.allocation_stacks()
         rightful = self._fixtures | self._suspended_fixtures() | _last_errors()
@@ -173,6 +176,8 @@ class TensorLedger:
 
     def _suspended_fixtures(self) -> dict[int, str]:
         """Return the living generators of wider fixtures, and their frames."""
+        from pytest_gpumem.tracking.torch_heap import exactly
+
         found: dict[int, str] = {}
         for each in exactly(GeneratorType):
             label = self._fixtures.get(id(each.gi_code))
@@ -213,6 +218,8 @@ def holds_memory(value: object) -> bool:
     if "torch" not in sys.modules:
         return False
     import torch
+
+    from pytest_gpumem.tracking.torch_heap import is_a
 
     seen: set[int] = set()
     waiting = deque([value, *(vars(value).values() if isinstance(value, type) else ())])

@@ -25,7 +25,7 @@ SIZES = (1_000, 4_000, 16_000)
 """Tests: what each costs must not depend on how many ran before it."""
 TESTS_PER_FILE = 100
 PEER_TESTS = 1_000
-IMPORT_TARGET_MS = 15.0
+IMPORT_TARGET_MS = 10.0
 SIMULATE = ("-p", "gpumem", "--gpumem=on", "--gpumem-simulate", "3.81GiB")
 XDIST = ("-p", "xdist", "-n", "2")
 

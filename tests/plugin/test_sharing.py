@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from harness import MODES, SIMULATE, run_pytest, write_suite
 
-from pytest_gpumem.leases.store import HOPE
+from pytest_gpumem.leases.asking import HOPE
 from pytest_gpumem.scheduling.history import History
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes
@@ -246,7 +246,8 @@ def neighbour(tmp_path):
             card = stack.enter_context(
                 contextlib.closing(SharedCard.create(path, total=CARD, context=384 * MIB))
             )
-            head = "import sys\nfrom pytest_gpumem.leases.store import LeaseStore, Want\n"
+            head = "import sys\nfrom pytest_gpumem.leases.asking import Want\n"
+            head += "from pytest_gpumem.leases.store import LeaseStore\n"
             process = subprocess.Popen(
                 [sys.executable, "-c", head + textwrap.dedent(code), card.uuid, str(path)],
                 stdin=subprocess.PIPE,
@@ -299,7 +300,7 @@ def test_memory_of_another_program_is_waited_for_alike_with_and_without_a_schedu
     write_suite(
         tmp_path,
         test_it=WAITS,
-        conftest="import pynvml\nfrom pytest_gpumem.leases import store\nstore.PATIENCE = 1.0\n",
+        conftest="import pynvml\nfrom pytest_gpumem.leases import asking\nasking.PATIENCE = 1.0\n",
     )
     finished = run_pytest(
         tmp_path,
@@ -315,6 +316,18 @@ def test_memory_of_another_program_is_waited_for_alike_with_and_without_a_schedu
     else:
         assert finished.outcomes == {"passed": 1}, finished.output
         assert finished.test("test_a").lease.waited == pytest.approx(1, abs=0.7)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_foreign_files_among_the_leases_are_named_and_end_no_run(run, tmp_path, monkeypatch, mode):
+    queue = tmp_path / "leases" / f"gpumem-{os.getuid()}" / "queue"
+    queue.mkdir(parents=True)
+    os.mkfifo(queue / "h-foo")
+    monkeypatch.setenv("GPUMEM_RUN_DIR", str(tmp_path / "leases"))
+    finished = run(WAITS, *MODES[mode])
+
+    assert finished.outcomes == {"passed": 1}, finished.output
+    assert f"left alone, for they are no leases: {queue}/h-foo" in finished.section
 
 
 LEASES = """

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,21 +88,28 @@ def test_a_run_is_seen_from_outside_and_its_status_kept(tmp_path, environment, d
     assert [*directory.glob("monitors/*"), *directory.glob("seen/*")] == []
 
 
+def watching():
+    """Return the hooks of a run that looks for monitors."""
+    manager = pytest.PytestPluginManager()
+    manager.register(Watched(manager))
+    return manager.hook
+
+
 def test_what_a_killed_monitor_leaves_keeps_no_test_busy(environment, directory, monkeypatch):
     monkeypatch.setenv("GPUMEM_RUN_DIR", environment["GPUMEM_RUN_DIR"])
-    watched = Watched()
+    hook = watching()
     process = subprocess.Popen(monitor(), env=environment, stderr=subprocess.PIPE, text=True)
     process.stderr.readline()  # it has looked once
     assert is_watched(directory)
-    watched.pytest_runtest_logstart("test_x")
+    hook.pytest_runtest_logstart(nodeid="test_x", location=None)
     assert len([*directory.glob("seen/*.json")]) == 1
 
     process.kill()
     process.communicate()
 
     assert not is_watched(directory)
-    watched.pytest_runtest_logstart("test_y")
-    watched.pytest_runtest_call()
+    hook.pytest_runtest_logstart(nodeid="test_y", location=None)
+    hook.pytest_runtest_call(item=None)
     assert [*directory.glob("seen/*")] == []
     with Watcher(directory):
         assert is_watched(directory)
@@ -111,13 +119,29 @@ def test_what_a_killed_monitor_leaves_keeps_no_test_busy(environment, directory,
 
 def test_without_a_monitor_nothing_is_written(directory, environment, monkeypatch):
     monkeypatch.setenv("GPUMEM_RUN_DIR", environment["GPUMEM_RUN_DIR"])
-    watched = Watched()
-    watched.pytest_runtest_logstart("test_x")
-    watched.pytest_runtest_call()
-    watched.pytest_runtest_logfinish()
-    watched.pytest_sessionfinish()
+    hook = watching()
+    hook.pytest_runtest_logstart(nodeid="test_x", location=None)
+    hook.pytest_runtest_call(item=None)
+    hook.pytest_runtest_logfinish(nodeid="test_x", location=None)
+    hook.pytest_sessionfinish(session=None, exitstatus=0)
 
     assert not directory.exists()
+
+
+def test_a_monitor_is_looked_for_in_the_first_test_and_soon_again(
+    directory, environment, monkeypatch
+):
+    monkeypatch.setenv("GPUMEM_RUN_DIR", environment["GPUMEM_RUN_DIR"])
+    hook = watching()
+    hook.pytest_runtest_logstart(nodeid="test_x", location=None)
+    with Watcher(directory) as watcher:
+        time.sleep(0.06)
+        hook.pytest_runtest_logstart(nodeid="test_y", location=None)
+        assert [(each.test, each.phase) for each in watcher.glimpses()] == [("test_y", "setup")]
+        hook.pytest_runtest_call(item=None)
+        assert [(each.test, each.phase) for each in watcher.glimpses()] == [("test_y", "call")]
+        hook.pytest_sessionfinish(session=None, exitstatus=0)
+        assert watcher.glimpses() == []
 
 
 TELLS = """
@@ -143,7 +167,7 @@ def test_what_a_killed_test_process_told_does_not_count(directory):
 
         assert (told.test, told.cards) == ("test_x[\u00e9]", {"GPU-1": [1, 2]})
         assert watcher.glimpses() == []
-        (directory / "seen" / "damaged.json").write_text("{")
+        (directory / "seen" / "4000000000-0123abcd.json").write_text("{")
         assert watcher.glimpses() == []
     assert [*directory.glob("seen/*")] == []
 

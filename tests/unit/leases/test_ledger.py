@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.admission import Claim
-from pytest_gpumem.leases.ledger import (
+from pytest_gpumem.leases import family
+from pytest_gpumem.leases.entries import (
     HELD,
     RESIDENT,
     WAITING,
-    Ledger,
-    Page,
     card_key,
     entry_of,
 )
+from pytest_gpumem.leases.family import kin_among
+from pytest_gpumem.leases.ledger import Ledger
+from pytest_gpumem.leases.page import Page
 
 KEYS = st.text("abcdefABCDEF0123456789", min_size=1, max_size=8)
 CLAIMS = st.builds(Claim, st.just(0), st.integers(0, 2**63), st.booleans())
@@ -55,6 +62,10 @@ def test_strange_files_are_passed_over():
 LINES = {"1.a": ("a",), "2.b": ("b", "x", "a"), "3.c": ("c", "b", "x", "a"), "4.d": ("d", "x")}
 
 
+def kin(processes):
+    return kin_among(processes, LINES.get)
+
+
 def entry(state, number, process, size, *, test=False):
     claim = Claim(size, 0, False) if state == RESIDENT else Claim(0, size, exclusive=size == 0)
     return entry_of(state, number, process, {"key": claim}, test=test)
@@ -68,7 +79,7 @@ def test_what_descendants_hold_comes_out_of_a_lease_and_is_not_waited_for():
     """Of four processes b is a's child, c is b's, and d nobody's."""
     taken = [entry(HELD, 1, "1.a", 700), entry(HELD, 2, "2.b", 400), entry(HELD, 3, "3.c", 100)]
     waiting = [entry(WAITING, 4, "4.d", 900), entry(WAITING, 5, "2.b", 50)]
-    page = Page([each.name for each in (*taken, *waiting)], LINES.get)
+    page = Page([each.name for each in (*taken, *waiting)], kin)
     asked = {name: entry(WAITING, 9, name, 1) for name in LINES}
 
     assert against(page, asked["4.d"]) == [100, 300, 300]
@@ -105,7 +116,7 @@ SIZES = st.lists(st.tuples(st.sampled_from(sorted(LINES)), st.integers(0, 99), s
 def test_a_family_never_counts_for_less_than_its_leases_or_than_any_of_them(leases):
     """Nor for more than all of them."""
     taken = [entry(HELD, n, *each[:2], test=each[2]) for n, each in enumerate(leases, 1)]
-    page = Page([each.name for each in taken], LINES.get)
+    page = Page([each.name for each in taken], kin)
     counted = sum(claim.extra for claim in page.claims["key"].values())
 
     assert counted <= sum(size for _, size, _ in leases)
@@ -114,6 +125,24 @@ def test_a_family_never_counts_for_less_than_its_leases_or_than_any_of_them(leas
         outermost = process in ("1.a", "4.d") and not any(test for *_, test in leases)
         own = [size for name, size, _ in leases if name == process]
         assert not outermost or counted >= sum(own)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_is_stopped_is_called_so_and_no_other_of_its_number(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        name, (born, *_) = f"{process.pid}.0123abcd", family.lineage(process.pid)
+        (tmp_path / name).write_text(f"{born}\n")
+        (tmp_path / "1.0123abcd").write_text(f"{born}\n")
+        families = family.Families(tmp_path, "2.0123abcd")
+        assert not families.is_stopped(name)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert families.is_stopped(name)
+        assert not families.is_stopped("1.0123abcd")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_key_of_a_card_is_the_end_of_its_uuid():
@@ -129,7 +158,7 @@ def test_who_joins_clears_what_the_dead_left_and_wakes_all_who_may_wait_for_it(l
     for ledger, state in ((asked, HELD), (asked, RESIDENT), (waits, WAITING)):
         ledger.write(entry_of(state, 1, ledger.process, claims), "")
     waiting = entry_of(WAITING, 1, waits.process, claims)
-    with waits.watch(waiting) as watch:
+    with waits.watch() as watch:
         die(idle)
         die(asked)
         new = ledgers()

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import DriverReading, family
+from pytest_gpumem.devices import DriverReading
+from pytest_gpumem.leases import family
 from pytest_gpumem.records import Card
 from pytest_gpumem.routing import resource_manager as module
 from pytest_gpumem.routing.resource_manager import HybridResourceManager
@@ -117,7 +118,8 @@ OTHER = """
 import sys
 from pathlib import Path
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.store import LeaseStore, Want
+from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.store import LeaseStore
 store = LeaseStore(Path(sys.argv[1]))
 store.headroom = 0
 try:
@@ -146,7 +148,7 @@ def test_another_process_cannot_have_the_same_bytes_too(card, tmp_path, monkeypa
 
 
 def test_a_task_within_a_lease_uses_that_and_asks_for_what_is_missing(card):
-    from pytest_gpumem.leases.store import Want
+    from pytest_gpumem.leases.asking import Want
 
     leases, uuid = module.store(), card.card.uuid
     manager = HybridResourceManager()

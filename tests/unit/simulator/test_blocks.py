@@ -229,6 +229,35 @@ def test_the_statistics_returned_do_not_change_later(allocator: CachingAllocator
     assert before["allocated_bytes"]["all"]["current"] == 0
 
 
+def test_what_is_done_to_the_statistics_returned_is_not_seen_by_others(
+    allocator: CachingAllocator,
+) -> None:
+    allocator.stats()["allocated_bytes"]["all"]["peak"] = 99
+    assert allocator.stats()["allocated_bytes"]["all"]["peak"] == 0
+
+
+def test_the_statistics_are_those_of_now_after_whatever_changes_them(
+    allocator: CachingAllocator,
+) -> None:
+    def now() -> tuple[int, int, int]:
+        bytes_of = allocator.stats()["allocated_bytes"]["all"]
+        return bytes_of["current"], bytes_of["peak"], bytes_of["freed"]
+
+    seen = [now()]
+    block = allocator.malloc(512)
+    seen.append(now())
+    allocator.free(block)
+    seen.append(now())
+    allocator.reset_peak_stats()
+    seen.append(now())
+    allocator.reset_accumulated_stats()
+    seen.append(now())
+    assert seen == [(0, 0, 0), (512, 512, 0), (0, 512, 512), (0, 0, 512), (0, 0, 0)]
+    held = allocator.stats()["reserved_bytes"]["all"]["current"]
+    allocator.empty_cache()
+    assert held > allocator.stats()["reserved_bytes"]["all"]["current"] == 0
+
+
 def test_resetting_peaks_leaves_the_sums_and_the_other_way_round(
     allocator: CachingAllocator,
 ) -> None:

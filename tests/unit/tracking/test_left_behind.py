@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -62,3 +63,22 @@ def test_looking_makes_no_context_and_no_tensor(monkeypatch: pytest.MonkeyPatch)
 def test_a_mock_of_torch_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
     assert set(process_state.read()) == set(process_state.VARIABLES)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_variable_that_a_test_sets_is_told(
+    monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    if replaced:  # as suites do that test what reads it
+        monkeypatch.setattr(os, "environ", {})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    watch = LeftBehind()
+    watch.look(by_test=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    watch.look(by_test=True)
+    assert [each[:3] for each in watch.settle()] == [("CUDA_VISIBLE_DEVICES", "unset", "1")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    watch.look(by_test=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    watch.look(by_test=True)
+    assert [each[:3] for each in watch.settle()] == [("CUDA_VISIBLE_DEVICES", "", "0,1")]

@@ -7,8 +7,9 @@ import pytest
 from pytest_gpumem import devices
 from pytest_gpumem.devices import AllocatorReading
 from pytest_gpumem.records import Card
-from pytest_gpumem.tracking import verdict
-from pytest_gpumem.tracking.tracker import Tracker, release_when_shared
+from pytest_gpumem.tracking import holders
+from pytest_gpumem.tracking.meter import release_when_shared
+from pytest_gpumem.tracking.tracker import Tracker
 
 CARD = Card("GPU-1", "A card", 1000)
 
@@ -229,7 +230,7 @@ def test_the_heap_is_not_walked_for_a_test_that_left_nothing(tracker, memory, mo
     tracker.begin_test("a")
     memory.take(300)
     tracker.end_test()
-    monkeypatch.setattr(verdict, "live_storages", lambda *_: pytest.fail("the heap was walked"))
+    monkeypatch.setattr(holders, "live_storages", lambda *_: pytest.fail("the heap was walked"))
     for name in "bc":
         tracker.begin_test(name)
         memory.give(100)
@@ -310,3 +311,32 @@ def test_a_small_cache_on_a_card_of_ones_own_is_kept(memory):
     tracker.end_test()
 
     assert memory.released == 0
+
+
+def test_what_only_a_teardown_takes_is_its_fixtures(tracker, memory):
+    tracker.begin_test("a")
+    memory.take(2**20)
+    memory.give(2**20)
+    model = tracker.begin_fixture("model", "module")
+    tracker.end_fixture(model)
+    tracker.end_test()
+    tracker.begin_test("b")
+    tracker.begin_teardown(model)
+    memory.take(2**27)
+    usage = tracker.end_test()
+
+    assert [(each.name, each.leaked) for each in usage.fixtures] == [("model", 2**27)]
+    assert only(usage).leaked == 0
+
+
+def test_what_is_let_go_of_at_the_end_is_credited_to_the_fixture_torn_down(tracker, memory):
+    tracker.begin_test("a")
+    model = tracker.begin_fixture("model", "module")
+    memory.take(2**27)
+    tracker.end_fixture(model)
+    memory.take(2**26)
+    tracker.begin_teardown(model)
+    usage = tracker.end_test(let_go=lambda: memory.give(2**27) or {})
+
+    assert [(each.released, each.leaked) for each in usage.fixtures] == [(2**27, 0)]
+    assert (only(usage).leftover, only(usage).leaked) == (2**26, 2**26)

@@ -23,6 +23,7 @@ from pytest_gpumem import (
     ModelPool,
     NotFoundError,
     QuotaError,
+    RequestRefusedError,
     RunRecord,
     StateRefusedError,
     TooLarge,
@@ -39,7 +40,7 @@ from pytest_gpumem import (
 )
 
 VERSION: str = pytest_gpumem.__version__
-LEASE_ERRORS: tuple[type[LeaseError], ...] = (LeaseTimeout, TooLarge)
+LEASE_ERRORS: tuple[type[LeaseError], ...] = (LeaseTimeout, RequestRefusedError, TooLarge)
 TIME_IS_UP: type[TimeoutError] = LeaseTimeout
 ARCHIVE_ERRORS: tuple[type[ArchiveError], ...] = (
     DamagedError,

@@ -1,0 +1,48 @@
+"""What a test asks for of a card, from what is known of the test and of its process."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pytest_gpumem import admission
+from pytest_gpumem.leases.asking import Want
+
+SOMETHING = 1
+"""Bytes for a test that may use a card and of which nothing is known: it shares the card with
+anybody, but not with a test that has to be alone."""
+
+
+class Need(NamedTuple):
+    """What one test is to be granted on each of its cards."""
+
+    size: int | None
+    """Bytes beyond what its process keeps; None when unknown: then it has to be alone."""
+    cards: int = 1
+    alone: bool = False
+    fixtures: int = 0
+    """Bytes more, as far as the process does not keep the test's wider fixtures already."""
+
+
+class Place(NamedTuple):
+    """A card, and what the process that asks has of it; in bytes."""
+
+    total: int
+    headroom: int = 0
+    context: int = 0
+    """What a process costs."""
+    kept: int = 0
+    """What it keeps now, context and fixtures included."""
+    standing: int = 0
+    """What its wider fixtures hold now."""
+
+
+def want_of(need: Need, place: Place) -> Want:
+    """Return what to ask for."""
+    if need.size is None:
+        return Want(None)
+    if need.size == SOMETHING:
+        return Want(SOMETHING)
+    missing = admission.missing(need.fixtures, place.context, place.kept, place.standing)
+    # What was learned has a margin, which the card need not have.
+    most = max(SOMETHING, place.total - place.headroom - place.kept)
+    return Want(min(need.size + missing, most), need.alone)

@@ -1,0 +1,112 @@
+"""What processes without an entry in the ledger use of the cards."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from pytest_gpumem.admission import NOTHING, Claim, bounds, foreign
+from pytest_gpumem.leases.entries import card_key, pid_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from pytest_gpumem.devices import Usage
+    from pytest_gpumem.leases.family import Families
+    from pytest_gpumem.leases.page import Page
+
+
+class Driver(Protocol):
+    """Who tells what is used of a card, by UUID."""
+
+    def used(self, uuid: str) -> int:
+        """Return the bytes that anybody uses."""
+
+    def usage(self, uuid: str) -> Usage:
+        """Return who uses it."""
+
+
+class CudaDriver:
+    """The driver of CUDA's cards."""
+
+    def used(self, uuid: str) -> int:
+        """Return the bytes that anybody uses."""
+        from pytest_gpumem import devices
+        from pytest_gpumem.records import Card
+
+        return devices.used_bytes(Card(uuid, "", 0))
+
+    def usage(self, uuid: str) -> Usage:
+        """Return who uses it."""
+        from pytest_gpumem import devices
+        from pytest_gpumem.records import Card
+
+        return devices.usage(Card(uuid, "", 0))
+
+
+class Outside(NamedTuple):
+    """What processes without an entry in the ledger use of a card."""
+
+    foreign: int = 0
+    """Bytes."""
+    family: int = 0
+    """Bytes besides, of those that this process or an ancestor started: kept, not waited for."""
+    strangers: tuple[tuple[int, int | None], ...] = ()
+    """Foreign processes that the driver lists: pid, and bytes if it tells them."""
+
+
+class Lookout:
+    """Looks at what is outside of the ledger, for one process."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._found: dict[str, int] = {}
+        """By card, the foreign bytes that were found last."""
+
+    def look(self, uuid: str, total: int, page: Page, process: str, family: Families) -> Outside:
+        """Return what is outside of ``page``, as ``process`` of ``family`` sees it."""
+        ours, used = _ours(card_key(uuid), page), self._driver.used(uuid)
+        if used <= sum(claim.resident for claim in ours.values()):
+            self._found[uuid] = 0
+            return Outside()
+        usage = self._driver.usage(uuid)
+        told = dict(usage.processes)
+        strangers = told.keys() - {os.getpid(), *map(pid_of, ours)}
+        for pid, starter in family.starters(strangers, ours).items():
+            # Within what its starter keeps, or runs with: a worker's engine, say.
+            told[pid_of(starter)] = (told.get(pid_of(starter)) or 0) + (told.pop(pid) or 0)
+            strangers = strangers - {pid}
+        kin = _kin(strangers, family)
+        relatives = sum(told[pid] or 0 for pid in kin)
+        own, known = ours.pop(process, NOTHING), told.pop(os.getpid(), None)
+        # This process may have entered what it started as kept: that counts once.
+        relatives = max(0, relatives - max(0, own.resident - usage.own))
+        # What this process uses is its own, whether or not it was entered.
+        least = max(own.resident, usage.own)
+        most = least if known is not None else max(least, own.resident + own.extra)
+        # One that is not listed uses no more than those that are leave unexplained.
+        listed = list(usage.processes.values())
+        limit = total if None in listed or not listed else used - sum(filter(None, listed))
+        uses = [bounds(claim, limit, told.get(pid_of(each))) for each, claim in ours.items()]
+        uses += [(least, most), (relatives, relatives)]
+        size = foreign(used, uses, self._found.get(uuid, 0))
+        self._found[uuid] = size
+        return Outside(size, relatives, tuple((pid, told[pid]) for pid in sorted(strangers - kin)))
+
+
+def _kin(pids: Collection[int], family: Families) -> set[int]:
+    """Return those that this process or an ancestor started, or that started this one."""
+    if not pids:
+        return set()
+    roots = family.roots()
+    return {pid for pid in pids if family.is_kin(pid, roots)}
+
+
+def _ours(key: str, page: Page) -> dict[str, Claim]:
+    """Return what each process with an entry in the ledger may use of a card."""
+    ours: dict[str, Claim] = {}
+    for entry in page.taken:
+        claim = page.claims[key].get(entry.name)
+        if claim is not None:
+            ours[entry.process] = claim.beside(ours.get(entry.process, NOTHING))
+    return ours
