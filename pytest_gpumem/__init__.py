@@ -2,6 +2,9 @@
 
 A name is imported from its home when it is first asked for, so that importing the package, which
 pytest does in each run, costs next to nothing. ``__init__.pyi`` says the same to type checkers.
+
+PYTEST_DONT_REWRITE: in a pytest that a test starts it is imported before pytest is, which pytest
+would warn of.
 """
 
 from __future__ import annotations
