@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq
 QUICK = scheduling tracking plugin test_admission.py test_house.py test_records.py test_units.py
 # Those of them whose tests cover them alone; `make coverage` measures how far.
 COVERED = archive forensics leases reports routing scheduling tracking cli test_admission.py test_records.py test_units.py
-PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -name py.typed) pyproject.toml README.md LICENSE
+PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -name py.typed) pytest_gpumem.pth pyproject.toml README.md LICENSE
 
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1
@@ -75,6 +75,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/lease_kills.py
 	$(BIN)/python tests/soak/forensic_carriers.py
 	$(BIN)/python tests/soak/stopped_holders.py
+	$(BIN)/python tests/soak/children.py
 	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours --pytest8 $(VENV)/pytest8
 	$(BIN)/python tests/soak/peers.py --cache $(VENV)/suites
 	$(BIN)/python tests/soak/exclusive_fixtures.py

@@ -2,12 +2,12 @@
 
 A name is imported from its home when it is first asked for, so that importing the package, which
 pytest does in each run, costs next to nothing. ``__init__.pyi`` says the same to type checkers.
+
+PYTEST_DONT_REWRITE: in a pytest that a test starts it is imported before pytest is, which pytest
+would warn of.
 """
 
 from __future__ import annotations
-
-import importlib
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -51,10 +51,12 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)  # noqa: PLE0605  # type checkers read the stub
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    import importlib  # not above: children of a run import the package as they start
+
+    found: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = found
     return found
 

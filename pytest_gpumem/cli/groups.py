@@ -69,14 +69,18 @@ class Result(NamedTuple):
     @property
     def processes(self) -> int:
         """The most processes that used a card at the same time."""
-        spans: dict[tuple[str, str], tuple[float, float]] = {}
+        spans: dict[tuple[str, ...], tuple[float, float]] = {}
+
+        def note(key: tuple[str, ...], start: float, end: float) -> None:
+            begin, before = spans.get(key, (start, end))
+            spans[key] = min(begin, start), max(end, before)
+
         for test in self._tests:
-            if test.cards and test.start:
-                begin, end = spans.get((test.host, test.worker), (test.start, 0.0))
-                spans[test.host, test.worker] = (
-                    min(begin, test.start),
-                    max(end, test.start + test.duration),
-                )
+            end = test.start + test.duration
+            if test.start and any(card.peak > card.children_peak for card in test.cards):
+                note((test.host, test.worker), test.start, end)
+            for child in test.children:
+                note((test.host, str(child.pid), str(child.start)), child.start, child.end or end)
         changes = sorted(
             change for begin, end in spans.values() for change in ((begin, 1), (end, -1))
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
+from pytest_gpumem.devices import family
 from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Holding(NamedTuple):
     worker: str = ""
     """``gw0`` and so on; empty without xdist."""
     phase: str = ""
-    """``setup``, ``call``, ``teardown``: when torch was asked for the next two."""
+    """``setup``, ``call``, ``teardown``: when torch was asked for the next two; ``child`` of a
+    process that the test or a fixture started."""
     allocated: int | None = None
     reserved: int | None = None
     """By torch; None where the process did not tell, or does not use the card."""
@@ -156,7 +158,7 @@ def _holdings(
     from pytest_gpumem.leases.entries import HELD, WAITING, card_key
 
     key = card_key(uuid)
-    rows: dict[int, Holding] = {pid: Holding(pid, size) for pid, size in used.items()}
+    rows: dict[int, Holding] = {pid: _child(Holding(pid, size)) for pid, size in used.items()}
     entries = [
         entry
         for entry in (page.entries if page is not None else ())
@@ -175,6 +177,12 @@ def _holdings(
         if each.pid in rows or any(each.cards.get(uuid, ())):
             rows[each.pid] = _seen(rows.get(each.pid, Holding(each.pid)), each, uuid)
     return tuple(sorted(rows.values(), key=lambda row: row.pid))
+
+
+def _child(row: Holding) -> Holding:
+    """Return ``row`` with who started its process, as its environment says."""
+    links = family.started_by(row.pid)
+    return row._replace(test=links[-1].name, phase="child") if links else row
 
 
 def _seen(row: Holding, glimpse: Glimpse, uuid: str = "") -> Holding:

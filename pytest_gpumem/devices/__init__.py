@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.users import (
         Usage,
         held,
+        others_bytes,
         own_bytes,
         process_bytes,
         totals,
@@ -57,6 +58,7 @@ __all__ = [
     "living_blocks",
     "notes",
     "other_maker",
+    "others_bytes",
     "own_bytes",
     "process_bytes",
     "record_stacks",
@@ -78,6 +80,7 @@ _HOMES = {
     "users": (
         "Usage",
         "held",
+        "others_bytes",
         "own_bytes",
         "process_bytes",
         "totals",

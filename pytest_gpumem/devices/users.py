@@ -41,6 +41,13 @@ def process_bytes(card: Card) -> dict[int, int | None]:
         return {}
 
 
+def others_bytes(card: Card) -> dict[int, int | None]:
+    """Return what ``process_bytes`` does of other processes, if its numbers are those seen here."""
+    told = process_bytes(card)
+    own = told.pop(os.getpid(), None) is not None
+    return told if own or _numbers_are_ours(told) else {}
+
+
 def own_bytes(card: Card, reserved: int) -> int | None:
     """Return the bytes of ``card`` that this process uses, as the driver says; None if it does not.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from pytest_gpumem.devices.family import is_stopped, lineage
 from pytest_gpumem.files import read_own
 
 if TYPE_CHECKING:
@@ -17,29 +16,9 @@ if TYPE_CHECKING:
     Kin = Mapping[str, Collection[str]]
     """Ancestors among some processes, by process; those that have none are left out."""
 
+__all__ = ["Families", "kin_among", "lineage"]
 _MOST = 2**16
 """Bytes that a process may tell of itself."""
-
-
-class _Born(NamedTuple):
-    parent: int
-    start: float
-    """Of one clock for all processes of the machine."""
-
-
-def lineage(pid: int) -> tuple[str, ...]:
-    """Return a process and its ancestors, closest first, as ``pid:start``; () if it has ended.
-
-    It ends where a parent has ended: whoever is left then belongs to the system.
-    """
-    found: list[str] = []
-    youngest = float("inf")
-    while pid > 0 and (born := _born(pid)) is not None:
-        if born.start > youngest:  # another one has the parent's number by now
-            break
-        found.append(f"{pid}:{born.start:.2f}")
-        pid, youngest = born.parent, born.start
-    return tuple(found)
 
 
 class Families:
@@ -91,6 +70,20 @@ class Families:
             line[0] in self.lineage(self._own) or not set(line).isdisjoint(roots)
         )
 
+    def starters(self, pids: Collection[int], taking_part: Collection[str]) -> dict[int, str]:
+        """Return which of the processes ``taking_part`` started which of ``pids``.
+
+        Of those that are no kin of this process, see ``is_kin``.
+        """
+        born = {"".join(self.lineage(each)[:1]): each for each in taking_part}
+        roots, found = self.roots(), {}
+        for pid in pids:
+            line = lineage(pid)
+            starter = next((each for each in line[1:] if each in born), None)
+            if starter is not None and starter not in roots:
+                found[pid] = born[starter]
+        return found
+
     def roots(self) -> Collection[str]:
         """Return this process and those that started it and take part, as ``lineage`` does."""
         return {*self.lineage(self._own)[:1], *self.ancestors()}
@@ -100,7 +93,7 @@ class Families:
         born = self.lineage(process)[:1]
         pid = int(process.partition(".")[0])
         # One of another container has a number that may be another's here.
-        return bool(born) and lineage(pid)[:1] == born and _is_stopped(pid)
+        return bool(born) and lineage(pid)[:1] == born and is_stopped(pid)
 
     def _about(self, process: str) -> list[str]:
         """Return the lines in which a process told of itself: its lineage, and its terminal."""
@@ -126,45 +119,3 @@ def kin_among(processes: Collection[str], lineage: Callable[[str], tuple[str, ..
 def _terminal(about: Sequence[str]) -> int | None:
     told = about[1] if len(about) > 1 else ""
     return int(told) if told.isdecimal() and len(told) < 10 else None
-
-
-def described(pid: int) -> str:
-    """Return what a message calls a process: its number, its program, and whether it is stopped."""
-    if pid == os.getpid():
-        return "this process"
-    told = _stat(pid)
-    if told is None:
-        return f"pid {pid}"
-    return f"pid {pid} ({told[0]}{', stopped' if _is_stopped(pid) else ''})"
-
-
-def _is_stopped(pid: int) -> bool:
-    told = _stat(pid)
-    return told is not None and told[1] in "Tt"
-
-
-if sys.platform == "linux":  # a tenth of psutil's time, whose import alone takes 15 ms
-
-    def _born(pid: int) -> _Born | None:
-        told = _stat(pid)
-        return None if told is None else _Born(int(told[2]), int(told[20]))
-
-else:
-
-    def _born(pid: int) -> _Born | None:
-        import psutil
-
-        with suppress(psutil.Error):
-            process = psutil.Process(pid)
-            return _Born(process.ppid(), process.create_time())
-        return None
-
-
-def _stat(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the second on, see proc_pid_stat(5)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    name, _, rest = text.partition("(")[2].rpartition(")")
-    return [name, *rest.split()]

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_gpumem.devices.family import described
 from pytest_gpumem.files import open_own
-from pytest_gpumem.leases.family import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -72,9 +72,15 @@ class Lookout:
         usage = self._driver.usage(uuid)
         told = dict(usage.processes)
         strangers = told.keys() - {os.getpid(), *map(pid_of, ours)}
+        for pid, starter in family.starters(strangers, ours).items():
+            # Within what its starter keeps, or runs with: a worker's engine, say.
+            told[pid_of(starter)] = (told.get(pid_of(starter)) or 0) + (told.pop(pid) or 0)
+            strangers = strangers - {pid}
         kin = _kin(strangers, family)
         relatives = sum(told[pid] or 0 for pid in kin)
         own, known = ours.pop(process, NOTHING), told.pop(os.getpid(), None)
+        # This process may have entered what it started as kept: that counts once.
+        relatives = max(0, relatives - max(0, own.resident - usage.own))
         # What this process uses is its own, whether or not it was entered.
         least = max(own.resident, usage.own)
         most = least if known is not None else max(least, own.resident + own.extra)

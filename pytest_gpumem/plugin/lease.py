@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.leases.store import Lease, LeaseStore
     from pytest_gpumem.records import Card
     from pytest_gpumem.scheduling.history import Expectation, History
+    from pytest_gpumem.tracking.tracker import Tracker
 
 ANY = marks.Need(vram=None, cards=1, exclusive=False)
 """What a test without a mark asks for."""
@@ -45,7 +47,7 @@ class Leasing:
         config: pytest's configuration.
         state: the plugin's.
         history: what is known of the tests.
-        standing: returns by card the bytes that wider fixtures hold now.
+        tracker: knows what wider fixtures hold, and what tests and fixtures started.
         granted: returns what xdist's controller has set aside for the test that begins, None if
             nothing; not given where this process decides by itself.
         used_card: called after a test that used a card.
@@ -59,7 +61,7 @@ class Leasing:
         config: pytest.Config,
         state: State,
         history: History,
-        standing: Callable[[], Mapping[str, int]],
+        tracker: Tracker | None,
         *,
         granted: Callable[[], Need | None] | None = None,
         used_card: Callable[[], None] = lambda: None,
@@ -68,7 +70,7 @@ class Leasing:
         self._settings = state.settings
         self._state = state
         self._history = history
-        self._standing = standing
+        self._tracker = tracker
         self._granted = granted
         self._used_card = used_card
         self._holdings = Holdings(state.settings.context_cost)
@@ -208,6 +210,8 @@ class Leasing:
             self._waited = 0.0
         if report.failed and call.excinfo is not None and call.when != "teardown":
             text = release.oom_text(call.excinfo.value)
+            if not text and self._tracker is not None:
+                text = self._tracker.child_oom()
             if text:
                 setattr(report, attempts.OOM, text)
         return report
@@ -334,8 +338,13 @@ class Leasing:
 
     def _acquire(self, item: pytest.Item, need: Need) -> None:
         cards = self._cards[: need.cards]
-        held = self._holdings()
-        wants = {card.uuid: self._want(need, card, held) for card in cards}
+        held = self._kept()
+        wants = {}
+        for card in cards:
+            there = self._there(item, need).get(card.uuid, 0)
+            # One byte is what is asked for of whom nothing is known.
+            rest = need if not there else need._replace(size=max(2, (need.size or 0) - there))
+            wants[card.uuid] = self._want(rest, card, held)
         begun = time.monotonic()
         with telling.Waiting(item.nodeid, self._open().ancestors) as waiting:
 
@@ -387,7 +396,7 @@ class Leasing:
 
         With them, as the second of each pair, come the bytes of them that wider fixtures hold.
         """
-        held = self._holdings()
+        held = self._kept()
         if not held:
             return {}
         standing = self._standing()
@@ -397,6 +406,27 @@ class Leasing:
         except LeaseError as error:
             self._do_without(error)
         return {uuid: (kept, standing.get(uuid, 0)) for uuid, kept in held.items()}
+
+    def _kept(self) -> dict[str, int]:
+        """Return by card what this process keeps, and what those keep that it started."""
+        children = None if self._tracker is None else self._tracker.children
+        if children is None:
+            return self._holdings()
+        return dict(Counter(self._holdings()) + Counter(children.living()))
+
+    def _standing(self) -> Mapping[str, int]:
+        """Return by card what wider fixtures hold, and what they started."""
+        return {} if self._tracker is None else self._tracker.standing()
+
+    def _there(self, item: pytest.Item, need: Need) -> Mapping[str, int]:
+        """Return by card what is there already of the bytes that a test's mark asks for.
+
+        A mark is for all that the test works with, and its fixtures' engines stand.
+        """
+        asked = marks_of(item).need
+        if self._tracker is None or asked is None or asked.vram is None or need.size != asked.vram:
+            return {}
+        return self._tracker.engines(getattr(item, "fixturenames", ()))
 
     def _can_spare(self) -> bool:
         return not self._stuck and _consolidator() is not None

@@ -11,6 +11,7 @@ import pytest
 
 from pytest_gpumem import devices, records
 from pytest_gpumem.devices.processes import others
+from pytest_gpumem.plugin import children
 from pytest_gpumem.plugin.state import (
     CARDS,
     GRANT,
@@ -36,6 +37,7 @@ from pytest_gpumem.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    from pytest_gpumem.tracking.sampler import Sampler
 
 BESIDE: pytest.StashKey[list[records.Process]] = pytest.StashKey()
 """Who else was on the cards when a test ran out of memory."""
@@ -64,7 +66,20 @@ class Measuring:
         """What the first of them that ran out of memory says."""
         self._keepers: dict[int, str] = {}
         self._state = state
-        self._late: list[tuple[str, list[dict[str, Any]], dict[str, int]]] = []
+        self._sampler: Sampler | None = None
+        # Now, because modules of tests keep copies of the environment.
+        watched = children.watch(state)
+        if watched is not None:
+            self.tracker.children, self._sampler = watched
+        self._late: list[tuple[str, Any, Any, dict[str, int]]] = []
+
+    def pytest_unconfigure(self) -> None:
+        """Leave nothing of that behind."""
+        if self._sampler is not None:
+            self._sampler.stop()
+        if self.tracker.children is not None:
+            self.tracker.children.close()
+            self.tracker.children = None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -104,6 +119,8 @@ class Measuring:
         """
         self._errors.append(error)
         self._oom = self._oom or release.oom_sentence(error)
+        if not isinstance(error, pytest.skip.Exception):
+            self._oom = self._oom or self.tracker.child_oom()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -120,6 +137,7 @@ class Measuring:
         if limit is not None:
             leaked = [(card, card.leaked) for card in cards]
             _enforce(item, "teardown", "allowed to leak {}, leaked {}", limit, leaked)
+            _enforce_of_fixtures(item.stash.get(USAGE, Usage()), limit)
         return result
 
     def _end(self, item: pytest.Item) -> tuple[records.CardUsage, ...]:
@@ -178,9 +196,9 @@ class Measuring:
         finally:
             self._tearing_down = False
             usage = self.tracker.end_test()
-            if usage.fixtures or self.tracker.reserved != before:
-                fixtures = [records.to_plain(fixture) for fixture in usage.fixtures]
-                self._late.append((nodeid, fixtures, self.tracker.reserved))
+            if usage.fixtures or usage.children or self.tracker.reserved != before:
+                plain = map(records.to_plain, (usage.fixtures, usage.children))
+                self._late.append((nodeid, *plain, self.tracker.reserved))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Tell the controller what no report told; this worker may be on another machine."""
@@ -263,9 +281,20 @@ def _enforce(
             pytest.fail(sentence.format(format_bytes(limit), format_bytes(size)), pytrace=False)
 
 
+def _enforce_of_fixtures(usage: Usage, limit: int) -> None:
+    """Fail the test after which a wider fixture left processes that hold more than ``limit``."""
+    for fixture in usage.fixtures:
+        if fixture.orphaned > limit:
+            size = f"{format_bytes(fixture.orphaned)} of {fixture.name!r} ({fixture.scope})"
+            text = f"allowed to leak {format_bytes(limit)}, processes of a fixture hold {size}"
+            pytest.fail(text, pytrace=False)
+
+
 def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
     grant = stashed(item, GRANT)
     beside = item.stash.get(BESIDE, []) if oom else []
-    told = properties.Told(usage.cards, usage.fixtures, oom, grant, usage.left, tuple(beside))
+    told = properties.Told(
+        usage.cards, usage.fixtures, oom, grant, usage.left, usage.children, tuple(beside)
+    )
     properties.tell_usage(item.user_properties, told)

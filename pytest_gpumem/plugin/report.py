@@ -32,6 +32,16 @@ class _Phases:
         """Whether the controller lets it run again, alone on its cards."""
 
 
+class _Late:
+    """What was torn down after a test was reported."""
+
+    def __init__(self) -> None:
+        self.fixtures: list[records.FixtureUsage] = []
+        self.children: list[records.ChildUsage] = []
+        self.reserved: dict[str, int] = {}
+        """Bytes that were reserved then, by card."""
+
+
 class Reporting:
     """Collects every test's record in the process that reports, and shows them at the end."""
 
@@ -49,9 +59,8 @@ class Reporting:
         """Those that have ended."""
         self._hosts: dict[str, str] = {}
         """By worker, where that is another machine."""
-        self._late: dict[tuple[str, str], tuple[list[records.FixtureUsage], dict[str, int]]] = {}
-        """By test and worker: fixtures torn down after the test was reported, and the bytes that
-        were reserved then, by card."""
+        self._late: dict[tuple[str, str], _Late] = {}
+        """By test and worker."""
         self._notes: list[str] = []
         self._failures: list[str] = []
         self._usage_error = ""
@@ -124,10 +133,11 @@ class Reporting:
         for plain in output.get(CARDS, ()):
             card = records.from_plain(records.Card, plain)._replace(host=self._host(worker))
             self._cards.setdefault((card.host, card.uuid), card)
-        for nodeid, plains, reserved in output.get(LATE, ()):
-            fixtures, now = self._late.setdefault((nodeid, worker), ([], {}))
-            fixtures += [records.from_plain(records.FixtureUsage, plain) for plain in plains]
-            now.update(reserved)
+        for nodeid, fixtures, children, reserved in output.get(LATE, ()):
+            late = self._late.setdefault((nodeid, worker), _Late())
+            late.fixtures += [records.from_plain(records.FixtureUsage, each) for each in fixtures]
+            late.children += [records.from_plain(records.ChildUsage, each) for each in children]
+            late.reserved.update(reserved)
         self._notes += [note for note in output.get(NOTES, ()) if note not in self._notes]
 
     def _host(self, worker: str) -> str:
@@ -153,12 +163,15 @@ class Reporting:
         """Return a test's record with what became known after its report."""
         late, host = self._late.get((test.nodeid, test.worker)), self._host(test.worker)
         if late is not None:
-            fixtures, reserved = late
             cards = [
-                card._replace(reserved=reserved.get(card.card, card.reserved))
+                card._replace(reserved=late.reserved.get(card.card, card.reserved))
                 for card in test.cards
             ]
-            test = test._replace(fixtures=(*test.fixtures, *fixtures), cards=tuple(cards))
+            test = test._replace(
+                fixtures=(*test.fixtures, *late.fixtures),
+                children=(*test.children, *late.children),
+                cards=tuple(cards),
+            )
         return test._replace(host=host) if host else test
 
     @pytest.hookimpl(trylast=True)

@@ -79,6 +79,20 @@ class Settings:
         "otherwise.",
         "SIZE",
     )
+    children: str = declared(
+        one_of(("watch", "off"), "a way to treat child processes"),
+        "watch: charge the processes that tests start to them, and give those of a simulated run "
+        "the simulated card; off: leave them alone.",
+        "HOW",
+        default="watch",
+    )
+    sample_interval: float = declared(
+        seconds,
+        "Seconds between two looks at what the driver says of child processes; 0 for none "
+        "between the beginning and the end of a test.",
+        "SECONDS",
+        default="0.05",
+    )
     archive: Path | None = declared(
         user_path,
         "The store of archived model state.",

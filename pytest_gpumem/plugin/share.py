@@ -17,13 +17,14 @@ from pytest_gpumem.scheduling import workers
 from pytest_gpumem.scheduling.history import History
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     import pytest
 
     from pytest_gpumem.plugin.xdist.controller import Controller
     from pytest_gpumem.records import RunRecord
+    from pytest_gpumem.tracking.tracker import Tracker
 
 
 def history_path(config: pytest.Config, state: State) -> Path | None:
@@ -120,24 +121,22 @@ def share(config: pytest.Config, state: State) -> None:
     """Let this process, which runs tests, share the cards with others."""
     given = getattr(config, "workerinput", None)
     measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
-    standing = dict[str, int] if measuring is None else measuring.tracker.standing
+    tracker = None if measuring is None else measuring.tracker
     if given is None:
-        leasing = Leasing(config, state, load_history(config, state), standing)
+        leasing = Leasing(config, state, load_history(config, state), tracker)
     elif xdist_worker.ASKED in given:
-        leasing = _scheduled(config, state, standing)
+        leasing = _scheduled(config, state, tracker)
         if measuring is not None:
             config.pluginmanager.register(LateTeardowns(measuring), "gpumem-late-teardowns")
     else:
         known = given.get(HISTORY)
         history = History.read(known) if known else History()
-        leasing = Leasing(config, state, history, standing)
+        leasing = Leasing(config, state, history, tracker)
         config.pluginmanager.register(Replacing(), Replacing.NAME)
     config.pluginmanager.register(leasing, Leasing.NAME)
 
 
-def _scheduled(
-    config: pytest.Config, state: State, standing: Callable[[], Mapping[str, int]]
-) -> Leasing:
+def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> Leasing:
     def granted() -> Need | None:
         grant = worker.granted()
         return None if grant is None else Need(*grant)
@@ -147,7 +146,7 @@ def _scheduled(
         # CPU test, as were those behind it: its relatives, as a rule.
         worker.return_queue()
 
-    leasing = Leasing(config, state, History(), standing, granted=granted, used_card=used_card)
+    leasing = Leasing(config, state, History(), tracker, granted=granted, used_card=used_card)
     worker = xdist_worker.Worker(
         config,
         hello=lambda items: {

@@ -91,8 +91,8 @@ HOST = "gpumem_host"
 NOTES = "gpumem_notes"
 LATE = "gpumem_late"
 """Keys under which a worker leaves things for the controller when it ends: ``LATE`` is what
-was torn down after its test was reported: the test, the fixtures, the bytes reserved since by
-card."""
+was torn down after its test was reported: the test, the fixtures, what became known of children,
+the bytes reserved since by card."""
 HISTORY = "gpumem_history"
 """Key under which a worker finds what is known of the tests when it begins."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.records.run import (
     CardUsage,
+    ChildUsage,
     FixtureUsage,
     Grant,
     Left,
@@ -42,12 +43,13 @@ class Told(NamedTuple):
     oom: str = ""
     lease: Grant | None = None
     left: tuple[Left, ...] = ()
+    children: tuple[ChildUsage, ...] = ()
     beside: tuple[Process, ...] = ()
     routes: tuple[Route, ...] = ()
     step: str = ""
 
 
-_IN_RECORD = ("cards", "fixtures", "oom", "lease", "left", "beside")
+_IN_RECORD = ("cards", "fixtures", "oom", "lease", "left", "children", "beside")
 
 
 def tell_usage(properties: Properties, usage: Told) -> None:

@@ -61,7 +61,7 @@ class CardUsage(NamedTuple):
     baseline: int
     """Allocated when the test began, with its wider fixtures set up."""
     peak: int
-    """Highest allocated while the test ran, baseline included."""
+    """Highest allocated while the test ran, baseline included, and by what it started."""
     leftover: int
     """Allocated after the test beyond its baseline and beyond what wider fixtures took."""
     reserved: int
@@ -79,9 +79,16 @@ class CardUsage(NamedTuple):
     note: str = ""
     """Why leftover is not (all) a leak: ``library workspace``, ``held by fixture 'model'``."""
     extra: int = 0
-    """Bytes to set aside for it: the most that its process reserved beyond what it kept anyway."""
+    """Bytes to set aside for it: the most that its process reserved beyond what it kept anyway,
+    and the most that what it started used."""
     fixture_bytes: int = 0
-    """Allocated by the wider fixtures it uses: what a process without them needs on top."""
+    """Held by the wider fixtures it uses, and by what they started: what a process without them
+    needs on top."""
+    children_peak: int = 0
+    """The part of ``peak`` that the processes had which the test started: by torch's allocators,
+    and by the driver where those tell nothing."""
+    orphaned: int = 0
+    """The part of ``leaked`` that these processes held when the test was over."""
 
 
 class Left(NamedTuple):
@@ -112,6 +119,41 @@ class Process(NamedTuple):
         return f"process {self.pid}{command} holds {size}"
 
 
+class ChildUsage(NamedTuple):
+    """What a process that a test or fixture started did to one card; it may not be over yet."""
+
+    pid: int
+    """0 where it is numbered in another pid namespace."""
+    command: str
+    """Empty where the system does not tell it."""
+    card: str
+    """UUID of the card."""
+    started_by: str
+    """The test, or the fixture in words: ``fixture 'engine' (module)``."""
+    peak: int | None = None
+    """Highest allocated by torch; None where it told nothing, and the driver alone knows of it."""
+    reserved_peak: int | None = None
+    used_peak: int | None = None
+    """The most that the driver saw it use, its context and its libraries included."""
+    used: int = 0
+    """Bytes of the card that it holds now; 0 once it has ended."""
+    leaked: int = 0
+    """What it still held when who started it was over: then it is an orphan."""
+    ooms: int = 0
+    """Out-of-memory errors that its allocator raised, caught ones too."""
+    start: float = 0.0
+    """When it was first seen to use the card, in seconds since the epoch."""
+    end: float = 0.0
+    """When it was seen to have ended; 0 while it runs."""
+
+    @property
+    def other(self) -> int | None:
+        """The most that was not torch's: its context, libraries, other frameworks."""
+        if self.used_peak is None or self.reserved_peak is None:
+            return self.used_peak
+        return max(0, self.used_peak - self.reserved_peak)
+
+
 class FixtureUsage(NamedTuple):
     """What one fixture's set-up and teardown did to one card."""
 
@@ -127,6 +169,8 @@ class FixtureUsage(NamedTuple):
     leaked: int = 0
     """The part that did not come back and was confirmed as a leak."""
     holders: tuple[Holder, ...] = ()
+    orphaned: int = 0
+    """The part of ``leaked`` that processes hold which it started, and which still run."""
 
 
 class Grant(NamedTuple):
@@ -187,6 +231,8 @@ class RecordedTest(NamedTuple):
     """What it set for its whole process and left so."""
     beside: tuple[Process, ...] = ()
     """Who else was on the card right after it ran out of memory, the largest first."""
+    children: tuple[ChildUsage, ...] = ()
+    """Processes that it started, and those of others of which something became known in it."""
 
     @property
     def fell_back(self) -> bool:

@@ -63,6 +63,7 @@ def lines(run: RunRecord, found: Findings) -> Iterator[str]:
     yield from _events(found)
     yield from _leaks(run)
     yield from _tests(run)
+    yield from _children(run)
     if run.notes:
         yield "<h2>Notes</h2><ul>"
         yield from (f"<li>{escape(note)}</li>" for note in run.notes)
@@ -347,6 +348,25 @@ def _row(test: RecordedTest) -> Iterator[str]:
         yield _number(size, "" if size is None else format_mib(size))
     waited = test.lease.waited if test.lease else None
     yield _number(waited, "" if waited is None else f"{waited:.2f}")
+
+
+def _children(run: RunRecord) -> Iterator[str]:
+    """Show the processes that tests and fixtures started, the largest first."""
+    rows = sorted(
+        timeline.children(run).values(), key=lambda child: -(child.used_peak or child.peak or 0)
+    )
+    if not rows:
+        return
+    yield '<h2>Child processes</h2><table id="children"><thead><tr><th>process</th>'
+    yield '<th>started by</th><th class="n">peak MiB</th><th class="n">by the driver</th>'
+    yield '<th class="n">left</th><th></th></tr></thead><tbody>'
+    for child in rows:
+        yield f"<tr><td>{child.pid} <small>{escape(child.command)}</small></td>"
+        yield f"<td>{escape(child.started_by)}</td>"
+        for size in (child.peak, child.used_peak, child.leaked or None):
+            yield _number(size, "" if size is None else format_mib(size))
+        yield f"<td>{'ended' if child.end else 'still runs'}</td></tr>"
+    yield "</tbody></table>"
 
 
 def _number(value: float | None, text: str) -> str:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.reports import timeline
+from pytest_gpumem.reports import children, timeline
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class _Leak(NamedTuple):
     size: int
     by: str
     holders: tuple[Holder, ...]
+    orphans: tuple[str, ...] = ()
+    """The processes that hold some of it."""
 
     @property
     def kind(self) -> str:
@@ -64,7 +66,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     touched = [
         test
         for test in run.tests
-        if test.cards or test.fixtures or test.oom or test.broke or test.left
+        if test.cards or test.fixtures or test.oom or test.broke or test.left or test.children
     ]
     notes = [f"  {note}" for note in run.notes if not _is_header(note)]
     if not touched:
@@ -79,7 +81,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
             yield Line(f"{format_bytes(leak.size):>12} leaked by {leak.by}")
         yield from _more(len(leaks) - shown, "leaks")
         return
-    yield from _table(run, touched, shown)
+    yield from _table(run, touched, shown, verbosity)
     yield from _fixtures(touched, shown)
     yield from _section("leaked", _leaked(leaks, shown, verbosity), "yellow")
     yield from _section("out of memory", _ooms(touched, felled, shown, verbosity), "red")
@@ -97,6 +99,9 @@ def usage_lines(usage: CardUsage, card: str) -> Iterator[str]:
     yield f"card      {card}"
     for name in ("baseline", "peak", "leftover", "leaked", "reserved"):
         yield f"{name:<9} {format_bytes(getattr(usage, name))}"
+    if usage.children_peak:
+        left = f", {format_bytes(usage.orphaned)} left" if usage.orphaned else ""
+        yield f"children  {format_bytes(usage.children_peak)} at their peak{left}"
     yield from _holder_lines(usage.holders, None)
 
 
@@ -145,8 +150,10 @@ def _felled(tests: Iterable[RecordedTest]) -> list[RecordedTest]:
     return [test for test in tests if test.oom and test.outcome in ("failed", "error")]
 
 
-def _table(run: RunRecord, tests: Iterable[RecordedTest], shown: int) -> Iterator[Line]:
-    """Show the tests that took most of a card themselves."""
+def _table(
+    run: RunRecord, tests: Iterable[RecordedTest], shown: int, verbosity: int
+) -> Iterator[Line]:
+    """Show the tests that took most of a card, themselves and by what they started."""
     most: dict[tuple[str, str, str], tuple[CardUsage, RecordedTest]] = {}
     for test in tests:
         for card in test.cards:
@@ -168,6 +175,9 @@ def _table(run: RunRecord, tests: Iterable[RecordedTest], shown: int) -> Iterato
             f"{format_bytes(_own(card)):>11} {part:>8} {format_bytes(card.peak):>11} "
             f"{format_bytes(card.leftover):>11}  {test.nodeid}{_on(test)}"
         )
+        if verbosity > 0:
+            indent = " " * 33
+            yield from (Line(f"{indent}{each}") for each in children.largest(test, card.card))
     yield from _more(len(rows) - shown, "tests")
 
 
@@ -226,18 +236,22 @@ def _section(title: str, found: Iterable[str], colour: str = "") -> Iterator[Lin
         yield from map(Line, body)
 
 
-def _leaks(tests: Iterable[RecordedTest]) -> Iterator[_Leak]:
+def _leaks(tests: Sequence[RecordedTest]) -> Iterator[_Leak]:
+    ended = children.ends(tests)
     for test in tests:
         for card in test.cards:
             if card.leaked:
-                yield _Leak(card.leaked, f"{test.nodeid}{_on(test)}", card.holders)
+                left = children.orphans(test, card.card, test.nodeid, ended)
+                yield _Leak(card.leaked, f"{test.nodeid}{_on(test)}", card.holders, left)
         for fixture in test.fixtures:
             if fixture.leaked:
                 by = (
                     f"fixture {fixture.name} ({fixture.scope}), "
                     f"torn down after {test.nodeid}{_on(test)}"
                 )
-                yield _Leak(fixture.leaked, by, fixture.holders)
+                name = f"fixture {fixture.name!r} ({fixture.scope})"
+                left = children.orphans(test, fixture.card, name, ended)
+                yield _Leak(fixture.leaked, by, fixture.holders, left)
 
 
 def _leaked(leaks: Sequence[_Leak], shown: int, verbosity: int) -> Iterator[str]:
@@ -250,6 +264,7 @@ def _leaked(leaks: Sequence[_Leak], shown: int, verbosity: int) -> Iterator[str]
     for first, *others in groups[:shown]:
         yield f"  {format_bytes(first.size):>10} by {first.by}"
         yield from _holder_lines(first.holders, None if verbosity > 0 else _HOLDERS_SHOWN)
+        yield from (f"      {sentence}" for sentence in first.orphans)
         if others:
             size = format_bytes(sum(leak.size for leak in others))
             yield f"      likewise {size} in {_count(len(others), 'leak')}"

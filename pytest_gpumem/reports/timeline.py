@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_gpumem.records import RecordedTest, RunRecord
+    from pytest_gpumem.records import ChildUsage, RecordedTest, RunRecord
 
 CardKey = tuple[str, str]
 """Host ("" for the one that reports) and UUID."""
@@ -35,6 +35,12 @@ def levels(run: RunRecord) -> dict[CardKey, list[Level]]:
             most = max(card.reserved_peak, card.reserved)
             steps.append((test.start, test.worker, run.context + most))
             steps.append((test.start + test.duration, test.worker, run.context + card.reserved))
+    for (host, *_), child in children(run).items():
+        most = child.used_peak or run.context + (child.reserved_peak or 0)
+        steps = changes.setdefault((host, child.card), [])
+        steps.append((child.start, f"process {child.pid} {child.start}", most))
+        if child.end:
+            steps.append((child.end, f"process {child.pid} {child.start}", 0))
     found: dict[CardKey, list[Level]] = {}
     for key, steps in changes.items():
         held: dict[str, int] = {}
@@ -43,6 +49,15 @@ def levels(run: RunRecord) -> dict[CardKey, list[Level]]:
             held[worker] = size
             found[key].append(Level(time, sum(held.values())))
     return found
+
+
+def children(run: RunRecord) -> dict[tuple[str, int, float, str], ChildUsage]:
+    """Return what is known last of each process that tests started: by host, pid, start, card."""
+    return {
+        (test.host, child.pid, child.start, child.card): child
+        for test in run.tests
+        for child in test.children
+    }
 
 
 def window(tests: Sequence[RecordedTest]) -> tuple[float, float]:

@@ -42,6 +42,7 @@ def events(run: RunRecord) -> Iterator[dict[str, Any]]:
         yield _name("process", number, 0, f"workers on {host}" if host else "workers")
     for (host, worker), lane in lanes.items():
         yield _name("thread", hosts[host], lane, worker or "pytest")
+    yield from _children(run, hosts, begin, len(lanes))
     for test in tests:
         place = {"pid": hosts[test.host], "tid": lanes[test.host, test.worker]}
         if test.lease is not None and test.lease.waited > 0:
@@ -63,6 +64,29 @@ def events(run: RunRecord) -> Iterator[dict[str, Any]]:
                 "pid": _CARDS,
                 "args": {"used": round(step.size / 2**20, 1)},
             }
+
+
+def _children(
+    run: RunRecord, hosts: dict[str, int], begin: float, lane: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a lane behind those of the workers for each process that a test started."""
+    _, end = timeline.window(run.tests)
+    for (host, pid, start, _), child in timeline.children(run).items():
+        if host not in hosts:
+            continue  # of tests without a time
+        lane += 1
+        yield _name("thread", hosts[host], lane, f"process {pid} of {child.started_by}")
+        place = {"pid": hosts[host], "tid": lane}
+        until = max(start, child.end or end)
+        yield _stretch(child.command or f"process {pid}", start - begin, until - start, place) | {
+            "cat": "child",
+            "args": {
+                "started by": child.started_by,
+                "peak": child.peak,
+                "used": child.used_peak,
+                "leaked": child.leaked,
+            },
+        }
 
 
 def _facts(test: RecordedTest) -> dict[str, Any]:

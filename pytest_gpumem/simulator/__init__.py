@@ -14,8 +14,8 @@ from os import environ, getuid
 from pathlib import Path
 from typing import ClassVar
 
+from pytest_gpumem.on_import import when_imported
 from pytest_gpumem.simulator.card import SharedCard
-from pytest_gpumem.simulator.on_import import when_imported
 
 
 class Simulation:
@@ -106,8 +106,12 @@ class Simulation:
         """Let torch and pynvml answer for the card, now or as soon as each is imported.
 
         With torch comes pynvml: only an imported pynvml tells the driver's side of the card where
-        there is no driver. It cannot be undone in this process.
+        there is no driver. It cannot be undone in this process. Once more, for a program that was
+        given the card of its run and attaches it itself, is harmless.
         """
+        before = Simulation.installed
+        if before is not None and not before.closed and before.path == self.path:
+            return
         Simulation.installed = self
         when_imported("pynvml", self._install_nvml)
         when_imported("torch", self._install_torch)

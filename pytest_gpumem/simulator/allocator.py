@@ -121,6 +121,11 @@ class CachingAllocator:
         return self._all.allocated_bytes.current
 
     @property
+    def peak(self) -> int:
+        """Highest bytes in blocks handed out, since the start or a reset."""
+        return self._all.allocated_bytes.peak
+
+    @property
     def reserved(self) -> int:
         """Bytes in segments, handed out or cached."""
         self._settle()

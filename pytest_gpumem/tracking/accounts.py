@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.records import CardUsage, FixtureUsage, Left
+from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage, Left
 from pytest_gpumem.tracking.verdict import Verdict, Verdicts
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Owner:
         self.name = name
         self.scope = scope
         self.accounts: dict[str, Account] = {}
+        self.number = 0
+        """By which its children know it."""
 
     def account(self, uuid: str) -> Account:
         """Return this owner's account on the card ``uuid``."""
@@ -145,6 +147,7 @@ class Usage(NamedTuple):
     cards: tuple[CardUsage, ...] = ()
     fixtures: tuple[FixtureUsage, ...] = ()
     left: tuple[Left, ...] = ()
+    children: tuple[ChildUsage, ...] = ()
 
 
 NOTHING_USED = Usage()

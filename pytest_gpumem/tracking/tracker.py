@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
+from pytest_gpumem.records import CardUsage, ChildUsage
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import (
     NOTHING_USED,
@@ -35,7 +37,7 @@ from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices import Allocator, AllocatorReading
-    from pytest_gpumem.records import CardUsage
+    from pytest_gpumem.tracking.children import Children
 
 
 class Tracker:
@@ -66,6 +68,12 @@ class Tracker:
         """Wider fixtures that are set up."""
         self._tensors = TensorLedger(root)
         self._left = left or LeftBehind()
+        self.children: Children | None = None
+        """What tests start; whoever has a place for their book gives it before the first test."""
+        self._wide: list[Fixture] = []
+        """Wider fixtures that are set up, whether or not they hold anything."""
+        self._moved: list[Fixture] = []
+        """Those that were set up or torn down since the last test ended."""
         self._changed = 0
         """Net bytes, over all cards, since the ledger met what lives on them."""
         self._reading = False
@@ -91,7 +99,20 @@ class Tracker:
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
         cards = {uuid for fixture in self._standing for uuid in fixture.set_up}
-        return {uuid: held(self._standing, uuid) for uuid in cards}
+        sizes = Counter({uuid: held(self._standing, uuid) for uuid in cards})
+        if self.children is not None:
+            sizes.update(self.children.held_by(self._wide))
+        return sizes
+
+    def child_oom(self) -> str:
+        """Return in one sentence which child of the running test ran out of memory, or ""."""
+        return "" if self.children is None else self.children.oom()
+
+    def engines(self, names: Collection[str]) -> Mapping[str, int]:
+        """Return what that holds, by card, which the wider fixtures among ``names`` started."""
+        if self.children is None:
+            return {}
+        return self.children.held_by(each for each in self._wide if each.name in names)
 
     def close(self) -> None:
         """Stop watching."""
@@ -197,6 +218,8 @@ class Tracker:
         self._look()
         self._outside.accounts.clear()
         self._test = Test(nodeid, tuple(self._standing))
+        if self.children is not None:
+            self._test.number = self.children.enter(nodeid)
         self._owners = [self._test]
         for meter in self._meters.values():
             self._test.baselines[meter.card.uuid] = meter.last.allocated
@@ -207,7 +230,9 @@ class Tracker:
         self.boundary()
         if self._test is None:
             return ()
-        return card_usages(self._test, self._meters.values(), {}, ())
+        if self.children is not None and self.children.stirred():
+            self.children.look()
+        return self._card_usages(self._test, {}, ())
 
     def anything_stayed(self) -> bool:
         """Whether the running test, or a fixture torn down in it, keeps memory at this moment."""
@@ -267,14 +292,40 @@ class Tracker:
         self._release_caches()
         for meter in self._meters.values():
             meter.read_process()
-        cards = card_usages(test, self._meters.values(), verdicts, fixtures)
+        over = [test, *(fixture for fixture in self._moved if fixture.torn_down)]
+        stirred = self.children is not None and self.children.stirred()
+        if self.children is not None and stirred:
+            self.children.settle(over)
+        cards = self._card_usages(test, verdicts, fixtures)
         self._look()
         left = self._left.settle()
+        told = fixture_usages(test, verdicts)
+        children: tuple[ChildUsage, ...] = ()
+        if self.children is not None and stirred:
+            told = self.children.widen_fixtures(told, self._moved)
+            children = self.children.report()
+            self.children.forget(over)
+        self._moved.clear()
         self._test = None
         self._owners = [self._outside]
-        if not (cards or test.fixtures or left):
+        if not (cards or told or left or children):
             return NOTHING_USED
-        return Usage(cards, fixture_usages(test, verdicts), left)
+        return Usage(cards, told, left, children)
+
+    def _card_usages(
+        self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
+    ) -> tuple[CardUsage, ...]:
+        """Return what a test did to each card, and what its children did."""
+        usages = card_usages(test, self._meters.values(), verdicts, fixtures)
+        if self.children is None or not self.children.known:
+            return usages
+        used = [each for each in {*self._wide, *self._moved} if each.name in fixtures]
+        return self.children.widen(usages, test, used, self._untouched)
+
+    def _untouched(self, uuid: str) -> CardUsage:
+        """Return the usage of a card on which this process did nothing."""
+        held = sum(each.last.allocated for each in self._meters.values() if each.card.uuid == uuid)
+        return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
 
     def _give_back(self, errors: Sequence[BaseException]) -> None:
         """Drop what only tracebacks and reference cycles keep alive, by the cheapest means."""
@@ -321,6 +372,8 @@ class Tracker:
         if fixture.wide:
             self._remember()
             self._look()
+            if self.children is not None:
+                fixture.number = self.children.enter(fixture.label)
         self._owners.append(fixture)
         return fixture
 
@@ -337,6 +390,15 @@ class Tracker:
         if self._test is not None and fixture.wide:
             for uuid, account in fixture.accounts.items():
                 self._test.account(uuid).add(account)
+            if self.children is not None:
+                self.children.hand_over(fixture, self._test)
+            self._resume()
+
+    def _resume(self) -> None:
+        """Let what is started from now on belong to who runs, of function fixtures the test."""
+        if self.children is not None:
+            owner = self._owners[-1].number
+            self.children.starters.resume(owner or (0 if self._test is None else self._test.number))
 
     def end_fixture(self, fixture: Fixture, value: object = None, function: object = None) -> None:
         """End charging the set-up of ``fixture``, where ``function`` made ``value``."""
@@ -350,6 +412,9 @@ class Tracker:
         fixture.set_up = {uuid: copy.copy(fixture.account(uuid)) for uuid in uuids}
         if fixture.wide:
             fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
+            self._wide.append(fixture)
+            self._moved.append(fixture)
+            self._resume()
         holds = any(account.delta > 0 for account in fixture.set_up.values())
         if fixture.wide and holds:
             self._standing.append(fixture)
@@ -378,6 +443,10 @@ class Tracker:
         if fixture in self._standing:
             self._standing.remove(fixture)
         self._owners.append(fixture)
+        if fixture in self._wide:
+            self._wide.remove(fixture)
+            self._moved = [*(each for each in self._moved if each is not fixture), fixture]
+        self._resume()
         self._tensors.drop_fixture(fixture.roots)
         if self._test is not None and fixture not in self._test.fixtures and fixture.set_up:
             self._test.fixtures.append(fixture)

@@ -8,6 +8,7 @@ from pytest_gpumem import files, records
 from pytest_gpumem.records import (
     Card,
     CardUsage,
+    ChildUsage,
     FixtureUsage,
     Grant,
     Holder,
@@ -75,6 +76,7 @@ TOLD = properties.Told(
     "CUDA out of memory",
     Grant(("GPU-1",), 7, alone=True, waited=0.5),
     (Left("default device", "cpu", "cuda:0"),),
+    (ChildUsage(7, "python", "GPU-1", "test_x.py::test_a"),),
     (Process(7, "python", None),),
     (Route("encode", 5, "cpu", "the card is full"), Route("encode", 5, "cuda", "there is room")),
     "alone",

@@ -62,6 +62,8 @@ class CardMemory:
         self.forked = False
         """Whether the parent had: CUDA does not survive a fork."""
         self._held: dict[int, _Held] = {}
+        self._told = 0
+        """The highest peak of which ``card.grown`` was told."""
         os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
@@ -158,6 +160,9 @@ class CardMemory:
             refusal = error.with_traceback(None)
         else:
             self.history.allocated(block)
+            if self.card.grown is not None and self.allocator.peak > self._told:
+                self._told = self.allocator.peak
+                self.card.grown()
             return block
         # Outside the handler, so that the error has no context the real one would not have.
         raise self._out_of_memory(refusal)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._device import DeviceContext
 
-from pytest_gpumem.simulator.on_import import when_imported
+from pytest_gpumem.on_import import when_imported
 from pytest_gpumem.simulator.torch_face import stubs
 from pytest_gpumem.simulator.torch_face.calls import as_device
 from pytest_gpumem.simulator.torch_face.memory import TORCH_VERSION

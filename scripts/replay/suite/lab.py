@@ -121,16 +121,12 @@ class OrchestratorAgent(Agent):
 
 
 SERVER = """
-import os, sys
-if card := os.environ.get("GPUMEM_SIMULATE_CARD"):
-    from pytest_gpumem.simulator import Simulation
-    Simulation.attach(card).install()
-import time, torch
+import sys, time, torch
 held = torch.empty(int(sys.argv[1]) << 20, dtype=torch.uint8, device="cuda")
 print("ready", flush=True)
 time.sleep(float(sys.argv[2]))
 """
-"""Another torch process on the same card, a simulated one too."""
+"""Another torch process on the same card; a simulated run gives it its own."""
 
 
 def call_server(mib: int, seconds: float) -> None:

@@ -24,6 +24,8 @@ EXAMPLES = {
     "top": ("3", 3),
     "vram_limit": ("2GiB", 2**31),
     "vram_leak_limit": ("0B", 0),
+    "children": ("off", "off"),
+    "sample_interval": ("0.5", 0.5),
     "archive": ("store", None),
     "archive_key_file": ("key", None),
     "archive_quota": ("20GiB", 20 * 2**30),

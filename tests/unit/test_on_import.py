@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pytest_gpumem.simulator.on_import import when_imported
+from pytest_gpumem.on_import import when_imported
 
 
 @pytest.fixture

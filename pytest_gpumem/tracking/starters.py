@@ -1,0 +1,104 @@
+"""Who runs, by a number, so that what is started can be laid at his door.
+
+A process that says who started it by its page or its environment is believed; one whose environment
+was cleared belongs to who ran when it began, if the tree of processes leads here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.devices import family
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_gpumem.devices.book import Book
+
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Linux counts the beginnings of processes by it."""
+
+
+class Starters:
+    """The tests and wider fixtures of this process.
+
+    Args:
+        make_book: makes the book in which children tell what they hold; called again in a forked
+            child that runs tests itself.
+
+    """
+
+    def __init__(self, make_book: Callable[[], Book]) -> None:
+        self._make_book = make_book
+        self.book = make_book()
+        self._place = str(self.book.path)
+        self._pid = os.getpid()
+        self._inherited = os.environ.get(family.VARIABLE)
+        self._outer = f"{self._inherited}\n" if self._inherited else ""
+        self.names = ["outside of tests"]
+        """By number."""
+        self.heirs: dict[int, int] = {}
+        """Who answers for whom now."""
+        self._turns: list[tuple[float, int]] = []
+        """Since when, by the clock of processes, who ran."""
+        self.resume(0)
+
+    def begin_anew(self) -> bool:
+        """Keep a book of its own in a forked child; return whether this is one."""
+        if os.getpid() == self._pid:
+            return False
+        self._pid, self.book = os.getpid(), self._make_book()
+        self._place, self._turns = str(self.book.path), []
+        return True
+
+    def enter(self, name: str) -> int:
+        """Let one run that was not known yet; return its number."""
+        self.names.append(name)
+        number = len(self.names) - 1
+        self.resume(number)
+        return number
+
+    def resume(self, number: int) -> None:
+        """Let what is started from now on be the doing of ``number``."""
+        # Before each test: this is written out, a Link takes twice as long.
+        name = self.names[number]
+        if len(name) > 500 or not name.isprintable():
+            name = family.fitting(name)
+        os.environ[family.VARIABLE] = f"{self._outer}{number}|{self._place}|{name}"
+        self.book.now = number
+        self._turns.append((time.clock_gettime(_CLOCK), number))
+
+    def of(self, pid: int, identity: str) -> int | None:
+        """Return who started a process, ``identity`` as ``pid:start``; None: nobody here."""
+        for link in family.started_by(pid):
+            if link.book == self._place:
+                return self.heir(link.owner, identity)
+        if self.book.root not in family.lineage(pid):
+            return None
+        return self.heir(0, identity)
+
+    def heir(self, number: int, identity: str) -> int:
+        """Return who answers for a child that ``number`` started, nobody: who ran as it began.
+
+        Whose environment is a copy that a module made when it was imported says nobody.
+        """
+        if number or not identity or sys.platform != "linux":
+            return self.heirs.get(number, number)
+        # The kernel rounds down, so it may have begun a tick later.
+        begun = (float(identity.partition(":")[2]) + 1) / _TICKS
+        at = bisect.bisect(self._turns, (begun, len(self.names)))
+        owner = self._turns[at - 1][1] if at else 0
+        return self.heirs.get(owner, owner)
+
+    def close(self) -> None:
+        """Take the variable out of the environment, and the book off the disk."""
+        if self._inherited is None:
+            os.environ.pop(family.VARIABLE, None)
+        else:
+            os.environ[family.VARIABLE] = self._inherited
+        self.book.remove()

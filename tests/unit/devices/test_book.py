@@ -1,0 +1,171 @@
+"""The book in which children tell what they hold, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pytest_gpumem.devices.allocator import AllocatorReading
+from pytest_gpumem.devices.book import Book, key, left_behind
+
+MIB = 2**20
+CARD = "GPU-book"
+ROOT = """
+import sys
+from pathlib import Path
+from pytest_gpumem.devices.book import Book
+print(Book.create(Path(sys.argv[1]), 5).path, flush=True)
+sys.stdin.read()
+"""
+CHILD = """
+import sys
+from pathlib import Path
+from pytest_gpumem.devices.allocator import AllocatorReading
+from pytest_gpumem.devices.book import Book
+page = Book(Path(sys.argv[1])).join(int(sys.argv[2]), sys.argv[3])
+for line in sys.stdin:
+    now, peak = map(int, line.split())
+    page.tell(0, "GPU-book", AllocatorReading(now, peak, now, peak, 0, 0))
+    print("told", flush=True)
+"""
+
+
+class Member:
+    def __init__(self, book, owner, name=""):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(book.path), str(owner), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, now, peak):
+        self.process.stdin.write(f"{now} {peak}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "told\n"
+
+    def end(self, number=None):
+        if number is None:
+            self.process.stdin.close()
+        else:
+            self.process.send_signal(number)
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stdin.close()
+
+
+@pytest.fixture
+def book(tmp_path):
+    book = Book.create(tmp_path / "families", 5)
+    yield book
+    book.remove()
+
+
+@pytest.fixture
+def member(book):
+    found = []
+
+    def start(owner, name=""):
+        found.append(Member(book, owner, name))
+        return found[-1]
+
+    yield start
+    for each in found:
+        each.end()
+
+
+def figures(book):
+    return {told.pid: (told.lives, *told.cards[key(CARD)][:6]) for told in book.read()}
+
+
+def test_what_a_killed_child_told_stays_until_it_is_struck(book, member):
+    one = member(7, "test_x")
+    one.tell(10, 30)
+    one.end(signal.SIGKILL)
+    (told,) = book.read()
+    assert (told.owner, told.name, told.lives) == (7, "test_x", False)
+    assert told.pid == one.process.pid
+    assert told.cards[key(CARD)][:4] == (10, 30, 10, 30)
+    assert "python" in told.command
+    book.strike(told.slot)
+    assert book.read() == []
+    assert not book.used
+
+
+def test_the_highest_sum_of_one_owners_children_is_that_of_one_moment(book, member):
+    first, second, other = member(1), member(1), member(2)
+    first.tell(100, 100)
+    first.tell(20, 100)
+    other.tell(500, 500)
+    second.tell(60, 70)  # 90 at one moment, and 100 before
+    assert figures(book)[second.process.pid] == (True, 60, 70, 60, 70, 90, 70 + 20 + 2 * 5)
+    assert figures(book)[other.process.pid][5] == 500
+    first.end(signal.SIGKILL)
+    second.tell(95, 95)  # alone by now
+    assert figures(book)[second.process.pid][5] == 95
+
+
+def test_a_living_child_is_not_struck(book, member):
+    one = member(1)
+    one.tell(1, 1)
+    (told,) = book.read()
+    book.strike(told.slot)
+    assert [each.slot for each in book.read()] == [told.slot]
+
+
+def test_names_of_any_length_and_script_are_told_as_far_as_there_is_room(book, member):
+    one = member(1, "tést_" * 100)
+    one.tell(1, 1)
+    (told,) = book.read()
+    assert ("tést_" * 100).startswith(told.name)
+    assert len(told.name) > 150
+
+
+def test_children_of_a_process_that_was_killed_are_found_and_its_book_goes_with_the_last(tmp_path):
+    directory = tmp_path / "families"
+    root = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            ROOT,
+            str(directory),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with root:
+        path = root.stdout.readline().strip()
+        book = Book(type(tmp_path)(path))
+        child = Member(book, 3, "test_of_killed")
+        child.tell(4, 4)
+        assert left_behind(directory) == []
+        root.kill()
+    assert [told.name for told in left_behind(directory)] == ["test_of_killed"]
+    child.end()
+    book.close()
+    assert left_behind(directory) == []
+    assert list(directory.iterdir()) == []
+
+
+def test_a_file_of_another_form_is_refused(tmp_path):
+    path = tmp_path / "book"
+    path.write_bytes(bytes(4096))
+    with pytest.raises(ValueError, match="form"):
+        Book(path)
+    assert left_behind(tmp_path) == []
+
+
+def test_the_owner_who_runs_now_is_told(book):
+    book.now = 12
+    assert Book(book.path).now == 12
+
+
+def test_a_reading_of_a_ninth_card_is_left_out(book):
+    page = book.join(1, "")
+    page.tell(8, "GPU-ninth", AllocatorReading(1, 1, 1, 1, 0, 0))
+    assert [told.cards for told in book.read() if told.pid == os.getpid()] == [{}]
