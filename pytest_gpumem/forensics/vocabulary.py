@@ -51,13 +51,20 @@ class Said(NamedTuple):
     """The same in bytes."""
 
 
-def classify(text: str) -> Said | None:
+def classify(text: str, *, logged: bool = False) -> Said | None:
     """Return what the text of an exception says of memory that ran out, None if nothing.
 
     The words may stand anywhere in it. What only may mean it (``weak``) is returned where nothing
     better is found.
+
+    Args:
+        text: the exception's words.
+        logged: whether they are what a program printed, which may tell of an error that it
+            survived.
+
     """
-    found = [said for line in _hinted(text) if (said := _line(line)) is not None]
+    lines = _hinted(text)
+    found = [said for line in lines if (said := _line(line, raised=not logged)) is not None]
     return min(found, key=lambda said: said.weak, default=None)
 
 
@@ -67,14 +74,14 @@ def _hinted(text: str) -> list[str]:
     return [line[:_LENGTH] for line in text.splitlines() if _HINT.search(line)][:_LINES]
 
 
-def _line(line: str) -> Said | None:
+def _line(line: str, *, raised: bool) -> Said | None:
     from pytest_gpumem.forensics import messages
 
     for start in sorted(set(_starts(line))):
         if _DATA.search(line, 0, start) or _DATA.match(line, start):
             return None
         rest = line[start:]
-        message = None if _CLASS.match(rest) else messages.parse(rest, raised=True)
+        message = None if _CLASS.match(rest) else messages.parse(rest, raised=raised)
         if message is not None and not _quoted(rest, message):
             if _DATA.search(rest, 0, message.start):
                 return None
