@@ -169,7 +169,8 @@ def _reported(text: str, span: tuple[int, int], found: Message, *, raised: bool)
 
 def _quoted(head: str, tail: str) -> bool:
     """Tell whether words without figures are shown as code within a text."""
-    return head.count("`") % 2 == 1 and tail.count("`") % 2 == 1
+    before = head.rpartition("`")[0]
+    return bool(before.strip()) and before.count("`") % 2 == 0 and tail.count("`") % 2 == 1
 
 
 def _survived(text: str, end: int, head: str) -> bool:

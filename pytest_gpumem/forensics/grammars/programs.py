@@ -7,7 +7,7 @@ GRAMMARS = (
     grammar(
         "host",
         "OutOfMemory",
-        r"\bjava\.lang\.OutOfMemoryError|\bSystem\.OutOfMemoryException|-?4:Insufficient memory\)"
+        r"\bSystem\.OutOfMemoryException|-?4:Insufficient memory\)"
         r".{0,40} to allocate|\bOutOfMemoryError: Container killed",
         r"ailed to allocate <tried>",
         distinct=True,

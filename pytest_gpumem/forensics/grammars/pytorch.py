@@ -54,7 +54,7 @@ GRAMMARS = (
     grammar(
         "unknown",
         "Tried to allocate",
-        r"\b(?:Out|[A-Z]{2,8} out) of memory\. Tried to allocate",
+        r"\b(?:Out|[A-Z]{2,8} out) of memory\. Tried to allocate \d",
         *_TORCH,
     ),
     grammar(
