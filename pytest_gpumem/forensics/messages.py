@@ -37,6 +37,8 @@ _ERROR_HEAD = re.compile(
     r"|could not|cannot|unable)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
 )
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
+_CALL = re.compile(r"\w\([^()\"']*$")
+"""A name among the arguments of a call is code."""
 _SEPARATED = re.compile(r"(?:^|[:=>|\]})\"'`(,.;!*-]|\\n)\s*$")
 # Code and documents speak of the message; they do not report it.
 _CODE = re.compile(
@@ -197,7 +199,7 @@ def _by_class(text: str, *, raised: bool) -> Message | None:
     backend = _PACKAGES.get(re.split(r"\.|::", match["module"])[0])
     grammar = next((each for each in grammars.GRAMMARS if each.backend == backend), None)
     head, tail = text[: match.start()], text[match.end() : match.end() + 1]
-    if grammar is None or not _SEPARATED.search(head) or tail.isalnum():
+    if grammar is None or not _SEPARATED.search(head) or tail.isalnum() or _CALL.search(head):
         return None
     found = _message(grammar, text, match)._replace(named=True)
     return found if _reported(text, match.span(), found, raised=raised) else None

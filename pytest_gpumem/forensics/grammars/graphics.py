@@ -44,6 +44,14 @@ GRAMMARS = (
         r"\b(?:UR|ZE|PI)_(?:RESULT_)?ERROR_(?:OUT_OF_DEVICE_MEMORY|MEM_OBJECT_ALLOCATION_FAILURE)",
         distinct=True,
     ),
+    # Of memory or of anything else that a kernel needs.
+    grammar(
+        "xpu",
+        "UR_RESULT_ERROR_OUT_OF_RESOURCES",
+        "",
+        kind="weak",
+        distinct=True,
+    ),
     grammar(
         "host",
         "OUT_OF_HOST_MEMORY|OutOfHostMemory",

@@ -57,9 +57,11 @@ GRAMMARS = (
     ),
     grammar(
         "host",
-        "as a result of limit of|low on resource: memory|System OOM enc|by the OOM killer",
+        "as a result of limit of|low on resource: memory|System OOM enc|by the OOM killer"
+        "|avoid running out of memory",
         r"\bTask in \S+ killed as a result of limit of|\blow on resource: memory"
-        r"|System OOM encountered, victim process|killed by the OOM killer",
+        r"|System OOM encountered, victim process|killed by the OOM killer"
+        r"|\bkilling .{0,300} to avoid running out of memory",
         distinct=True,
         kind="kill",
     ),

@@ -20,10 +20,7 @@ GRAMMARS = (
         r"allocation of <tried>",
         distinct=True,
     ),
-    grammar(
-        "host", "annot allocate vector", r"cannot allocate vector of size", r"of size <tried>",
-        distinct=True,
-    ),
+    grammar("host", "annot allocate vector", r"cannot allocate vector of size", distinct=True),
     grammar(
         "host",
         "out of memory allocating|LLVM ERROR: out of|rror : out of memory|Memory allocation fail",
@@ -33,4 +30,4 @@ GRAMMARS = (
         r"memory allocating <tried>",
         distinct=True,
     ),
-)  # fmt: skip
+)
