@@ -159,7 +159,8 @@ def _reported(text: str, span: tuple[int, int], found: Message, *, raised: bool)
     if QUOTING.search(head) or _CODE.match(head):
         return False
     if found.kind == "kill":
-        return True
+        # At whatever level somebody logs it.
+        return not (HANDLED.search(head) or HANDLED.search(text[end:]) or _PROSE_HEAD.search(head))
     if not raised and _survived(text, end, head):
         return False
     if found.figures:

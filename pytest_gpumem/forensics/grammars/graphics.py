@@ -73,7 +73,9 @@ GRAMMARS = (
         distinct=True,
     ),
     # wgpu, of Rust's frameworks; DirectML; OpenGL; what encodes and decodes images and video.
-    grammar("unknown", "ot enough memory left", r"(?:^|: )Not enough memory left\b", distinct=True),
+    grammar(
+        "unknown", "ot enough memory left", r"(?:^|: )Not enough memory left\.?$", distinct=True
+    ),
     grammar(
         "unknown",
         "not enough GPU video memory",

@@ -51,7 +51,7 @@ GRAMMARS = (
         "host",
         "oom-kill|oom_kill|oom_reaper",
         r"\boom-kill:|result '?oom-kill|oom_reaper: reaped process (?P<pid>\d{1,10})"
-        r"|Detected \d+ oom[_-]kill",
+        r"|Detected [1-9]\d* oom[_-]kill",
         distinct=True,
         kind="kill",
     ),
@@ -70,7 +70,7 @@ GRAMMARS = (
         "host",
         "memory budget|ceeding memory limits|to memory usage|job memory limit|TERM_MEMLIMIT"
         "|job killed: ",
-        r"[Ww]orker\b.{0,100} exceeded \d+% memory budget"
+        r"\bWorker (?:\S+ \(pid=\d+\) )?exceeded \d+% memory budget"
         r"|killed .{0,20}for exceeding memory limits"
         r"|killed due to memory usage|[Ee]xceeded job memory limit|\bTERM_MEMLIMIT\b"
         r"|job killed: v?mem \d+",
@@ -98,8 +98,13 @@ PROBABLE_KILL = re.compile(
     r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
     r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|exit)|code){0,2})"
     r"[\"']? ?[:=]? *[\"']?137\b.*|.*\bKilled signal terminated program .*"
-    r"|(?!.*(?i:time[d -]?out|deadline))(?:.{0,200}\b)?(?:(?i:exit ?codes?) *: *-9\b"
-    r"|[Ss]ignal:? 9\b|SIGKILL(?:: 9|\(-9\))|(?:by|with|sent)(?: signal)? SIGKILL\b).*)"
+    # torchrun, torch's and Python's own multiprocessing, subprocess, joblib, Celery, Dask,
+    # gunicorn, time, cargo.
+    r"| *exitcode +: -9\b.*|.{0,200}(?:\(exitcode: -9\)|\bSignal 9 \(SIGKILL\) received"
+    r"|\bdied with <Signals\.SIGKILL: 9>|\bprematurely: signal 9 \(SIGKILL\)"
+    r"|\bexit codes of the workers are \{.{0,80}SIGKILL\(-9\)|\bwas killed by signal 9\b"
+    r"|\bprocess \d+ terminated with signal SIGKILL|\bWorker \(pid:\d+\) was sent SIGKILL!"
+    r"|\b[Cc]ommand terminated by signal 9\b|\(signal: 9, SIGKILL).*)"
 )
 """A process ended by SIGKILL; whoever sent it, memory is the likeliest reason."""
 SHELL_KILL = re.compile(r"\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b")

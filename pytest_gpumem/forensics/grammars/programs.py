@@ -3,7 +3,13 @@
 from pytest_gpumem.forensics.grammars.language import grammar
 
 GRAMMARS = (
-    grammar("host", "heap out of memory|out of heap space", "", distinct=True),
+    grammar(
+        "host",
+        "heap out of memory|C1060",
+        r"Allocation failed - JavaScript heap out of memory"
+        r"|\bC1060: compiler is out of heap space",
+        distinct=True,
+    ),
     grammar(
         "host",
         "OutOfMemory",
