@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _HINT = re.compile(
     r"(?i)memory|alloc|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|KV cache|cache blocks"
-    r"|INSUFFICIENT_RESOURCES|That was not possible|mem-fraction-static"
+    r"|INSUFFICIENT_RESOURCES|OUT_OF_RESOURCES|That was not possible|mem-fraction-static"
 )
 """Lines without any of these are in no grammar; the grammars are loaded only for one that has."""
 _LINES = 100
@@ -77,7 +77,9 @@ def _hinted(text: str) -> list[str]:
 def _line(line: str, *, raised: bool) -> Said | None:
     from pytest_gpumem.forensics import messages
 
-    for start in sorted(set(_starts(line))):
+    # What stands before a logged message may say that it was survived.
+    starts = sorted(set(_starts(line))) if raised else [0]
+    for start in starts:
         if _DATA.search(line, 0, start) or _DATA.match(line, start):
             return None
         rest = line[start:]
@@ -101,7 +103,8 @@ def _quoted(text: str, message: Message) -> bool:
     """Tell whether somebody's own words speak of a message, rather than report it."""
     if not message.start:
         return False
-    return not message.named or text[message.start - 1] in "'\"`"
+    named = message.named or text[: message.start].lstrip().startswith("what():")
+    return not named or text[message.start - 1] in "'\"`"
 
 
 def _starts(line: str) -> Iterator[int]:
