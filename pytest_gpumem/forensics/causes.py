@@ -103,7 +103,7 @@ def _startup(tried: int, free: int, limit: bool) -> Finding:
 def _host(event: OomEvent) -> Finding:
     tried = event.tried_bytes
     size = f", {_b(tried)} in it" if tried else ""
-    said = "the host said so" if event.confirmed else "a process was killed by SIGKILL"
+    said = "the host said so" if event.confirmed else "a process was killed"
     return Finding("host_ram", (f"{said}{size}",), inferred=not event.confirmed)
 
 

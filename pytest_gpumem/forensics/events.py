@@ -189,6 +189,7 @@ def _loose(path: str, number: int, run: Run, told: set[str | None]) -> list[Draf
             continue
         phase = "call" if nodeid else ""
         new = Draft(path, number, run, seen.line, nodeid, seen.worker, phase, seen.message)
+        new.confirmed = seen.message.kind != "weak"
         new.last = new.line
         same = (each for each in reversed(drafts[-_RECENT:]) if _one_event(each, new))
         before = next(same, None)
@@ -203,7 +204,7 @@ def _loose(path: str, number: int, run: Run, told: set[str | None]) -> list[Draf
 def _fatal(run: Run, seen: Seen, test: Test | None) -> bool:
     """Tell whether a message outside of failures was somebody's end, rather than survived."""
     if not run.pytest:
-        return seen.message.kind != "weak"
+        return seen.message.kind != "weak" or seen.message.backend in causes.HOST
     if test is None:
         return not run.ended or seen.line > run.end_line
     if test.outcome is None:

@@ -31,6 +31,7 @@ _STRUCTURE = rb"|".join(
     for part in (
         # The host.
         rb"[Kk]illed(?:\s|ANSI$)|(?:[Cc]ode|status|exited?|Error)[ :=\"']+137",
+        rb"SIGKILL|[Ss]ignal:? 9\b|[Cc]ode[ :]+-9\b",
         # pytest's lines.
         rb"\.(?:py|md|rst|txt|ya?ml|json|ipynb)ANSI::|\.pyANSI:\d+: ",
         rb"\[gw\d+\]|'gw\d+'|bringing up nodes|\d+ workers? \[\d+ items?\]",
@@ -193,6 +194,8 @@ _PREFIXES = tuple(
             r"\[(?P<rank>rank\d+)\]:? ?",
             r"\[(?:default)?(?P<local>\d+)\]: ?",
             r"(?P<task>\d{1,4}): (?= ?\S)",
+            # MPI's launcher: job and rank.
+            r"\[\d+,(?P<task>\d{1,4})\]<std(?:err|out)>: ?",
             r"\((?:\w+ )?\w+ (?:pid|ip|rank)=[^)]{1,80}\)(?: \[repeated[^\]]*\])? ",
             r"\([A-Z]\w+_?\w*(?: pid=\d+)?\) ",
             rf"{_LEVELS} +\| (?:\S+:\S+:\d+ - )?",
@@ -210,8 +213,8 @@ _PREFIXES = tuple(
             rf"{_LEVELS}:[\w.]+:",
             rf"(?:- )?(?:[\w.]+ - )?{_LEVELS} +- (?:[\w.]+ - )?",
             r"(?P<low>WARNING|INFO|DEBUG): ",
-            r"\[?[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d* ?[\w./-]+:\d+\] ",
-            r"(?:: )?[IWEF] (?:external/)?[\w./-]+:\d+\] ",
+            r"\[?(?:(?P<info>I)|[WEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d* ?[\w./-]+:\d+\] ",
+            r"(?:: )?(?:(?P<info>I)|[WEF]) (?:external/)?[\w./-]+:\d+\] ",
             r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ",
             r'\{"(?:log|message|msg)": ?"',
         ),
@@ -309,7 +312,7 @@ def _read(whole: str, learned: re.Pattern[str] | None) -> Text:
         else:
             break
         found = match.groupdict()
-        level = found.get("level") or found.get("low") or level
+        level = found.get("level") or found.get("low") or ("INFO" if found.get("info") else level)
         number = found.get("local") or found.get("task")
         rank = found.get("rank") or (f"rank{number}" if number else rank)
         body = body[match.end() :]

@@ -10,7 +10,7 @@ from pytest_gpumem.forensics.cursor import BEGUN
 from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
 from pytest_gpumem.forensics.runs import Kill, Seen
 from pytest_gpumem.forensics.signatures import signature, subject
-from pytest_gpumem.forensics.wrapped import ERROR_LINE, read_message, soon, traced
+from pytest_gpumem.forensics.wrapped import ERROR_LINE, following, read_message, soon, traced
 
 if TYPE_CHECKING:
     from pytest_gpumem.forensics.cursor import Cursor
@@ -23,7 +23,8 @@ _FATAL_LEVELS = {"ERROR", "CRITICAL", "FATAL"}
 _CRASH = re.compile(r"(?:worker|Slave|slave) '(gw\d+)' crashed while running '(.+?)'?$")
 _DOWN = re.compile(r"\[(gw\d+)\] node down: ")
 WHAT = re.compile(
-    r"(?:(.*?)\s*terminate called after throwing an instance of .*|\s*what\(\): +(.*))$"
+    r"(?:(.*?)\s*terminate called after throwing an instance of '?(?P<kind>.*?)'?"
+    r"|\s*what\(\): +(?P<what>.*))$"
 )
 """An exception that nobody caught, by C++'s own word, with what stood before it."""
 _EXCEPTION = re.compile(
@@ -53,7 +54,9 @@ def read_memory(at: Cursor, line: Line, text: Text) -> bool:
         if match[1] and (begun := BEGUN.match(match[1])):
             at.resume()
             at.run.current = at.run.test(begun[1])
-        return note_loose(at, line, match[2] or "", rank=text.rank, raised=True)
+        # What "what()" says is more than the exception's name, where it says anything.
+        said = match["what"] or ("" if _what_follows(at, line) else match["kind"]) or ""
+        return note_loose(at, line, said, rank=text.rank, raised=True)
     if not at.captured and (
         at.section == "failures" or (failure is not None and at.section == "errors")
     ):
@@ -66,6 +69,12 @@ def read_memory(at: Cursor, line: Line, text: Text) -> bool:
             return True
         return note_kill(at, line, body)
     return note_loose(at, line, body, text.level, text.rank) or note_kill(at, line, body)
+
+
+def _what_follows(at: Cursor, line: Line) -> bool:
+    """Tell whether one of the next two lines is C++'s word for what was thrown."""
+    found = (WHAT.match(text.body) for text in following(line, 2, at.carrier))
+    return any(match is not None and match["what"] for match in found)
 
 
 def note_raised(at: Cursor, line: Line, message: str) -> bool:

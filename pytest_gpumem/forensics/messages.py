@@ -37,13 +37,15 @@ _ERROR_HEAD = re.compile(
     r"|could not|cannot|unable)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
 )
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
+_CALL = re.compile(r"\w\([^()\"']*$")
+"""A name among the arguments of a call is code."""
 _SEPARATED = re.compile(r"(?:^|[:=>|\]})\"'`(,.;!*-]|\\n)\s*$")
 # Code and documents speak of the message; they do not report it.
 _CODE = re.compile(
     r"\s*(?:>\s+|\d+\s+)?(?:(?:raise|return|assert|def|class|import|case|throw|grep|echo)\s"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|with\s+[\w.]+\("
-    r"|print\(|logg?(?:er|ing)?\.\w+\(|self\.\w+\(|pytest\.|#(?!\d)|//|/?\*(?!\*)|\"\"\"|\x27{3})"
+    r"|print\(|logg?(?:er|ing)?\.\w+\(|self\.\w+\(|pytest\.|#+(?:\s|[^\W\d])|//|/?\*(?!\*)|\"\"\"|\x27{3})"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$",
     re.DOTALL,
@@ -57,6 +59,7 @@ _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|avoid\w*|prevent\w*|you|your|in case of|to fix|how to|see also|"
     r"hint|note|tip|e\.g\.|may|might|can|would|likely)\b[^:\]]{0,80}$"
 )
+_ASIDE = re.compile(r"\([^()]*\)")
 _PROSE_TAIL = re.compile(
     r"(?i)[\"'`]?\s*(?:,? ?(?:errors?|issues?|problems?|exceptions?|conditions?|handling|handler|"
     r"situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will|should|is|are|"
@@ -64,13 +67,13 @@ _PROSE_TAIL = re.compile(
 )
 HANDLED = re.compile(
     r"(?i)\b(?:retrying|retried|will retry|fall(?:ing|s)?[ -]?back|recover(?:ed|ing|y)?|"
-    r"skipp(?:ed|ing)|reducing|halving|will try|trying again|not a failure|handled|"
-    r"ignor(?:ed|ing)|moving to cpu|using cpu|switching to cpu|on cpu instead|"
+    r"(?<!\d )skipped|skipping|reducing|halving|will try|trying again|not a failure|handled|"
+    r"(?<!\d )ignored|ignoring|moving to cpu|using cpu|switching to cpu|on cpu instead|"
     r"clearing (?:the )?cache|caught (?:an? )?(?:cuda )?(?:oom|out)|oom caught|caught:|"
     r"as expected|expected error)"
 )
 _BELOW_ERROR = re.compile(
-    r"\b(?:WARN(?:ING)?|INFO|DEBUG|TRACE|NOTICE)\b(?![=/.])|(?i:level\W{1,4}(?:warn|info|debug|"
+    r"(?<![=\w])(?:WARN(?:ING)?|INFO|DEBUG|TRACE|NOTICE)\b(?![=/.])|(?i:level\W{1,4}(?:warn|info|debug|"
     r"trace|notice))|\b\w*Warning: |^\[[WI]\d{3,4} |\[[WI]:onnxruntime|^I[ \d][\w/. :]{3,80}\]"
 )
 _ERROR_LEVEL = re.compile(r"\b(?:ERROR|CRITICAL|FATAL|[\w.]+(?:Error|Exception))\b|(?i:level\W{1,4}"
@@ -155,13 +158,22 @@ def _reported(text: str, span: tuple[int, int], found: Message, *, raised: bool)
     head = text[max(0, start - 2 * _AROUND) : start]
     if QUOTING.search(head) or _CODE.match(head):
         return False
+    if found.kind == "kill":
+        # At whatever level somebody logs it.
+        return not (HANDLED.search(head) or HANDLED.search(text[end:]) or _PROSE_HEAD.search(head))
     if not raised and _survived(text, end, head):
         return False
-    if found.figures or found.kind == "kill":
+    if found.figures:
         return True
-    if _PROSE_HEAD.search(head):
+    if _PROSE_HEAD.search(_ASIDE.sub("", head)) or _quoted(head, text[end:]):
         return False
     return _STATED.search(head) is not None or not _PROSE_TAIL.match(text[end : end + _AROUND])
+
+
+def _quoted(head: str, tail: str) -> bool:
+    """Tell whether words without figures are shown as code within a text."""
+    before = head.rpartition("`")[0]
+    return bool(before.strip()) and before.count("`") % 2 == 0 and tail.count("`") % 2 == 1
 
 
 def _survived(text: str, end: int, head: str) -> bool:
@@ -188,7 +200,7 @@ def _by_class(text: str, *, raised: bool) -> Message | None:
     backend = _PACKAGES.get(re.split(r"\.|::", match["module"])[0])
     grammar = next((each for each in grammars.GRAMMARS if each.backend == backend), None)
     head, tail = text[: match.start()], text[match.end() : match.end() + 1]
-    if grammar is None or not _SEPARATED.search(head) or tail.isalnum():
+    if grammar is None or not _SEPARATED.search(head) or tail.isalnum() or _CALL.search(head):
         return None
     found = _message(grammar, text, match)._replace(named=True)
     return found if _reported(text, match.span(), found, raised=raised) else None

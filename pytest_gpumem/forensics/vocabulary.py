@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _HINT = re.compile(
     r"(?i)memory|alloc|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|KV cache|cache blocks"
-    r"|INSUFFICIENT_RESOURCES|That was not possible|mem-fraction-static"
+    r"|INSUFFICIENT_RESOURCES|OUT_OF_RESOURCES|That was not possible|mem-fraction-static"
 )
 """Lines without any of these are in no grammar; the grammars are loaded only for one that has."""
 _LINES = 100
@@ -51,13 +51,20 @@ class Said(NamedTuple):
     """The same in bytes."""
 
 
-def classify(text: str) -> Said | None:
+def classify(text: str, *, logged: bool = False) -> Said | None:
     """Return what the text of an exception says of memory that ran out, None if nothing.
 
     The words may stand anywhere in it. What only may mean it (``weak``) is returned where nothing
     better is found.
+
+    Args:
+        text: the exception's words.
+        logged: whether they are what a program printed, which may tell of an error that it
+            survived.
+
     """
-    found = [said for line in _hinted(text) if (said := _line(line)) is not None]
+    lines = _hinted(text)
+    found = [said for line in lines if (said := _line(line, raised=not logged)) is not None]
     return min(found, key=lambda said: said.weak, default=None)
 
 
@@ -67,14 +74,16 @@ def _hinted(text: str) -> list[str]:
     return [line[:_LENGTH] for line in text.splitlines() if _HINT.search(line)][:_LINES]
 
 
-def _line(line: str) -> Said | None:
+def _line(line: str, *, raised: bool) -> Said | None:
     from pytest_gpumem.forensics import messages
 
-    for start in sorted(set(_starts(line))):
+    # What stands before a logged message may say that it was survived.
+    starts = sorted(set(_starts(line))) if raised else [0]
+    for start in starts:
         if _DATA.search(line, 0, start) or _DATA.match(line, start):
             return None
         rest = line[start:]
-        message = None if _CLASS.match(rest) else messages.parse(rest, raised=True)
+        message = None if _CLASS.match(rest) else messages.parse(rest, raised=raised)
         if message is not None and not _quoted(rest, message):
             if _DATA.search(rest, 0, message.start):
                 return None
@@ -94,7 +103,8 @@ def _quoted(text: str, message: Message) -> bool:
     """Tell whether somebody's own words speak of a message, rather than report it."""
     if not message.start:
         return False
-    return not message.named or text[message.start - 1] in "'\"`"
+    named = message.named or text[: message.start].lstrip().startswith("what():")
+    return not named or text[message.start - 1] in "'\"`"
 
 
 def _starts(line: str) -> Iterator[int]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SAID = 80
 """How far into a line a program says what it does next; further on are advice and paths."""
+_ADVISED = re.compile(r"(?i)\s*(?:consider|try|please|hint|tip|note|you (?:can|may|should))\b")
 ERROR_LINE = re.compile(r"E {2,}(.*)")
 # An error whose words are on the next line, or were cut by a width.
 _UNENDED = re.compile(
@@ -34,7 +35,8 @@ _NEW = re.compile(
 
 def soon(at: Cursor, line: Line) -> str:
     """Return the two lines that follow, where a program says that it tries again."""
-    return "\n".join(text.body[:_SAID] for text in following(line, 2, at.carrier))
+    said = (text.body[:_SAID] for text in following(line, 2, at.carrier))
+    return "\n".join(text for text in said if not _ADVISED.match(text))
 
 
 def traced(at: Cursor, line: Line) -> bool:

@@ -23,8 +23,7 @@ def sections(found: Findings, top: int | None = None) -> Iterator[Section]:
     """
     yield Section("GPU memory forensics", (*_totals(found), *_read(found)))
     if found.events:
-        yield from _causes(found.events)
-        yield from _worst(found)
+        yield from ranked(found)
         yield from _fixtures(found.events)
     if found.deaths:
         yield _died(found.deaths)
@@ -60,6 +59,12 @@ def sections(found: Findings, top: int | None = None) -> Iterator[Section]:
         shown = [each for each in places if each.oom or each.failed or each.errors]
         if shown:
             yield table(title, _PLACE_COLUMNS, [_place_row(each) for each in shown], top)
+
+
+def ranked(found: Findings) -> Iterator[Section]:
+    """Return the causes by the tests that they felled, and where most of these are."""
+    yield from _causes(found.events)
+    yield from _worst(found)
 
 
 _FEW = 5

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem import files
 from pytest_gpumem.records.findings import CAUSES
-from pytest_gpumem.reports import timeline
+from pytest_gpumem.reports import forensics, timeline
 from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -242,7 +242,10 @@ def _events(found: Findings) -> Iterator[str]:
     """Show what ran out of memory: each first event with what followed from it."""
     if not found.events:
         return
-    yield '<h2>Out of memory</h2><div id="cascade">'
+    yield "<h2>Out of memory</h2>"
+    if len(found.events) > 1:
+        yield from _ranked(found)
+    yield '<div id="cascade">'
     for number, event in enumerate(found.events):
         if event.cascade_of is not None:
             continue
@@ -269,6 +272,17 @@ def _events(found: Findings) -> Iterator[str]:
                 yield f"<li>{escape(each.nodeid or 'outside of tests')}{_worker(each)}</li>"
             yield "</ul>"
         yield "</details>"
+    yield "</div>"
+
+
+def _ranked(found: Findings) -> Iterator[str]:
+    """Show first what forensics shows first of many."""
+    yield '<div id="causes">'
+    for section in forensics.ranked(found):
+        yield f"<h3>{escape(section.title)}</h3>"
+        yield from (f"<p>{escape(each)}</p>" for each in section.sentences)
+        if section.code:
+            yield f"<pre>{escape(chr(10).join(section.code))}</pre>"
     yield "</div>"
 
 

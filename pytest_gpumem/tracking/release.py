@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import subprocess
 import sys
 import types
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ _NEARLY_FULL = 256 * 2**20
 """Bytes free below which a library that cannot start probably found no room: cuBLAS and cuDNN take
 a handle, their kernels and a workspace of up to 32 MiB (``CUBLAS_WORKSPACE_CONFIG`` in PyTorch's
 notes on CUDA)."""
+_OUTPUT = 1 << 16
+"""Bytes of a command's output that are looked at: its last words tell why it failed."""
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
@@ -131,14 +134,35 @@ def _said(error: BaseException) -> Said | None:
     if isinstance(error, AssertionError) or _of_pytest(error):
         return None
     try:
-        text = str(error)
+        text = _words(error)
+        said = _of_process(error) or classify(text)
     except Exception:  # whatever the suite's class does
         return None
-    said = classify(text)
     if said is None and type(error).__name__ == "OutOfMemoryError":
         known = type(error).__module__.partition(".")[0] in ("torch", "cupy")
         return Said(text.partition("\n")[0] or "out of memory") if known else None
     return said
+
+
+def _words(error: BaseException) -> str:
+    """Return an exception's text and the notes that were added to it.
+
+    A command that failed is named by its arguments, which are nobody's error.
+    """
+    text = "" if isinstance(error, subprocess.SubprocessError) else str(error)
+    return "\n".join([text, *map(str, getattr(error, "__notes__", ()))])
+
+
+def _of_process(error: BaseException) -> Said | None:
+    """Return what a command that failed said at its end, where its output was kept."""
+    from pytest_gpumem.forensics.vocabulary import classify
+
+    if not isinstance(error, subprocess.CalledProcessError):
+        return None
+    output = error.stderr or error.output or ""
+    if isinstance(output, bytes):
+        output = output[-_OUTPUT:].decode(errors="replace")
+    return classify(output[-_OUTPUT:], logged=True)
 
 
 def _of_pytest(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from pytest_gpumem.forensics.grammars import (
     cuda,
     graphics,
     host,
+    programs,
     pytorch,
     runtimes,
     servers,
@@ -39,6 +40,7 @@ GRAMMARS = (
     *graphics.GRAMMARS,
     *runtimes.GRAMMARS,
     *cuda.GRAMMARS,
+    *programs.GRAMMARS,
     *host.GRAMMARS,
 )
 

@@ -40,6 +40,24 @@ GRAMMARS = (
         r"size <tried>",
         distinct=True,
     ),
+    # RELION; the rest of the card is its cache.
+    grammar(
+        "cuda",
+        "ustomAllocator out of memory",
+        r"(?i:cuda)CustomAllocator out of memory",
+        r"requestedSpace: *<tried>",
+        distinct=True,
+    ),
+    grammar("cuda", "bad_alloc: out of memory", "", distinct=True),
+    grammar(
+        "cuda",
+        "ed to allocate|ble to allocate|not allocate|n't allocate",
+        r"(?i:(?:failed|unable) to|could not|can(?:not|'t)) allocate (?:\S+ \S+ )?(?:of )?"
+        r"(?:(?i:gpu|cuda|device|video|hpu|npu|xpu) memory"
+        r"|(?:memory )?on (?:the )?(?i:gpu|device)\b)"
+        r"(?!.{0,200}(?:insufficient|not supported|invalid))",
+        r"allocate <tried>",
+    ),
     grammar("cuda", "ailed to cudaMalloc", "", r"cudaMalloc <tried>", distinct=True),
     grammar("cuda", "inside the cuDNN", r"Resource allocation failed inside the cuDNN library"),
     grammar(

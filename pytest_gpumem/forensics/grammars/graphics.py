@@ -44,6 +44,14 @@ GRAMMARS = (
         r"\b(?:UR|ZE|PI)_(?:RESULT_)?ERROR_(?:OUT_OF_DEVICE_MEMORY|MEM_OBJECT_ALLOCATION_FAILURE)",
         distinct=True,
     ),
+    # Of memory or of anything else that a kernel needs.
+    grammar(
+        "xpu",
+        "UR_RESULT_ERROR_OUT_OF_RESOURCES",
+        "",
+        kind="weak",
+        distinct=True,
+    ),
     grammar(
         "host",
         "OUT_OF_HOST_MEMORY|OutOfHostMemory",
@@ -64,5 +72,21 @@ GRAMMARS = (
         r"allocate <tried>",
         distinct=True,
     ),
+    # wgpu, of Rust's frameworks; DirectML; OpenGL; what encodes and decodes images and video.
+    grammar(
+        "unknown", "ot enough memory left", r"(?:^|: )Not enough memory left\.?$", distinct=True
+    ),
+    grammar(
+        "unknown",
+        "not enough GPU video memory",
+        r"Could not allocate tensor with.{0,40}\. There is not enough GPU video memory",
+        r"tensor with <tried>",
+        distinct=True,
+    ),
+    grammar(
+        "unknown", "GL_OUT_OF_MEMORY", r"\bGL_OUT_OF_MEMORY\b(?: error generated)?", distinct=True
+    ),
+    grammar("cuda", "EncodeSessionEx failed", r"EncodeSessionEx failed: out of memory"),
+    grammar("cuda", "ALLOCATOR_FAILURE", r"\bNVJPEG_STATUS_ALLOCATOR_FAILURE", distinct=True),
     grammar("cuda", "DEVICE_OUT_OF_MEMORY", r"\bOPTIX_ERROR_DEVICE_OUT_OF_MEMORY", distinct=True),
 )

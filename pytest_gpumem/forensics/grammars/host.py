@@ -1,4 +1,4 @@
-"""The host's memory, and who kills for it."""
+"""The host's memory: who asks for it in vain, and who kills for it."""
 
 import re
 
@@ -24,14 +24,14 @@ GRAMMARS = (
     grammar(
         "host",
         "is killed by signal",
-        r"DataLoader worker \(pid (?P<pid>\d{1,10})\) is killed by signal: Killed",
+        r"DataLoader worker \(pid (?P<pid>\d{1,10})\) is killed by signal: (?:Killed|Bus error)",
         kind="weak",
         distinct=True,
     ),
     grammar(
         "host",
         "Cannot allocate memory",
-        r"(?:Errno 12\]|fork:) Cannot allocate memory",
+        r"(?:Errno 12\]|fork:|exhausted:|mmap\w*:?) Cannot allocate memory",
         distinct=True,
     ),
     grammar("host", "MemoryError", r"^(?:\w+\.)*_?(?:Array)?MemoryError:?$", distinct=True),
@@ -39,7 +39,8 @@ GRAMMARS = (
     grammar(
         "host",
         "ut of memory: Kill|illed process",
-        r"(?:Memory cgroup )?[Oo]ut of memory: Kill(?:ed)? process (?P<pid>\d{1,10})"
+        # Old kernels say whom they chose, then whom they killed: perhaps a child.
+        r"(?:Memory cgroup )?[Oo]ut of memory: Kill(?:ed process (?P<pid>\d{1,10})| process \d)"
         r"|\bKilled process (?P<victim>\d{1,10}),? \(.{1,40}?\).{0,40}(?:total-vm|anon-rss)",
         _HOST,
         distinct=True,
@@ -49,7 +50,30 @@ GRAMMARS = (
     grammar(
         "host",
         "oom-kill|oom_kill|oom_reaper",
-        r"\boom-kill:|oom_reaper: reaped process (?P<pid>\d{1,10})|Detected \d+ oom[_-]kill",
+        r"\boom-kill:|result '?oom-kill|oom_reaper: reaped process (?P<pid>\d{1,10})"
+        r"|Detected [1-9]\d* oom[_-]kill",
+        distinct=True,
+        kind="kill",
+    ),
+    grammar(
+        "host",
+        "as a result of limit of|low on resource: memory|System OOM enc|by the OOM killer"
+        "|avoid running out of memory",
+        r"\bTask in \S+ killed as a result of limit of|\blow on resource: memory"
+        r"|System OOM encountered, victim process|killed by the OOM killer"
+        r"|\bkilling .{0,300} to avoid running out of memory",
+        distinct=True,
+        kind="kill",
+    ),
+    # Those who watch memory themselves: Dask, YARN, AWS Batch, Slurm, LSF, PBS.
+    grammar(
+        "host",
+        "memory budget|ceeding memory limits|to memory usage|job memory limit|TERM_MEMLIMIT"
+        "|job killed: ",
+        r"\bWorker (?:\S+ \(pid=\d+\) )?exceeded \d+% memory budget"
+        r"|killed .{0,20}for exceeding memory limits"
+        r"|killed due to memory usage|[Ee]xceeded job memory limit|\bTERM_MEMLIMIT\b"
+        r"|job killed: v?mem \d+",
         distinct=True,
         kind="kill",
     ),
@@ -73,7 +97,14 @@ PROBABLE_KILL = re.compile(
     r"(?:\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b.*|\[\d+\]\+? +(?:\d+ )?Killed\b.*"
     r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
     r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|exit)|code){0,2})"
-    r" ?[:=]? *\"?137\b.*)"
+    r"[\"']? ?[:=]? *[\"']?137\b.*|.*\bKilled signal terminated program .*"
+    # torchrun, torch's and Python's own multiprocessing, subprocess, joblib, Celery, Dask,
+    # gunicorn, time, cargo.
+    r"| *exitcode +: -9\b.*|.{0,200}(?:\(exitcode: -9\)|\bSignal 9 \(SIGKILL\) received"
+    r"|\bdied with <Signals\.SIGKILL: 9>|\bprematurely: signal 9 \(SIGKILL\)"
+    r"|\bexit codes of the workers are \{.{0,80}SIGKILL\(-9\)|\bwas killed by signal 9\b"
+    r"|\bprocess \d+ terminated with signal SIGKILL|\bWorker \(pid:\d+\) was sent SIGKILL!"
+    r"|\b[Cc]ommand terminated by signal 9\b|\(signal: 9, SIGKILL).*)"
 )
 """A process ended by SIGKILL; whoever sent it, memory is the likeliest reason."""
 SHELL_KILL = re.compile(r"\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b")

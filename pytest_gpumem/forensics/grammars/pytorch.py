@@ -6,7 +6,7 @@ from pytest_gpumem.forensics.grammars.language import grammar
 # ("has a total capacity of"; 2.1 wrote "capacty").
 _TORCH = (
     r"(?:Tried|tried) to allocate <tried>",
-    r"\b[GNX]PU (?P<device>\d{1,4})\b",
+    r"\b[A-Z]{2}U (?P<device>\d{1,4})\b",
     r"capaci?ty of <total>",
     r"<total> total capacity",
     r"of which <free> is free",
@@ -51,7 +51,12 @@ GRAMMARS = (
             ("musa", "MUSA out of memory", _TORCH),
         )
     ),
-    grammar("unknown", "Tried to allocate", r"\bOut of memory\. Tried to allocate", *_TORCH),
+    grammar(
+        "unknown",
+        "Tried to allocate",
+        r"\b(?:Out|[A-Z]{2,8} out) of memory\. Tried to allocate \d",
+        *_TORCH,
+    ),
     grammar(
         "cuda",
         "failed with OOM on device",

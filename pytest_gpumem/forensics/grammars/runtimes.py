@@ -54,6 +54,7 @@ GRAMMARS = (
         r"available memory is only <free>",
         distinct=True,
     ),
+    grammar("paddle", "memory::allocation::BadAlloc", "", distinct=True),
     grammar(
         "paddle",
         "nforce allocating",

@@ -35,6 +35,28 @@ GRAMMARS = (
         limit=True,
         distinct=True,
     ),
+    grammar(
+        "sglang",
+        "ry to lower your batch size",
+        r"\b[A-Z]\w+ out of memory\. Try to lower your batch size",
+        limit=True,
+        distinct=True,
+    ),
+    # FlashInfer, from a workspace of a fixed size.
+    grammar(
+        "sglang",
+        "in AlignedAllocator",
+        r"Failed to allocate memory for \w+ with size \d+",
+        r"with size <tried#>",
+        limit=True,
+        distinct=True,
+    ),
+    grammar(
+        "tgi",
+        "ot enough memory to handle",
+        r"Not enough memory to handle .{0,80}\btokens",
+        distinct=True,
+    ),
     # ggml and llama.cpp; the buffer of a CPU is the host's.
     grammar(
         "ggml",

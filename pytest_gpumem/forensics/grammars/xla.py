@@ -84,5 +84,18 @@ GRAMMARS = (
         r"device ordinal (?P<device>\d{1,4})",
         distinct=True,
     ),
-    grammar("tensorflow", "ailed to allocate memory", r"failed to allocate memory(?: \[Op:|$)"),
+    grammar(
+        "cpu",
+        "ailed to allocate memory",
+        r"device:CPU:\d+\}\} failed to allocate memory \[Op:",
+        distinct=True,
+    ),
+    grammar(
+        "tensorflow",
+        "ailed to allocate memory",
+        rf"{_EXHAUSTED}: (?:.{{0,200}}[:}}] )?failed to allocate memory"
+        r"|(?:device:GPU:(?P<device>\d{1,4})\}\} )?failed to allocate memory \[Op:",
+        distinct=True,
+    ),
+    grammar("tensorflow", "ailed to allocate memory", r"failed to allocate memory$"),
 )

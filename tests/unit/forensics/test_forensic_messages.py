@@ -118,6 +118,15 @@ NOTHING = [
     ),
     "enum value 'CUDA_ERROR_OUT_OF_MEMORY' not handled in switch",
     "java.lang.OutOfMemoryError: Java heap space",
+    "- Fixed JavaScript heap out of memory in the docs build",
+    "Not enough memory left to cache the dataset, reading from disk instead",
+    "Pods that use too much may be killed by the OOM killer.",
+    "Could not allocate GPU memory for the cache; falling back to CPU",
+    "Detected 0 oom-kill events",
+    "retry_if_exception_type(torch.OutOfMemoryError)",
+    "waiting 10 s before sending SIGKILL",
+    "test timed out and was killed by SIGKILL",
+    "exit code: -90",
 ]
 
 

@@ -64,12 +64,21 @@ def test_memory_of_a_card_is_known_by_any_frameworks_words(text: str) -> None:
         "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
         "Worker failed: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
         "bfc_arena.cc:342 Failed to allocate memory for requested buffer of size 3300000000",
+        "UR backend failed. UR backend returns:40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)",
     ],
 )
 def test_weak_evidence_is_called_so(text: str) -> None:
     said = classify(text)
     assert said is not None
     assert said.weak
+
+
+def test_what_was_only_logged_may_have_been_survived() -> None:
+    record = f"WARNING {TORCH}"
+    assert classify(record) is not None
+    assert classify(record, logged=True) is None
+    assert classify(f"RuntimeError: {TORCH}", logged=True) is not None
+    assert classify(f"terminate called\n  what():  {TORCH}", logged=True) is not None
 
 
 @pytest.mark.parametrize(

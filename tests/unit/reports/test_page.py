@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,27 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(page):
     assert " src=" not in own
     assert "A &lt;card&gt;" in text
     assert "held by <code>test_a.py: module global CACHE[&#x27;&lt;i&gt;&#x27;]" in own
+
+
+def test_many_that_ran_out_are_ranked_by_cause_as_forensics_ranks_them(tmp_path, capsys):
+    ooms = [f"out of memory. Tried to allocate {size}" for size in ("2.00 MiB", *2 * ["5.00 GiB"])]
+    failed = tuple(
+        RecordedTest(f"test_a.py::test_{at}", "failed", 1.0, "gw0", (usage(20),),
+                     oom=f"CUDA {oom}", start=at)
+        for at, oom in enumerate(ooms)
+    )  # fmt: skip
+    records.save(run()._replace(tests=failed), tmp_path / "run.json")
+    paths = str(tmp_path / "run.json"), str(tmp_path / "p.html")
+    cli.main(["report", paths[0], "--html", paths[1]])
+    cli.main(["forensics", paths[0]])
+
+    told = capsys.readouterr().out
+    page = Path(paths[1]).read_text(encoding="utf-8")
+    titles = re.findall(r"<h3>(.*?)</h3>", page)
+    assert titles[0].startswith("2 tests: ")
+    assert titles[1].startswith("1 test: ")
+    assert [title in told for title in titles] == [True] * len(titles)
+    assert page.index("<h3>") < page.index('id="cascade"')
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):

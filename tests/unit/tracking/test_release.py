@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import gc
+import subprocess
 import sys
 import traceback
 import weakref
@@ -383,6 +384,16 @@ class UnspeakableError(RuntimeError):
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
+def noted(error: BaseException, note: str) -> BaseException:
+    error.__notes__ = [note]  # type: ignore[attr-defined]  # as add_note does, from Python 3.11
+    return error
+
+
+def child(stderr: str | bytes | None = None, output: str | None = None) -> BaseException:
+    command = ["python", "-c", f"raise RuntimeError('{CUDA}')"]
+    return subprocess.CalledProcessError(1, command, output, stderr)
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
@@ -405,6 +416,16 @@ CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB"
         (pytest.fail.Exception(CUDA), ""),
         (UnspeakableError(), ""),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling"), ""),
+        (noted(KeyError("x"), f"while loading: {CUDA}"), CUDA),
+        (noted(KeyError("x"), "on the second card"), ""),
+        (child(f"Traceback (most recent call last):\nRuntimeError: {CUDA}\n"), CUDA),
+        (child(f"Traceback (most recent call last):\nRuntimeError: {CUDA}\n".encode()), CUDA),
+        (child(None, f"RuntimeError: {CUDA}\n"), CUDA),
+        (noted(child(), f"its log ends with: {CUDA}"), CUDA),
+        (child(), ""),
+        (child(f"WARNING {CUDA}, retrying with 8\nKeyError: 'x'\n"), ""),
+        (child("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), ""),
+        (subprocess.TimeoutExpired(["python", f"'{CUDA}'"], 5, stderr="slow"), ""),
     ],
     ids=repr,
 )
