@@ -260,8 +260,8 @@ class Planner:
         self._left = len(tests)
         self._until_replan = 0
         # Tests that wait.
-        self._cpu = Pile(tests)
-        self._gpu = Pile(tests)
+        self._cpu = Pile(tests, self._order.late_modules)
+        self._gpu = Pile(tests, self._order.late_modules)
         self._big = Portion()
         """GPU tests that would not fit once all contexts are there, largest peak first."""
         self._wide = Portion()
@@ -1055,7 +1055,8 @@ class Planner:
         bound = max(total / max(1, len(self._workers)), longest, self._area / max(1, space))
         long = max(LONG * bound, OUTLIER * total / max(1, len(self._tests)))
         # Modules with GPU tests come last: their CPU tests may find the fixtures set up.
-        self._cpu = Pile(self._tests, later={test.group for test in self._tests if test.gpu})
+        on_gpu = {test.group for test in self._tests if test.gpu}
+        self._cpu = Pile(self._tests, self._order.late_modules, last=on_gpu)
         self._cpu.fill(on_cpu, long)
         self._replan()
         rooms = (self._capacity(card, card.contexts) for card in self._cards.values())

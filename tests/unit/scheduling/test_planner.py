@@ -669,7 +669,7 @@ def test_tests_handed_out_ahead_go_to_others_when_their_worker_crashes() -> None
 
 
 def test_a_test_put_back_into_what_a_worker_has_handed_out_is_found_by_others() -> None:
-    pile = Pile([cpu("a"), cpu("b")])
+    pile = Pile([cpu("a"), cpu("b")], late={})
     pile.fill([0], long=9.0)
     portion = pile.adopt("a.py", None, suits=any_test)
     assert portion is not None
