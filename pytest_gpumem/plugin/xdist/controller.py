@@ -20,10 +20,10 @@ import pytest
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
 from pytest_gpumem.records import properties
-from pytest_gpumem.scheduling import planner as plans
-from pytest_gpumem.scheduling import workers
+from pytest_gpumem.scheduling import commands, workers
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.fixtures import WideFixture
+from pytest_gpumem.scheduling.planner import Planner
 
 if TYPE_CHECKING:
     from pytest_gpumem.scheduling.history import Expectation
@@ -112,7 +112,7 @@ class _Worker:
         return str(self.hello.get("host", "")) if self.hello else ""
 
     @property
-    def cards(self) -> list[plans.CardKey]:
+    def cards(self) -> list[commands.CardKey]:
         """Those that it sees, in CUDA's order."""
         told = self.hello["cards"] if self.hello else ()
         return [(self.host, str(card[0])) for card in told]
@@ -153,7 +153,7 @@ class GpumemScheduling:
         """Workers that have collected. One that then ended counts: with an argument that does not
         exist each collects nothing and ends, and the last would wait for the others."""
         self._collection: list[str] = []
-        self._planner: plans.Planner | None = None
+        self._planner: Planner | None = None
         self._clock: threading.Timer | None = None
         """Runs while a test may wait for an idle worker."""
         self._gave_way = 0.0
@@ -345,7 +345,7 @@ class GpumemScheduling:
         totals, used = cards_of(hellos)
         kept = self._settings.context + self._settings.headroom
         most = max(totals.values(), default=0) - kept
-        self._planner = plans.Planner(
+        self._planner = Planner(
             planned_tests(
                 self._collection,
                 hellos[0]["needs"],
@@ -364,7 +364,7 @@ class GpumemScheduling:
         for card, size in used.items():
             self._planner.used(card, size)
 
-    def _join(self, planner: plans.Planner, worker: _Worker) -> None:
+    def _join(self, planner: Planner, worker: _Worker) -> None:
         planner.add_worker(worker.name, worker.cards)
         for uuid, (size, fixtures) in worker.holding.items():
             planner.resident(worker.name, size, (worker.host, uuid), fixtures)
@@ -377,17 +377,17 @@ class GpumemScheduling:
         grants: dict[str, dict[int, xdist_worker.Granted]] = {}
         end = len(self._collection)
         for command in self._planner.commands():
-            if isinstance(command, plans.Fail):
+            if isinstance(command, commands.Fail):
                 self._report_failure(command)
-            elif isinstance(command, plans.Stop):
+            elif isinstance(command, commands.Stop):
                 by_name[command.worker].node.shutdown()
-            elif isinstance(command, plans.Run):
+            elif isinstance(command, commands.Run):
                 queues.setdefault(command.worker, []).append(command.test)
                 if command.grant is not None:
                     size, cards, alone = command.grant
                     grants.setdefault(command.worker, {})[command.test] = size, cards, alone
             else:
-                reset = isinstance(command, plans.Reset)
+                reset = isinstance(command, commands.Reset)
                 sentinel = xdist_worker.RESET if reset else xdist_worker.FLUSH
                 queues.setdefault(command.worker, []).append(end + sentinel)
         for name, indexes in queues.items():
@@ -427,7 +427,7 @@ class GpumemScheduling:
                 self._gave_way = now
         self._obey()
 
-    def _report_failure(self, command: plans.Fail) -> None:
+    def _report_failure(self, command: commands.Fail) -> None:
         """Report a test that can never run, as if a worker had."""
         nodeid = self._collection[command.test]
         path = nodeid.split("::")[0]
@@ -512,13 +512,13 @@ def planned_tests(
 
 def cards_of(
     hellos: Iterable[Mapping[str, Any]],
-) -> tuple[dict[plans.CardKey, int], dict[plans.CardKey, int]]:
+) -> tuple[dict[commands.CardKey, int], dict[commands.CardKey, int]]:
     """Return each card's total, and what anybody uses of it, in bytes.
 
     Each worker told of its host and cards: uuid, total, used.
     """
-    totals: dict[plans.CardKey, int] = {}
-    used: dict[plans.CardKey, int] = {}
+    totals: dict[commands.CardKey, int] = {}
+    used: dict[commands.CardKey, int] = {}
     for hello in hellos:
         for uuid, total, by_all in hello["cards"]:
             card = hello.get("host", ""), uuid

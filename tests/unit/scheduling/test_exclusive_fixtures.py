@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpumem.scheduling.commands import Command, Fail, Flush, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.fixtures import WideFixture, nodes_of
-from pytest_gpumem.scheduling.planner import Command, Fail, Flush, Planner, Reset, Run, Stop
+from pytest_gpumem.scheduling.planner import Planner
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
 THINGS = ("lock", "port", "device", "lease", "database")

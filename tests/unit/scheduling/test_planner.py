@@ -14,11 +14,12 @@ from hypothesis.stateful import (
 )
 
 from pytest_gpumem.admission import Claim, fits
-from pytest_gpumem.scheduling import planner as plans
+from pytest_gpumem.scheduling import policy
+from pytest_gpumem.scheduling.commands import CardKey, Fail, Flush, Grant, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.history import family
 from pytest_gpumem.scheduling.piles import Pile
-from pytest_gpumem.scheduling.planner import CardKey, Fail, Flush, Grant, Planner, Reset, Run, Stop
+from pytest_gpumem.scheduling.planner import Planner
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
 
@@ -159,7 +160,7 @@ def test_a_large_test_is_passed_by_a_limited_number_of_small_ones() -> None:
     workers = Workers(tests, planner_of(tests, workers=2))
     order = workers.run()
     # Two workers get there after 200 tests; then so many may pass.
-    assert order.index(100) <= 200 + plans.PATIENCE + 2
+    assert order.index(100) <= 200 + policy.BACKFILL + 2
 
 
 def test_cpu_tests_fill_the_wait_of_a_worker_whose_gpu_test_does_not_fit() -> None:
@@ -638,12 +639,12 @@ def test_tests_that_wait_for_what_workers_keep_do_not_let_the_others_run_one_by_
         if not workers.running():  # somebody gave something back
             continue
         beside.append(len(workers.running()))
-        workers.finish(oom=len(beside) <= plans.DRAIN)
+        workers.finish(oom=len(beside) <= policy.DRAIN)
         for name in workers.queues:
             planner.resident(name, CONTEXT + 5)
     # At the end those that ran out of memory run alone.
     assert min(beside[:36]) == 3
-    assert max(beside[-plans.DRAIN :]) == 1
+    assert max(beside[-policy.DRAIN :]) == 1
 
 
 def test_a_crashed_test_is_not_run_again_and_its_room_comes_back() -> None:
