@@ -55,13 +55,12 @@ def _bounds(state: State, card: Card, contexts: int) -> tuple[float, float]:
 def may_use(state: State, worker: Worker) -> bool:
     """Return whether ``worker`` has a context on its card or may open one."""
     card, backlog = worker.card, state.backlog
-    if not state.cluster.has_card(worker) or worker.kept:
-        return state.cluster.has_card(worker)
-    holders = card.holders
-    if not holders:
+    if not state.cluster.has_card(worker):
+        return False
+    if worker.kept or not card.holders:
         return True
     # A test of unknown peak runs alone and should find as much room as there can be.
-    if holders >= card.contexts or backlog.scouting:
+    if card.holders >= card.contexts or backlog.scouting:
         return False
     large = backlog.large.tests
     tallest = state.seen.whole(large[0]) if large else backlog.tallest
