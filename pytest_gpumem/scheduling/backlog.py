@@ -118,10 +118,6 @@ class Backlog:
         for test in sharing:
             self._count(test)
 
-    def fill_cpu(self, tests: Sequence[int], long: float) -> None:
-        """Let all CPU tests wait; those that last longer than ``long`` seconds come first."""
-        self.cpu.fill(tests, long)
-
     def fill_shared(self, tests: Sequence[int], long: float, room: int) -> None:
         """Let all expected tests wait: in the large lane if they need more than ``room`` bytes."""
         need = {test: self._seen.whole(test) for test in tests}

@@ -1,7 +1,7 @@
 """The cards and workers of a run: who has what, and what a test would find where.
 
-A few writers (``join``, ``leave``, ``start``, ``end``, ``keeps``, ``used``, ``gave_back``,
-``reserve``) say what happened; all else are questions. Sizes are bytes.
+A few writers (``join``, ``leave``, ``stop``, ``start``, ``end``, ``beside``, ``keeps``,
+``gave_back``) say what happened; all else are questions. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -57,6 +57,13 @@ class Card:
         self.urgent = True
         """Whether GPU tests are, or are about to be, what the run waits for."""
         self.reserved: Reservation | None = None
+        """A test that it is kept for."""
+
+    @property
+    def own_reservation(self) -> Reservation | None:
+        """The test that it is kept for, if that waits for the workers of this card."""
+        reserved = self.reserved
+        return reserved if reserved is not None and reserved.cards[0] is self else None
 
     @property
     def running(self) -> int:
@@ -187,18 +194,13 @@ class Cluster:
         return worker
 
     def leave(self, name: str) -> Worker:
-        """Forget a worker that ended, but for what its test had; return it."""
+        """Forget a worker that ended, with all that it kept and that was set aside for it."""
         worker = self.workers.pop(name)
         worker.card.workers.remove(worker)
-        return worker
-
-    def clear(self, worker: Worker) -> Reservation | None:
-        """Free what a worker kept that ended; return the reservation that nobody is left for."""
+        self.end(worker)
         for card in worker.ring:
-            card.claims.pop(worker.name, None)
-        reserved = worker.card.reserved
-        home = reserved is not None and reserved.cards[0] is worker.card
-        return reserved if home and not worker.card.workers else None
+            card.claims.pop(name, None)
+        return worker
 
     def stop(self, worker: Worker) -> None:
         """Take note that ``worker`` is given nothing more."""

@@ -102,7 +102,7 @@ def open_lanes(state: State) -> None:
             admit(state, test)
     state.backlog.expect(sharing)
     long = _long(state)
-    state.backlog.fill_cpu(on_cpu, long)
+    state.backlog.cpu.fill(on_cpu, long)
     contexts.replan(state)
     rooms = [state.cluster.capacity(card, card.contexts) for card in state.cluster.cards.values()]
     state.backlog.fill_shared(sharing, long, min(rooms, default=0))

@@ -101,12 +101,12 @@ class Planner:
         crashed = gone.given.popleft() if gone.given else None
         if crashed is not None:
             self._ended(gone, crashed)
-        reserved = self._cluster.clear(gone)
         for test in gone.given:
             self._backlog.add(test, Lane.CPU)
         self._backlog.cpu.release(gone.cpu)
         self._backlog.shared.release(gone.gpu)
-        if reserved is not None:
+        reserved = gone.card.own_reservation
+        if reserved is not None and not gone.card.workers:
             lanes.admit(self._state, reserved.end())
         self._state.changed = True
         self._state.until_replan = 0

@@ -131,7 +131,7 @@ def last_resort(state: State, worker: Worker) -> bool:
     able = may_use(state, worker) or not state.cluster.has_card(worker)
     if not able or not worker.card.idle:
         return False
-    reserved = _reserved_at_home(worker)
+    reserved = worker.card.own_reservation
     if reserved and not busy(reserved.cards) and _in_order(state, worker, reserved.test):
         return _launch(state, worker, reserved.end(), alone=True)
     for portion in _lanes(state, worker):
@@ -181,7 +181,7 @@ RULES: tuple[Callable[[State, Worker], bool], ...] = (
 
 def _run_reserved(state: State, worker: Worker, *, closed: bool) -> bool:
     """Run the test that the card is kept for; a card that drains takes it whatever else waits."""
-    reserved = _reserved_at_home(worker)
+    reserved = worker.card.own_reservation
     if reserved is None or not (closed or _suits(state, worker, reserved.test)):
         return False
     if not state.cluster.may_go(worker, reserved.test):
@@ -290,12 +290,6 @@ def _reserve(state: State, worker: Worker, portion: Portion, test: int) -> None:
         reservation = Reservation(state.backlog.take(portion, test), cards)
         for card in cards:
             card.reserved = reservation
-
-
-def _reserved_at_home(worker: Worker) -> Reservation | None:
-    """Return the reservation of the worker's card, if it is for the workers of this card."""
-    reserved = worker.card.reserved
-    return reserved if reserved is not None and reserved.cards[0] is worker.card else None
 
 
 def _drains(state: State, card: Card) -> bool:
