@@ -57,10 +57,13 @@ def may_use(state: State, worker: Worker) -> bool:
     card, backlog = worker.card, state.backlog
     if not state.cluster.has_card(worker):
         return False
-    if worker.kept or not card.holders:
+    if worker.kept:
+        return True
+    holders = card.holders
+    if not holders:
         return True
     # A test of unknown peak runs alone and should find as much room as there can be.
-    if card.holders >= card.contexts or backlog.scouting:
+    if holders >= card.contexts or backlog.scouting:
         return False
     large = backlog.large.tests
     tallest = state.seen.whole(large[0]) if large else backlog.tallest

@@ -62,7 +62,10 @@ def serve(state: State, worker: Worker) -> None:
     """Give ``worker`` something to do, if there is anything."""
     if worker.idle:
         worker.out_of_order = False
-        if not any(rule(state, worker) for rule in RULES):
+        for rule in RULES:
+            if rule(state, worker):
+                break
+        else:
             return
     del state.asking[worker.name]
     if worker.given and not worker.using:
