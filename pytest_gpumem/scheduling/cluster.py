@@ -1,12 +1,11 @@
 """The cards and workers of a run: who has what, and what a test would find where.
 
-A few writers (``join``, ``leave``, ``stop``, ``start``, ``end``, ``beside``, ``keeps``,
+A few writers (``join``, ``leave``, ``stop``, ``start``, ``end``, ``surprises``, ``keeps``,
 ``gave_back``) say what happened; all else are questions. Sizes are bytes.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -109,6 +108,8 @@ class Worker:
         """Bytes set aside for it on each of them."""
         self.disturbed = False
         """Whether a test that may use these cards unexpectedly ran at the same time."""
+        self.had_company = False
+        """Whether somebody left meanwhile whose share of the cards its test may have lacked."""
         self.group = ""
         """Module whose fixtures it has."""
         self.set_up = NOTHING
@@ -196,6 +197,8 @@ class Cluster:
     def leave(self, name: str) -> Worker:
         """Forget a worker that ended, with all that it kept and that was set aside for it."""
         worker = self.workers.pop(name)
+        for each in self.workers.values():
+            each.had_company |= bool(each.given) and self._beside(each, worker)
         worker.card.workers.remove(worker)
         self.end(worker)
         for card in worker.ring:
@@ -230,9 +233,9 @@ class Cluster:
             card.exclusive = False
             self._claim(worker, card, 0)
         worker.using = ()
-        worker.disturbed = False
+        worker.disturbed = worker.had_company = False
 
-    def beside(self, worker: Worker) -> None:
+    def surprises(self, worker: Worker) -> None:
         """Take note that ``worker`` starts a test that may use its cards unexpectedly."""
         for card in worker.ring:
             for other in card.users:
@@ -318,20 +321,25 @@ class Cluster:
         return not worker.using and any(not self._tests[test].seen for test in worker.given)
 
     def accompanied(self, worker: Worker) -> bool:
-        """Return whether others may use or keep what ``worker``, alone, would find free.
+        """Return whether others may use or keep what ``worker``, alone, would find free."""
+        others = (each for each in self.workers.values() if each is not worker)
+        return (
+            worker.had_company
+            or any(card.others for card in worker.using or worker.ring)
+            or any(self._beside(worker, each) for each in others)
+        )
 
-        What they held and gave back meanwhile is not known: that they have a context says enough.
+    def _beside(self, worker: Worker, other: Worker) -> bool:
+        """Return whether ``other`` may use or keep what ``worker``, alone, would find free.
+
+        What it held and gave back meanwhile is not known: that it has a context says enough.
         """
         for card in worker.using or worker.ring:
-            others = [
-                each
-                for each in self.workers.values()
-                if each is not worker and card in each.ring and card is not self._nothing
-            ]
-            unseen = any(not self._tests[test].seen for each in others for test in each.given)
+            if card not in other.ring or card is self._nothing:
+                continue
             alone = card.exclusive and worker in card.users
-            kept = (each.owes if alone else each.name in card.claims for each in others)
-            if card.others or unseen or any(kept):
+            kept = other.owes if alone else other.name in card.claims
+            if kept or any(not self._tests[test].seen for test in other.given):
                 return True
         return False
 
@@ -429,12 +437,6 @@ class Cluster:
             there_is,
             context=self._context,
             headroom=self._headroom,
-        )
-
-    def runner(self, test: int) -> Worker:
-        """Return the worker that runs ``test``."""
-        return next(
-            each for each in self.workers.values() if test in itertools.islice(each.given, 1)
         )
 
 

@@ -73,7 +73,8 @@ class Planner:
         """
         if not self._cluster.has_cards_for(test):
             return False
-        worker = self._cluster.runner(test)
+        workers = self._cluster.workers.values()
+        worker = next(each for each in workers if each.given and each.given[0] == test)
         first = test not in self._seen.ooms
         return worker.disturbed or (first and self._cluster.accompanied(worker))
 

@@ -391,7 +391,7 @@ def _run(state: State, worker: Worker, test: int, grant: Grant | None = None) ->
     worker.given_back = 0
     worker.stalled = False
     if grant is None and not state.tests[test].seen:
-        state.cluster.beside(worker)
+        state.cluster.surprises(worker)
     state.out.append(Run(worker.name, test, grant))
     return True
 

@@ -270,6 +270,20 @@ def test_only_what_was_not_alone_on_its_card_runs_again(test, others, kept, agai
     assert planner.retries(0) == again
 
 
+@pytest.mark.parametrize("test", [gpu("late", 50), cpu("late")])
+def test_what_was_beside_one_that_has_left_meanwhile_runs_again(test) -> None:
+    planner = planner_of([gpu("early", 20), test], workers=2)
+    given = {number: worker for worker, number in runs(planner)}
+    planner.resident(given[0], CONTEXT)
+    planner.finished(given[0], 0, duration=1.0, peak=20)
+    assert planner.commands() == [Stop(given[0])]
+    planner.remove_worker(given[0])
+    assert planner.retries(1)
+    planner.finished(given[1], 1, duration=1.0, peak=None, oom=True)
+    assert [command[:2] for command in planner.commands()] == [(given[1], 1)]
+    assert not planner.retries(1)
+
+
 def test_no_estimate_is_larger_than_the_card() -> None:
     # 80 times 1.3 is more than the 85 bytes that a card can give; the test runs all the same.
     tests = [gpu("t[0]", None), gpu("t[1]", None)]
@@ -848,6 +862,7 @@ class Room(RuleBasedStateMachine):
         self.ended: Counter[int] = Counter()
         self.ooms: Counter[int] = Counter()
         self.beside_unseen: set[int] = set()
+        self.beside_gone: set[int] = set()
         self.stopped: set[str] = set()
         self.surprising: set[str] = set()
         self.grants: dict[int, int | None] = {}
@@ -991,6 +1006,7 @@ class Room(RuleBasedStateMachine):
             assert again or test not in self.beside_unseen or not self.may_move()
         else:
             self.check_first_retry(worker, test, again)
+        self.beside_gone.discard(test)
         self.ended[test] += 1
         self.grants.pop(test, None)
         if ((oom and again) or peak) and not self.tests[test].gpu:
@@ -1016,7 +1032,11 @@ class Room(RuleBasedStateMachine):
         }
         if self.may_move() and any(set(self.on_card(card)) - {worker} for card in cards):
             assert again
-        if not neighbours and not any(self.others[card] for card in cards):
+        if (
+            not neighbours
+            and test not in self.beside_gone
+            and not any(self.others[card] for card in cards)
+        ):
             assert not again
 
     @precondition(lambda self: self.queues)
@@ -1097,7 +1117,9 @@ class Room(RuleBasedStateMachine):
 
     def goes(self, worker: str) -> None:
         assert not self.queues.pop(worker)
-        self.rings.pop(worker)
+        ring = self.rings.pop(worker)
+        for name, queue in self.queues.items():
+            self.beside_gone |= set(queue[:1]) if set(ring) & set(self.rings[name]) else set()
         assert self.planner.remove_worker(worker) is None
         self.resident = {key: size for key, size in self.resident.items() if key[0] != worker}
         self.obey()
