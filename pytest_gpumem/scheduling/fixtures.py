@@ -38,6 +38,10 @@ class Test(Protocol):
         """Its name."""
 
     @property
+    def group(self) -> str:
+        """Its module."""
+
+    @property
     def wide(self) -> tuple[WideFixture, ...]:
         """The wide fixtures that it is known to use."""
 
