@@ -99,13 +99,14 @@ def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
 
 def share_as_controller(config: pytest.Config, state: State) -> None:
     """Let xdist's workers share the cards."""
-    from pytest_gpumem.plugin.xdist import controller as xdist_controller
+    from pytest_gpumem.plugin.xdist.controller import Controller
+    from pytest_gpumem.plugin.xdist.scheduler import SchedulerSettings
 
     settings, history = state.settings, load_history(config, state)
-    controller = xdist_controller.Controller(
+    controller = Controller(
         config,
         history.expect,
-        xdist_controller.SchedulerSettings(
+        SchedulerSettings(
             context=settings.context_cost,
             headroom=settings.headroom,
             optimistic=settings.schedule == "optimistic",

@@ -95,6 +95,10 @@ class Estimates:
             return planned.fixtures
         return self._family_fixtures.get(family(planned.nodeid), 0)
 
+    def whole(self, test: int) -> int:
+        """Return the bytes for ``test`` in a process that keeps nothing but its context."""
+        return (self.need(test) or 0) + self.fixtures(test)
+
     def on_card(self, test: int) -> bool:
         """Return whether ``test`` uses a card, as far as is known."""
         return self._tests[test].gpu or test in self.ooms or self.surprises(test)

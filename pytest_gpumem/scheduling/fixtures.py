@@ -38,6 +38,10 @@ class Test(Protocol):
         """Its name."""
 
     @property
+    def group(self) -> str:
+        """Its module."""
+
+    @property
     def wide(self) -> tuple[WideFixture, ...]:
         """The wide fixtures that it is known to use."""
 
@@ -63,6 +67,10 @@ class SetUpOrder:
             for fixture in test.wide:
                 self._first.setdefault(fixture, index)
         self._late = self._find_late()
+        self.late_modules = self._find_late_modules()
+        """By module with late fixtures that outlive it: the first test that uses the last of them.
+
+        In this order each worker finds them set up without being kept from modules before."""
         self._last: dict[tuple[str, WideFixture], int] = {}
         """By node of late fixtures: the last test within it that uses a fixture."""
         nodes = {fixture.node for fixture in self._late}
@@ -78,6 +86,14 @@ class SetUpOrder:
             for node in nodes.intersection(nodes_of(test.nodeid)):
                 begins.setdefault(node, index)
         return SetUp(each for each, first in self._first.items() if first > begins[each.node])
+
+    def _find_late_modules(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for test in self._tests if self._late else ():
+            for fixture in self._late.intersection(test.wide):
+                if not fixture.node.startswith(test.group):
+                    found[test.group] = max(found.get(test.group, 0), self._first[fixture])
+        return found
 
     def after(self, test: int, before: SetUp) -> SetUp:
         """Return what a worker has set up after ``test`` if it had ``before``."""

@@ -8,9 +8,13 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pytest_gpumem.scheduling.estimates import PlannedTest
+
+LATE = 10
+"""A test of a late module has to last this many times as long as others to go before its module:
+it would bring a wide fixture that keeps its worker from earlier modules, see ``fixtures``."""
 
 
 class Portion:
@@ -37,15 +41,24 @@ class Portion:
 
 
 class Pile:
-    """Tests that wait: the long ones by duration, the others in portions of one module."""
+    """Tests that wait: the long ones by duration, the others in portions of one module.
 
-    def __init__(self, tests: Sequence[PlannedTest], later: Collection[str] = ()) -> None:
+    Args:
+        tests: all tests of the run; they are known by their index here.
+        late: modules to begin after the others, and in which order.
+        last: modules to begin last among those.
+
+    """
+
+    def __init__(
+        self, tests: Sequence[PlannedTest], late: Mapping[str, int], last: Collection[str] = ()
+    ) -> None:
         self.long = Portion()
         self._tests = tests
-        self._later = later
-        """Modules to begin last."""
+        self._late = late
+        self._last = last
         self._first: dict[str, Portion] = {}
-        self._free: list[tuple[bool, float, int, Portion]] = []
+        self._free: list[tuple[int, bool, float, int, Portion]] = []
         self._owned: list[tuple[float, int, Portion]] = []
         self._number = itertools.count()
         self._count = 0
@@ -56,15 +69,16 @@ class Pile:
 
     def fill(self, tests: Sequence[int], long: float) -> None:
         """Add all ``tests``; those that last longer than ``long`` seconds are long."""
-        for test in sorted(tests, key=lambda test: -self._tests[test].duration):
-            if self._tests[test].duration <= long:
-                break
-            self._put(self.long, test)
-        portions = dict.fromkeys(self._tests[test].group for test in tests)
-        self._first = {group: Portion(group) for group in portions}
+        ahead: list[int] = []
         for test in tests:
-            if self._tests[test].duration <= long:
-                self._put(self._first[self._tests[test].group], test)
+            group = self._tests[test].group
+            portion = self._first.setdefault(group, Portion(group))
+            if self._tests[test].duration > long * (LATE if group in self._late else 1):
+                ahead.append(test)
+            else:
+                self._put(portion, test)
+        for test in sorted(ahead, key=lambda test: -self._tests[test].duration):
+            self._put(self.long, test)
         for portion in self._first.values():
             self.release(portion)
 
@@ -96,8 +110,9 @@ class Pile:
         if portion is not None:
             portion.owned = False
             if portion.tests:
-                entry = (portion.group in self._later, -portion.work, next(self._number), portion)
-                heapq.heappush(self._free, entry)
+                group, number = portion.group, next(self._number)
+                begins = self._late.get(group, -1), group in self._last
+                heapq.heappush(self._free, (*begins, -portion.work, number, portion))
 
     def free(self, group: str) -> bool:
         """Return whether tests of module ``group`` wait that belong to no worker."""

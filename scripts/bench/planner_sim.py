@@ -21,9 +21,10 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_gpumem.scheduling.commands import CardKey, Fail, Flush, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.history import History
-from pytest_gpumem.scheduling.planner import CardKey, Fail, Flush, Planner, Reset, Run, Stop
+from pytest_gpumem.scheduling.planner import Planner
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -93,8 +93,6 @@ STILL_LONG = {
     "archive/tree.py",
     "leases/ledger.py",
     "plugin/lease.py",
-    "plugin/xdist/controller.py",
-    "scheduling/planner.py",
     "tracking/children.py",
     "tracking/tracker.py",
 }

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpumem.scheduling.commands import Command, Fail, Flush, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.fixtures import WideFixture, nodes_of
-from pytest_gpumem.scheduling.planner import Command, Fail, Flush, Planner, Reset, Run, Stop
+from pytest_gpumem.scheduling.planner import Planner
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
 THINGS = ("lock", "port", "device", "lease", "database")
@@ -234,3 +235,21 @@ def test_a_worker_is_stopped_as_soon_as_no_test_waits() -> None:
     assert workers.ready() == [first]
     workers.go_on(first, oom=False)
     assert workers.ready() == [second]
+
+
+def test_nothing_is_set_up_twice_where_every_module_can_follow_what_a_worker_has() -> None:
+    # Modules have fixtures of their own; those with longer tests use a model from the fifth on.
+    model = WideFixture("", "model")
+    suite = []
+    for module in range(12):
+        path, late = f"m{module}.py", module > 4 and module % 2
+        held = [WideFixture(path, "data"), *[model] * late]
+        suite += [uses(f"{path}::t{n}", None, *held, duration=1.0 + late) for n in range(4)]
+    suite = [each._replace(held=dict.fromkeys(each.held, "")) for each in suite]
+    workers, steps = workers_of(suite, 2), 0
+    while not workers.planner.done:
+        steps += 1
+        workers.go_on(workers.ready()[steps % len(workers.ready())], oom=False)
+    # One for each test, one for each module's fixture but for the last, which is shared, and one
+    # in each worker for the model. To give a fixture back is a step, too.
+    assert steps <= len(suite) + 12 + 1 + 2

@@ -14,11 +14,12 @@ from hypothesis.stateful import (
 )
 
 from pytest_gpumem.admission import Claim, fits
-from pytest_gpumem.scheduling import planner as plans
+from pytest_gpumem.scheduling import policy
+from pytest_gpumem.scheduling.commands import CardKey, Fail, Flush, Grant, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.history import family
 from pytest_gpumem.scheduling.piles import Pile
-from pytest_gpumem.scheduling.planner import CardKey, Fail, Flush, Grant, Planner, Reset, Run, Stop
+from pytest_gpumem.scheduling.planner import Planner
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
 
@@ -159,7 +160,7 @@ def test_a_large_test_is_passed_by_a_limited_number_of_small_ones() -> None:
     workers = Workers(tests, planner_of(tests, workers=2))
     order = workers.run()
     # Two workers get there after 200 tests; then so many may pass.
-    assert order.index(100) <= 200 + plans.PATIENCE + 2
+    assert order.index(100) <= 200 + policy.BACKFILL + 2
 
 
 def test_cpu_tests_fill_the_wait_of_a_worker_whose_gpu_test_does_not_fit() -> None:
@@ -267,6 +268,20 @@ def test_only_what_was_not_alone_on_its_card_runs_again(test, others, kept, agai
     (neighbour,) = {"w0", "w1"} - {run.worker}
     planner.resident(neighbour, kept)
     assert planner.retries(0) == again
+
+
+@pytest.mark.parametrize("test", [gpu("late", 50), cpu("late")])
+def test_what_was_beside_one_that_has_left_meanwhile_runs_again(test) -> None:
+    planner = planner_of([gpu("early", 20), test], workers=2)
+    given = {number: worker for worker, number in runs(planner)}
+    planner.resident(given[0], CONTEXT)
+    planner.finished(given[0], 0, duration=1.0, peak=20)
+    assert planner.commands() == [Stop(given[0])]
+    planner.remove_worker(given[0])
+    assert planner.retries(1)
+    planner.finished(given[1], 1, duration=1.0, peak=None, oom=True)
+    assert [command[:2] for command in planner.commands()] == [(given[1], 1)]
+    assert not planner.retries(1)
 
 
 def test_no_estimate_is_larger_than_the_card() -> None:
@@ -638,12 +653,12 @@ def test_tests_that_wait_for_what_workers_keep_do_not_let_the_others_run_one_by_
         if not workers.running():  # somebody gave something back
             continue
         beside.append(len(workers.running()))
-        workers.finish(oom=len(beside) <= plans.DRAIN)
+        workers.finish(oom=len(beside) <= policy.DRAIN)
         for name in workers.queues:
             planner.resident(name, CONTEXT + 5)
     # At the end those that ran out of memory run alone.
     assert min(beside[:36]) == 3
-    assert max(beside[-plans.DRAIN :]) == 1
+    assert max(beside[-policy.DRAIN :]) == 1
 
 
 def test_a_crashed_test_is_not_run_again_and_its_room_comes_back() -> None:
@@ -669,7 +684,7 @@ def test_tests_handed_out_ahead_go_to_others_when_their_worker_crashes() -> None
 
 
 def test_a_test_put_back_into_what_a_worker_has_handed_out_is_found_by_others() -> None:
-    pile = Pile([cpu("a"), cpu("b")])
+    pile = Pile([cpu("a"), cpu("b")], late={})
     pile.fill([0], long=9.0)
     portion = pile.adopt("a.py", None, suits=any_test)
     assert portion is not None
@@ -847,6 +862,7 @@ class Room(RuleBasedStateMachine):
         self.ended: Counter[int] = Counter()
         self.ooms: Counter[int] = Counter()
         self.beside_unseen: set[int] = set()
+        self.beside_gone: set[int] = set()
         self.stopped: set[str] = set()
         self.surprising: set[str] = set()
         self.grants: dict[int, int | None] = {}
@@ -990,6 +1006,7 @@ class Room(RuleBasedStateMachine):
             assert again or test not in self.beside_unseen or not self.may_move()
         else:
             self.check_first_retry(worker, test, again)
+        self.beside_gone.discard(test)
         self.ended[test] += 1
         self.grants.pop(test, None)
         if ((oom and again) or peak) and not self.tests[test].gpu:
@@ -1015,7 +1032,11 @@ class Room(RuleBasedStateMachine):
         }
         if self.may_move() and any(set(self.on_card(card)) - {worker} for card in cards):
             assert again
-        if not neighbours and not any(self.others[card] for card in cards):
+        if (
+            not neighbours
+            and test not in self.beside_gone
+            and not any(self.others[card] for card in cards)
+        ):
             assert not again
 
     @precondition(lambda self: self.queues)
@@ -1096,7 +1117,9 @@ class Room(RuleBasedStateMachine):
 
     def goes(self, worker: str) -> None:
         assert not self.queues.pop(worker)
-        self.rings.pop(worker)
+        ring = self.rings.pop(worker)
+        for name, queue in self.queues.items():
+            self.beside_gone |= set(queue[:1]) if set(ring) & set(self.rings[name]) else set()
         assert self.planner.remove_worker(worker) is None
         self.resident = {key: size for key, size in self.resident.items() if key[0] != worker}
         self.obey()

@@ -1,0 +1,445 @@
+"""The cards and workers of a run: who has what, and what a test would find where.
+
+A few writers (``join``, ``leave``, ``stop``, ``start``, ``end``, ``surprises``, ``keeps``,
+``gave_back``) say what happened; all else are questions. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from pytest_gpumem import admission
+from pytest_gpumem.admission import Claim
+from pytest_gpumem.scheduling.fixtures import NOTHING, of_session
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from pytest_gpumem.scheduling.commands import CardKey
+    from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
+    from pytest_gpumem.scheduling.piles import Portion
+
+
+class Reservation:
+    """A test that waits for room on its cards."""
+
+    def __init__(self, test: int, cards: Sequence[Card]) -> None:
+        self.test = test
+        self.cards = cards
+        """The first is that of the workers that will run it."""
+        self.passed = 0
+        """Tests that passed it."""
+
+    def end(self) -> int:
+        """Keep the cards no longer; return the test."""
+        for card in self.cards:
+            card.reserved = None
+        return self.test
+
+
+class Card:
+    """One card and who is on it."""
+
+    def __init__(self, total: int, others: int) -> None:
+        self.total = total
+        self.others = others
+        self.workers: list[Worker] = []
+        self.claims: dict[str, Claim] = {}
+        """Of each process that keeps anything on the card."""
+        self.users: list[Worker] = []
+        """Workers that run a GPU test on it."""
+        self.exclusive = False
+        self.contexts = 1
+        """Workers that are to hold a context."""
+        self.urgent = True
+        """Whether GPU tests are, or are about to be, what the run waits for."""
+        self.reserved: Reservation | None = None
+        """A test that it is kept for."""
+
+    @property
+    def own_reservation(self) -> Reservation | None:
+        """The test that it is kept for, if that waits for the workers of this card."""
+        reserved = self.reserved
+        return reserved if reserved is not None and reserved.cards[0] is self else None
+
+    @property
+    def running(self) -> int:
+        """GPU tests that run on it."""
+        return len(self.users)
+
+    @property
+    def holders(self) -> int:
+        """Workers that have a context on it."""
+        return sum(each.kept > 0 for each in self.workers)
+
+    @property
+    def idle(self) -> bool:
+        """Whether all its workers are idle and have given back what they can."""
+        return all(each.idle and not each.owes for each in self.workers)
+
+    @property
+    def owed(self) -> bool:
+        """Whether a worker has something to give back."""
+        return any(each.owes for each in self.workers)
+
+
+class Worker:
+    """One process that runs tests."""
+
+    def __init__(self, name: str, ring: tuple[Card, ...], context: int) -> None:
+        self.name = name
+        self.ring = ring
+        """Its own card first."""
+        self.card = ring[0]
+        self.resident: dict[Card, int] = {}
+        self.standing: dict[Card, int] = {}
+        """Of these, what its wider fixtures hold."""
+        self.given: deque[int] = deque()
+        """The test it runs, and those it was handed to run next."""
+        self.refill = 1
+        """With so many given, it is handed further ones."""
+        self.cpu: Portion | None = None
+        self.gpu: Portion | None = None
+        self.using: tuple[Card, ...] = ()
+        """The cards of the GPU test it runs."""
+        self.asked = 0
+        """Bytes set aside for it on each of them."""
+        self.disturbed = False
+        """Whether a test that may use these cards unexpectedly ran at the same time."""
+        self.had_company = False
+        """Whether somebody left meanwhile whose share of the cards its test may have lacked."""
+        self.group = ""
+        """Module whose fixtures it has."""
+        self.set_up = NOTHING
+        """Wide fixtures that it has..."""
+        self.to_set_up = NOTHING
+        """... and those that it will have after all that it was given."""
+        self.out_of_order = False
+        """Whether a test was kept from it that may not follow what it has set up."""
+        self.given_back = 0
+        """1 after a flush, 2 after a reset, 0 once it ran a test again."""
+        self.waiting = False
+        """Whether it was told to flush or reset and has not done so yet."""
+        self.stalled = False
+        """Whether a test may wait for what it keeps."""
+        self.stopped = False
+        self.stays = context
+        """Bytes that it cannot give back: its context, and what it kept after its last reset."""
+
+    @property
+    def kept(self) -> int:
+        """Bytes it keeps on its own card; 0 if it has no context there."""
+        return self.resident.get(self.card, 0)
+
+    @property
+    def owed(self) -> int:
+        """Bytes of these that it may give back."""
+        return max(0, self.kept - self.stays)
+
+    @property
+    def owes(self) -> bool:
+        """Whether it can be asked to give something back."""
+        return self.given_back < 2 and self.owed > 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do."""
+        return not self.given and not self.waiting
+
+
+class Cluster:
+    """All cards and workers.
+
+    Args:
+        tests: all tests; they are known by their index here.
+        seen: what to expect of them.
+        cards: bytes of each card.
+        others: bytes that other programs use, by card.
+        context: bytes that a process keeps on a card once it used it.
+        headroom: bytes of each card that are never given out.
+
+    """
+
+    def __init__(
+        self,
+        tests: Sequence[PlannedTest],
+        seen: Estimates,
+        cards: Mapping[CardKey, int],
+        others: Mapping[CardKey, int],
+        *,
+        context: int,
+        headroom: int,
+    ) -> None:
+        self._tests = tests
+        self._seen = seen
+        self._context = context
+        self._headroom = headroom
+        self.cards = {key: Card(total, others.get(key, 0)) for key, total in cards.items()}
+        self._nothing = Card(-1, 0)
+        """The card of workers that have none."""
+        self._rings: set[tuple[Card, ...]] = set()
+        """What workers see or saw; one that crashed will be replaced, one that was stopped not."""
+        self.workers: dict[str, Worker] = {}
+
+    # What happens
+
+    def join(self, name: str, cards: Sequence[CardKey]) -> Worker:
+        """Add a worker that sees ``cards``; those that nobody told of do not count."""
+        ring = tuple(self.cards[key] for key in cards if key in self.cards)
+        worker = Worker(name, ring or (self._nothing,), self._context)
+        self._rings.add(worker.ring)
+        worker.card.workers.append(worker)
+        self.workers[name] = worker
+        return worker
+
+    def leave(self, name: str) -> Worker:
+        """Forget a worker that ended, with all that it kept and that was set aside for it."""
+        worker = self.workers.pop(name)
+        for each in self.workers.values():
+            each.had_company |= bool(each.given) and self._beside(each, worker)
+        worker.card.workers.remove(worker)
+        self.end(worker)
+        for card in worker.ring:
+            card.claims.pop(name, None)
+        return worker
+
+    def stop(self, worker: Worker) -> None:
+        """Take note that ``worker`` is given nothing more."""
+        worker.stopped = True
+        self._rings = {each.ring for each in self.workers.values() if not each.stopped}
+
+    def start(self, worker: Worker, test: int, *, alone: bool = False) -> None:
+        """Set aside what GPU test ``test`` needs at ``worker``, or its whole cards."""
+        exclusive = alone or self.is_exclusive(test)
+        worker.asked = 0
+        worker.using = self.cards_for(worker, test)
+        worker.disturbed = exclusive and any(map(self.disturbed, worker.using))
+        for card in worker.using:
+            worker.resident[card] = self._baseline(worker, card)
+            if card.reserved:
+                card.reserved.passed += 1
+            card.users.append(worker)
+            card.exclusive = exclusive
+            asked = self.asks(worker, card, test)
+            worker.asked = max(worker.asked, asked)
+            self._claim(worker, card, asked)
+
+    def end(self, worker: Worker) -> None:
+        """Take back what was set aside for the test that ``worker`` ran."""
+        for card in worker.using:
+            card.users.remove(worker)
+            card.exclusive = False
+            self._claim(worker, card, 0)
+        worker.using = ()
+        worker.disturbed = worker.had_company = False
+
+    def surprises(self, worker: Worker) -> None:
+        """Take note that ``worker`` starts a test that may use its cards unexpectedly."""
+        for card in worker.ring:
+            for other in card.users:
+                other.disturbed = True
+
+    def keeps(self, worker: Worker, card: Card, size: int, fixtures: int) -> bool:
+        """Take note of what ``worker`` keeps on ``card``; return whether that is new."""
+        before = worker.resident.get(card, 0), worker.standing.get(card, 0)
+        if before == (size, fixtures):
+            return False
+        worker.resident[card], worker.standing[card] = size, fixtures
+        worker.stays = max(self._context, min(worker.stays, worker.kept))
+        claim = card.claims.get(worker.name)
+        self._claim(worker, card, claim.extra if claim else 0)
+        return True
+
+    def gave_back(self, worker: Worker) -> None:
+        """Take note that ``worker`` tore down what it was asked for."""
+        worker.waiting = False
+        worker.set_up = of_session(worker.set_up) if worker.given_back == 1 else NOTHING
+        worker.to_set_up = worker.set_up
+        if worker.given_back > 1:
+            worker.stays = max(self._context, worker.kept)
+
+    def foreign(self, card: Card, used: int) -> int:
+        """Return what others than the workers use of ``card``, of which ``used`` are in use."""
+        uses = (self._uses(each, card) for each in self.workers.values())
+        return admission.foreign(used, uses, card.others)
+
+    def _uses(self, worker: Worker, card: Card) -> tuple[int, int]:
+        """Return the least and the most that ``worker`` may be using of ``card``."""
+        if card not in worker.ring:
+            return 0, 0
+        claim = card.claims.get(worker.name, admission.NOTHING)
+        least, most = admission.bounds(claim, card.total)
+        if worker.waiting:
+            least = 0  # it gives back, and has not said yet what
+        if self._may_surprise(worker):
+            most = card.total
+        return least, most
+
+    def _claim(self, worker: Worker, card: Card, extra: int) -> None:
+        resident = worker.resident.get(card, 0)
+        exclusive = card.exclusive and card in worker.using
+        if resident or extra or exclusive:
+            card.claims[worker.name] = Claim(resident, extra, exclusive=exclusive)
+        else:
+            card.claims.pop(worker.name, None)
+
+    # What there is
+
+    def capacity(self, card: Card, contexts: int) -> int:
+        """Return the bytes for tests on ``card`` beside so many contexts."""
+        return card.total - card.others - self._headroom - contexts * self._context
+
+    def crowded(self) -> bool:
+        """Return whether a card has no room for a context of each of its workers."""
+        return any(self.capacity(card, len(card.workers)) < 0 for card in self.cards.values())
+
+    def roomiest(self) -> int:
+        """Return the bytes for tests on the card that has most, beside the contexts there are.
+
+        What other programs use now they may give back.
+        """
+        rooms = (
+            self.capacity(card, max(1, len(card.claims))) + card.others
+            for card in self.cards.values()
+        )
+        return max(rooms, default=0)
+
+    def has_card(self, worker: Worker) -> bool:
+        """Return whether ``worker`` sees any card."""
+        return worker.card is not self._nothing
+
+    def disturbed(self, card: Card) -> bool:
+        """Return whether tests run that may use ``card`` unexpectedly."""
+        return any(
+            card in worker.ring and self._may_surprise(worker) for worker in self.workers.values()
+        )
+
+    def _may_surprise(self, worker: Worker) -> bool:
+        """Return whether ``worker`` runs a test that may use its cards unexpectedly."""
+        return not worker.using and any(not self._tests[test].seen for test in worker.given)
+
+    def accompanied(self, worker: Worker) -> bool:
+        """Return whether others may use or keep what ``worker``, alone, would find free."""
+        others = (each for each in self.workers.values() if each is not worker)
+        return (
+            worker.had_company
+            or any(card.others for card in worker.using or worker.ring)
+            or any(self._beside(worker, each) for each in others)
+        )
+
+    def _beside(self, worker: Worker, other: Worker) -> bool:
+        """Return whether ``other`` may use or keep what ``worker``, alone, would find free.
+
+        What it held and gave back meanwhile is not known: that it has a context says enough.
+        """
+        for card in worker.using or worker.ring:
+            if card not in other.ring or card is self._nothing:
+                continue
+            alone = card.exclusive and worker in card.users
+            kept = other.owes if alone else other.name in card.claims
+            if kept or any(not self._tests[test].seen for test in other.given):
+                return True
+        return False
+
+    # What a test would find
+
+    def cards_for(self, worker: Worker, test: int) -> tuple[Card, ...]:
+        """Return the cards that ``test`` would use at ``worker``; too few if there are no more."""
+        return worker.ring[: self._tests[test].cards]
+
+    def is_exclusive(self, test: int) -> bool:
+        """Return whether ``test`` shares its cards with no other."""
+        return self._seen.need(test) is None or self._tests[test].exclusive
+
+    def fits(self, worker: Worker, test: int) -> bool:
+        """Return whether ``test`` has room at ``worker`` now."""
+        cards = self.cards_for(worker, test)
+        if len(cards) < self._tests[test].cards or (self.is_exclusive(test) and busy(cards)):
+            return False
+        return all(self.asks(worker, card, test) <= self.room(worker, card) for card in cards)
+
+    def may_go(self, worker: Worker, test: int) -> bool:
+        """Return whether a test that waits for room has it, or can never have more than now.
+
+        Contexts stay: a test that does not fit beside those there are would wait in vain.
+        """
+        if test in self._seen.ooms and worker.card.owed:
+            return False  # it gets all the room that there can be
+        if self.fits(worker, test):
+            return True
+        cards = self.cards_for(worker, test)
+        if busy(cards) or len(cards) < self._tests[test].cards:
+            return False
+        # What other programs use may be theirs for good: the lease waits for it, not for ever.
+        return not worker.card.owed
+
+    def would_go(self, card: Card, test: int) -> bool:
+        """Return whether ``test``, which must run alone, could if no test ran on ``card``."""
+        if test in self._seen.ooms and card.owed:
+            return False
+        idle = [claim._replace(extra=0) for claim in card.claims.values()]
+        return self._seen.whole(test) <= admission.room(
+            card.total, card.others, self._headroom, idle
+        )
+
+    def asks(self, worker: Worker, card: Card, test: int) -> int:
+        """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there."""
+        kept, standing = self._baseline(worker, card), worker.standing.get(card, 0)
+        fixtures = self._seen.fixtures(test)
+        lacks = admission.missing(fixtures, self._context, kept, standing)
+        return (self._seen.need(test) or 0) + lacks
+
+    def room(self, worker: Worker, card: Card) -> int:
+        """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""
+        if card.exclusive:
+            return -1
+        claims = [claim for name, claim in card.claims.items() if name != worker.name]
+        claims.append(Claim(self._baseline(worker, card), 0, exclusive=False))
+        return admission.room(card.total, card.others, self._headroom, claims)
+
+    def _baseline(self, worker: Worker, card: Card) -> int:
+        """Return what ``worker`` keeps on ``card`` while it runs a test there."""
+        return max(self._context, worker.resident.get(card, 0))
+
+    def possible(self, cards: Sequence[Card], test: int, *, beside_others: bool = False) -> bool:
+        """Return whether ``test`` fits on ``cards`` when they are empty, other programs aside."""
+        claim = Claim(self._context, self._seen.whole(test), exclusive=False)
+        return len(cards) == self._tests[test].cards and not any(
+            admission.never_fits(card.total - beside_others * card.others, self._headroom, claim)
+            for card in cards
+        )
+
+    def possible_anywhere(self, test: int) -> bool:
+        """Return whether ``test`` fits on the empty cards of some worker."""
+        count = self._tests[test].cards
+        return any(self.possible(ring[:count], test) for ring in self._rings)
+
+    def has_cards_for(self, test: int) -> bool:
+        """Return whether some worker sees as many cards as ``test`` uses."""
+        count = self._tests[test].cards
+        return any(len(ring) >= count and self._nothing not in ring for ring in self._rings)
+
+    def why_never(self, test: int) -> str:
+        """Return in words what ``test`` needs, and the most that it finds at any worker."""
+        nodeid, count = self._tests[test].nodeid, self._tests[test].cards
+        rings = [ring for ring in self._rings if self._nothing not in ring]
+        sizes = [min(card.total for card in ring[:count]) for ring in rings if len(ring) >= count]
+        if not sizes:
+            return admission.why_too_many(nodeid, count, max(map(len, rings), default=0))
+        each = "the card" if count == 1 else f"each of the {count} cards"
+        there_is = f"{each} that a worker uses first has {format_bytes(max(sizes))} at most"
+        return admission.why_too_large(
+            nodeid,
+            self._seen.whole(test),
+            count,
+            there_is,
+            context=self._context,
+            headroom=self._headroom,
+        )
+
+
+def busy(cards: Iterable[Card]) -> bool:
+    """Return whether a GPU test runs on one of ``cards``."""
+    return any(card.running for card in cards)

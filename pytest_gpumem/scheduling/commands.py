@@ -1,0 +1,54 @@
+"""What the planner wants done; workers are known by their names, tests by their indexes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+CardKey = tuple[str, str]
+"""Host and UUID of a card: simulated ones and MIG slices may have equal UUIDs on two hosts."""
+
+
+class Grant(NamedTuple):
+    """What is set aside for a test on each of its cards."""
+
+    size: int | None
+    """Bytes beyond what its worker keeps; None: the whole card."""
+    cards: int
+    alone: bool
+
+
+class Run(NamedTuple):
+    """Let ``worker`` run ``test`` after those it was given before."""
+
+    worker: str
+    test: int
+    grant: Grant | None = None
+    """None for a test that is expected to use no card."""
+
+
+class Flush(NamedTuple):
+    """Let idle ``worker`` tear down module and class fixtures, then report ``flushed``."""
+
+    worker: str
+
+
+class Reset(NamedTuple):
+    """Let idle ``worker`` tear down session fixtures too, then report ``flushed``."""
+
+    worker: str
+
+
+class Stop(NamedTuple):
+    """Every test has ended or is with another worker; ``worker`` shall tear everything down."""
+
+    worker: str
+
+
+class Fail(NamedTuple):
+    """``test`` can never run."""
+
+    test: int
+    why: str
+
+
+Command = Run | Flush | Reset | Stop | Fail

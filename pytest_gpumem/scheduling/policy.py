@@ -1,0 +1,406 @@
+"""Why a worker is given a test: the rules in the order in which they are asked, see ``RULES``.
+
+- GPU tests come first. As many workers hold a CUDA context as make the run shortest (see
+  ``contexts``); the others run CPU tests, which also fill the waits of the former.
+- Long tests come first, longest first; the others go module by module, so that module fixtures
+  are set up rarely. A worker whose module is done takes the next one, and at the end half of what
+  another worker still has (see ``piles``). While GPU tests are not what the run waits for, a
+  worker ends its module, CPU tests and all, before it goes to GPU tests elsewhere.
+- The first test that does not fit gets a reservation of its cards and may be passed by a limited
+  number of smaller ones (backfill), so that none starves.
+- A GPU test of which nothing is known runs alone. One of each family goes first; its peak is
+  then expected of the others (see ``lanes``).
+- Where not every worker has room for a context, a test of which nothing is known but that others
+  of its module turned out to use a card counts as a GPU test, until one of its family used none.
+- Short CPU tests are handed out ahead (prefetch), many at once, to workers that no GPU test can
+  want. A worker in which one of them uses a card all the same returns those behind it.
+- A test that runs out of memory beside others, or beside what they keep, runs again, alone on its
+  cards. A test never seen before may use a card although nobody said so: if one ran beside it,
+  and memory was short once more, it runs a last time when no such test is left.
+- A test that catches its own OutOfMemoryError cannot be seen to have run out of memory: it is not
+  run again, and on the first run without marks it may have shared the card unexpectedly.
+- When no GPU test runs on a card and none fits, idle workers give back module fixtures, then
+  session fixtures, as many of them as it takes (eviction); after that the test runs alone whatever
+  the numbers say. What a worker kept even then, such as leaks, it is not asked for again.
+- A worker sets up no wide fixture beside one that it would never find beside it in plain xdist
+  (see ``fixtures``). It takes other tests first, and gives back what it has if there are none.
+- A running test may wait for something that the fixtures of an idle worker hold: a lock, a port, a
+  database. A worker is stopped as soon as no test waits for one, as in plain xdist; one that is
+  idle before gives its fixtures back whenever a test beside it stalls.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.scheduling import lanes
+from pytest_gpumem.scheduling.cluster import Reservation, busy
+from pytest_gpumem.scheduling.commands import Flush, Grant, Reset, Run, Stop
+from pytest_gpumem.scheduling.contexts import may_use
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_gpumem.scheduling.cluster import Card, Worker
+    from pytest_gpumem.scheduling.piles import Portion
+    from pytest_gpumem.scheduling.state import State
+
+LOOK = 8
+"""Tests of a queue that are looked at for one that fits."""
+BACKFILL = 64
+"""Tests that may pass one that waits for room on a card."""
+DRAIN = 4
+"""Tests that must run alone, per card, for which the card stops taking others."""
+AHEAD = 0.1
+"""Seconds of CPU tests that wait at a worker. They are handed out in one message, and the next
+ones when half of them are done: a round trip for each would cost more than a short test."""
+AHEAD_TESTS = 256
+
+
+def serve(state: State, worker: Worker) -> None:
+    """Give ``worker`` something to do, if there is anything."""
+    if worker.idle:
+        worker.out_of_order = False
+        for rule in RULES:
+            if rule(state, worker):
+                break
+        else:
+            return
+    del state.asking[worker.name]
+    if worker.given and not worker.using:
+        _prefetch(state, worker)
+
+
+# The rules: each does what it is named for and returns True, or does nothing.
+
+
+def run_gpu_test(state: State, worker: Worker) -> bool:
+    """Run a GPU test that may go now: the reserved one, else the first of the lanes that fits."""
+    card = worker.card
+    if card.exclusive or not may_use(state, worker):
+        return False
+    closed = _drains(state, card)
+    if _run_reserved(state, worker, closed=closed):
+        return True
+    if not closed and _run_from_lanes(state, worker):
+        return True
+    return _run_from_elsewhere(state, worker)
+
+
+def evict_for_waiting(state: State, worker: Worker) -> bool:
+    """Have fixtures given back that keep a GPU test from running at all."""
+    return _held_up(state, worker.card) and evict(state, worker)
+
+
+def make_way_for_gpu_test(state: State, worker: Worker) -> bool:
+    """Have fixtures given back that an urgent GPU test may not follow."""
+    return worker.out_of_order and worker.card.urgent and _give_back(state, worker)
+
+
+def run_cpu_test(state: State, worker: Worker) -> bool:
+    """Run the next CPU test."""
+    cpu = state.backlog.cpu
+    while len(cpu):
+        portion = _cpu_portion(state, worker)
+        if portion is None:
+            worker.out_of_order = True
+            break
+        test = cpu.take(portion, portion.tests[0])
+        if not lanes.uses_card(state, test):
+            return _run(state, worker, test)
+        lanes.admit(state, test)
+        state.changed = True  # it may be what a worker has room for that was asked before
+    return False
+
+
+def evict(state: State, worker: Worker) -> bool:
+    """Have a worker that has nothing else to do give back its fixtures, if a GPU test waits.
+
+    The last resort waits for that.
+    """
+    if worker.card.running or not worker.owes:
+        return False
+    if not state.gpu_waits and not state.backlog.last.tests:
+        return False
+    return not _enough_comes_back(state, worker) and _give_back(state, worker)
+
+
+def last_resort(state: State, worker: Worker) -> bool:
+    """Run a GPU test alone although it does not fit, when all else was tried.
+
+    Tests that can never run are given up.
+    """
+    able = may_use(state, worker) or not state.cluster.has_card(worker)
+    if not able or not worker.card.idle:
+        return False
+    reserved = worker.card.own_reservation
+    if reserved and not busy(reserved.cards) and _in_order(state, worker, reserved.test):
+        return _launch(state, worker, reserved.end(), alone=True)
+    for portion in _lanes(state, worker):
+        for test in list(itertools.islice(portion.tests, LOOK)):
+            cards = state.cluster.cards_for(worker, test)
+            free = state.cluster.possible(cards, test) and not busy(cards)
+            if free and _in_order(state, worker, test):
+                return _launch(state, worker, state.backlog.take(portion, test), alone=True)
+            if not state.cluster.possible_anywhere(test):
+                lanes.give_up(state, state.backlog.take(portion, test))
+    return False
+
+
+def make_way(state: State, worker: Worker) -> bool:
+    """Have fixtures given back that another test may wait for, or no test here may follow."""
+    # It had better keep them for a GPU test that waits until one beside it has ended.
+    room_comes = worker.kept and worker.card.running and state.gpu_waits
+    return (worker.stalled or (worker.out_of_order and not room_comes)) and _give_back(
+        state, worker
+    )
+
+
+def stop(state: State, worker: Worker) -> bool:
+    """Stop a worker that no test waits for."""
+    if not state.all_given:
+        return False
+    state.cluster.stop(worker)
+    state.out.append(Stop(worker.name))
+    return True
+
+
+RULES: tuple[Callable[[State, Worker], bool], ...] = (
+    run_gpu_test,
+    evict_for_waiting,
+    make_way_for_gpu_test,
+    run_cpu_test,
+    evict,
+    last_resort,
+    make_way,
+    stop,
+)
+"""What an idle worker does: the first rule that answers. If none does, it waits for a report."""
+
+
+# Which GPU test
+
+
+def _run_reserved(state: State, worker: Worker, *, closed: bool) -> bool:
+    """Run the test that the card is kept for; a card that drains takes it whatever else waits."""
+    reserved = worker.card.own_reservation
+    if reserved is None or not (closed or _suits(state, worker, reserved.test)):
+        return False
+    if not state.cluster.may_go(worker, reserved.test):
+        return False
+    return _in_order(state, worker, reserved.test) and _launch(state, worker, reserved.end())
+
+
+def _run_from_lanes(state: State, worker: Worker) -> bool:
+    """Run the first test that fits; the first that does not gets a reservation."""
+    cluster, backlog = state.cluster, state.backlog
+    for portion in _lanes(state, worker):
+        lone = portion is backlog.alone or portion is backlog.last
+        may_go = cluster.may_go if lone else cluster.fits
+        for test in list(itertools.islice(portion.tests, LOOK)):
+            if not may_go(worker, test):
+                _reserve(state, worker, portion, test)
+            elif _in_order(state, worker, test):
+                return _launch(state, worker, backlog.take(portion, test))
+    return False
+
+
+def _run_from_elsewhere(state: State, worker: Worker) -> bool:
+    """Run a test that waits for another card, if it fits here and nothing else is left."""
+    if len(state.backlog.shared):
+        return False
+    for card in state.cluster.cards.values():
+        reserved = card.reserved
+        fits = reserved and state.cluster.fits(worker, reserved.test)
+        if reserved and fits and _in_order(state, worker, reserved.test):
+            return _launch(state, worker, reserved.end())
+    return False
+
+
+def _lanes(state: State, worker: Worker) -> Iterator[Portion]:
+    """Yield where to look for a GPU test, best first."""
+    backlog = state.backlog
+    if _settled(state, worker):
+        if backlog.shared.free(worker.group):
+            worker.gpu = _gpu_portion(state, worker)
+        if worker.gpu is not None and worker.gpu.group == worker.group:
+            yield worker.gpu
+        return
+    empty = not worker.card.running
+    # Where one worker does all, its module's tests come first.
+    if empty and max(worker.card.contexts, len(worker.card.claims)) > 1:
+        yield backlog.alone
+    yield backlog.wide
+    yield backlog.large
+    yield backlog.shared.long
+    worker.gpu = _gpu_portion(state, worker)
+    if worker.gpu is not None:
+        yield worker.gpu
+    if empty:
+        yield backlog.alone
+    if (
+        backlog.last.tests
+        and empty
+        and not (len(backlog.cpu) or state.cluster.disturbed(worker.card))
+    ):
+        yield backlog.last
+
+
+def _settled(state: State, worker: Worker) -> bool:
+    """Return whether ``worker`` had better end its module before it goes elsewhere."""
+    if worker.card.urgent:
+        return False
+    cpu = worker.cpu
+    if cpu is not None and cpu.tests and cpu.group == worker.group:
+        return True
+    # Scouts hurry on: others of their families wait for them.
+    return state.backlog.cpu.free(worker.group) and not state.backlog.scouting
+
+
+def _suits(state: State, worker: Worker, test: int) -> bool:
+    """Return whether ``test`` would not take ``worker`` out of a module too early."""
+    return state.tests[test].group == worker.group or not _settled(state, worker)
+
+
+def _gpu_portion(state: State, worker: Worker) -> Portion | None:
+    shared = state.backlog.shared
+    portion = shared.adopt(worker.group, worker.gpu, state.order.suits(worker.to_set_up))
+    if portion is None and len(shared) > len(shared.long.tests):
+        worker.out_of_order = True
+    return portion
+
+
+def _in_order(state: State, worker: Worker, test: int) -> bool:
+    """Return whether ``test`` may follow what ``worker`` will have set up."""
+    if not worker.to_set_up or state.order.permits(test, worker.to_set_up):
+        return True
+    worker.out_of_order = True
+    return False
+
+
+# Reservations
+
+
+def _reserve(state: State, worker: Worker, portion: Portion, test: int) -> None:
+    """Keep cards for the first test that does not fit, so that it cannot starve."""
+    cluster = state.cluster
+    cards = cluster.cards_for(worker, test)
+    shared = state.seen.need(test) is not None and portion is not state.backlog.alone
+    taken = any(card.reserved for card in cards)
+    # Not for one that waits for other programs to end: smaller ones may as well go first.
+    if shared and not taken and cluster.possible(cards, test, beside_others=True):
+        reservation = Reservation(state.backlog.take(portion, test), cards)
+        for card in cards:
+            card.reserved = reservation
+
+
+def _drains(state: State, card: Card) -> bool:
+    """Return whether the card must empty before it takes further tests."""
+    alone = state.backlog.alone.tests
+    if card.reserved:
+        return card.reserved.passed >= BACKFILL
+    if not card.running or len(alone) < DRAIN * len(state.cluster.cards):
+        return False
+    # Not for tests that what the workers keep would hold up all the same: the others would
+    # run one by one.
+    return any(state.cluster.would_go(card, test) for test in itertools.islice(alone, LOOK))
+
+
+# Which CPU test
+
+
+def _cpu_portion(state: State, worker: Worker) -> Portion | None:
+    """Return where the next CPU test of ``worker`` waits, None if all are out of order."""
+    cpu, suits = state.backlog.cpu, state.order.suits(worker.to_set_up)
+    long = cpu.long if cpu.long.tests and suits(cpu.long.tests[0]) else None
+    # A long test would keep a worker with a context from the GPU tests.
+    if long is not None and not (worker.kept and state.gpu_waits):
+        return long
+    worker.cpu = cpu.adopt(worker.group, worker.cpu, suits)
+    return worker.cpu or long
+
+
+def _prefetch(state: State, worker: Worker) -> None:
+    """Hand out further CPU tests, unless the worker may get a GPU test next.
+
+    Not the last ones: another worker may be free earlier.
+    """
+    if len(worker.given) > worker.refill or (state.gpu_waits and may_use(state, worker)):
+        return
+    cpu, pace = state.backlog.cpu, state.seen.pace(gpu=False)
+    first, *rest = (pace * state.tests[test].duration for test in worker.given)
+    ahead = sum(rest)
+    while len(cpu) and len(worker.given) < AHEAD_TESTS:
+        portion = _cpu_portion(state, worker)
+        if portion is None:
+            break
+        test = portion.tests[0]
+        duration = pace * state.tests[test].duration
+        last = first + ahead > pace * cpu.time / len(state.cluster.workers)
+        if ahead + duration > AHEAD or last or lanes.uses_card(state, test):
+            break
+        _run(state, worker, cpu.take(portion, test))
+        ahead += duration
+    worker.refill = max(1, len(worker.given) // 2)
+
+
+# When nothing fits
+
+
+def _held_up(state: State, card: Card) -> bool:
+    """Return whether a GPU test waits for what idle workers keep on ``card``.
+
+    Others may wait only until a worker has ended its module.
+    """
+    if card.reserved:
+        return True
+    alone, last = state.backlog.alone.tests, state.backlog.last.tests
+    lone = [*itertools.islice(alone, LOOK), *itertools.islice(last, LOOK)]
+    return bool(lone) and not any(state.cluster.would_go(card, test) for test in lone)
+
+
+def _enough_comes_back(state: State, worker: Worker) -> bool:
+    """Return whether what was asked of others may do for the test that waits for room.
+
+    Each flush costs a worker the set-up of its fixtures, and a collection of garbage.
+    """
+    card, reserved, backlog = worker.card, worker.card.reserved, state.backlog
+    if reserved is None or len(reserved.cards) > 1 or backlog.alone.tests or backlog.last.tests:
+        return False
+    cluster = state.cluster
+    lacks = cluster.asks(worker, card, reserved.test) - cluster.room(worker, card)
+    return lacks <= sum(each.owed for each in card.workers if each.waiting)
+
+
+# What a rule does
+
+
+def _launch(state: State, worker: Worker, test: int, *, alone: bool = False) -> bool:
+    """Run GPU test ``test`` with what it needs set aside, or alone on its cards."""
+    state.cluster.start(worker, test, alone=alone)
+    size = None if state.seen.need(test) is None else worker.asked
+    grant = Grant(size, len(worker.using), worker.using[0].exclusive)
+    return _run(state, worker, test, grant)
+
+
+def _run(state: State, worker: Worker, test: int, grant: Grant | None = None) -> bool:
+    worker.given.append(test)
+    worker.to_set_up = state.order.after(test, worker.to_set_up)
+    worker.group = state.tests[test].group
+    worker.given_back = 0
+    worker.stalled = False
+    if grant is None and not state.tests[test].seen:
+        state.cluster.surprises(worker)
+    state.out.append(Run(worker.name, test, grant))
+    return True
+
+
+def _give_back(state: State, worker: Worker) -> bool:
+    """Let a worker tear down what it keeps: fixtures of modules first, then all."""
+    state.out.append((Reset if worker.given_back else Flush)(worker.name))
+    worker.given_back += 1
+    worker.waiting = True
+    worker.stalled = False
+    worker.group = ""
+    return True

@@ -1,0 +1,57 @@
+"""What decisions rest on: events write it (``planner``), rules ask and change it (``policy``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_gpumem.scheduling.backlog import Backlog
+    from pytest_gpumem.scheduling.cluster import Cluster, Worker
+    from pytest_gpumem.scheduling.commands import Command
+    from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
+    from pytest_gpumem.scheduling.fixtures import SetUpOrder
+
+
+class State:
+    """One run as it is now."""
+
+    def __init__(
+        self,
+        tests: Sequence[PlannedTest],
+        seen: Estimates,
+        order: SetUpOrder,
+        cluster: Cluster,
+        backlog: Backlog,
+        *,
+        optimistic: bool,
+    ) -> None:
+        self.tests = tests
+        self.seen = seen
+        self.order = order
+        self.cluster = cluster
+        self.backlog = backlog
+        self.optimistic = optimistic
+        self.asking: dict[str, Worker] = {}
+        """Workers that may be given something."""
+        self.changed = True
+        """Whether a worker that was given nothing may be given something now."""
+        self.left = len(tests)
+        """Tests that have not ended."""
+        self.until_replan = 0
+        """Tests after which the number of contexts is thought over."""
+        self.out: list[Command] = []
+        """What is to be done and was not told yet."""
+
+    @property
+    def gpu_waits(self) -> bool:
+        """Whether a GPU test waits for a worker or for room."""
+        if self.backlog.gpu_waits:
+            return True
+        return any(card.reserved for card in self.cluster.cards.values())
+
+    @property
+    def all_given(self) -> bool:
+        """Whether no test waits for a worker."""
+        return self.left == sum(len(each.given) for each in self.cluster.workers.values())

@@ -1,0 +1,88 @@
+"""In which lane a test waits."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_gpumem.scheduling.backlog import Backlog, Lane
+from pytest_gpumem.scheduling.cluster import Cluster
+from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
+from pytest_gpumem.scheduling.fixtures import SetUpOrder
+from pytest_gpumem.scheduling.lanes import admit, lane_of, scout_ended
+from pytest_gpumem.scheduling.state import State
+
+CONTEXT, HEADROOM, TOTAL = 10, 5, 100
+CPU = PlannedTest("m.py::c", False, None, 1.0, "m.py")
+GPU = PlannedTest("m.py::g", True, 20, 1.0, "m.py")
+
+
+def state_of(*tests: PlannedTest, workers: int = 2, optimistic: bool = False) -> State:
+    seen, order = Estimates(tests, most=TOTAL, optimistic=optimistic), SetUpOrder(tests)
+    cards = {("", "card0"): TOTAL, ("", "card1"): TOTAL}
+    cluster = Cluster(tests, seen, cards, {}, context=CONTEXT, headroom=HEADROOM)
+    for number in range(workers):
+        cluster.join(f"w{number}", [*cards])
+    backlog = Backlog(tests, seen, order.late_modules)
+    return State(tests, seen, order, cluster, backlog, optimistic=optimistic)
+
+
+@pytest.mark.parametrize(
+    ("test", "ooms", "optimistic", "lane"),
+    [
+        (CPU, 0, False, Lane.CPU),
+        (CPU, 1, False, Lane.ALONE),
+        (CPU, 2, False, Lane.LAST),
+        (GPU, 0, False, Lane.SHARED),
+        (GPU, 1, True, Lane.ALONE),
+        (GPU, 2, False, Lane.LAST),
+        (GPU._replace(exclusive=True), 0, False, Lane.ALONE),
+        (GPU._replace(cards=2), 0, False, Lane.WIDE),
+        (GPU._replace(cards=2, exclusive=True), 0, False, Lane.ALONE),
+        (GPU._replace(peak=None), 0, False, Lane.ALONE),
+        (GPU._replace(peak=None), 0, True, Lane.SHARED),
+        (GPU._replace(peak=85), 0, False, Lane.SHARED),
+        (GPU._replace(peak=86), 0, False, Lane.ALONE),
+        (GPU._replace(peak=80, fixtures=6), 0, False, Lane.ALONE),
+    ],
+)
+def test_what_is_known_of_a_test_decides_how_it_has_to_run(test, ooms, optimistic, lane) -> None:
+    state = state_of(test, optimistic=optimistic)
+    state.seen.ooms.update([0] * ooms)
+    assert lane_of(state, 0) is lane
+
+
+@pytest.mark.parametrize(("workers", "lane"), [(9, Lane.CPU), (11, Lane.ALONE)])
+def test_beside_one_that_used_a_card_a_test_never_seen_is_kept_where_contexts_fit(
+    workers, lane
+) -> None:
+    unseen = CPU._replace(seen=False)
+    state = state_of(CPU, unseen._replace(nodeid="m.py::other"), workers=workers)
+    state.seen.used_card(0, 10)
+    assert lane_of(state, 1) is lane
+
+
+def test_a_family_waits_for_its_scout_and_for_the_next_one_if_it_told_nothing() -> None:
+    state = state_of(*(GPU._replace(nodeid=f"m.py::g[{n}]", peak=None) for n in range(4)))
+    for test in range(4):
+        admit(state, test)
+    alone = state.backlog.alone
+    assert ([*alone.tests], state.backlog.followers_work) == ([0], 3.0)
+
+    alone.take(0, 1.0)
+    scout_ended(state, "m.py::g")
+    assert ([*alone.tests], state.backlog.followers_work) == ([1], 2.0)
+
+    state.seen.used_card(1, 10)
+    scout_ended(state, "m.py::g")
+    assert len(state.backlog.shared) == 2
+    assert not state.backlog.scouting
+
+
+def test_work_and_area_are_those_of_the_tests_that_wait_to_share() -> None:
+    state = state_of(GPU, GPU._replace(cards=2, duration=3.0), GPU._replace(exclusive=True), CPU)
+    for test in range(4):
+        admit(state, test)
+    assert (state.backlog.work, state.backlog.area) == (4.0, 80.0)
+    state.backlog.take(state.backlog.wide, 1)
+    state.backlog.take(state.backlog.alone, 2)
+    assert (state.backlog.work, state.backlog.area) == (1.0, 20.0)
