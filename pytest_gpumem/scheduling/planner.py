@@ -179,6 +179,8 @@ class _Worker:
         """Bytes set aside for it on each of them."""
         self.disturbed = False
         """Whether a test that may use these cards unexpectedly ran at the same time."""
+        self.outlived = False
+        """Whether a worker has gone that was on these cards when the test began."""
         self.group = ""
         """Module whose fixtures it has."""
         self.set_up = NOTHING
@@ -303,16 +305,21 @@ class Planner:
 
         What they held and gave back meanwhile is not known: that they have a context says enough.
         """
+        others = (each for each in self._workers.values() if each is not worker)
+        return (
+            worker.outlived
+            or any(card.others for card in worker.using or worker.ring)
+            or any(self._is_beside(each, worker) for each in others)
+        )
+
+    def _is_beside(self, other: _Worker, worker: _Worker) -> bool:
+        """Return whether ``other`` may use or keep what ``worker``, alone, would find free."""
+        unseen = any(not self._tests[test].seen for test in other.given)
         for card in worker.using or worker.ring:
-            others = [
-                each
-                for each in self._workers.values()
-                if each is not worker and card in each.ring and card is not self._nothing
-            ]
-            unseen = any(not self._tests[test].seen for each in others for test in each.given)
+            if card is self._nothing or card not in other.ring:
+                continue
             alone = card.exclusive and worker in card.users
-            kept = (self._owes(each) if alone else each.name in card.claims for each in others)
-            if card.others or unseen or any(kept):
+            if unseen or (self._owes(other) if alone else other.name in card.claims):
                 return True
         return False
 
@@ -344,6 +351,9 @@ class Planner:
         gone = self._workers.pop(worker)
         self._asking.pop(worker, None)
         gone.card.workers.remove(gone)
+        for each in self._workers.values():
+            # The report that a test of theirs ran out of memory may come a moment later.
+            each.outlived |= bool(each.given) and self._is_beside(gone, each)
         crashed = gone.given.popleft() if gone.given else None
         if crashed is not None:
             self._ended(gone, crashed)
@@ -417,7 +427,7 @@ class Planner:
             card.exclusive = False
             self._claim(worker, card, 0)
         worker.using = ()
-        worker.disturbed = False
+        worker.disturbed = worker.outlived = False
         worker.set_up = self._order.after(test, worker.set_up)
         self._scouted(family(self._tests[test].nodeid))
 
