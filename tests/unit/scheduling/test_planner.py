@@ -268,6 +268,9 @@ def test_only_what_was_not_alone_on_its_card_runs_again(test, others, kept, agai
     planner.resident(neighbour, kept)
     assert planner.retries(0) == again
 
+    planner.remove_worker(neighbour)  # before the report comes
+    assert planner.retries(0) == again
+
 
 def test_no_estimate_is_larger_than_the_card() -> None:
     # 80 times 1.3 is more than the 85 bytes that a card can give; the test runs all the same.
