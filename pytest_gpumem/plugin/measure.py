@@ -274,6 +274,8 @@ def _enforce(
 
 def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
+    if usage is NOTHING_USED and not (oom or item.user_properties or GRANT in item.stash):
+        return  # as for most
     grant = stashed(item, GRANT)
     beside = item.stash.get(BESIDE, []) if oom else []
     told = properties.Told(usage.cards, usage.fixtures, oom, grant, usage.left, tuple(beside))
