@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
     import pluggy
-    import pytest
 
 # Attributes of reports. They travel with them to other processes.
-OOM = "gpumem_oom"
-"""What the card said when the test ran out of memory."""
 UNDECIDED = "gpumem_undecided"
 """Whether the controller of xdist decides if the test runs again."""
 OWED = "gpumem_owed"
@@ -68,3 +69,25 @@ class Owed:
                 end.sections, end.duration = [], 0.0
                 hook.pytest_runtest_logreport(report=end)
         return bool(failures)
+
+
+class Settling:
+    """Settles reports before anybody sees them; in a run in which a test may have failed.
+
+    Not when they are made: that may be in a child that runs this attempt and ends, or this be one
+    of several of which another plugin publishes the last.
+    """
+
+    NAME = "gpumem-settling"
+
+    def __init__(self, settle: Callable[[pytest.TestReport], None]) -> None:
+        self._settle = settle
+
+    # A wrapper and first: who counts failures, pytest itself for -x, sees the settled outcome.
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_logreport(
+        self, report: pytest.TestReport
+    ) -> Generator[None, object, object]:
+        """Settle a report, and let it be seen."""
+        self._settle(report)
+        return (yield)

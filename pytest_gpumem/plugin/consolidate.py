@@ -51,17 +51,11 @@ def consolidate_gpu_memory(request: pytest.FixtureRequest) -> Iterator[GpuConsol
     fixture would cost each test more than all the rest of the plugin.
     """
     yield consolidator.get_gpu_consolidator()
-    _consolidate_if_needed(request.node)
+    consolidate_if_needed(request.node)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
+def consolidate_if_needed(item: pytest.Item) -> None:
     """Consolidate after the teardown of a test, when needed, what is registered."""
-    if item.config.stash[STATE].settings.mode == "on":
-        _consolidate_if_needed(item)
-
-
-def _consolidate_if_needed(item: pytest.Item) -> None:
     here = consolidator.get_gpu_consolidator()
     if not here.idle and here.should_consolidate():
         from pytest_gpumem.records import properties

@@ -321,6 +321,15 @@ def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
         setattr(found, mark.name, meaning)
 
 
+# One hook for what each test's teardown ends with: a hook of each part would cost every test.
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """End the routing of a test, and consolidate when needed, after its own teardown."""
+    route.test_ended(item)
+    if item.config.stash[STATE].settings.mode == "on":
+        consolidate.consolidate_if_needed(item)
+
+
 @pytest.fixture
 def gpumem(request: pytest.FixtureRequest) -> GpuMemory:
     """Return this test's VRAM in bytes: ``allocated`` now, its ``peak``, ``usage()`` by card."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.archive.consolidator import GpuConsolidator
     from pytest_gpumem.leases.store import Lease, LeaseStore
+    from pytest_gpumem.plugin.worker_exit import Replacing
     from pytest_gpumem.records import Card
     from pytest_gpumem.scheduling.history import Expectation, History
     from pytest_gpumem.tracking.tracker import Tracker
@@ -51,6 +52,7 @@ class Leasing:
         granted: returns what xdist's controller has set aside for the test that begins, None if
             nothing; not given where this process decides by itself.
         used_card: called after a test that used a card.
+        replacing: ends this process where its card is lost.
 
     """
 
@@ -65,14 +67,17 @@ class Leasing:
         *,
         granted: Callable[[], Need | None] | None = None,
         used_card: Callable[[], None] = lambda: None,
+        replacing: Replacing | None = None,
     ) -> None:
         self._tells = _keep_terminal(config)
+        self._plugins = config.pluginmanager
         self._settings = state.settings
         self._state = state
         self._history = history
         self._tracker = tracker
         self._granted = granted
         self._used_card = used_card
+        self._replacing = replacing
         self._holdings = Holdings(state.settings.context_cost)
         self._notes = state.notes
         self._without = False
@@ -93,10 +98,14 @@ class Leasing:
         self.spoiled = False
         """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
         one as well."""
+        self.undecided = False
+        """Whether it is left to the controller if this attempt is the last."""
         self._expected: Expectation | None = None
         """Of the test that runs, if it has no mark."""
         self._waited = 0.0
         """Seconds that the test which is set up waited for its lease."""
+        self._beside = False
+        """Whether somebody else was seen on the cards while this attempt ran."""
         self._tried: list[str] = []
         """How the attempts before this one ended."""
 
@@ -113,6 +122,12 @@ class Leasing:
 
     def pytest_runtestloop(self) -> None:
         """Let what tests start find this process, whether or not these ever take a lease."""
+        protocol = self._plugins.hook.pytest_runtest_protocol
+        if any(
+            not impl.function.__module__.startswith(("_pytest.", "pytest_gpumem."))
+            for impl in protocol.get_hookimpls()
+        ):
+            self._watch_reports()  # whose plugin may have reports made in a child
         with suppress(LeaseError):  # whoever takes one says so
             opened = self._open()
             opened.join()
@@ -131,11 +146,15 @@ class Leasing:
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
         """Give the test's lease back; run the test again if it ran out of memory."""
-        self.spoiled, self._next = False, ""
+        self.spoiled = self.undecided = self._beside = False
+        self._next = ""
         try:
             self._running = item
             try:
                 result = yield
+                # Outermost: a plugin that runs a failed test again does so within.
+                if self._replacing is not None:
+                    self._replacing.test_ended()
             finally:
                 self._running = None
                 self._give_back()
@@ -197,51 +216,53 @@ class Leasing:
             for lease in self._leases_here() - before:
                 self._fixtures.setdefault(lease, fixturedef.argname)
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_makereport(
-        self, call: pytest.CallInfo[Any]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Let the report of a test that ran out of memory say so."""
-        report = yield
-        if report.when == "setup" and self._waited:
-            # What others made it wait is not the test's time.
-            report.duration -= self._waited
-            report.start += self._waited
-            self._waited = 0.0
-        if report.failed and call.excinfo is not None and call.when != "teardown":
-            text = release.oom_text(call.excinfo.value)
-            if not text and self._tracker is not None:
-                text = self._tracker.child_oom()
-            if text:
-                setattr(report, attempts.OOM, text)
-        return report
+    def note(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+        """Let the report of a test that ran out of memory say so, before it is made.
 
-    # A wrapper and first: who counts failures, pytest itself for -x, sees the settled outcome.
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_logreport(
-        self, report: pytest.TestReport
-    ) -> Generator[None, object, object]:
-        """Call running out of memory an attempt, and no failure, if there is a next step.
-
-        Not earlier: the report may be made in a child that runs this attempt and ends, or be one
-        of several of which another plugin publishes the last.
+        Who was beside the test is asked now: making a report can take longer than they stay.
         """
-        # No other report settles anything.
-        item = self._running if report.outcome == "failed" or self._owed else None
-        # A subtest, which has a context, is not run again: the tests around it have gone on.
-        if item is not None and report.nodeid == item.nodeid and not hasattr(report, "context"):
-            self._judge(item, report)
-        return (yield)
+        if call.when == "setup" and self._waited:
+            # What others made it wait is not the test's time.
+            call.duration -= self._waited
+            call.start += self._waited
+            self._waited = 0.0
+        if call.excinfo is None:
+            return
+        self._watch_reports()
+        if self._replacing is not None:
+            self._replacing.note(item, call.excinfo.value)
+        if call.when == "teardown":
+            return
+        text = release.oom_text(call.excinfo.value)
+        skipped = isinstance(call.excinfo.value, pytest.skip.Exception)
+        if not text and self._tracker is not None and not skipped:
+            text = self._tracker.child_oom()
+        properties.tell_oom(item.user_properties, text)
+        if text:
+            self._note_others()
 
-    def _judge(self, item: pytest.Item, report: pytest.TestReport) -> None:
+    def _watch_reports(self) -> None:
+        if not self._plugins.hasplugin(attempts.Settling.NAME):
+            self._plugins.register(attempts.Settling(self.settle), attempts.Settling.NAME)
+
+    def _note_others(self) -> None:
+        self._beside = self._beside or any(map(self._is_shared, self._cards))
+
+    def settle(self, report: pytest.TestReport) -> None:
+        """Call running out of memory an attempt, and no failure, if there is a next step."""
+        item = self._running
+        # A subtest, which has a context, is not run again: the tests around it have gone on.
+        if item is None or report.nodeid != item.nodeid or hasattr(report, "context"):
+            return
         if not self._next:
             self._owed.settle(report)
         if not report.failed or report.when == "teardown":
             return
         self.spoiled |= report.when == "setup"
-        text: str = getattr(report, attempts.OOM, "")
+        text = properties.read_oom(report.user_properties)
         step = retry.next_step(self._situation(item, text)) if text else ""
         if step == retry.ELSEWHERE:
+            self.undecided = True
             attempts.leave_undecided(report)
         elif step:
             self._next = step
@@ -256,6 +277,8 @@ class Leasing:
         # card to itself, and would get no more of it.
         alone = lease is not None and (lease.exclusive or lease.short > 0)
         first = not self._step and not alone
+        if first:
+            self._note_others()  # a child may have run the test
         return retry.Situation(
             answer=self._settings.oom,
             step=self._step,
@@ -264,7 +287,7 @@ class Leasing:
                 text, max((card.total for card in self._cards), default=0)
             ),
             was_alone=alone,
-            is_shared=first and any(map(self._is_shared, self._cards)),
+            is_shared=first and self._beside,
             can_release=consolidator is not None,
             is_scheduled=self._granted is not None,
         )
@@ -364,6 +387,7 @@ class Leasing:
                 self._waited = self._lease.waited
         size = min(wants[card.uuid].size or card.total for card in cards)
         item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, self._waited)
+        self._beside = any(self._open().is_shared(uuid) for uuid in wants)
 
     def _wait(
         self, item: pytest.Item, wants: Mapping[str, Want], on_wait: Callable[[str], None]

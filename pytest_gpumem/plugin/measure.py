@@ -35,12 +35,31 @@ from pytest_gpumem.tracking.verdict import holds_memory
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from pytest_gpumem.tracking.sampler import Sampler
 
 BESIDE: pytest.StashKey[list[records.Process]] = pytest.StashKey()
 """Who else was on the cards when a test ran out of memory."""
+
+
+class Limiting:
+    """Fails tests that peak above their limit; only in a run in which some have one."""
+
+    NAME = "gpumem-limiting"
+
+    def __init__(self, tracker: Tracker, limit: int | None) -> None:
+        self._tracker = tracker
+        self._limit = limit
+        """Of tests without a mark."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """Fail a test that passed but peaked above its limit; not called for one that failed."""
+        limit = _limit(marks_of(item).vram_limit, self._limit)
+        if limit is not None:
+            took = [(card, card.peak - card.baseline) for card in self._tracker.usage()]
+            _enforce(item, "call", "allowed {}, took {} at its peak", limit, took)
 
 
 class Measuring:
@@ -71,6 +90,10 @@ class Measuring:
         watched = children.watch(state)
         if watched is not None:
             self.tracker.children, self._sampler = watched
+        self._plugins = config.pluginmanager
+        self.noting: Callable[[pytest.Item, pytest.CallInfo[Any]], None] = lambda _item, _call: None
+        """Called with each phase that failed and with each set-up, before its report is made: a
+        hook more would cost every test that passes."""
         self._late: list[tuple[str, Any, Any, dict[str, int]]] = []
 
     def pytest_unconfigure(self) -> None:
@@ -82,6 +105,15 @@ class Measuring:
             self.tracker.children = None
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """See to the limits of peaks, if there are any."""
+        suite = self._settings.vram_limit
+        if suite is not None or any(
+            marks_of(item).vram_limit is not None for item in session.items
+        ):
+            self._plugins.register(Limiting(self.tracker, suite), Limiting.NAME)
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
         self._marks = marks_of(item)
@@ -91,16 +123,10 @@ class Measuring:
             self._item = item
             self.tracker.begin_test(item.nodeid)
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> None:
-        """Fail a test that passed but peaked above its limit; not called for one that failed."""
-        limit = _limit(self._marks.vram_limit, self._settings.vram_limit)
-        if limit is not None:
-            took = [(card, card.peak - card.baseline) for card in self.tracker.usage()]
-            _enforce(item, "call", "allowed {}, took {} at its peak", limit, took)
-
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """Keep what ended a phase until the test is over, and hand its numbers to the report."""
+        if call.excinfo is not None or call.when == "setup":
+            self.noting(item, call)
         if call.when == "teardown" or self._item is None:  # gpumem_off
             return
         if call.excinfo is not None:
@@ -212,23 +238,6 @@ class Measuring:
             output[LATE] = self._late
 
 
-class LateTeardowns:
-    """Measures what xdist's workers tear down while they wait for their next test."""
-
-    def __init__(self, measuring: Measuring) -> None:
-        self._measuring = measuring
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Measure the item of the scheduler that stands for such a wait."""
-        from pytest_gpumem.plugin.xdist.worker import Sentinel
-
-        if not isinstance(item, Sentinel):
-            return (yield)
-        with self._measuring.late_teardowns(item.nodeid):
-            return (yield)
-
-
 def _shared(cards: Sequence[records.Card]) -> bool:
     """Return whether other processes use the cards: other workers, or strangers."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -292,6 +301,8 @@ def _enforce_of_fixtures(usage: Usage, limit: int) -> None:
 
 def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
+    if usage is NOTHING_USED and not (oom or item.user_properties or GRANT in item.stash):
+        return  # as for most
     grant = stashed(item, GRANT)
     beside = item.stash.get(BESIDE, []) if oom else []
     told = properties.Told(

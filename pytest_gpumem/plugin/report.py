@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 class _Phases:
     """What is known of a test whose teardown has not been reported yet."""
 
-    __slots__ = ("again", "broke", "duration", "outcome", "start")
+    __slots__ = ("again", "duration", "outcome", "start")
 
     def __init__(self, start: float) -> None:
         self.start = start
         self.duration = 0.0
         self.outcome = "passed"
-        self.broke = ""
         self.again = False
         """Whether the controller lets it run again, alone on its cards."""
 
@@ -79,7 +78,7 @@ class Reporting:
         if phases is None:
             phases = self._running[place] = _Phases(report.start)
         phases.duration += report.duration
-        if report.outcome != "passed" or "wasxfail" in told or "gpumem_broke" in told:
+        if report.outcome != "passed" or "wasxfail" in told:
             self._judge(report, phases)
         if report.when not in ("setup", "call"):
             del self._running[place]
@@ -87,7 +86,6 @@ class Reporting:
 
     def _judge(self, report: pytest.TestReport, phases: _Phases) -> None:
         """Take note of a phase that did not simply pass."""
-        phases.broke = phases.broke or getattr(report, "gpumem_broke", "")
         phases.outcome = _outcome(report, phases.outcome)
         phases.again |= phases.outcome == "rerun" and hasattr(report, attempts.UNDECIDED)
         if phases.outcome == "rerun" and not self._config.pluginmanager.hasplugin(Reruns.NAME):
@@ -267,14 +265,7 @@ def _outcome(report: pytest.TestReport, before: str) -> str:
 def _record(
     nodeid: str, worker: str, report: pytest.TestReport, phases: _Phases
 ) -> records.RecordedTest:
-    own = records.RecordedTest(
-        nodeid,
-        phases.outcome,
-        phases.duration,
-        worker,
-        start=phases.start,
-        broke=phases.broke,
-    )
+    own = records.RecordedTest(nodeid, phases.outcome, phases.duration, worker, start=phases.start)
     if not report.user_properties:
         return own
     return own._replace(**properties.read(report.user_properties)._asdict())

@@ -12,7 +12,7 @@ from pytest_gpumem.plugin.state import STATE, marks_of
 from pytest_gpumem.routing import thresholds
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from pytest_gpumem.records import Route
     from pytest_gpumem.routing.model_pool import ModelPool
@@ -87,16 +87,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         sys.modules[_MANAGER].shared.take_routes()
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+def test_ended(item: pytest.Item) -> None:
     """Take note of where the test's tasks went, and end what was set aside for them."""
-    result = yield
     if _MANAGER in sys.modules:
         shared = sys.modules[_MANAGER].shared
         shared.give_back()
         if routes := shared.take_routes():
             _tell(item, routes)
-    return result
 
 
 def _tell(item: pytest.Item, routes: Sequence[Route]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
 from pytest_gpumem.leases.ask import Need
 from pytest_gpumem.plugin.lease import Leasing
-from pytest_gpumem.plugin.measure import LateTeardowns, Measuring
+from pytest_gpumem.plugin.measure import Measuring
 from pytest_gpumem.plugin.state import HISTORY, State, marks_of
 from pytest_gpumem.plugin.worker_exit import Replacing
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
@@ -127,13 +128,12 @@ def share(config: pytest.Config, state: State) -> None:
         leasing = Leasing(config, state, load_history(config, state), tracker)
     elif xdist_worker.ASKED in given:
         leasing = _scheduled(config, state, tracker)
-        if measuring is not None:
-            config.pluginmanager.register(LateTeardowns(measuring), "gpumem-late-teardowns")
     else:
         known = given.get(HISTORY)
         history = History.read(known) if known else History()
-        leasing = Leasing(config, state, history, tracker)
-        config.pluginmanager.register(Replacing(), Replacing.NAME)
+        leasing = Leasing(config, state, history, tracker, replacing=Replacing())
+    if measuring is not None:
+        measuring.noting = leasing.note
     config.pluginmanager.register(leasing, Leasing.NAME)
 
 
@@ -147,7 +147,19 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         # CPU test, as were those behind it: its relatives, as a rule.
         worker.return_queue()
 
-    leasing = Leasing(config, state, History(), tracker, granted=granted, used_card=used_card)
+    def leave() -> None:
+        worker.leave()
+
+    leasing = Leasing(
+        config,
+        state,
+        History(),
+        tracker,
+        granted=granted,
+        used_card=used_card,
+        replacing=Replacing(leave),
+    )
+    measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
     worker = xdist_worker.Worker(
         config,
         hello=lambda items: {
@@ -159,10 +171,12 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         holding=leasing.keep,
         used=workers.CardUse(lambda: state.found.cards),
         release=_give_back,
-        spoiled=lambda: leasing.spoiled,
+        spoiled=lambda: leasing.undecided and leasing.spoiled,
+        late=lambda nodeid: (
+            nullcontext() if measuring is None else measuring.late_teardowns(nodeid)
+        ),
     )
     config.pluginmanager.register(worker, "gpumem-worker")
-    config.pluginmanager.register(Replacing(worker.leave), Replacing.NAME)
     return leasing
 
 

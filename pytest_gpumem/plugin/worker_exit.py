@@ -7,59 +7,49 @@ such test would fail all that its worker runs later.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
-
-import pytest
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices import torch_state
+from pytest_gpumem.records import properties
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
+
+    import pytest
 
 EXIT = 70
 """Exit status of a worker that ends itself."""
 
 
 class Replacing:
-    """The hooks in a worker.
+    """Looks at what ends a test's phases in a worker.
 
     Args:
         leave: tells the controller, where it listens, that the end of this process is no crash.
 
     """
 
-    NAME = "gpumem-replacing"
-
     def __init__(self, leave: Callable[[], None] = lambda: None) -> None:
         self._leave = leave
         self._broke = ""
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, call: pytest.CallInfo[Any]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Look at the card after a test that failed of a CUDA error, and tell if it is lost."""
-        report = yield
-        if call.excinfo is not None and not self._broke:
-            sentence = cuda_sentence(call.excinfo.value)
-            # A card that is too full for a context is not a context that is lost.
-            full = release.oom_sentence(call.excinfo.value)
-            if sentence and not full and not torch_state.cuda_answers():
-                self._broke = sentence
+    def note(self, item: pytest.Item, error: BaseException) -> None:
+        """Look at the card after a phase that failed of a CUDA error, and tell if it is lost."""
         if self._broke:
-            report.gpumem_broke = self._broke  # type: ignore[attr-defined]  # travels with it
-        return report
+            return
+        sentence = cuda_sentence(error)
+        # A card that is too full for a context is not a context that is lost.
+        full = release.oom_sentence(error)
+        if sentence and not full and not torch_state.cuda_answers():
+            self._broke = sentence
+            properties.tell_broke(item.user_properties, sentence)
 
-    # First of all: a plugin that runs a failed test again does so within, and reports at last.
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
-        """End the process, now that all of the test's reports have been sent."""
-        result = yield
+    def test_ended(self) -> None:
+        """End the process if the card is lost, now that all of the test's reports were sent."""
         if self._broke:
             self._leave()
             os._exit(EXIT)
-        return result
 
 
 def cuda_sentence(error: BaseException) -> str:

@@ -32,6 +32,8 @@ _USAGE = (PEAK, "gpumem_leftover", "gpumem_leaked", _RECORD)
 """Bytes over all cards, and the whole record as JSON text."""
 _ROUTES = "gpumem_routes"
 _STEP = "gpumem_step"
+_OOM = "gpumem_oom"
+BROKE = "gpumem_broke"
 _CONSOLIDATED = "gpumem_consolidated"
 
 
@@ -47,6 +49,7 @@ class Told(NamedTuple):
     beside: tuple[Process, ...] = ()
     routes: tuple[Route, ...] = ()
     step: str = ""
+    broke: str = ""
 
 
 _IN_RECORD = ("cards", "fixtures", "oom", "lease", "left", "children", "beside")
@@ -79,6 +82,23 @@ def tell_step(properties: Properties, step: str) -> None:
     properties.append((_STEP, step))
 
 
+def tell_oom(properties: Properties, text: str) -> None:
+    """Tell what the card said when this phase ran out of memory; "" if it did not."""
+    _forget(properties, (_OOM,))
+    if text:
+        properties.append((_OOM, text))
+
+
+def read_oom(properties: Iterable[tuple[str, object]]) -> str:
+    """Return what the card said when a phase ran out of memory, "" if it did not."""
+    return str(dict(properties).get(_OOM, ""))
+
+
+def tell_broke(properties: Properties, sentence: str) -> None:
+    """Tell after what error the card does not answer any more."""
+    properties.append((BROKE, sentence))
+
+
 def tell_consolidated(properties: Properties, done: object) -> None:
     """Tell, beside what was told before, what was consolidated after the test or for it."""
     properties.append((_CONSOLIDATED, str(done)))
@@ -96,6 +116,8 @@ def read(properties: Iterable[tuple[str, object]]) -> Told:
         ]
     if isinstance(step := found.get(_STEP), str):
         plain["step"] = step
+    if isinstance(broke := found.get(BROKE), str):
+        plain["broke"] = broke
     return from_plain(Told, plain)
 
 

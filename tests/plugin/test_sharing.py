@@ -188,12 +188,26 @@ class Test(unittest.TestCase):
 }
 
 
+SLOW_REPORT = """
+import time
+import pytest
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call):
+    report = yield
+    if call.excinfo is not None:
+        time.sleep(2)  # the test beside it ends meanwhile, and its worker
+    return report
+"""
+
+
 @pytest.mark.parametrize("where", list(SECOND))
 @pytest.mark.parametrize("arguments", [("-n", "2"), (*BY_FILE, "-x")], ids=["scheduled", "by file"])
 def test_a_wrong_estimate_costs_a_retry_and_not_a_failure(run, where, arguments):
     liar = '@pytest.mark.gpu(vram="100MiB")\ndef test_first(): first()\n'
     other = "import os\nimport pytest\nfrom test_it import first, second\n" + SECOND[where]
-    finished = run(LIARS + liar, *arguments, test_other=other)
+    slow = SLOW_REPORT if where == "unittest" else ""
+    finished = run(LIARS + liar, *arguments, test_other=other, conftest=slow)
 
     assert finished.outcomes == {"passed": 2, "rerun": 1}, finished.output
     attempts = [t for t in finished.record.tests if t.nodeid.endswith("test_second")]

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from pytest_gpumem.plugin import attempts
+from pytest_gpumem.records.properties import BROKE
 
 SENTINELS = ("idle", "flush", "reset")
 IDLE, FLUSH, RESET = range(3)
@@ -86,7 +86,9 @@ class Worker:
             how many of them wider fixtures hold; nothing of cards it has not used. Cheap.
         used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
-        spoiled: tells whether set-up of the running test failed, by which it would fail again.
+        spoiled: tells whether the test that ends may run again, and its set-up failed, by which it
+            would fail again.
+        late: measures what is torn down, while the worker waits, after the test of this node id.
 
     """
 
@@ -99,6 +101,7 @@ class Worker:
         used: Callable[[], Mapping[str, int]],
         release: Callable[[], None],
         spoiled: Callable[[], bool],
+        late: Callable[[str], contextlib.AbstractContextManager[None]],
     ) -> None:
         self._interactor = _interactor(config)
         self._hello = hello
@@ -106,6 +109,7 @@ class Worker:
         self.used = used
         self.release = release
         self.spoiled = spoiled
+        self.late = late
         self._grants: dict[int, Granted] = {}
         self._queue: deque[int] = deque()
         """What was handed out and has not begun, in the order in which it will."""
@@ -178,14 +182,18 @@ class Stage:
         self._session = session
         self.previous: pytest.Item | None = None
         """The test that ran last."""
-        self.spoiled = False
-        """Whether it ran out of memory and set-up failed: nothing stays set up behind it."""
+        self._spoiled = False
         self._index = 0
         self._told: Mapping[str, tuple[int, int]] = {}
         for place, name in enumerate(SENTINELS):
             sentinel: Sentinel = Sentinel.from_parent(session, name=f"gpumem-{name}")
             sentinel.place, sentinel.stage = place, self
             session.items.append(sentinel)
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether the test ran out of memory and set-up failed: nothing stays set up behind it."""
+        return self._spoiled or self._worker.spoiled()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
@@ -198,14 +206,15 @@ class Stage:
         if not self._worker.begins():
             return True
         if not isinstance(item, Sentinel):
-            self.previous, self.spoiled = item, False
+            self.previous, self._spoiled = item, False
             self._index = self._interactor.item_index
             return None
-        if item.place != IDLE:
-            self._worker.release()
-        if self.previous is not None:
-            self._tear_down(self.previous, nextitem)
-        self._tell()
+        with self._worker.late(item.nodeid):
+            if item.place != IDLE:
+                self._worker.release()
+            if self.previous is not None:
+                self._tear_down(self.previous, nextitem)
+            self._tell()
         return True
 
     def _tear_down(self, previous: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -217,15 +226,10 @@ class Stage:
             previous.ihook.pytest_runtest_logreport(report=report)
             self._interactor.item_index = running
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note that the controller may let the test run again, here or elsewhere."""
-        if hasattr(report, attempts.UNDECIDED):
-            self.spoiled = self._worker.spoiled()
-
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logfinish(self) -> None:
         """Tell what is kept before xdist tells that the test is over."""
+        self._spoiled = self._worker.spoiled()
         self._tell()
 
     def _tell(self) -> None:
@@ -301,7 +305,8 @@ def tear_down(item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestRep
     if call.excinfo is None:
         return None
     report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
-    report.user_properties = []  # sent with the test's own teardown
+    # The others were sent with the test's own teardown.
+    report.user_properties = [each for each in report.user_properties if each[0] == BROKE]
     return report
 
 

@@ -269,6 +269,9 @@ def test_only_what_was_not_alone_on_its_card_runs_again(test, others, kept, agai
     planner.resident(neighbour, kept)
     assert planner.retries(0) == again
 
+    planner.remove_worker(neighbour)  # before the report comes
+    assert planner.retries(0) == again
+
 
 @pytest.mark.parametrize("test", [gpu("late", 50), cpu("late")])
 def test_what_was_beside_one_that_has_left_meanwhile_runs_again(test) -> None:
