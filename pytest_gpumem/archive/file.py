@@ -217,7 +217,7 @@ class Reader:
         """
         node = tree.at_path(self.tree, path)
         with tree.checked():
-            return self._builder(tree.reach(node, self.records), device).value(node)
+            return self._builder(tree.reach(node, self.records), device).build(node)
 
     def _builder(self, records: Iterable[int], device: str) -> tree.Builder:
         """Return a builder of these tensors, with their content read."""
@@ -225,15 +225,16 @@ class Reader:
 
         sizes = self.layout.sizes
         blocks = tree.blocks_of(records, self.records, sizes)
-        storages = {
+        new = {
             block: torch.empty(sizes[block], dtype=torch.uint8, device=device).untyped_storage()
             for block in blocks
         }
         places: list[memory.Place | None] = [None] * len(sizes)
-        for block, storage in storages.items():
+        for block, storage in new.items():
             places[block] = memory.Place(storage, 0, sizes[block])
         self._fill(places, self.layout.chunks_of(blocks))
-        return tree.Builder(self.records, sizes, storages, device=device)
+        begun = {block: (storage, 0) for block, storage in new.items()}
+        return tree.Builder(self.records, sizes, begun, device=device)
 
     def get_into(self, target: Any, path: Sequence[Hashable] = ()) -> Any:
         """Return the state, or what ``path`` leads to in it, with the tensors of ``target``.
@@ -267,7 +268,7 @@ class Reader:
                 places[number] = memory.Place(block.storage, block.offset, block.size)
             self._fill(places, chunks)
             torch.autograd.graph.increment_version([pair.tensor for pair in pairs])
-        return tree.Builder(self.records, self.layout.sizes, {}, built=taken).value(node)
+        return tree.Builder(self.records, self.layout.sizes, {}, built=taken).build(node)
 
 
 def _read_index(index: bytearray) -> tuple[dict[str, Any], tuple[int, ...]]:
