@@ -17,12 +17,12 @@ _HOMES = {
     "archive.tree": ("allow_subclass",),
     "errors": (
         "ArchiveError",
+        "ArgumentError",
         "DamagedError",
         "DiskError",
         "KeyRefusedError",
         "LeaseError",
         "LeaseTimeout",
-        "MismatchError",
         "NotFoundError",
         "QuotaError",
         "RequestRefusedError",

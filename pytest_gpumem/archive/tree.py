@@ -515,9 +515,8 @@ class Builder:
     """Builds values from nodes and records.
 
     ``sizes`` are the blocks' lengths in bytes; ``places`` are their storages, filled, and where in
-    those they begin; ``built`` are tensors that are there already, by their records. Both records
-    and nodes may be forged by whoever has the key: all that is read is checked, so that no tensor
-    reaches outside its block.
+    those they begin. Both records and nodes may be forged by whoever has the key: all that is read
+    is checked, so that no tensor reaches outside its block.
     """
 
     def __init__(
@@ -526,13 +525,12 @@ class Builder:
         sizes: Sequence[int],
         places: Mapping[int, tuple[Any, int]],
         device: str = "cpu",
-        built: dict[int, Any] | None = None,
     ) -> None:
         self._records = records
         self._sizes = sizes
         self._places = places
         self._device = device
-        self._built = {} if built is None else built
+        self._built: dict[int, Any] = {}
         self._building: set[int] = set()
         self._unfinished: list[tuple[torch.Tensor, dict[str, Any]]] = []
         """Tensors whose gradients and attributes, which may lead back to them, are missing."""

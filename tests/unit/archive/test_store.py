@@ -15,7 +15,6 @@ from pytest_gpumem.archive.store import ArchiveStore, Forgotten
 from pytest_gpumem.errors import (
     DamagedError,
     KeyRefusedError,
-    MismatchError,
     NotFoundError,
     QuotaError,
     StateRefusedError,
@@ -69,55 +68,6 @@ def test_one_part_is_got_alone_and_a_wrong_path_is_not_found(store):
 def test_what_is_no_id_is_not_found(store, name):
     with pytest.raises(NotFoundError):
         store.get(name)
-
-
-def test_getting_into_tensors_fills_them_and_a_mismatch_leaves_them(store):
-    name = store.put(state(1))
-    target = state(2)
-    kept = target["w"]
-    found = store.get(name, into=target)
-    assert found["w"] is kept
-    assert found["number"] == 1
-    assert torch.equal(kept, state(1)["w"])
-
-    for wrong in (
-        {"w": torch.zeros(999), "number": 1},
-        {"w": torch.zeros(1000).double(), "number": 1},
-        {"w": 1, "number": 1},
-        {"v": torch.zeros(1000), "number": 1},
-        [torch.zeros(1000)],
-        {"w": torch.zeros(1).expand(1000), "number": 1},
-    ):
-        with pytest.raises(MismatchError):
-            store.get(name, into=wrong)
-
-
-def test_two_targets_over_one_memory_cannot_take_two_tensors(store):
-    name = store.put([torch.zeros(8), torch.ones(8)])
-    shared = torch.full((8,), 5.0)
-
-    with pytest.raises(MismatchError, match="shares memory with"):
-        store.get(name, into=[shared, shared.view(8)])
-    assert torch.equal(shared, torch.full((8,), 5.0))
-
-
-def test_tied_tensors_fill_targets_that_are_not(store):
-    one = torch.arange(8.0)
-    name = store.put([one, one[2:6]])
-    target = [torch.zeros(8), torch.zeros(4)]
-
-    store.get(name, into=target)
-    assert torch.equal(target[0], one)
-    assert torch.equal(target[1], one[2:6])
-
-
-def test_a_gap_between_tensors_of_the_target_is_left_alone(store):
-    name = store.put(torch.arange(6.0).view(3, 2))
-    wide = torch.full((3, 4), 9.0)
-
-    store.get(name, into=wide[:, :2])
-    assert torch.equal(wide[:, :2], torch.arange(6.0).view(3, 2))
-    assert torch.equal(wide[:, 2:], torch.full((3, 2), 9.0))
 
 
 def test_an_unchanged_state_is_written_once_and_found_under_each_context(store, folder):

@@ -28,18 +28,18 @@ SECRET = b"s" * 32
 def archive(folder, state, secret=SECRET):
     new = disk.NewFile(folder / "state")
     try:
-        file.write(new, secret, file.Packed(state), lambda _: None)
+        file.write(new, secret, file.Packed(state))
         new.publish()
     finally:
         new.close()
     return (folder / "state").read_bytes()
 
 
-def read(folder, data, into=None, secret=SECRET):
+def read(folder, data, secret=SECRET):
     (folder / "changed").write_bytes(data)
     reader = file.Reader(folder / "changed", secret)
     try:
-        return reader.get() if into is None else reader.get_into(into)
+        return reader.get()
     finally:
         reader.close()
 
@@ -57,40 +57,33 @@ def large(tmp_path):
     return data, places
 
 
-def refused(folder, data, target, kind=DamagedError):
-    before = target.clone()
-    with pytest.raises(kind):
-        read(folder, data, into={"w": target, "n": [1, "x"]})
-    assert torch.equal(target, before)
+def refused(folder, data):
+    with pytest.raises(DamagedError):
+        read(folder, data)
 
 
 def test_every_bit_counts(tmp_path, small):
-    target = torch.zeros(300)
     for at in range(len(small) * 8):
         changed = bytearray(small)
         changed[at // 8] ^= 1 << at % 8
-        refused(tmp_path, changed, target)
+        refused(tmp_path, changed)
 
 
 def test_every_truncation_and_every_longer_file_is_refused(tmp_path, small):
-    target = torch.zeros(300)
     for size in range(len(small)):
-        refused(tmp_path, small[:size], target)
+        refused(tmp_path, small[:size])
     for more in (b"\0", small, small[-16:]):
-        refused(tmp_path, small + more, target)
+        refused(tmp_path, small + more)
     for at in range(0, len(small), 7):
-        refused(tmp_path, small[:at] + b"\0" + small[at:], target)
+        refused(tmp_path, small[:at] + b"\0" + small[at:])
 
 
-def test_a_damaged_chunk_leaves_the_target_alone(tmp_path, large):
+def test_every_chunk_counts(tmp_path, large):
     data, places = large
-    target = torch.zeros(3 * 2**20, dtype=torch.uint8)
     for place in places[1:]:
         changed = bytearray(data)
         changed[place - 1] ^= 128
-        with pytest.raises(DamagedError):
-            read(tmp_path, changed, into=[target])
-    assert not target.any()
+        refused(tmp_path, changed)
 
 
 def test_chunks_that_are_swapped_dropped_doubled_or_transplanted_are_refused(tmp_path, large):
@@ -136,7 +129,7 @@ def test_the_second_suite_reads_and_writes(tmp_path, monkeypatch):
     for at in range(0, len(data), 3):
         changed = bytearray(data)
         changed[at] ^= 4
-        refused(tmp_path, changed, torch.zeros(300))
+        refused(tmp_path, changed)
 
 
 def test_an_older_binding_writes_the_same_file(tmp_path, small, monkeypatch):

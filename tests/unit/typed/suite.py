@@ -9,6 +9,7 @@ import pytest_gpumem
 from pytest_gpumem import (
     ArchiveError,
     ArchiveStore,
+    ArgumentError,
     Consolidation,
     DamagedError,
     DiskError,
@@ -19,7 +20,6 @@ from pytest_gpumem import (
     Lease,
     LeaseError,
     LeaseTimeout,
-    MismatchError,
     ModelPool,
     NotFoundError,
     QuotaError,
@@ -43,10 +43,10 @@ VERSION: str = pytest_gpumem.__version__
 LEASE_ERRORS: tuple[type[LeaseError], ...] = (LeaseTimeout, RequestRefusedError, TooLarge)
 TIME_IS_UP: type[TimeoutError] = LeaseTimeout
 ARCHIVE_ERRORS: tuple[type[ArchiveError], ...] = (
+    ArgumentError,
     DamagedError,
     DiskError,
     KeyRefusedError,
-    MismatchError,
     NotFoundError,
     QuotaError,
     StateRefusedError,
