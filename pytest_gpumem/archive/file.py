@@ -221,17 +221,10 @@ class Reader:
             KeyError: with the first key that is not there.
 
         """
-        import torch
-
         node = tree.at_path(self.tree, path)
         with tree.checked():
             blocks = tree.blocks_of(tree.reach(node, self.records), self.records, self.layout.sizes)
-        new = {
-            block: torch.empty(
-                self.layout.sizes[block], dtype=torch.uint8, device=device
-            ).untyped_storage()
-            for block in blocks
-        }
+        new = {block: memory.fresh(self.layout.sizes[block], device) for block in blocks}
         self._fill(new)
         return self._built(node, new, device)
 
@@ -242,13 +235,7 @@ class Reader:
             DamagedError: it cannot be built, or only with its content.
 
         """
-        import torch
-
-        with torch.device("meta"):
-            new = {
-                block: torch.empty(size, dtype=torch.uint8).untyped_storage()
-                for block, size in enumerate(self.layout.sizes)
-            }
+        new = {block: memory.fresh(size, "meta") for block, size in enumerate(self.layout.sizes)}
         self._built(self.tree, new, "meta")
 
     def _built(self, node: Any, storages: dict[int, Any], device: str) -> Any:

@@ -269,6 +269,16 @@ def bombs():
     yield "an unknown coding", [b"\2" + bytes(16)], ["1", [16]]
     yield "planes outside", [b"\1" + struct.pack("<BI", 0, 2**32 - 1) + bytes(16)], ["1", [16]]
     yield "nothing", [b"\1"], ["1", [16]]
+    eight = zstandard.ZstdCompressor().compress(bytes(8))
+    for name, pairs in (
+        ("pairs that end", b"\0"),
+        ("pairs of nothing", struct.pack("<BI", 0, 0)),
+        ("pairs with too many places", struct.pack("<BI", 0, 2**32 - 1) + eight),
+        ("pairs with a place outside", struct.pack("<BIIB", 0, 1, 16, 5) + eight),
+        ("too few pairs", struct.pack("<BI", 0, 0) + zstandard.ZstdCompressor().compress(b"1234")),
+        ("a gigabyte of pairs", struct.pack("<BI", 0, 0) + zeros),
+    ):
+        yield name, [b"\1" + struct.pack("<BI", 2, len(pairs)) + pairs], ["1", [16]]
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in bombs()])
@@ -350,6 +360,28 @@ def test_every_chunk_comes_back_and_grows_by_no_more_than_a_byte(pieces, kind):
 
     assert size <= len(chunk) + 1
     assert (back == chunk).all()
+
+
+@pytest.mark.parametrize("kind", ["1", "r2"])
+@pytest.mark.parametrize("outside", [0, 1, 200, 5000])
+@pytest.mark.parametrize("base", [0, 100, 240])
+def test_planes_of_pairs_come_back_wherever_their_values_lie(kind, base, outside):
+    # More than 16 values in all: what is far off is listed, up to some.
+    draw = np.random.default_rng(base + outside)
+    weights = 0.5 ** np.arange(16)
+    near = draw.choice(16, codec.CHUNK, p=weights / weights.sum())
+    far = draw.choice(codec.CHUNK, outside, replace=False)
+    near[far] = draw.integers(0, 256, outside)
+    chunk = (base + near).astype(np.uint8)
+    if kind == "r2":
+        chunk[::2] = draw.integers(0, 256, codec.CHUNK // 2)
+    out, back = np.empty(len(chunk) + codec.SLACK, np.uint8), np.empty(len(chunk), np.uint8)
+    size = codec.Coder().encode(chunk, kind, out)
+    codec.Coder().decode(out[:size], kind, back)
+
+    assert (back == chunk).all()
+    how = out[1 + 5 * (codec.KINDS[kind] - 1)]
+    assert kind != "1" or (how == 2) == (outside < 5000)  # 5,000 of a million are too many
 
 
 def test_no_error_is_outside_the_tree():
