@@ -41,7 +41,7 @@ _NIBBLES = np.uint64(0x0F0F0F0F0F0F0F0F)
 _FOUR = np.uint64(4)
 _FEW = 2048
 """Of so many bytes one may lie outside of the 16 values: each takes 5 bytes then."""
-_SAMPLE = 4096
+_SAMPLE = 2048
 _WORTH = 0.97
 """A plane is coded only if a sample of it shrinks to this."""
 
@@ -128,7 +128,7 @@ class Coder:
         below = np.concatenate(([0], np.cumsum(np.bincount(sample, minlength=256))))
         within = below[16:] - below[:-16]
         base = int(within.argmax())
-        if len(sample) - within[base] > len(sample) // _FEW:
+        if below[-1] - within[base] > below[-1] // _FEW:
             return None
         nibbles, outside = self._nibbles[:size], self._outside[:size]
         np.subtract(plane, np.uint8(base), out=nibbles)

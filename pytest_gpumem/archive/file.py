@@ -81,7 +81,7 @@ class Packed:
 
         whole = hmac.new(key, digestmod="sha256")
         whole.update(struct.pack("<Q", len(self.description)) + self.description)
-        for each in memory.in_order(tag, self.memory.layout.chunks):
+        for each in memory.each(tag, self.memory.layout.chunks):
             whole.update(each)
         return whole.hexdigest()
 
@@ -195,8 +195,7 @@ class Reader:
 
     def authenticate(self) -> None:
         """Read all chunks and make sure that they are what was written."""
-        for _ in memory.in_order(self._opened, self.layout.chunks):
-            pass
+        memory.each(lambda chunk: len(self._opened(chunk)), self.layout.chunks)
 
     def _fill(self, storages: dict[int, Any]) -> None:
         """Read the content of blocks into these storages."""
@@ -211,8 +210,7 @@ class Reader:
             decode = functools.partial(codec.coder().decode, coded, chunk.kind)
             filled.scatter(chunk, decode)
 
-        for _ in memory.in_order(fill_one, self.layout.chunks_of(storages)):
-            pass
+        memory.each(fill_one, self.layout.chunks_of(storages))
 
     def get(self, path: Sequence[Hashable] = (), device: str = "cpu") -> Any:
         """Return the state, or what ``path`` leads to in it, in new memory on ``device``.

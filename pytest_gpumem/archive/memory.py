@@ -206,9 +206,9 @@ def _staging(*, pinned: bool) -> tuple[Any, Bytes]:
 
 
 def in_order(
-    work: Callable[[Chunk], _Result], chunks: Sequence[Chunk], ahead: int | None = None
+    work: Callable[[Chunk], _Result], chunks: Sequence[Chunk], ahead: int
 ) -> Iterator[_Result]:
-    """Yield ``work`` of each chunk in turn, done by several threads a few chunks ahead."""
+    """Yield ``work`` of each chunk in turn, done by several threads ``ahead`` of it."""
     threads = min(_cpus(), _MOST_THREADS, len(chunks))
     if threads <= 1:
         yield from map(work, chunks)
@@ -218,13 +218,44 @@ def in_order(
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(work, chunk))
-                if len(waiting) > (ahead or 2 * threads):
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for each in waiting:
                 each.cancel()
+
+
+def each(work: Callable[[Chunk], _Result], chunks: Sequence[Chunk]) -> list[_Result]:
+    """Return ``work`` of each chunk, done by several threads, this one among them.
+
+    They take chunks as they come: handing each of them over would take as long as reading it.
+    """
+    found: dict[int, _Result] = {}
+    waiting = iter(list(enumerate(chunks)))  # one step of it is atomic
+    failed: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            for at, chunk in waiting:
+                if failed:
+                    return
+                found[at] = work(chunk)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    others = min(_cpus(), _MOST_THREADS, len(chunks)) - 1
+    if others <= 0:
+        take()
+    else:
+        with ThreadPoolExecutor(others, "gpumem-archive") as pool:
+            helping = [pool.submit(take) for _ in range(others)]
+            take()
+            for future in helping:
+                future.result()
+    return [found[at] for at in range(len(chunks))]
 
 
 def _cpus() -> int:

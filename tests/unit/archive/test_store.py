@@ -10,7 +10,7 @@ import pytest
 import torch
 from states import same
 
-from pytest_gpumem.archive import keys
+from pytest_gpumem.archive import disk, keys, tree, vault
 from pytest_gpumem.archive.store import ArchiveStore, Forgotten
 from pytest_gpumem.errors import (
     DamagedError,
@@ -223,6 +223,52 @@ def test_nothing_is_orphaned_while_an_entry_cannot_be_read(store, folder):
     same(ArchiveStore(folder, key=KEY).get(lost), state(1))
 
 
+def test_a_state_that_is_damaged_later_is_not_taken_for_archived(store, folder):
+    name = store.put(state())
+    path = folder / "states" / store.entry(name).content
+    sound = path.read_bytes()
+    for damaged in (
+        sound[:-1],
+        bytes(len(sound)),
+        sound[:200] + bytes([sound[200] ^ 1]) + sound[201:],
+    ):
+        path.write_bytes(damaged)
+        store.put(state())
+        same(store.get(name), state())
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_verify_builds_what_it_reads(store, monkeypatch):
+    class Odd(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __tensor_flatten__(self):
+            return ["inner"], None
+
+        @staticmethod
+        def __tensor_unflatten__(inner, context, size, stride):
+            return Odd(inner["inner"])
+
+        __torch_dispatch__ = classmethod(lambda *_, **__: NotImplemented)
+
+    monkeypatch.setattr(tree, "_allowed", {Odd})
+    sparse = torch.eye(3).to_sparse()
+    name = store.put(
+        [Odd(torch.ones(3)), sparse, torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)]
+    )
+    assert store.verify(read_data=True) == ()
+    monkeypatch.setattr(tree, "_allowed", set())
+    assert store.verify() == ()
+    (problem,) = store.verify(read_data=True)
+    assert problem.name == name
+    assert "is not allowed" in problem.what
+
+
 def test_the_wrong_key_does_not_open_the_store(store, folder):
     name = store.put(state())
     with pytest.raises(WrongKeyError, match="the key of the program does not open the store"):
@@ -349,6 +395,80 @@ def test_readers_see_whole_states_while_writers_put_and_delete(folder, processes
     assert len(store.find(context="written")) == 20
     assert store.stats()["written"].states == 20
     assert store.verify(read_data=True) == ()
+
+
+def rotate_and_put(folder, key, worker, count):
+    stores = [ArchiveStore(folder / each, key=key) for each in ("a", "b")]
+    for number in range(count):
+        store = stores[(worker + number) % 2]
+        store.rotate()
+        same(store.get(store.put(state(number))), state(number))
+        assert store.verify() == ()
+
+
+def test_stores_with_one_key_file_are_rotated_at_once_and_stay_readable(tmp_path, processes):
+    keys.generate(tmp_path / "key")
+    processes(*[(rotate_and_put, tmp_path, tmp_path / "key", each, 8) for each in range(4)])
+
+    assert len(keys.find(tmp_path / "key").keys) == 1 + 4 * 8
+    for name in ("a", "b"):
+        store = ArchiveStore(tmp_path / name, key=tmp_path / "key")
+        assert len(store.entries()) == 16
+        assert store.verify(read_data=True) == ()
+
+
+def test_a_store_that_is_open_knows_keys_that_others_added(tmp_path):
+    keys.generate(tmp_path / "key")
+    one, other = (ArchiveStore(tmp_path / "store", key=tmp_path / "key") for _ in range(2))
+    other.rotate()
+    assert one.verify() == ()
+    # A rotation that was killed between the two files, or before them.
+    before = (tmp_path / "store" / "key-copy").read_bytes()
+    one.rotate()
+    (tmp_path / "store" / "key-copy").write_bytes(before)
+    with keys.added(tmp_path / "key"):
+        pass
+    assert one.verify() == other.verify() == ()
+    assert ArchiveStore(tmp_path / "store", key=tmp_path / "key").verify() == ()
+
+
+def test_a_key_that_somebody_takes_out_meanwhile_is_not_relied_on(tmp_path, monkeypatch):
+    keys.generate(tmp_path / "key")
+    store = ArchiveStore(tmp_path / "store", key=tmp_path / "key")
+    first = (tmp_path / "key").read_text()
+    written = []
+
+    def edited(path, data):
+        write_small(path, data)
+        if not written:
+            (tmp_path / "key").write_text(first)  # an editor that began before
+        written.append(path)
+
+    write_small = vault.disk.write_small
+    monkeypatch.setattr(vault.disk, "write_small", edited)
+    store.rotate()
+    assert len(written) == 4
+    assert ArchiveStore(tmp_path / "store", key=tmp_path / "key").verify() == ()
+
+
+def test_a_full_key_file_is_refused_and_stays(tmp_path):
+    keys.generate(tmp_path / "key")
+    store = ArchiveStore(tmp_path / "store", key=tmp_path / "key")
+    with (tmp_path / "key").open("a") as file:
+        file.write("#" * (2**20 - 100))
+    with pytest.raises(KeyRefusedError, match="is full; delete the lines of keys"):
+        store.rotate()
+    assert ArchiveStore(tmp_path / "store", key=tmp_path / "key").verify() == ()
+
+
+def test_a_forked_child_reads_into_memory_of_its_own():
+    memory = disk.scratch(8)
+    child = os.fork()
+    if child == 0:
+        memory[0] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert memory[0] == 0
 
 
 @pytest.mark.parametrize("writers", [4])
