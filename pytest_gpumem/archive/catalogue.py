@@ -22,7 +22,7 @@ from pytest_gpumem.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 _ID = re.compile("[0-9a-f]{16}")
@@ -47,6 +47,17 @@ class Entry(NamedTuple):
     size: int
     """Bytes of the state's tensors."""
     tensors: int
+
+
+class Stats(NamedTuple):
+    """What a store, or one context of it, holds; sizes in bytes."""
+
+    entries: int
+    states: int
+    size: int
+    """Of the different states, unpacked."""
+    stored: int
+    """Of the files they take."""
 
 
 class Catalogue:
@@ -149,3 +160,17 @@ class Catalogue:
     def foreign(self) -> list[str]:
         """Return the names of what is no entry."""
         return disk.foreign(self.folder, _ID)
+
+
+def stats_of(entries: Sequence[Entry], sizes: Mapping[str, int]) -> dict[str | None, Stats]:
+    """Return what each context holds, and under ``None`` what all do.
+
+    ``sizes`` are the bytes of the states' files, by content.
+    """
+    found: dict[str | None, Stats] = {}
+    for context in (None, *sorted({entry.context for entry in entries})):
+        mine = [entry for entry in entries if context is None or entry.context == context]
+        states = {entry.content: entry.size for entry in mine}
+        stored = sum(sizes[content] for content in states)
+        found[context] = Stats(len(mine), len(states), sum(states.values()), stored)
+    return found

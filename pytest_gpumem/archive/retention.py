@@ -11,6 +11,17 @@ if TYPE_CHECKING:
     from pytest_gpumem.archive.catalogue import Entry
 
 
+class Forgotten(NamedTuple):
+    """What ``forget`` did."""
+
+    decayed: int
+    """Entries that the rule no longer keeps; they are gone."""
+    removed: int
+    """States removed with them: those that no other entry has."""
+    freed: int
+    """Bytes on the disk."""
+
+
 class Plan(NamedTuple):
     """What is to be removed."""
 

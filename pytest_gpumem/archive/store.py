@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pytest_gpumem import files
 from pytest_gpumem.archive import arguments, disk, file, keys, retention, tree, vault
 from pytest_gpumem.archive.anchors import Anchors
-from pytest_gpumem.archive.catalogue import Catalogue, Entry
+from pytest_gpumem.archive.catalogue import Catalogue, Entry, Stats, stats_of
 from pytest_gpumem.archive.checkup import Checkup, Health, Problem
 from pytest_gpumem.archive.disk import explained, locked
+from pytest_gpumem.archive.retention import Forgotten
 from pytest_gpumem.archive.states import States, reading
 from pytest_gpumem.errors import (
     ArchiveError,
@@ -54,28 +55,6 @@ class TensorShown(NamedTuple):
     path: str
     dtype: str
     shape: tuple[int, ...]
-
-
-class Forgotten(NamedTuple):
-    """What ``forget`` did."""
-
-    decayed: int
-    """Entries that the rule no longer keeps; they are gone."""
-    removed: int
-    """States removed with them: those that no other entry has."""
-    freed: int
-    """Bytes on the disk."""
-
-
-class Stats(NamedTuple):
-    """What a store, or one context of it, holds; sizes in bytes."""
-
-    entries: int
-    states: int
-    size: int
-    """Of the different states, unpacked."""
-    stored: int
-    """Of the files they take."""
 
 
 class ArchiveStore:
@@ -436,14 +415,7 @@ class ArchiveStore:
     def stats(self) -> dict[str | None, Stats]:
         """Return what each context holds, and under ``None`` what the store does."""
         entries = self.entries()
-        sizes = self._states.sizes(entry.content for entry in entries)
-        found: dict[str | None, Stats] = {}
-        for context in (None, *sorted({entry.context for entry in entries})):
-            mine = [entry for entry in entries if context is None or entry.context == context]
-            states = {entry.content: entry.size for entry in mine}
-            stored = sum(sizes[content] for content in states)
-            found[context] = Stats(len(mine), len(states), sum(states.values()), stored)
-        return found
+        return stats_of(entries, self._states.sizes(entry.content for entry in entries))
 
     def anchor(self) -> str:
         """Return an anchor, which ``verify`` takes later to tell that the store was not put back.

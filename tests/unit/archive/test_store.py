@@ -11,7 +11,8 @@ import torch
 from states import same
 
 from pytest_gpumem.archive import disk, keys, tree, vault
-from pytest_gpumem.archive.store import ArchiveStore, Forgotten
+from pytest_gpumem.archive.retention import Forgotten
+from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import (
     DamagedError,
     KeyRefusedError,
