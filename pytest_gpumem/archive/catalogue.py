@@ -131,7 +131,7 @@ class Catalogue:
         with explained("list", self.folder), self._mutex:
             changed = self.folder.stat().st_mtime_ns
             if self._seen != changed:
-                names = set(disk.listed(self.folder, _ID))
+                names = self._names()
                 # A change in the same tick of the clock as this one would not show.
                 settled = time.time_ns() - changed > _SETTLED
                 for gone in (set(self._known) | set(self.broken)) - names:
@@ -159,7 +159,11 @@ class Catalogue:
 
     def foreign(self) -> list[str]:
         """Return the names of what is no entry."""
-        return disk.foreign(self.folder, _ID)
+        return disk.foreign(self.folder, self._names())
+
+    def _names(self) -> set[str]:
+        """Return the ids, also of what is no file and may stand in the place of an entry."""
+        return {each.name for each in disk.listed(self.folder) if _ID.fullmatch(each.name)}
 
 
 def stats_of(entries: Sequence[Entry], sizes: Mapping[str, int]) -> dict[str | None, Stats]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.archive.catalogue import Catalogue
     from pytest_gpumem.archive.states import States
 
-_OURS = re.compile(rf"states|entries|lock|{anchors.NAME}|{'|'.join(vault.NAMES)}")
+_OURS = {"states", "entries", vault.LOCK, anchors.NAME, *vault.NAMES}
 _FOREIGN = "is not the store's; it is left alone"
 
 
@@ -74,7 +73,7 @@ class Checkup:
         key = self._vault.keys.file
         beside = {key.name, f".{key.name}.lock", f".{key.name}.new"} if key else set()
         return [
-            *(name for name in disk.foreign(self._folder, _OURS) if name not in beside),
+            *disk.foreign(self._folder, _OURS | beside),
             *(f"states/{name}" for name in self._states.foreign()),
             *(f"entries/{name}" for name in self._catalogue.foreign()),
         ]

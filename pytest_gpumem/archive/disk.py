@@ -15,8 +15,7 @@ from pytest_gpumem import files
 from pytest_gpumem.errors import DiskError
 
 if TYPE_CHECKING:
-    import re
-    from collections.abc import Generator
+    from collections.abc import Collection, Generator
 
 TEMPORARY: Final = ".new-"
 """How the names of unfinished files begin."""
@@ -211,24 +210,21 @@ def write_small(path: Path, data: bytes, aside: Path | None = None) -> None:
         new.close()
 
 
-def listed(folder: Path, names: re.Pattern[str]) -> list[str]:
-    """Return the names in a directory that are of this form."""
+def listed(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a directory."""
     with os.scandir(folder) as found:
-        return [each.name for each in found if names.fullmatch(each.name)]
+        return list(found)
 
 
-def foreign(folder: Path, names: re.Pattern[str]) -> list[str]:
-    """Return the names in a directory that are neither of this form nor unfinished files'."""
-    with os.scandir(folder) as found:
-        return sorted(
-            each.name for each in found if not (names.fullmatch(each.name) or _is_unfinished(each))
-        )
+def foreign(folder: Path, own: Collection[str]) -> list[str]:
+    """Return the names in a directory that are neither its own nor unfinished files'."""
+    there = listed(folder)
+    return sorted(each.name for each in there if each.name not in own and not _is_unfinished(each))
 
 
 def unfinished(folder: Path) -> list[Path]:
     """Return the files that were never published."""
-    with os.scandir(folder) as found:
-        return [folder / each.name for each in found if _is_unfinished(each)]
+    return [folder / each.name for each in listed(folder) if _is_unfinished(each)]
 
 
 def _is_unfinished(found: os.DirEntry[str]) -> bool:

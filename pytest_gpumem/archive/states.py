@@ -92,7 +92,11 @@ class States:
 
     def names(self) -> set[str]:
         """Return the contents of all states."""
-        return set(disk.listed(self.folder, _CONTENT))
+        return {
+            each.name
+            for each in disk.listed(self.folder)
+            if _CONTENT.fullmatch(each.name) and each.is_file(follow_symlinks=False)
+        }
 
     def sizes(self, contents: Iterable[str]) -> dict[str, int]:
         """Return the bytes of the states' files; 0 for one that is missing."""
@@ -125,7 +129,7 @@ class States:
 
     def foreign(self) -> list[str]:
         """Return the names of what is no state."""
-        return disk.foreign(self.folder, _CONTENT)
+        return disk.foreign(self.folder, self.names())
 
 
 @contextlib.contextmanager

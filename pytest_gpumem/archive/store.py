@@ -469,6 +469,6 @@ class ArchiveStore:
     @contextlib.contextmanager
     def _locked(self, *, alone: bool, wait: bool = True) -> Generator[bool, None, None]:
         """Hold the store's lock; yield whether it was to be had."""
-        with locked(self.path / "lock", alone=alone, wait=wait) as had:
+        with locked(self.path / vault.LOCK, alone=alone, wait=wait) as had:
             self._make_directories()
             yield had

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from pytest_gpumem import files
 from pytest_gpumem.archive import disk, keys, sealing
-from pytest_gpumem.archive.disk import explained
+from pytest_gpumem.archive.disk import explained, locked
 from pytest_gpumem.errors import DamagedError, DiskError, KeyRefusedError, WrongKeyError
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAMES: Final = ("key", "key-copy")
+LOCK: Final = "lock"
+"""The file whose lock whoever makes or seals a secret has alone."""
 _MOST = 4096
 
 
@@ -103,8 +105,16 @@ class Vault:
                 return
         raise KeyRefusedError(f"{self.keys.source} is changed by others all the time")
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield the files that do not open, and why."""
+    def problems(self) -> list[tuple[str, str]]:
+        """Return the files that do not open, and why."""
+        found = list(self._broken())
+        if found:
+            # Perhaps somebody is just making them.
+            with explained("read", self.folder), locked(self.folder / LOCK, alone=False):
+                found = list(self._broken())
+        return found
+
+    def _broken(self) -> Iterator[tuple[str, str]]:
         for name in NAMES:
             try:
                 with explained("read", self.folder / name):

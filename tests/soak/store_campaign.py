@@ -141,6 +141,14 @@ def play(folder, key, chance, at):
     return [line for each in said.values() for line in each.decode().splitlines() if line]
 
 
+def begin(place):
+    """Make two stores and their key file."""
+    place.mkdir()
+    keys.generate(place / "key")
+    for name in ("a", "b"):
+        ArchiveStore(place / name, key=place / "key")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3000)
@@ -154,8 +162,7 @@ def main():
             place = Path(directory) / str(at // FRESH)
             if at % FRESH == 0:
                 shutil.rmtree(Path(directory) / str(at // FRESH - 1), ignore_errors=True)
-                place.mkdir()
-                keys.generate(place / "key")
+                begin(place)
             folder = [place / "a", place / "b"][: chance.randint(1, 2)]
             said = play(folder, place / "key", chance, at)
             did.update(line.split()[1] for line in said if line.startswith("did"))
@@ -163,8 +170,7 @@ def main():
                 faults += [f"round {at}: {each}" for each in found]
                 print(*[f"round {at}: {each}" for each in found], sep="\n", flush=True)
                 shutil.rmtree(place)
-                place.mkdir()
-                keys.generate(place / "key")
+                begin(place)
     print(f"seed {options.seed}, {options.rounds} rounds, {dict(did)}: {len(faults)} faults")
     return 1 if faults or not did else 0
 
