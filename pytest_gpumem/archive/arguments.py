@@ -61,11 +61,12 @@ def device(name: str, value: Any) -> str:
     import torch
 
     try:
-        torch.empty(0, device=value)
+        found = torch.device(value)
+        torch.empty(0, device=found)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         raise ArgumentError(f"{name}={value!r} cannot be used: {first}") from None
-    return str(value)
+    return str(found)
 
 
 def _refused(name: str, value: Any, wanted: str) -> ArgumentError:

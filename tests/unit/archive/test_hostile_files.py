@@ -263,6 +263,7 @@ BAD = [
     ("verify", {"since": 5}, "'5' is not an anchor"),
     ("get", {"device": "nowhere"}, "device='nowhere' cannot be used: Expected one of cpu"),
     ("get", {"device": 1.5}, "device=1.5 cannot be used"),
+    ("get", {"device": None}, "device=None cannot be used"),
 ]
 
 
