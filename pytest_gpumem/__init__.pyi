@@ -19,6 +19,9 @@ from pytest_gpumem.errors import (
     ArchiveError as ArchiveError,
 )
 from pytest_gpumem.errors import (
+    ArgumentError as ArgumentError,
+)
+from pytest_gpumem.errors import (
     DamagedError as DamagedError,
 )
 from pytest_gpumem.errors import (
@@ -35,9 +38,6 @@ from pytest_gpumem.errors import (
 )
 from pytest_gpumem.errors import (
     LeaseTimeout as LeaseTimeout,
-)
-from pytest_gpumem.errors import (
-    MismatchError as MismatchError,
 )
 from pytest_gpumem.errors import (
     NotFoundError as NotFoundError,

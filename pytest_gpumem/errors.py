@@ -27,8 +27,8 @@ class StateRefusedError(ArchiveError):
     """The state holds something that could not be restored bit for bit; says what and where."""
 
 
-class MismatchError(ArchiveError):
-    """The tensors that were to be filled are not shaped like those in the archive."""
+class ArgumentError(ArchiveError, ValueError):
+    """What was asked for is of the wrong kind or out of its range; says which and what is."""
 
 
 class KeyRefusedError(ArchiveError):

@@ -11,15 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from pytest_gpumem import files
 from pytest_gpumem.errors import DiskError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Collection, Generator
 
 TEMPORARY: Final = ".new-"
 """How the names of unfinished files begin."""
 _SLAB = 4 * 2**20
-_LONGEST = 2 * 2**20
+PIECE: Final = 2 * 2**20
 """Most bytes that ``take`` is asked for at once, beyond which a slab does not go."""
 _PAGE = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -38,7 +39,20 @@ def explained(doing: str, path: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"cannot {doing} {str(path)!r}: {error.strerror or error}") from error
+        told = error.strerror or str(error)
+        culprit = error.filename
+        # An unfinished file's name tells a reader nothing.
+        if isinstance(culprit, str) and culprit != str(path) and TEMPORARY not in culprit:
+            told = f"{culprit!r}: {told}"
+        raise DiskError(f"cannot {doing} {str(path)!r}: {told}") from error
+
+
+def scratch(length: int) -> mmap.mmap:
+    """Return memory of this process alone that begins at a page, as direct reading needs.
+
+    Python's default is memory that forked children share: they would read into one another's.
+    """
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class NewFile:
@@ -48,15 +62,14 @@ class NewFile:
     of others alone, and what is read back comes from the disk.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, aside: Path | None = None) -> None:
         self.path = path
-        self.aside = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        self.aside = aside or path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         self.size = 0
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _CLOEXEC | _NOFOLLOW
         self._file = os.open(self.aside, flags, 0o600)
         self._direct = False
-        # Mapped memory begins at a page, which direct writing needs.
-        self._slabs = [mmap.mmap(-1, _SLAB + _LONGEST)]
+        self._slabs = [scratch(_SLAB + PIECE)]
         self._filled = 0
         self._on_disk = 0
         self._writer: ThreadPoolExecutor | None = None
@@ -71,11 +84,17 @@ class NewFile:
         self.size += length
         return memoryview(self._slabs[0])[start : self._filled]
 
+    def fill(self, data: bytes) -> None:
+        """Let ``data`` of any length follow."""
+        for at in range(0, len(data), PIECE):
+            part = data[at : at + PIECE]
+            self.take(len(part))[:] = part
+
     def _write_slab(self) -> None:
         """Let another thread write the full slab while the next one is filled."""
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1)
-            self._slabs.append(mmap.mmap(-1, _SLAB + _LONGEST))
+            self._slabs.append(scratch(_SLAB + PIECE))
             self._direct = _set_direct(self._file, on=True)
         if self._writing is not None:
             self._writing.result()
@@ -134,19 +153,19 @@ class OldFile:
     """
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
-        self._file = os.open(path, os.O_RDONLY | _CLOEXEC | _NOFOLLOW)
+        self._file = files.open_own(path)
         self.size = os.fstat(self._file).st_size
         self._direct = direct and _set_direct(self._file, on=True)
 
-    def read(self, at: int, length: int, scratch: mmap.mmap | None = None) -> memoryview:
+    def read(self, at: int, length: int, into: mmap.mmap | None = None) -> memoryview:
         """Return up to ``length`` bytes; fewer only at the end of the file.
 
-        ``scratch`` is as long as the piece and two pages; the next read may overwrite it.
+        ``into`` is as long as the piece and two pages; the next read may overwrite it.
         """
         start = at // _PAGE * _PAGE if self._direct else at
         wanted = at + length - start
         aligned = -(-wanted // _PAGE) * _PAGE if self._direct else wanted
-        view = memoryview(scratch if scratch is not None else mmap.mmap(-1, aligned or 1))
+        view = memoryview(into if into is not None else scratch(aligned or 1))
         done = 0
         while done < wanted:
             try:
@@ -180,24 +199,36 @@ def _set_direct(file: int, *, on: bool) -> bool:
     return on
 
 
-def write_small(path: Path, data: bytes) -> None:
+def write_small(path: Path, data: bytes, aside: Path | None = None) -> None:
     """Make the file ``path`` hold ``data``; what it held before is there until then."""
-    new = NewFile(path)
+    new = NewFile(path, aside)
     try:
-        new.take(len(data))[:] = data
+        new.fill(data)
         new.finish()
         new.publish()
     finally:
         new.close()
 
 
-def read_small(path: Path) -> bytes:
-    """Return the content of a small file, not through a symbolic link."""
-    file = OldFile(path)
-    try:
-        return bytes(file.read(0, file.size))
-    finally:
-        file.close()
+def listed(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a directory."""
+    with os.scandir(folder) as found:
+        return list(found)
+
+
+def foreign(folder: Path, own: Collection[str]) -> list[str]:
+    """Return the names in a directory that are neither its own nor unfinished files'."""
+    there = listed(folder)
+    return sorted(each.name for each in there if each.name not in own and not _is_unfinished(each))
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Return the files that were never published."""
+    return [folder / each.name for each in listed(folder) if _is_unfinished(each)]
+
+
+def _is_unfinished(found: os.DirEntry[str]) -> bool:
+    return found.name.startswith(TEMPORARY) and found.is_file(follow_symlinks=False)
 
 
 def sync_directory(path: Path) -> None:
@@ -217,7 +248,7 @@ def locked(path: Path, *, alone: bool, wait: bool = True) -> Generator[bool, Non
     """
     import fcntl
 
-    file = os.open(path, os.O_RDWR | os.O_CREAT | _CLOEXEC | _NOFOLLOW, 0o600)
+    file = files.open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
         try:
@@ -232,40 +263,3 @@ def locked(path: Path, *, alone: bool, wait: bool = True) -> Generator[bool, Non
             fcntl.flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)
-
-
-def marked(path: Path) -> Callable[[], None]:
-    """Make a file that ``is_marked`` until the returned function is called, or this process ends.
-
-    The kernel holds the mark, for children too that are forked meanwhile.
-    """
-    import fcntl
-
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CLOEXEC | _NOFOLLOW, 0o600)
-    fcntl.flock(file, fcntl.LOCK_SH)
-    owner = os.getpid()
-
-    def end() -> None:
-        if os.getpid() == owner:  # a forked child shares the mark, and must not end its parent's
-            with contextlib.suppress(OSError):  # who next has the store alone removes it
-                path.unlink()
-        os.close(file)
-
-    return end
-
-
-def is_marked(path: Path) -> bool:
-    """Return whether whoever marked a file is alive."""
-    import fcntl
-
-    try:
-        file = os.open(path, os.O_RDWR | _CLOEXEC | _NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pytest_gpumem.archive import codec, fill, memory, sealing, tree
+from pytest_gpumem.archive import codec, disk, memory, sealing, tree
 from pytest_gpumem.archive.disk import NewFile, OldFile
 from pytest_gpumem.archive.sealing import CHUNK, HEADER, INDEX, STATE, TAG, Seal
 from pytest_gpumem.errors import DamagedError, StateRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Hashable, Sequence
     from pathlib import Path
 
     from pytest_gpumem.archive.memory import Chunk
@@ -30,6 +30,8 @@ _END = b"GPUMEM.\n"
 _INDEX = struct.Struct("<QI")
 LONGEST_INDEX: Final = 64 * 2**20
 """Most bytes of an index, for reading one must not take memory without bound."""
+_LONGEST_SEALED: Final = 30 * 2**20
+"""Most bytes of it in the file: it has to be read before it can be authenticated."""
 _AHEAD = 6
 """Chunks that are coded and wait to be written."""
 
@@ -79,7 +81,7 @@ class Packed:
 
         whole = hmac.new(key, digestmod="sha256")
         whole.update(struct.pack("<Q", len(self.description)) + self.description)
-        for each in memory.in_order(tag, self.memory.layout.chunks):
+        for each in memory.each(tag, self.memory.layout.chunks):
             whole.update(each)
         return whole.hexdigest()
 
@@ -88,15 +90,15 @@ def write(
     new: NewFile,
     secret: bytes,
     packed: Packed,
-    progress: Callable[[int], None],
     name: str = "",
 ) -> None:
-    """Write a state and wait until it is on the disk; ``progress`` gets bytes of the state.
+    """Write a state and wait until it is on the disk.
 
     It can be read under the same ``name`` alone, so that no file passes for another.
 
     Raises:
         OSError: the system would not.
+        StateRefusedError: what is not tensors is too large.
 
     """
     import zstandard
@@ -117,16 +119,18 @@ def write(
         seal.close(CHUNK, chunk.number, out[:length], new.take(length + TAG))
         spare.put(out)
         lengths.append(length + TAG)
-        progress(chunk.size)
     index = _INDEX.pack(len(packed.description), len(lengths))
     index += struct.pack(f"<{len(lengths)}I", *lengths)
     index += zstandard.ZstdCompressor(level=3).compress(packed.description)
+    if len(index) > _LONGEST_SEALED - TAG:
+        raise StateRefusedError(
+            f"cannot archive the state: what it holds beside tensors takes {len(index)} bytes; "
+            f"allowed are {_LONGEST_SEALED}"
+        )
     sealed = bytearray(len(index) + TAG)
     seal.close(INDEX, 0, index, sealed)
     sealed += _TRAILER.pack(len(sealed), _END)
-    for at in range(0, len(sealed), codec.CHUNK):
-        part = sealed[at : at + codec.CHUNK]
-        new.take(len(part))[:] = part
+    new.fill(bytes(sealed))
     new.finish()
 
 
@@ -153,7 +157,8 @@ class Reader:
         if body < HEADER:
             raise DamagedError("it is too short to be an archive")
         length, end = _TRAILER.unpack(self._file.read(body, _TRAILER.size))
-        if end != _END or not _INDEX.size + TAG <= length <= body - HEADER:
+        longest = min(body - HEADER, _LONGEST_SEALED)
+        if end != _END or not _INDEX.size + TAG <= length <= longest:
             raise DamagedError("it is truncated, or its end is damaged")
         index = bytearray(length - TAG)
         self._seal.open(INDEX, 0, self._file.read(body - length, length), index)
@@ -188,16 +193,16 @@ class Reader:
         self._seal.open(CHUNK, chunk.number, sealed, out)
         return out
 
-    def authenticate(
-        self, chunks: Sequence[Chunk] | None = None, progress: Callable[[int], None] | None = None
-    ) -> None:
-        """Read chunks, all if not said otherwise, and make sure that they are what was written."""
-        chunks = self.layout.chunks if chunks is None else chunks
-        for chunk, _ in zip(chunks, memory.in_order(self._opened, chunks), strict=True):
-            if progress is not None:
-                progress(chunk.size)
+    def authenticate(self) -> None:
+        """Read all chunks and make sure that they are what was written."""
+        memory.each(lambda chunk: len(self._opened(chunk)), self.layout.chunks)
 
-    def _fill(self, places: Sequence[memory.Place | None], chunks: Sequence[Chunk]) -> None:
+    def _fill(self, storages: dict[int, Any]) -> None:
+        """Read the content of blocks into these storages."""
+        sizes = self.layout.sizes
+        places: list[memory.Place | None] = [None] * len(sizes)
+        for block, storage in storages.items():
+            places[block] = memory.Place(storage, 0, sizes[block])
         filled = memory.Memory(self.layout, places)
 
         def fill_one(chunk: Chunk) -> None:
@@ -205,8 +210,7 @@ class Reader:
             decode = functools.partial(codec.coder().decode, coded, chunk.kind)
             filled.scatter(chunk, decode)
 
-        for _ in memory.in_order(fill_one, chunks):
-            pass
+        memory.each(fill_one, self.layout.chunks_of(storages))
 
     def get(self, path: Sequence[Hashable] = (), device: str = "cpu") -> Any:
         """Return the state, or what ``path`` leads to in it, in new memory on ``device``.
@@ -215,9 +219,7 @@ class Reader:
             KeyError: with the first key that is not there.
 
         """
-        node = tree.at_path(self.tree, path)
-        with tree.checked():
-            return self._builder(tree.reach(node, self.records), device).value(node)
+        return self._restored(tree.at_path(self.tree, path), device)
 
     def get_tensors(self, which: Sequence[int], device: str = "cpu") -> list[Any]:
         """Return tensors by their places in ``tree.leaves``, in new memory on ``device``.
@@ -227,58 +229,28 @@ class Reader:
         with tree.checked():
             leaves = list(tree.leaves(self.tree))
             node = ["l", *(leaves[place] for place in which)]
-            builder = self._builder(tree.reach(node, self.records), device)
-            return [builder.value(each) for each in node[1:]]
+        return self._restored(node, device)  # type: ignore[no-any-return]
 
-    def _builder(self, records: Iterable[int], device: str) -> tree.Builder:
-        """Return a builder of these tensors, with their content read."""
-        import torch
+    def _restored(self, node: Any, device: str) -> Any:
+        with tree.checked():
+            blocks = tree.blocks_of(tree.reach(node, self.records), self.records, self.layout.sizes)
+        new = {block: memory.fresh(self.layout.sizes[block], device) for block in blocks}
+        self._fill(new)
+        return self._built(node, new, device)
 
-        sizes = self.layout.sizes
-        blocks = tree.blocks_of(records, self.records, sizes)
-        storages = {
-            block: torch.empty(sizes[block], dtype=torch.uint8, device=device).untyped_storage()
-            for block in blocks
-        }
-        places: list[memory.Place | None] = [None] * len(sizes)
-        for block, storage in storages.items():
-            places[block] = memory.Place(storage, 0, sizes[block])
-        self._fill(places, self.layout.chunks_of(blocks))
-        return tree.Builder(self.records, sizes, storages, device=device)
-
-    def get_into(self, target: Any, path: Sequence[Hashable] = ()) -> Any:
-        """Return the state, or what ``path`` leads to in it, with the tensors of ``target``.
-
-        ``target`` is built like it. All that is read is authenticated before the first byte of
-        it changes.
+    def rehearse(self) -> None:
+        """Build the state without its content.
 
         Raises:
-            MismatchError: ``target`` is not built like it.
-            KeyError: with the first key of ``path`` that is not there.
+            DamagedError: it cannot be built, or only with its content.
 
         """
-        import torch
+        new = {block: memory.fresh(size, "meta") for block, size in enumerate(self.layout.sizes)}
+        self._built(self.tree, new, "meta")
 
-        node = tree.at_path(self.tree, path)
-        with tree.checked():
-            pairs = fill.pairs(self.records, node, target)
-            blocks = fill.direct(self.records, self.layout.sizes, pairs)
-        taken = {pair.record: pair.tensor for pair in pairs}
-        if blocks is None:
-            reached = tree.reach([["T", number] for number in taken], self.records)
-            copies = self._builder(reached, "cpu")
-            sources = [copies.tensor(pair.record) for pair in pairs]
-            for pair, source in zip(pairs, sources, strict=True):
-                fill.copy(source, pair.tensor)
-        else:
-            chunks = self.layout.chunks_of(blocks)
-            self.authenticate(chunks)
-            places: list[memory.Place | None] = [None] * len(self.layout.sizes)
-            for number, block in blocks.items():
-                places[number] = memory.Place(block.storage, block.offset, block.size)
-            self._fill(places, chunks)
-            torch.autograd.graph.increment_version([pair.tensor for pair in pairs])
-        return tree.Builder(self.records, self.layout.sizes, {}, built=taken).value(node)
+    def _built(self, node: Any, storages: dict[int, Any], device: str) -> Any:
+        places = {block: (storage, 0) for block, storage in storages.items()}
+        return tree.Builder(self.records, self.layout.sizes, places, device=device).build(node)
 
 
 def _read_index(index: bytearray) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -304,7 +276,7 @@ def _read_index(index: bytearray) -> tuple[dict[str, Any], tuple[int, ...]]:
 class _Scratch(threading.local):
     def __init__(self) -> None:
         longest = codec.CHUNK + codec.SLACK + TAG
-        self.sealed = mmap.mmap(-1, longest + 3 * mmap.PAGESIZE)
+        self.sealed = disk.scratch(longest + 3 * mmap.PAGESIZE)
         self.coded = np.empty(longest, np.uint8)
 
 

@@ -3,6 +3,9 @@
 A store's own secret is sealed under a root key. A root key is 32 random bytes, written as
 ``gpumem-key-`` and 43 letters of URL-safe base64. A key file has one a line, the current one
 first; older ones below it still open stores that were not rotated yet. ``#`` begins a comment.
+
+Keys are only ever added, by one process at a time. So whoever has read a store's sealed secret
+finds the key for it by reading the key file after that, whatever others do meanwhile.
 """
 
 from __future__ import annotations
@@ -13,20 +16,23 @@ import contextlib
 import logging
 import os
 import secrets
-import stat
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pytest_gpumem.archive.disk import explained, sync_directory, write_small
+from pytest_gpumem import files
+from pytest_gpumem.archive.disk import explained, locked, write_small
 from pytest_gpumem.errors import KeyRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 KEY_VARIABLE: Final = "GPUMEM_ARCHIVE_KEY"
 FILE_VARIABLE: Final = "GPUMEM_ARCHIVE_KEY_FILE"
 _PREFIX = "gpumem-key-"
 _FORM = f"32 bytes, or {_PREFIX!r} and 43 letters of URL-safe base64"
+_MOST = 2**20
+"""Bytes of a key file: 19,000 keys."""
 _log = logging.getLogger("pytest_gpumem")
 
 
@@ -66,13 +72,13 @@ def find(
         KeyRefusedError: there is none, or it is not a key, or not only its owner's.
 
     """
-    if isinstance(key, Path):
-        return _read(key)
+    if isinstance(key, Path) or (isinstance(key, str) and _names_file(key)):
+        return _read(Path(key))
     if key is not None:
         found = key() if callable(key) else key
         return Keys((_parse(found, "the key that was given"),), "the program")
     file = default_file()
-    if file.exists() or file.is_symlink():
+    if os.path.lexists(file):
         return _read(file)
     from_environment = os.environ.get(KEY_VARIABLE)
     if from_environment:
@@ -87,13 +93,23 @@ def find(
     return _read(file)
 
 
+def again(keys: Keys) -> Keys:
+    """Return the keys as they are now, which may be more.
+
+    Raises:
+        KeyRefusedError: their file may not be used any more.
+
+    """
+    return _read(keys.file) if keys.file is not None else keys
+
+
 def text_of(key: bytes) -> str:
     """Return how a key is written."""
     return _PREFIX + base64.urlsafe_b64encode(key).decode().rstrip("=")
 
 
 def generate(file: Path) -> None:
-    """Make a key file; one that another process makes at the same moment is left as it is.
+    """Make a key file; one that is there is left as it is.
 
     Raises:
         DiskError: it cannot be written.
@@ -101,54 +117,63 @@ def generate(file: Path) -> None:
     """
     with explained("make the key file", file):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        aside = file.parent / f".{secrets.token_hex(8)}"
-        try:
-            write_small(aside, (text_of(secrets.token_bytes(32)) + "\n").encode())
-            # Unlike a rename, a link does not replace the file of whoever was faster.
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, file)
-        finally:
-            aside.unlink(missing_ok=True)
-        sync_directory(file.parent)
+        with _changing(file):
+            if not os.path.lexists(file):
+                _write(file, "")
 
 
-def add(file: Path) -> Keys:
-    """Put a new key before those of a key file and return them all.
+@contextmanager
+def added(file: Path) -> Iterator[Keys]:
+    """Put a new key before those of a key file and yield them all.
+
+    Nobody else adds one before the block ends.
 
     Raises:
-        KeyRefusedError: the file may not be used.
+        KeyRefusedError: the file may not be used, or is full.
         DiskError: it cannot be written.
 
     """
-    _read(file)
-    with explained("change the key file", file):
-        old = file.read_bytes()
-        write_small(file, (text_of(secrets.token_bytes(32)) + "\n").encode() + old)
-    return _read(file)
+    with explained("change the key file", file), _changing(file):
+        _read(file)
+        _write(file, _content(file))
+        yield _read(file)
+
+
+@contextmanager
+def _changing(file: Path) -> Iterator[None]:
+    # Not the file itself, which is replaced by each change.
+    with locked(file.with_name(f".{file.name}.lock"), alone=True):
+        yield
+
+
+def _write(file: Path, old: str) -> None:
+    text = f"{text_of(secrets.token_bytes(32))}\n{old}"
+    if len(text.encode()) > _MOST:
+        raise KeyRefusedError(
+            f"the key file {str(file)!r} is full; delete the lines of keys that no store needs"
+        )
+    # One name for all: what a process left that was killed here goes with the next change.
+    aside = file.with_name(f".{file.name}.new")
+    aside.unlink(missing_ok=True)
+    write_small(file, text.encode(), aside)
+
+
+def _names_file(key: str) -> bool:
+    return not key.startswith(_PREFIX) and (os.sep in key or os.path.lexists(key))
+
+
+def _content(file: Path) -> str:
+    return files.read_own(file, _MOST, closed=files.OPEN).decode(errors="replace")
 
 
 def _read(file: Path) -> Keys:
     """Return the keys of a file that only its owner, this user, can read and write."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     place = f"the key file {str(file)!r}"
     try:
-        opened = os.open(file, flags)
-    except OSError as error:
-        # ELOOP is how O_NOFOLLOW says so, and its text misleads.
-        why = "is a symbolic link" if file.is_symlink() else f"cannot be read: {error.strerror}"
-        raise KeyRefusedError(f"{place} {why}") from None
-    try:
-        status = os.fstat(opened)
-        if not stat.S_ISREG(status.st_mode):
-            raise KeyRefusedError(f"{place} is not a regular file")
-        if status.st_uid != os.geteuid():
-            raise KeyRefusedError(f"{place} belongs to another user")
-        if status.st_mode & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
-            raise KeyRefusedError(f"{place} is open to others (mode {mode:04o}); chmod 600 it")
-        text = os.read(opened, 2**20).decode(errors="replace")
-    finally:
-        os.close(opened)
+        text = _content(file)
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise KeyRefusedError(f"{place} cannot be read: {why}") from None
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     found = tuple(_parse(line, place) for line in lines if line)
     if not found:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import mmap
 import os
+import sys
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _MOST_THREADS = 8
+_LARGE = 4 * 2**20
+"""Bytes from which on memory is in large pages; NumPy's number."""
 
 
 class Chunk(NamedTuple):
@@ -83,6 +88,33 @@ class Layout:
             last = bisect_right(starts, self.starts[block] + self.sizes[block] - 1)
             found.update(range(first, last))
         return [self.chunks[number] for number in sorted(found)]
+
+
+def fresh(size: int, device: str) -> Any:
+    """Return a new ``torch.UntypedStorage`` of ``size`` bytes."""
+    import torch
+
+    storage = torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+    if storage.device.type == "cpu" and size >= _LARGE:
+        _in_large_pages(storage.data_ptr(), size)
+    return storage
+
+
+def _in_large_pages(address: int, size: int) -> None:
+    """Advise the system to back memory by large pages, as NumPy does; see madvise(2).
+
+    The first touch of each page of 4 KiB takes longer than reading it from the page cache.
+    """
+    if sys.platform == "linux":
+        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (address + size - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        # Only advice: a system without large pages refuses it.
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class Place:
@@ -174,9 +206,9 @@ def _staging(*, pinned: bool) -> tuple[Any, Bytes]:
 
 
 def in_order(
-    work: Callable[[Chunk], _Result], chunks: Sequence[Chunk], ahead: int | None = None
+    work: Callable[[Chunk], _Result], chunks: Sequence[Chunk], ahead: int
 ) -> Iterator[_Result]:
-    """Yield ``work`` of each chunk in turn, done by several threads a few chunks ahead."""
+    """Yield ``work`` of each chunk in turn, done by several threads ``ahead`` of it."""
     threads = min(_cpus(), _MOST_THREADS, len(chunks))
     if threads <= 1:
         yield from map(work, chunks)
@@ -186,13 +218,45 @@ def in_order(
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(work, chunk))
-                if len(waiting) > (ahead or 2 * threads):
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for each in waiting:
                 each.cancel()
+
+
+def each(work: Callable[[Chunk], _Result], chunks: Sequence[Chunk]) -> list[_Result]:
+    """Return ``work`` of each chunk, done by several threads, this one among them.
+
+    They take chunks as they come: handing each of them over would take as long as reading it.
+    """
+    found: dict[int, _Result] = {}
+    waiting = iter(list(enumerate(chunks)))  # one step of it is atomic
+    # Neither the error nor a future of it may be in a variable of a frame in its traceback: that
+    # cycle would keep the callers' variables, a state's memory among them, until it is collected.
+    failed = threading.Event()
+
+    def take() -> None:
+        try:
+            for at, chunk in waiting:
+                if failed.is_set():
+                    return
+                found[at] = work(chunk)
+        except BaseException:
+            failed.set()
+            raise
+
+    others = min(_cpus(), _MOST_THREADS, len(chunks)) - 1
+    if others <= 0:
+        take()
+    else:
+        with ThreadPoolExecutor(others, "gpumem-archive") as pool:
+            helping = pool.map(lambda _: take(), range(others))
+            take()
+            list(helping)
+    return [found[at] for at in range(len(chunks))]
 
 
 def _cpus() -> int:

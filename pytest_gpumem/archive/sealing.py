@@ -25,7 +25,7 @@ MAGIC: Final = b"\x89GPUMEM\n"
 VERSION: Final = 1
 AES_256_GCM, CHACHA20_POLY1305 = 1, 2
 """Suites."""
-STATE, ENTRY, KEY = 1, 2, 3
+STATE, ENTRY, KEY, ANCHORS = 1, 2, 3, 4
 """What a file is."""
 CHUNK, INDEX, BODY = 0, 1, 2
 """Roles of a part."""

@@ -173,9 +173,7 @@ class Nap:
             """What is archived of each tensor, by its id, until they sleep."""
             self._versions = [each._version for each in tensors]
             _naps.add(self)
-            self._hooks = [
-                hook for each in users if tensors for hook in _hooks(each, self._wake_first)
-            ]
+            self._hooks = list(_hooks(users, {*map(id, tensors)}, self._wake_first))
             for each in tensors:
                 vars(each)[_NAP] = self
                 each.__class__ = _KINDS[type(each)]
@@ -228,6 +226,8 @@ class Nap:
                 kept.append((ref, version))
         self.tensors = [ref for ref, _ in kept]
         self._versions = [version for _, version in kept]
+        for hook in (hook for own, hook in self._hooks if own <= held):
+            hook.remove()
 
     def check(self, *, alone: bool = False) -> None:
         """Make sure that none of the tensors was used since they were marked.
@@ -328,7 +328,7 @@ class Nap:
         self.contents = {}
         for tensor in self._living():
             self._as_before(tensor)
-        for hook in self._hooks:
+        for _, hook in self._hooks:
             hook.remove()
         self._end()
 
@@ -407,17 +407,21 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def _hooks(user: Any, wake: Callable[..., None]) -> list[Any]:
-    """Have ``wake`` called before ``user`` computes, and before its other hooks.
+def _hooks(
+    users: Iterable[Any], sleeping: set[int], wake: Callable[..., None]
+) -> Iterator[tuple[set[int], Any]]:
+    """Have ``wake`` called before ``users`` compute, and before their other hooks.
 
-    A module gets one if it has tensors of its own: those are the first that copying and pickling
-    it touches, so that no copy ever has the hook.
+    Yields each with the ids of what it is for. A module gets one if some of that is its own: it is
+    what copying and pickling touch first, and it wakes, so that no copy ever has the hook.
     """
-    if isinstance(user, torch.nn.Module) and (user._parameters or user._buffers):
-        return [user.register_forward_pre_hook(wake, prepend=True)]
-    if isinstance(user, torch.optim.Optimizer):
-        return [user.register_step_pre_hook(wake)]
-    return []
+    for user in users:
+        if isinstance(user, torch.nn.Module):
+            tensors = [*user._parameters.values(), *user._buffers.values()]
+            if own := sleeping.intersection(map(id, tensors)):
+                yield own, user.register_forward_pre_hook(wake, prepend=True)
+        elif sleeping and isinstance(user, torch.optim.Optimizer):
+            yield sleeping, user.register_step_pre_hook(wake)
 
 
 def _shown(storage: Any) -> bool:

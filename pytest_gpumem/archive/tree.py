@@ -27,6 +27,7 @@ _DEEPEST = 100
 _DOUBLE = struct.Struct("<d")
 _UNREADABLE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     RuntimeError,
@@ -34,9 +35,14 @@ _UNREADABLE = (
     ValueError,
     struct.error,
 )
-"""What reading nodes and records that are none comes to; torch's own checks included."""
+"""What reading nodes and records that are none comes to; checks of torch and classes included."""
+_CONTAINERS = {dict, list, tuple, OrderedDict}
 _BITS = {"quint4x2": 4, "quint2x4": 2}
 """Bits of an element where that is no whole byte; such tensors have a storage of their own."""
+_BY_OTHERS = {"sparse", "subclass"}
+"""Kinds of records whose building runs checks of torch or code of a class."""
+_SURE = {"requires_grad", "parameter", "meta", "conj", "neg", "attributes"}
+"""What a record may say more, of which nothing can fail."""
 _SUBCLASS_HOMES = {"torch", "torchao"}
 _allowed: set[type] = set()
 
@@ -119,7 +125,30 @@ def take_apart(state: Any) -> Parts:
     """
     taker = _Taker()
     tree = taker.node(state, 0)
-    return Parts(tree, taker.records, taker.tensors, taker.place())
+    parts = Parts(tree, taker.records, taker.tensors, taker.place())
+    _rehearse(parts)
+    return parts
+
+
+def _rehearse(parts: Parts) -> None:
+    """Build the state, out of the memory it lies in, if more than our own code has a say in that.
+
+    What is accepted must be restorable: a subclass may hold itself, or not be found again.
+
+    Raises:
+        StateRefusedError: it cannot be built.
+
+    """
+    if all(record[0] not in _BY_OTHERS and _SURE.issuperset(record[5]) for record in parts.records):
+        return
+    places = {number: (block.storage, block.offset) for number, block in enumerate(parts.blocks)}
+    sizes = [block.size for block in parts.blocks]
+    try:
+        Builder(parts.records, sizes, places).build(parts.tree)
+    except DamagedError as error:
+        raise StateRefusedError(
+            f"cannot archive the state: it could not be restored: {error}"
+        ) from None
 
 
 class _Taker:
@@ -133,6 +162,8 @@ class _Taker:
         self._known: dict[int, int] = {}
         self._leaves: list[_Leaf] = []
         self._path: list[Any] = []
+        self._around: set[int] = set()
+        """The containers that are being taken apart, by id."""
         self._names: dict[Any, tuple[str, int, str]] = {}
 
     def _refuse(self, what: str) -> StateRefusedError:
@@ -151,16 +182,8 @@ class _Taker:
             return ["f", _DOUBLE.pack(value).hex()]
         if isinstance(value, self._torch.Tensor):
             return ["T", self._tensor(value, depth)]
-        if depth >= _DEEPEST:
-            raise self._refuse(f"more than {_DEEPEST} containers inside one another")
-        if kind is dict:
-            return ["d", *self._items(value, depth)]
-        if kind is list or kind is tuple:
-            return ["l" if kind is list else "t", *self._members(value, depth)]
-        if kind is OrderedDict:
-            # state_dict() keeps the versions of its modules in an attribute.
-            more = [self.node(vars(value), depth + 1)] if vars(value) else [None]
-            return ["o", *more, *self._items(value, depth)]
+        if kind in _CONTAINERS:
+            return self._container(value, kind, depth)
         if kind is bytes:
             return ["b", base64.b64encode(value).decode()]
         if kind is complex:
@@ -175,6 +198,27 @@ class _Taker:
             f"a {kind.__module__}.{kind.__qualname__}; allowed are tensors, None, bool, int, "
             "float, complex, str, bytes, list, tuple, dict, OrderedDict, torch.Size, dtype, device"
         )
+
+    def _container(self, value: Any, kind: type, depth: int) -> list[Any]:
+        if id(value) in self._around:
+            raise self._refuse(f"a {kind.__name__} inside itself")
+        self._refuse_depth(depth)
+        self._around.add(id(value))
+        if kind is dict:
+            found = ["d", *self._items(value, depth)]
+        elif kind is OrderedDict:
+            # state_dict() keeps the versions of its modules in an attribute.
+            more = self.node(vars(value), depth + 1) if vars(value) else None
+            found = ["o", more, *self._items(value, depth)]
+        else:
+            found = ["l" if kind is list else "t", *self._members(value, depth)]
+        self._around.discard(id(value))
+        return found
+
+    def _refuse_depth(self, depth: int) -> None:
+        if depth >= _DEEPEST:
+            del self._path[8:]
+            raise self._refuse(f"more than {_DEEPEST} containers or tensors inside one another")
 
     def _items(self, value: dict[Any, Any], depth: int) -> Iterable[Any]:
         for key, member in value.items():
@@ -196,11 +240,15 @@ class _Taker:
         known = self._known.get(id(tensor))
         if known is not None:
             return known
+        self._refuse_depth(depth)
         number = len(self.records)
         self._known[id(tensor)] = number
         self.records.append(None)
         self.tensors.append(tensor)  # also keeps it alive, and so its id
-        self.records[number] = self._record(number, tensor, depth)
+        try:
+            self.records[number] = self._record(number, tensor, depth)
+        except _UNREADABLE as error:
+            raise self._refuse(f"a tensor that cannot be taken apart: {error}") from error
         return number
 
     def _record(self, number: int, tensor: Any, depth: int) -> list[Any]:
@@ -211,7 +259,7 @@ class _Taker:
                 raise self._refuse("a tensor with a graph behind it; detach() it")
             more["requires_grad"] = True
         if tensor.is_leaf and tensor.grad is not None:
-            more["grad"] = self._tensor(tensor.grad, depth)
+            more["grad"] = self._tensor(tensor.grad, depth + 1)
         if tensor._backward_hooks:
             raise self._refuse("a tensor with hooks, which are code")
         if isinstance(tensor, torch.nn.Parameter):
@@ -271,7 +319,7 @@ class _Taker:
             parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
         else:
             raise self._refuse(f"a tensor of the layout {layout}; give its to_dense()")
-        numbers = [self._tensor(part.detach(), depth) for part in parts]
+        numbers = [self._tensor(part.detach(), depth + 1) for part in parts]
         return ["sparse", layout, list(tensor.shape), numbers, 0, more]
 
     def _subclass(self, tensor: Any, more: dict[str, Any], depth: int) -> list[Any]:
@@ -282,7 +330,7 @@ class _Taker:
         if kind not in _allowed and kind.__module__.partition(".")[0] not in _SUBCLASS_HOMES:
             raise self._refuse(f"a tensor of the class {name}; allow_subclass() would allow it")
         names, context = tensor.__tensor_flatten__()
-        inner = {each: self._tensor(getattr(tensor, each), depth) for each in names}
+        inner = {each: self._tensor(getattr(tensor, each), depth + 1) for each in names}
         self._path.append(f"context of {name}")
         kept = self.node(context, depth + 1)
         self._path.pop()
@@ -416,7 +464,7 @@ def plain(node: Any) -> Any:
         DamagedError: when there is none.
 
     """
-    return Builder([], [], {}).value(node)
+    return Builder([], [], {}).build(node)
 
 
 def reach(node: Any, records: list[Any]) -> set[int]:
@@ -479,37 +527,48 @@ def blocks_of(numbers: Iterable[int], records: list[Any], sizes: Sequence[int]) 
 class Builder:
     """Builds values from nodes and records.
 
-    ``sizes`` are the blocks' lengths in bytes; ``storages`` are the blocks, filled; ``built``
-    are tensors that are there already, by their records. Both
-    records and nodes may be forged by whoever has the key: all that is read is checked, so that
-    no tensor reaches outside its block.
-
-    Raises:
-        DamagedError: from every method, when that is not a state.
-
+    ``sizes`` are the blocks' lengths in bytes; ``places`` are their storages, filled, and where in
+    those they begin. Both records and nodes may be forged by whoever has the key: all that is read
+    is checked, so that no tensor reaches outside its block.
     """
 
     def __init__(
         self,
         records: list[Any],
         sizes: Sequence[int],
-        storages: Mapping[int, Any],
+        places: Mapping[int, tuple[Any, int]],
         device: str = "cpu",
-        built: dict[int, Any] | None = None,
     ) -> None:
         self._records = records
         self._sizes = sizes
-        self._storages = storages
+        self._places = places
         self._device = device
-        self._built = {} if built is None else built
+        self._built: dict[int, Any] = {}
         self._building: set[int] = set()
+        self._unfinished: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        """Tensors whose gradients and attributes, which may lead back to them, are missing."""
 
-    def value(self, node: Any, depth: int = 0) -> Any:
-        """Return the value of ``node``."""
+    def build(self, node: Any) -> Any:
+        """Return the value of ``node``.
+
+        Raises:
+            DamagedError: that is not a state.
+
+        """
+        with checked():
+            found = self._value(node)
+            while self._unfinished:
+                made, more = self._unfinished.pop()
+                if "grad" in more:
+                    made.grad = self.tensor(more["grad"])
+                if "attributes" in more:
+                    vars(made).update(self._attributes(more["attributes"]))
+            return found
+
+    def _value(self, node: Any, depth: int = 0) -> Any:
         if node is None or type(node) in {bool, int, str}:
             return node
-        with checked():
-            return self._tagged(node, depth)
+        return self._tagged(node, depth)
 
     def _tagged(self, node: Any, depth: int) -> Any:
         if depth > _DEEPEST or type(node) is not list:
@@ -520,7 +579,7 @@ class Builder:
         if tag == "f":
             return _DOUBLE.unpack(bytes.fromhex(*rest))[0]
         if tag in {"l", "t"}:
-            members = [self.value(each, depth + 1) for each in rest]
+            members = [self._value(each, depth + 1) for each in rest]
             return members if tag == "l" else tuple(members)
         if tag == "d":
             return self._items({}, rest, depth)
@@ -547,11 +606,11 @@ class Builder:
 
     def _items(self, into: Any, rest: list[Any], depth: int) -> Any:
         for key, member in zip(rest[::2], rest[1::2], strict=True):
-            into[self.value(key, depth + 1)] = self.value(member, depth + 1)
+            into[self._value(key, depth + 1)] = self._value(member, depth + 1)
         return into
 
     def _attributes(self, node: Any, depth: int = 0) -> dict[str, Any]:
-        found = self.value(node, depth + 1) if node is not None else {}
+        found = self._value(node, depth + 1) if node is not None else {}
         if type(found) is not dict or not all(type(name) is str for name in found):
             raise ValueError("attributes without names")
         return found
@@ -577,7 +636,7 @@ class Builder:
             home = _subclass(second)
             parts = {name: self.tensor(number) for name, number in inner.items()}
             size, stride = torch.Size(_whole_numbers(third)), tuple(_whole_numbers(fourth))
-            made = home.__tensor_unflatten__(parts, self.value(context), size, stride)
+            made = home.__tensor_unflatten__(parts, self._value(context), size, stride)
         elif kind == "sparse":
             parts_of = [self.tensor(number) for number in fourth]
             made = _sparse(second, _whole_numbers(third), parts_of, more)
@@ -591,10 +650,8 @@ class Builder:
             made = torch.nn.Parameter(made, requires_grad=False)
         if more.get("requires_grad"):
             made.requires_grad_()
-        if "grad" in more:
-            made.grad = self.tensor(more["grad"])
-        if "attributes" in more:
-            vars(made).update(self._attributes(more["attributes"]))
+        if "grad" in more or "attributes" in more:
+            self._unfinished.append((made, more))
         return made  # type: ignore[no-any-return]
 
     def _strided(self, record: list[Any]) -> Any:
@@ -622,9 +679,10 @@ class Builder:
                 end = _whole_number(offset) + count * itemsize
             if offset % itemsize or end > self._sizes[_whole_number(block)] or 0 in shape:
                 raise ValueError("a tensor outside its block")
-            storage, offset = self._storages[block], offset // itemsize
+            storage, start = self._places[block]
+            offset = (start + offset) // itemsize
         if "quantizer" in more:
-            scheme = self.value(more["quantizer"])
+            scheme = self._value(more["quantizer"])
             return torch_private.quantized(storage, dtype, (offset, shape, stride), scheme)
         return torch.empty(0, dtype=dtype, device=storage.device).set_(
             storage, offset, shape, stride

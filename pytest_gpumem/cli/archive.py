@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.errors import ArchiveError, NotFoundError
+from pytest_gpumem.errors import ArchiveError, DiskError, NotFoundError
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_gpumem.archive.store import ArchiveStore, Entry
+    from pytest_gpumem.archive.catalogue import Entry
+    from pytest_gpumem.archive.store import ArchiveStore
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -51,9 +52,12 @@ def add_parser(commands: Any) -> None:
     forget.add_argument("--type")
     forget.add_argument("--context")
     forget.add_argument("--dry-run", action="store_true", help="Only say what it would do.")
-    action("stats", "Say what each context holds.")
+    action("stats", "Say what each context holds, and give an anchor for verify --since.")
     verify = action("verify", "Make sure that everything can be restored.")
     verify.add_argument("--read-data", action="store_true", help="Read every byte.")
+    verify.add_argument(
+        "--since", metavar="ANCHOR", help="And that the store was not put back to before it."
+    )
     action("health", "Say how the store is.")
 
 
@@ -71,9 +75,7 @@ def run(chosen: argparse.Namespace) -> Iterator[str]:
         if chosen.action == "keygen":
             yield from _keygen(chosen.key_file or keys.default_file())
         else:
-            if chosen.store is not None and not chosen.store.is_dir():
-                raise NotFoundError(f"there is no store {str(chosen.store)!r}")
-            store = ArchiveStore(chosen.store, key=chosen.key_file)
+            store = ArchiveStore(chosen.store, key=chosen.key_file, make=False)
             yield from _ACTIONS[chosen.action](store, chosen)
     except ArchiveError as error:
         raise ValueError(str(error)) from None
@@ -137,9 +139,17 @@ def _delete(store: ArchiveStore, chosen: argparse.Namespace) -> Iterator[str]:
 def _export(store: ArchiveStore, chosen: argparse.Namespace) -> Iterator[str]:
     import torch
 
-    if chosen.file.exists():
-        raise NotFoundError(f"{str(chosen.file)!r} is there already; it is not overwritten")
-    torch.save(store.get(chosen.id), chosen.file)
+    from pytest_gpumem.archive.disk import explained
+
+    state = store.get(chosen.id)
+    try:
+        with explained("write", chosen.file), chosen.file.open("xb") as out:
+            torch.save(state, out)
+    except DiskError as error:
+        if isinstance(error.__cause__, FileExistsError):
+            there = f"{str(chosen.file)!r} is there already; it is not overwritten"
+            raise NotFoundError(there) from None
+        raise
     yield f"{chosen.file}: {format_bytes(chosen.file.stat().st_size)}, not encrypted"
 
 
@@ -169,14 +179,15 @@ def _stats(store: ArchiveStore, _: argparse.Namespace) -> Iterator[str]:
             f"{each.entries:>8} {each.states:>8} {format_bytes(each.size):>12} "
             f"{format_bytes(each.stored):>12}  {'(all)' if context is None else context}"
         )
+    yield f"anchor: {store.anchor()}"
 
 
 def _verify(store: ArchiveStore, chosen: argparse.Namespace) -> Iterator[str]:
-    problems = store.verify(read_data=chosen.read_data, progress=_progress)
+    problems = store.verify(read_data=chosen.read_data, since=chosen.since, progress=_progress)
     for problem in problems:
         yield f"{problem.name}: {problem.what}"
     if problems:
-        raise NotFoundError(f"{len(problems)} problems")
+        raise NotFoundError(f"{len(problems)} problem{'s' * (len(problems) > 1)}")
     read = "every byte was read" if chosen.read_data else "--read-data reads every byte"
     yield f"{len(store.entries())} entries can be restored; {read}"
 

@@ -1,7 +1,7 @@
 """What archiving a state costs, beside five other ways to keep one.
 
-Every round runs every peer on every state, interleaved: write (with fsync), read into new memory,
-read into tensors that are there. A ratio is that of medians of one run: the peer's time divided by
+Every round runs every peer on every state, interleaved: write (with fsync), read into new memory.
+A ratio is that of medians of one run: the peer's time divided by
 ours, so more than 1 means that ours is faster. Two of the rows are ours: ``write`` is the file
 alone, as all peers do it; ``put`` is what a user calls: it also hashes, reads back and
 authenticates. Memory is the peak of resident memory above that before, over all rounds.
@@ -51,15 +51,6 @@ class Peer(NamedTuple):
 
     write: Callable[[State, Path], None]
     read: Callable[[Path], State]
-    into: Callable[[Path, State], None]
-
-
-def _copied(read: Callable[[Path], State]) -> Callable[[Path, State], None]:
-    def into(path: Path, target: State) -> None:
-        for name, tensor in read(path).items():
-            target[name].copy_(tensor)
-
-    return into
 
 
 def _synced(path: Path, data: Any = None) -> None:
@@ -72,7 +63,7 @@ def _synced(path: Path, data: Any = None) -> None:
 def _write_ours(state: State, path: Path) -> None:
     new = disk.NewFile(path)
     try:
-        file.write(new, KEY, file.Packed(state), lambda _: None)
+        file.write(new, KEY, file.Packed(state))
         new.publish()
     finally:
         new.close()
@@ -90,14 +81,6 @@ def _read_ours(path: Path) -> State:
         reader.close()
 
 
-def _read_ours_into(path: Path, target: State) -> None:
-    reader = _reader(path)
-    try:
-        reader.get_into(target)
-    finally:
-        reader.close()
-
-
 def _put(state: State, path: Path) -> None:
     store = ArchiveStore(path, key=KEY)
     store.forget(keep_last=0)
@@ -109,18 +92,9 @@ def _get(path: Path) -> State:
     return store.get(store.entries()[-1].id)  # type: ignore[no-any-return]
 
 
-def _get_into(path: Path, target: State) -> None:
-    store = ArchiveStore(path, key=KEY)
-    store.get(store.entries()[-1].id, into=target)
-
-
 def _torch_write(state: State, path: Path) -> None:
     torch.save(state, path)
     _synced(path)
-
-
-def _torch_into(path: Path, target: State) -> None:
-    _copied(lambda each: torch.load(each, mmap=True))(path, target)
 
 
 def _safetensors() -> Peer:
@@ -130,7 +104,7 @@ def _safetensors() -> Peer:
         save_file(state, path)
         _synced(path)
 
-    return Peer(write, load_file, _copied(load_file))
+    return Peer(write, load_file)
 
 
 def _gzip_fernet() -> Peer:
@@ -145,7 +119,7 @@ def _gzip_fernet() -> Peer:
         plain = gzip.decompress(fernet.decrypt(path.read_bytes()))
         return torch.load(io.BytesIO(plain))  # type: ignore[no-any-return]
 
-    return Peer(write, read, _copied(read))
+    return Peer(write, read)
 
 
 def _zipnn() -> Peer:
@@ -168,7 +142,7 @@ def _zipnn() -> Peer:
                 found[name] = ZipNN(input_format="torch", threads=2).decompress(data)
         return found
 
-    return Peer(write, read, _copied(read))
+    return Peer(write, read)
 
 
 def _tensorizer() -> Peer:
@@ -196,7 +170,7 @@ def _tensorizer() -> Peer:
         finally:
             opened.close()
 
-    return Peer(write, read, _copied(read))
+    return Peer(write, read)
 
 
 def _plain() -> Peer:
@@ -233,15 +207,15 @@ def _plain() -> Peer:
             found[name], at = raw.view(each.dtype).reshape(each.shape), at + each.nbytes
         return found
 
-    return Peer(write, read, _copied(read))
+    return Peer(write, read)
 
 
 def peers() -> dict[str, Callable[[], Peer]]:
     """Return what makes each peer, ours first."""
     return {
-        "write": lambda: Peer(_write_ours, _read_ours, _read_ours_into),
-        "put": lambda: Peer(_put, _get, _get_into),
-        "torch.save": lambda: Peer(_torch_write, torch.load, _torch_into),
+        "write": lambda: Peer(_write_ours, _read_ours),
+        "put": lambda: Peer(_put, _get),
+        "torch.save": lambda: Peer(_torch_write, torch.load),
         "safetensors": _safetensors,
         "zipnn": _zipnn,
         "tensorizer, encrypted": _tensorizer,
@@ -338,7 +312,7 @@ class Row:
     def __init__(self) -> None:
         self.stored = 0
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.cpu: list[float] = []
+        self.cpu: dict[str, list[float]] = defaultdict(list)
         self.memory: dict[str, int] = defaultdict(int)
 
     def measure(self, what: str, work: Callable[[], Any]) -> Any:
@@ -347,8 +321,7 @@ class Row:
             cpu, start = time.process_time(), time.perf_counter()
             found = work()
             self.seconds[what].append(time.perf_counter() - start)
-            if what == "write":
-                self.cpu.append(time.process_time() - cpu)
+            self.cpu[what].append(time.process_time() - cpu)
         self.memory[what] = max(self.memory[what], memory.peak)
         return found
 
@@ -381,16 +354,15 @@ def run(size: int, rounds: int, only: str) -> dict[str, tuple[int, dict[str, Row
             rows = {peer: Row() for peer in made if (peer, name) not in refused}
             if at > 0:
                 rows.pop("gzip + Fernet", None)
-            target = {key: torch.zeros_like(each) for key, each in state.items()}
             for turn in range(rounds):
                 for peer, row in rows.items():
                     if peer != "gzip + Fernet" or turn == 0:
-                        _round(made[peer], row, state, target, Path(directory) / "file")
+                        _round(made[peer], row, state, Path(directory) / "file")
             found[name] = total, rows
     return found
 
 
-def _round(peer: Peer, row: Row, state: State, target: State, path: Path) -> None:
+def _round(peer: Peer, row: Row, state: State, path: Path) -> None:
     row.measure("write", lambda: peer.write(state, path))
     row.stored = _size(path)
     back = row.measure("read", lambda: peer.read(path))
@@ -398,7 +370,6 @@ def _round(peer: Peer, row: Row, state: State, target: State, path: Path) -> Non
         one, other = (each.reshape(-1).view(torch.uint8) for each in (tensor, back[name]))
         assert torch.equal(one, other), name  # noqa: S101  # wrong results are worthless
     del back
-    row.measure("into", lambda: peer.into(path, target))
     for each in sorted(path.rglob("*"), reverse=True) if path.is_dir() else []:
         each.rmdir() if each.is_dir() else each.unlink()
     path.rmdir() if path.is_dir() else path.unlink()
@@ -446,19 +417,21 @@ def one_cold_tensor(size: int, rounds: int) -> dict[str, float]:
 def show(found: dict[str, tuple[int, dict[str, Row]]]) -> Iterator[str]:
     """Yield the lines of the tables, in Markdown."""
     for name, (total, rows) in found.items():
-        ours = rows["write"]
+        ours, put = rows["write"], rows["put"]
         yield f"\n**{name}**, {total / 2**20:.0f} MiB, {len(ours.seconds['write'])} rounds\n"
         yield (
-            "| | size | write MB/s | our write is faster by | read MB/s | by | into MB/s | by "
-            "| CPU s/GB | extra memory write, read, into (MiB) |"
+            "| | size | write MB/s | write, put faster by | read MB/s | read, get faster by "
+            "| CPU s/GB write, read | extra memory write, read (MiB) |"
         )
-        yield "|---|---|---|---|---|---|---|---|---|---|"
+        yield "|---|---|---|---|---|---|---|---|"
         for peer, row in rows.items():
             cells = [peer, f"{row.stored / total:.2%}"]
-            for what in ("write", "read", "into"):
+            for what in ("write", "read"):
                 cells.append(f"{total / row.median(what) / 1e6:.0f}")
-                cells.append(f"{row.median(what) / ours.median(what):.2f}x")
-            cells.append(f"{statistics.median(row.cpu) / total * 1e9:.2f}")
+                by = [row.median(what) / each.median(what) for each in (ours, put)]
+                cells.append(", ".join(f"{each:.2f}x" for each in by))
+            cpu = [statistics.median(each) / total * 1e9 for each in row.cpu.values()]
+            cells.append(", ".join(f"{each:.2f}" for each in cpu))
             cells.append(", ".join(f"{row.memory[what] / 2**20:.0f}" for what in row.seconds))
             yield f"| {' | '.join(cells)} |"
 

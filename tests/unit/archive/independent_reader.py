@@ -69,7 +69,10 @@ def decode(coded, kind, size):
     for number in range(width):
         how, length = struct.unpack_from("<BI", coded, 1 + 5 * number)
         plane = coded[at : at + length]
-        planes.append(plane if how == 0 else inflate(plane, size // width))
+        if how == 2:
+            planes.append(unpaired(plane, size // width))
+        else:
+            planes.append(plane if how == 0 else inflate(plane, size // width))
         at += length
     assert at == len(coded)
     out = bytearray(size)
@@ -81,6 +84,18 @@ def decode(coded, kind, size):
             number = number >> 1 | (number & 1) << 15
             out[at], out[at + 1] = number & 255, number >> 8
     return bytes(out)
+
+
+def unpaired(part, size):
+    base, count = struct.unpack_from("<BI", part)
+    places = struct.unpack_from(f"<{count}I", part, 5)
+    values, frame = part[5 + 4 * count :][:count], part[5 + 5 * count :]
+    pairs = inflate(frame, size // 2)
+    plane = bytearray((pair & 15) + base & 255 for pair in pairs)
+    plane += bytes((pair >> 4) + base & 255 for pair in pairs)
+    for place, number in zip(places, values, strict=True):
+        plane[place] = number
+    return bytes(plane)
 
 
 def read_state(data, secret, name=""):

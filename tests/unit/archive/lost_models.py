@@ -356,6 +356,18 @@ def test_by_hand(sleep, consolidator):
     assert same(model, awake)
 
 
+def test_a_model_above_a_sleeping_one_can_be_copied_when_its_own_tensors_are_awake(sleep):
+    for number, viewed in ((1, False), (4, True)):
+        model = nn.Sequential(linear())
+        model.register_buffer("own", torch.ones(number, device="cuda"))
+        view = model.own[:2] if viewed else None
+        sleep(model)
+        copied = copy.deepcopy(model)
+        assert not copied._forward_pre_hooks
+        assert torch.equal(copied(X.cuda()), model(X.cuda()))
+        del view
+
+
 def test_a_view_of_its_memory_keeps_a_model_awake(consolidator):
     model = linear()
     row = model.weight.data[0]

@@ -94,7 +94,10 @@ def test_forget_and_delete_say_what_they_did(store, gpumem):
 def test_stats_verify_and_health_answer(store, gpumem, tmp_path):
     name = store.put(STATE, context="c")
 
-    assert gpumem("stats")[1].splitlines()[2].split()[-1] == "c"
+    *_, shown, anchor = gpumem("stats")[1].splitlines()
+    assert shown.split()[-1] == "c"
+    assert gpumem("stats")[1].endswith(f"{anchor}\n")  # the same while nothing changes
+    assert gpumem("verify", "--since", anchor.removeprefix("anchor: "))[0] == 0
     assert gpumem("verify", "--read-data") == (
         0,
         "1 entries can be restored; every byte was read\n",
@@ -105,7 +108,7 @@ def test_stats_verify_and_health_answer(store, gpumem, tmp_path):
     status, shown = gpumem("verify")
     assert status == 2
     assert shown.startswith(f"{name}: the state {name} cannot be restored: ")
-    assert shown.endswith("gpumem archive: error: 1 problems\n")
+    assert shown.endswith("gpumem archive: error: 1 problem\n")
 
 
 @pytest.mark.parametrize(

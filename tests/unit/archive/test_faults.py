@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,9 +20,9 @@ import torch
 from kills import names, state
 from states import same
 
-from pytest_gpumem.archive import consolidator, disk
+from pytest_gpumem.archive import consolidator, disk, keys, memory
 from pytest_gpumem.archive.store import ArchiveStore
-from pytest_gpumem.errors import ArchiveError, DiskError
+from pytest_gpumem.errors import ArchiveError, DiskError, KeyRefusedError
 
 KEY = b"k" * 32
 CALLS = ("open", "pwrite", "fsync", "ftruncate", "preadv", "fstat", "close")
@@ -80,6 +85,53 @@ def test_a_system_call_that_fails_is_one_error_and_the_store_stays_whole(
             ArchiveStore(tmp_path, key=KEY)
             assert names(tmp_path) == before
     same(store.get(kept), state(0, 100))
+
+
+EVERY = (*CALLS, "read", "rename", "unlink", "mkdir", "lstat", "scandir")
+ERRORS = itertools.cycle((errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EROFS))
+
+
+@pytest.mark.parametrize("doing", ["put", "rotate", "forget", "delete", "anchor"])
+def test_each_call_of_each_change_may_fail_and_the_store_stays_whole(tmp_path, monkeypatch, doing):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # only how it fails counts here
+    keys.generate(tmp_path / "key")
+    folder = tmp_path / "store"
+    store = ArchiveStore(folder, key=tmp_path / "key")
+    kept = store.put(state(0, 100), context="kept")
+
+    def change(store, name):
+        {
+            "put": lambda: store.put(state(2, 100)),
+            "rotate": store.rotate,
+            "forget": lambda: store.forget(keep_last=0, context="other"),
+            "delete": lambda: store.delete(name),
+            "anchor": store.anchor,
+        }[doing]()
+
+    for call in EVERY:
+        with monkeypatch.context() as patched:
+            fault = Fault(patched, call)
+            for at in itertools.count(1):
+                name = store.put(state(1, 100), context="other")
+                fault.arm(at, next(ERRORS), lasting=bool(at % 2))
+                failed = False
+                try:
+                    change(store, name)
+                except (DiskError, KeyRefusedError):
+                    failed = True
+                reached = fault.count >= at
+                fault.disarm()
+                again = ArchiveStore(folder, key=tmp_path / "key")
+                assert again.verify() == ()
+                same(again.get(kept), state(0, 100))
+                there = {entry.id for entry in again.entries()}
+                assert failed or (name in there) == (doing not in {"forget", "delete"})
+                assert not any(disk.TEMPORARY in each for each in names(folder))
+                for each in there - {kept}:
+                    again.delete(each)
+                assert not reached or failed or call in {"close", "scandir", "lstat", "unlink"}
+                if not reached:
+                    break
 
 
 @pytest.mark.parametrize("most", [1, 4096, 100_001])
@@ -237,3 +289,31 @@ def test_a_consolidator_whose_disk_fails_says_so_and_goes_on(tmp_path, monkeypat
     assert torch.equal(tensor, torch.ones(100))
     fault.disarm()
     assert len(here.consolidate_gpu_memory([{"data": {"w": tensor}}]).ids) == 1
+
+
+@pytest.mark.parametrize("where", ["here", "there", "everywhere"])
+def test_an_error_in_a_thread_keeps_nothing_of_its_callers(monkeypatch, where):
+    class State:
+        pass
+
+    here, together = threading.get_ident(), threading.Barrier(3)
+
+    def work(_):
+        together.wait(10)
+        if where == "everywhere" or (where == "here") == (threading.get_ident() == here):
+            raise OSError("no")
+
+    def call():
+        state = State()
+        with contextlib.suppress(OSError):
+            memory.each(work, range(3))
+            pytest.fail("no error")
+        return weakref.ref(state)
+
+    monkeypatch.setattr(memory, "_cpus", lambda: 3)
+    gc.collect()
+    gc.disable()
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()

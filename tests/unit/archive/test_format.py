@@ -132,7 +132,7 @@ def test_small_files_that_were_written_once_are_read_for_ever():
 def test_what_is_written_today_has_the_layout_of_the_golden_file(tmp_path):
     new = disk.NewFile(tmp_path / "state")
     try:
-        file.write(new, SECRET, file.Packed(state()), lambda _: None)
+        file.write(new, SECRET, file.Packed(state()))
         new.publish()
     finally:
         new.close()
@@ -152,7 +152,7 @@ def write_golden():
     for name, suite in (("state-aes", 1), ("state-chacha", 2)):
         sealing.suite_here = lambda suite=suite: suite
         new = disk.NewFile(GOLDEN / name)
-        file.write(new, SECRET, file.Packed(state()), lambda _: None)
+        file.write(new, SECRET, file.Packed(state()))
         new.publish()
         new.close()
     (GOLDEN / "entry").write_bytes(sealing.close_whole(SECRET, sealing.ENTRY, b'{"id": "00"}'))

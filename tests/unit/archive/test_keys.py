@@ -74,7 +74,8 @@ def test_a_file_has_several_keys_and_comments(tmp_path):
     file = write(tmp_path / "key", f"# mine\n{keys.text_of(KEY)}\n\n{keys.text_of(OTHER)} # old\n")
 
     assert keys.find(file).keys == (KEY, OTHER)
-    assert len(keys.add(file).keys) == 3
+    with keys.added(file) as found:
+        assert len(found.keys) == 3
     assert keys.find(file).keys[1:] == (KEY, OTHER)
     assert "# mine" in file.read_text()
     assert file.stat().st_mode & 0o777 == 0o600
@@ -93,7 +94,7 @@ def test_what_is_not_the_users_own_regular_file_is_refused(tmp_path, monkeypatch
     (tmp_path / "link").symlink_to(real)
     with pytest.raises(KeyRefusedError, match="is a symbolic link"):
         keys.find(tmp_path / "link")
-    with pytest.raises(KeyRefusedError, match="is not a regular file"):
+    with pytest.raises(KeyRefusedError, match="it is a directory, not a regular file"):
         keys.find(tmp_path)
     with pytest.raises(KeyRefusedError, match="cannot be read: No such file"):
         keys.find(tmp_path / "none")

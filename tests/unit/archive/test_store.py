@@ -10,12 +10,12 @@ import pytest
 import torch
 from states import same
 
-from pytest_gpumem.archive import keys
-from pytest_gpumem.archive.store import ArchiveStore, Forgotten
+from pytest_gpumem.archive import disk, keys, tree, vault
+from pytest_gpumem.archive.retention import Forgotten
+from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import (
     DamagedError,
     KeyRefusedError,
-    MismatchError,
     NotFoundError,
     QuotaError,
     StateRefusedError,
@@ -69,55 +69,6 @@ def test_one_part_is_got_alone_and_a_wrong_path_is_not_found(store):
 def test_what_is_no_id_is_not_found(store, name):
     with pytest.raises(NotFoundError):
         store.get(name)
-
-
-def test_getting_into_tensors_fills_them_and_a_mismatch_leaves_them(store):
-    name = store.put(state(1))
-    target = state(2)
-    kept = target["w"]
-    found = store.get(name, into=target)
-    assert found["w"] is kept
-    assert found["number"] == 1
-    assert torch.equal(kept, state(1)["w"])
-
-    for wrong in (
-        {"w": torch.zeros(999), "number": 1},
-        {"w": torch.zeros(1000).double(), "number": 1},
-        {"w": 1, "number": 1},
-        {"v": torch.zeros(1000), "number": 1},
-        [torch.zeros(1000)],
-        {"w": torch.zeros(1).expand(1000), "number": 1},
-    ):
-        with pytest.raises(MismatchError):
-            store.get(name, into=wrong)
-
-
-def test_two_targets_over_one_memory_cannot_take_two_tensors(store):
-    name = store.put([torch.zeros(8), torch.ones(8)])
-    shared = torch.full((8,), 5.0)
-
-    with pytest.raises(MismatchError, match="shares memory with"):
-        store.get(name, into=[shared, shared.view(8)])
-    assert torch.equal(shared, torch.full((8,), 5.0))
-
-
-def test_tied_tensors_fill_targets_that_are_not(store):
-    one = torch.arange(8.0)
-    name = store.put([one, one[2:6]])
-    target = [torch.zeros(8), torch.zeros(4)]
-
-    store.get(name, into=target)
-    assert torch.equal(target[0], one)
-    assert torch.equal(target[1], one[2:6])
-
-
-def test_a_gap_between_tensors_of_the_target_is_left_alone(store):
-    name = store.put(torch.arange(6.0).view(3, 2))
-    wide = torch.full((3, 4), 9.0)
-
-    store.get(name, into=wide[:, :2])
-    assert torch.equal(wide[:, :2], torch.arange(6.0).view(3, 2))
-    assert torch.equal(wide[:, 2:], torch.full((3, 2), 9.0))
 
 
 def test_an_unchanged_state_is_written_once_and_found_under_each_context(store, folder):
@@ -273,6 +224,52 @@ def test_nothing_is_orphaned_while_an_entry_cannot_be_read(store, folder):
     same(ArchiveStore(folder, key=KEY).get(lost), state(1))
 
 
+def test_a_state_that_is_damaged_later_is_not_taken_for_archived(store, folder):
+    name = store.put(state())
+    path = folder / "states" / store.entry(name).content
+    sound = path.read_bytes()
+    for damaged in (
+        sound[:-1],
+        bytes(len(sound)),
+        sound[:200] + bytes([sound[200] ^ 1]) + sound[201:],
+    ):
+        path.write_bytes(damaged)
+        store.put(state())
+        same(store.get(name), state())
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_verify_builds_what_it_reads(store, monkeypatch):
+    class Odd(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __tensor_flatten__(self):
+            return ["inner"], None
+
+        @staticmethod
+        def __tensor_unflatten__(inner, context, size, stride):
+            return Odd(inner["inner"])
+
+        __torch_dispatch__ = classmethod(lambda *_, **__: NotImplemented)
+
+    monkeypatch.setattr(tree, "_allowed", {Odd})
+    sparse = torch.eye(3).to_sparse()
+    name = store.put(
+        [Odd(torch.ones(3)), sparse, torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)]
+    )
+    assert store.verify(read_data=True) == ()
+    monkeypatch.setattr(tree, "_allowed", set())
+    assert store.verify() == ()
+    (problem,) = store.verify(read_data=True)
+    assert problem.name == name
+    assert "is not allowed" in problem.what
+
+
 def test_the_wrong_key_does_not_open_the_store(store, folder):
     name = store.put(state())
     with pytest.raises(WrongKeyError, match="the key of the program does not open the store"):
@@ -399,6 +396,80 @@ def test_readers_see_whole_states_while_writers_put_and_delete(folder, processes
     assert len(store.find(context="written")) == 20
     assert store.stats()["written"].states == 20
     assert store.verify(read_data=True) == ()
+
+
+def rotate_and_put(folder, key, worker, count):
+    stores = [ArchiveStore(folder / each, key=key) for each in ("a", "b")]
+    for number in range(count):
+        store = stores[(worker + number) % 2]
+        store.rotate()
+        same(store.get(store.put(state(number))), state(number))
+        assert store.verify() == ()
+
+
+def test_stores_with_one_key_file_are_rotated_at_once_and_stay_readable(tmp_path, processes):
+    keys.generate(tmp_path / "key")
+    processes(*[(rotate_and_put, tmp_path, tmp_path / "key", each, 8) for each in range(4)])
+
+    assert len(keys.find(tmp_path / "key").keys) == 1 + 4 * 8
+    for name in ("a", "b"):
+        store = ArchiveStore(tmp_path / name, key=tmp_path / "key")
+        assert len(store.entries()) == 16
+        assert store.verify(read_data=True) == ()
+
+
+def test_a_store_that_is_open_knows_keys_that_others_added(tmp_path):
+    keys.generate(tmp_path / "key")
+    one, other = (ArchiveStore(tmp_path / "store", key=tmp_path / "key") for _ in range(2))
+    other.rotate()
+    assert one.verify() == ()
+    # A rotation that was killed between the two files, or before them.
+    before = (tmp_path / "store" / "key-copy").read_bytes()
+    one.rotate()
+    (tmp_path / "store" / "key-copy").write_bytes(before)
+    with keys.added(tmp_path / "key"):
+        pass
+    assert one.verify() == other.verify() == ()
+    assert ArchiveStore(tmp_path / "store", key=tmp_path / "key").verify() == ()
+
+
+def test_a_key_that_somebody_takes_out_meanwhile_is_not_relied_on(tmp_path, monkeypatch):
+    keys.generate(tmp_path / "key")
+    store = ArchiveStore(tmp_path / "store", key=tmp_path / "key")
+    first = (tmp_path / "key").read_text()
+    written = []
+
+    def edited(path, data):
+        write_small(path, data)
+        if not written:
+            (tmp_path / "key").write_text(first)  # an editor that began before
+        written.append(path)
+
+    write_small = vault.disk.write_small
+    monkeypatch.setattr(vault.disk, "write_small", edited)
+    store.rotate()
+    assert len(written) == 4
+    assert ArchiveStore(tmp_path / "store", key=tmp_path / "key").verify() == ()
+
+
+def test_a_full_key_file_is_refused_and_stays(tmp_path):
+    keys.generate(tmp_path / "key")
+    store = ArchiveStore(tmp_path / "store", key=tmp_path / "key")
+    with (tmp_path / "key").open("a") as file:
+        file.write("#" * (2**20 - 100))
+    with pytest.raises(KeyRefusedError, match="is full; delete the lines of keys"):
+        store.rotate()
+    assert ArchiveStore(tmp_path / "store", key=tmp_path / "key").verify() == ()
+
+
+def test_a_forked_child_reads_into_memory_of_its_own():
+    memory = disk.scratch(8)
+    child = os.fork()
+    if child == 0:
+        memory[0] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert memory[0] == 0
 
 
 @pytest.mark.parametrize("writers", [4])

@@ -9,6 +9,7 @@ import pytest_gpumem
 from pytest_gpumem import (
     ArchiveError,
     ArchiveStore,
+    ArgumentError,
     Consolidation,
     DamagedError,
     DiskError,
@@ -20,7 +21,6 @@ from pytest_gpumem import (
     Lease,
     LeaseError,
     LeaseTimeout,
-    MismatchError,
     ModelPool,
     NotFoundError,
     QuotaError,
@@ -44,11 +44,11 @@ VERSION: str = pytest_gpumem.__version__
 LEASE_ERRORS: tuple[type[LeaseError], ...] = (LeaseTimeout, RequestRefusedError, TooLarge)
 TIME_IS_UP: type[TimeoutError] = LeaseTimeout
 ARCHIVE_ERRORS: tuple[type[ArchiveError], ...] = (
+    ArgumentError,
     DamagedError,
     DiskError,
     InUseError,
     KeyRefusedError,
-    MismatchError,
     NotFoundError,
     QuotaError,
     StateRefusedError,

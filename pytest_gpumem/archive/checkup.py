@@ -1,0 +1,138 @@
+"""What is wrong in a store."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.archive import anchors, disk, vault
+from pytest_gpumem.archive.states import reading
+from pytest_gpumem.errors import ArchiveError, DamagedError, NotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_gpumem.archive import file
+    from pytest_gpumem.archive.catalogue import Catalogue
+    from pytest_gpumem.archive.needs import Needs
+    from pytest_gpumem.archive.states import States
+
+_OURS = {"states", "entries", "asleep", vault.LOCK, anchors.NAME, *vault.NAMES}
+_FOREIGN = "is not the store's; it is left alone"
+
+
+class Problem(NamedTuple):
+    """Something wrong in a store."""
+
+    name: str
+    """An id, or the name of a file."""
+    what: str
+
+
+class Health(NamedTuple):
+    """How a store is."""
+
+    score: float
+    """1: all well. Falls to 0 as the last fifth of the quota fills, and as entries are broken."""
+    fill: float
+    """Part of the quota, or without one of the disk, that is used."""
+    problems: tuple[Problem, ...]
+
+
+class Checkup:
+    """Looks at the parts of a store."""
+
+    def __init__(
+        self,
+        secret: vault.Vault,
+        catalogue: Catalogue,
+        states: States,
+        noted: anchors.Anchors,
+        needs: Needs,
+    ) -> None:
+        self._vault = secret
+        self._catalogue = catalogue
+        self._states = states
+        self._anchors = noted
+        self._needs = needs
+
+    def problems(self) -> list[Problem]:
+        """Return what is wrong as far as it shows without reading states."""
+        entries = self._catalogue.entries()
+        problems = [Problem(*each) for each in sorted(self._catalogue.broken.items())]
+        there = self._states.names()
+        for entry in entries:
+            # Somebody may have removed it since.
+            if entry.content not in there and self._catalogue.holds(entry.id):
+                problems.append(Problem(entry.id, f"the state of {entry.id} is missing"))
+        problems += [Problem(*each) for each in self._vault.problems()]
+        return problems + [Problem(name, _FOREIGN) for name in self._foreign()]
+
+    def _foreign(self) -> list[str]:
+        """Return the names of what is not the store's; a key file and its lock may lie there."""
+        key = self._vault.keys.file
+        beside = {key.name, f".{key.name}.lock", f".{key.name}.new"} if key else set()
+        return [
+            *disk.foreign(self._vault.folder, _OURS | beside),
+            *(f"states/{name}" for name in self._states.foreign()),
+            *(f"entries/{name}" for name in self._catalogue.foreign()),
+            *(f"asleep/{name}" for name in self._needs.foreign()),
+        ]
+
+    def states(
+        self, *, read_data: bool, progress: Callable[[int, int], None] | None
+    ) -> Iterator[Problem]:
+        """Yield the entries whose states cannot be restored; see ``ArchiveStore.verify``."""
+        states = {entry.content: entry for entry in self._catalogue.entries()}
+        total, done = sum(entry.size for entry in states.values()), 0
+        for content, entry in states.items():
+            if not self._states.holds(content):
+                continue
+            try:
+                with reading(self._states, self._catalogue, entry) as reader:
+                    if read_data:
+                        _try_to_restore(reader)
+            except NotFoundError:
+                continue  # removed since
+            except ArchiveError as error:
+                yield Problem(entry.id, str(error))
+            done += entry.size
+            if progress is not None:
+                progress(done, total)
+
+    def put_back(self, anchor: str) -> list[Problem]:
+        """Return what shows that the store was put back to before ``anchor``."""
+        try:
+            found = self._anchors.problems(anchor, self._catalogue.entries())
+            return [Problem(*each) for each in found]
+        except DamagedError as error:
+            return [Problem(anchors.NAME, str(error))]
+
+    def health(self) -> Health:
+        """Return how the store is, without reading the states."""
+        used, quota = self._states.used(), self._states.quota
+        if quota is not None:
+            fill = used / quota if quota else 1.0
+        else:
+            system = shutil.disk_usage(self._vault.folder)
+            fill = 1 - system.free / system.total
+        problems = self.problems()
+        entries = len(self._catalogue.entries()) + len(self._catalogue.broken)
+        broken = {each.name for each in problems if each.what != _FOREIGN}
+        sound = 1 - len(broken) / max(entries, len(broken), 1)
+        return Health(sound * min(1.0, max(0.0, (1 - fill) / 0.2)), fill, tuple(problems))
+
+
+def _try_to_restore(reader: file.Reader) -> None:
+    """Read every byte of a state and build it.
+
+    Raises:
+        DamagedError: it cannot be restored.
+
+    """
+    reader.authenticate()
+    try:
+        reader.rehearse()
+    except DamagedError:
+        # Some classes look at their content when they are built.
+        reader.get()
