@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ON_PYTEST8 = PYTHONPATH=$(abspath $(VENV)/pytest8) $(BIN)/python -m pytest -n 2
 # What touches most of pytest, in two of the four modes; everything runs on pytest 8 in `make soak`.
-CORE = kinds.py runs.py
+CORE = kinds.py
 PIP := $(BIN)/python -m pip install -qq
 # Rooms that need no other process and no card.
 QUICK = scheduling tracking plugin test_admission.py test_house.py test_records.py test_units.py
@@ -42,7 +42,7 @@ quick: lint
 test: test-pytest8 test-pytest9
 
 test-pytest9: $(VENV)/.wheel
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m "not slow" $(ARGS)
 
 test-pytest8: $(VENV)/.wheel $(VENV)/.pytest8
 	HF_HUB_OFFLINE=1 $(ON_PYTEST8) $(addprefix tests/plugin/test_,$(CORE)) -k "not n0 and not no-xdist" $(ARGS)
@@ -69,6 +69,7 @@ bench: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.peers
 
 soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(PIP) --group soak
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m slow $(ARGS)
 	HF_HUB_OFFLINE=1 $(ON_PYTEST8) tests/plugin
 	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
 	$(BIN)/python tests/soak/opinfo_campaign.py

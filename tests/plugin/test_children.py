@@ -11,7 +11,7 @@ from harness import MODES, SUITES, run_pytest, write_suite
 CARD = ("-p", "gpumem", "--gpumem-simulate", "2GiB", "--gpumem-simulate-context", "64MiB")
 
 
-@pytest.mark.parametrize("mode", ["plain", "n2"])
+@pytest.mark.parametrize("mode", ["plain", pytest.param("n2", marks=pytest.mark.slow)])
 def test_every_child_belongs_to_who_started_it(tmp_path, mode):
     write_suite(tmp_path)
     shutil.copy(SUITES / "children.py", tmp_path / "test_children.py")

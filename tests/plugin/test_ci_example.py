@@ -34,6 +34,7 @@ def command(job):
     return shlex.split(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_the_command_of_each_job_runs_and_leaves_the_files_that_are_kept(tmp_path, job):
     write_suite(tmp_path, test_model=SUITE)

@@ -233,7 +233,7 @@ def test_wants():
     }, done.output
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_idle_process_gives_its_models_up_for_a_test_that_waits_elsewhere(
     run, tmp_path, monkeypatch, known
 ):

@@ -243,6 +243,7 @@ card.close()
 """
 
 
+@pytest.mark.slow
 def test_what_another_program_keeps_for_good_is_not_waited_for_without_end(tmp_path):
     hog = subprocess.Popen(
         [sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -107,5 +107,8 @@ PROBABLE_KILL = re.compile(
     r"|\b[Cc]ommand terminated by signal 9\b|\(signal: 9, SIGKILL).*)"
 )
 """A process ended by SIGKILL; whoever sent it, memory is the likeliest reason."""
-SHELL_KILL = re.compile(r"\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b")
-"""The shell's form of it, which needs no line of its own: it interrupts what others print."""
+SHELL_KILL = re.compile(r"\S: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b")
+"""The shell's form of it, which needs no line of its own: it interrupts what others print.
+
+One character of the script's name will do: more of them would be tried from each one on.
+"""

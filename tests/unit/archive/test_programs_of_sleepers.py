@@ -149,7 +149,7 @@ def bits(world):
     return found
 
 
-@settings(max_examples=2000 if SOAK else 100)
+@settings(max_examples=2000 if SOAK else 40)
 @given(PROGRAM)
 def test_a_program_gives_what_it_gives_without_sleep(consolidator, program):
     kinds, steps = program

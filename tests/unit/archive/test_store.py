@@ -518,6 +518,7 @@ def test_fifty_operations_leave_no_open_file_and_no_other_file(store, folder):
     assert (files(folder), len(os.listdir("/proc/self/fd"))) == before  # noqa: PTH208
 
 
+@pytest.mark.slow
 def test_a_thousand_inserts_are_all_found(store):
     names = []
     for goal in (100, 500, 1000):

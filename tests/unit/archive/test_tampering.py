@@ -62,6 +62,7 @@ def refused(folder, data):
         read(folder, data)
 
 
+@pytest.mark.slow
 def test_every_bit_counts(tmp_path, small):
     for at in range(len(small) * 8):
         changed = bytearray(small)

@@ -65,6 +65,7 @@ def gpumem(directory, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_mode_runs_and_is_kept_for_compare(suite):
     done = gpumem(suite, "groups", "together", "apart", "both", "--output", "kept")
     rows = {row[0]: row[1:] for row in map(str.split, done.stdout.splitlines()) if row}
