@@ -41,8 +41,9 @@ quick: lint
 
 test: test-pytest8 test-pytest9
 
+# Stealing: the slowest tests stand together, and one worker would have a quarter of all of them.
 test-pytest9: $(VENV)/.wheel
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m "not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-pytest8: $(VENV)/.wheel $(VENV)/.pytest8
 	HF_HUB_OFFLINE=1 $(ON_PYTEST8) $(addprefix tests/plugin/test_,$(CORE)) -k "not n0 and not no-xdist" $(ARGS)

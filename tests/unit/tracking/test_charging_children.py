@@ -104,7 +104,13 @@ def test_with_a_cleared_environment_it_belongs_to_who_ran_as_it_began(children, 
     assert children.held_by([owner(number)]) == {CARD.uuid: 10}
 
 
-def test_an_orphan_is_judged_once_and_told_again_when_it_ends(children, driver, start):
+@pytest.fixture
+def childless(monkeypatch):
+    """Leave out what tests before this one started, such as a forkserver."""
+    monkeypatch.setattr("pytest_gpumem.tracking.children.has_children", lambda: False)
+
+
+def test_an_orphan_is_judged_once_and_told_again_when_it_ends(children, driver, start, childless):
     number = children.enter("test_leaves")
     child = start()
     driver[child.pid] = 64
@@ -173,7 +179,9 @@ def test_a_fixture_has_what_it_started_until_all_ended(children, driver, start):
     assert (down.allocated, down.released, down.leaked) == (50, 50, 0)
 
 
-def test_a_process_without_children_is_not_stirred_and_a_strangers_is_none(children, driver):
+def test_a_process_without_children_is_not_stirred_and_a_strangers_is_none(
+    children, driver, childless
+):
     children.enter("test_alone")
     assert not children.stirred()
     driver[os.getppid()] = 100
