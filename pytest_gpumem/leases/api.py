@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.errors import RequestRefusedError
 from pytest_gpumem.leases import telling
-from pytest_gpumem.leases.asking import Want
 from pytest_gpumem.leases.outside import CudaDriver
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import Lease, LeaseStore
 from pytest_gpumem.units import parse_bytes
 

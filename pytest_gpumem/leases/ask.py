@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pytest_gpumem import admission
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 
 SOMETHING = 1
 """Bytes for a test that may use a card and of which nothing is known: it shares the card with

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.admission import room
-from pytest_gpumem.leases.asking import Want
 from pytest_gpumem.leases.entries import KEPT
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from pytest_gpumem.admission import Claim
-    from pytest_gpumem.leases.asking import Asking
     from pytest_gpumem.leases.ledger import Ledger
     from pytest_gpumem.leases.outside import Lookout, Outside
     from pytest_gpumem.leases.page import Page
+    from pytest_gpumem.leases.request import Asking
 
 _OTHERS_EVERY = 0.25
 """Seconds between two looks at foreign processes, which give no sign when they end."""

@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.errors import LeaseTimeout
-from pytest_gpumem.leases.asking import HOPE, Asking, Want, check_seconds, check_size, claims_of
 from pytest_gpumem.leases.entries import (
     HELD,
     RESIDENT,
@@ -27,6 +26,7 @@ from pytest_gpumem.leases.locks import POLL
 from pytest_gpumem.leases.outside import Driver, Lookout, Outside
 from pytest_gpumem.leases.place import Vanished, run_directory
 from pytest_gpumem.leases.queue import Grant, Queue
+from pytest_gpumem.leases.request import HOPE, Asking, Want, check_seconds, check_size, claims_of
 from pytest_gpumem.leases.view import Known
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.admission import Claim, fits, may_start, room, waits_in_vain
-from pytest_gpumem.leases.asking import Hope
 from pytest_gpumem.leases.entries import SPARE
 from pytest_gpumem.leases.outside import Outside
+from pytest_gpumem.leases.request import Hope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

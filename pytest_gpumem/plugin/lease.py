@@ -16,7 +16,7 @@ from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
 from pytest_gpumem.leases.api import store
 from pytest_gpumem.leases.ask import SOMETHING, Need, Place, want_of
-from pytest_gpumem.leases.asking import HOPE, Want
+from pytest_gpumem.leases.request import HOPE, Want
 from pytest_gpumem.plugin import attempts, marks, retry
 from pytest_gpumem.plugin.route import may_fall_back
 from pytest_gpumem.plugin.state import GRANT, USAGE, State, marks_of, stashed

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpumem import devices
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.leases.api import store
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.records import Route
 from pytest_gpumem.routing import thresholds as limits
 from pytest_gpumem.scheduling.workers import Holdings

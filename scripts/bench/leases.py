@@ -33,8 +33,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from pytest_gpumem.leases.asking import Want
 from pytest_gpumem.leases.place import run_directory
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 
 if TYPE_CHECKING:

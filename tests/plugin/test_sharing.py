@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from harness import MODES, SIMULATE, run_pytest, write_suite
 
-from pytest_gpumem.leases.asking import HOPE
+from pytest_gpumem.leases.request import HOPE
 from pytest_gpumem.scheduling.history import History
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes
@@ -260,7 +260,7 @@ def neighbour(tmp_path):
             card = stack.enter_context(
                 contextlib.closing(SharedCard.create(path, total=CARD, context=384 * MIB))
             )
-            head = "import sys\nfrom pytest_gpumem.leases.asking import Want\n"
+            head = "import sys\nfrom pytest_gpumem.leases.request import Want\n"
             head += "from pytest_gpumem.leases.store import LeaseStore\n"
             process = subprocess.Popen(
                 [sys.executable, "-c", head + textwrap.dedent(code), card.uuid, str(path)],
@@ -314,7 +314,7 @@ def test_memory_of_another_program_is_waited_for_alike_with_and_without_a_schedu
     write_suite(
         tmp_path,
         test_it=WAITS,
-        conftest="import pynvml\nfrom pytest_gpumem.leases import asking\nasking.PATIENCE = 1.0\n",
+        conftest="import pynvml\nfrom pytest_gpumem.leases import request as r\nr.PATIENCE = 1.0\n",
     )
     finished = run_pytest(
         tmp_path,

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pytest_gpumem.errors import LeaseTimeout
-from pytest_gpumem.leases.asking import Want
 from pytest_gpumem.leases.locks import FileLock
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 from pytest_gpumem.simulator.card import SharedCard
 
@@ -39,7 +39,7 @@ from pathlib import Path
 if os.fork():
     os._exit(0)
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 from pytest_gpumem.leases.locks import FileLock
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import textwrap
 
@@ -31,40 +29,12 @@ def model():
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run a suite in a process of its own on a simulated card of 100 MiB without contexts."""
+def run(run_on_card):
+    """Run a suite with a model, on a card of 100 MiB."""
 
     def _run(source, *arguments):
-        (tmp_path / "test_it.py").write_text(SUITE + textwrap.dedent(source))
-        (tmp_path / "pytest.ini").write_text("[pytest]\n")
-        environment = {name: value for name, value in os.environ.items() if "PYTEST_" not in name}
-        environment |= {
-            "XDG_CONFIG_HOME": str(tmp_path / "config"),
-            "GPUMEM_ARCHIVE": str(tmp_path / "store"),
-        }
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "gpumem",
-                "--gpumem-simulate=100MiB",
-                "--gpumem-simulate-context=1MiB",
-                "--gpumem-consolidate-above=75%",
-                "-p",
-                "no:cacheprovider",
-                *arguments,
-            ],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        text = SUITE + textwrap.dedent(source)
+        return run_on_card("100MiB", text, "--gpumem-consolidate-above=75%", *arguments)
 
     return _run
 

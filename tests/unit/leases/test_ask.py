@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_gpumem.leases.ask import SOMETHING, Need, Place, want_of
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 
 
 @pytest.mark.parametrize(

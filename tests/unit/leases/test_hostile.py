@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pytest_gpumem.errors import LeaseError, RequestRefusedError, TooLarge
-from pytest_gpumem.leases.asking import Want
 from pytest_gpumem.leases.locks import is_held
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 from pytest_gpumem.leases.watching import Teller, Watcher, is_watched
 

@@ -20,8 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pytest_gpumem.admission import Claim, may_start
 from pytest_gpumem.devices import Usage
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
-from pytest_gpumem.leases import asking, family, ledger, locks, place, queue
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases import family, ledger, locks, place, queue
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 from pytest_gpumem.simulator import Simulation
 from pytest_gpumem.units import SIZE_FORM
@@ -428,7 +428,7 @@ def test_what_was_found_before_others_ran_their_tests_is_still_there(stores, sto
 
 
 def test_foreign_memory_that_stays_is_waited_for_once(stores, monkeypatch):
-    monkeypatch.setattr(asking, "PATIENCE", 0.5)
+    monkeypatch.setattr("pytest_gpumem.leases.request.PATIENCE", 0.5)
     driver = FakeDriver(500, {STRANGER: 500})
     store = stores(driver=driver)
     wants = {A: Want(600)}
@@ -470,7 +470,7 @@ def test_headroom_is_never_given_out(stores):
 MEMBER = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 
 from pytest_gpumem.leases import locks, queue
@@ -707,7 +707,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 
 store = LeaseStore(Path(sys.argv[1]))
@@ -1006,7 +1006,7 @@ def test_a_request_whose_directory_is_removed_is_made_again(store, stores, tmp_p
 NO_SPACE = """
 import resource, sys
 from pathlib import Path
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -1026,7 +1026,7 @@ READ_ONLY = """
 import sys
 from pathlib import Path
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 
 try:

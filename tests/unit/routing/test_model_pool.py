@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -244,17 +242,5 @@ def test_users_that_unload_each_others_models_are_an_error(pool):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the simulated card needs POSIX locks")
-def test_models_are_shared_and_sleep_and_wake(tmp_path):
-    (tmp_path / "test_it.py").write_text(SUITE)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    environment = {name: value for name, value in os.environ.items() if "PYTEST_" not in name}
-    card = ["--gpumem-simulate=400MiB", "--gpumem-simulate-context=1MiB"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "gpumem", *card, "-p", "no:cacheprovider"],
-        cwd=tmp_path,
-        env=environment | {"XDG_CONFIG_HOME": str(tmp_path / "config")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_models_are_shared_and_sleep_and_wake(run_on_card):
+    run_on_card("400MiB", SUITE)

@@ -120,7 +120,7 @@ OTHER = """
 import sys
 from pathlib import Path
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.asking import Want
+from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 store = LeaseStore(Path(sys.argv[1]))
 store.headroom = 0
@@ -150,7 +150,7 @@ def test_another_process_cannot_have_the_same_bytes_too(card, tmp_path, monkeypa
 
 
 def test_a_task_within_a_lease_uses_that_and_asks_for_what_is_missing(card):
-    from pytest_gpumem.leases.asking import Want
+    from pytest_gpumem.leases.request import Want
 
     leases, uuid = module.store(), card.card.uuid
     manager = HybridResourceManager()
