@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
 from pytest_gpumem.leases.ask import Need
-from pytest_gpumem.plugin.lease import Leasing
+from pytest_gpumem.plugin.ladder import Ladder
 from pytest_gpumem.plugin.measure import Measuring
 from pytest_gpumem.plugin.state import HISTORY, State, marks_of
 from pytest_gpumem.plugin.worker_exit import Replacing
@@ -125,19 +125,19 @@ def share(config: pytest.Config, state: State) -> None:
     measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
     tracker = None if measuring is None else measuring.tracker
     if given is None:
-        leasing = Leasing(config, state, load_history(config, state), tracker)
+        ladder = Ladder(config, state, load_history(config, state), tracker)
     elif xdist_worker.ASKED in given:
-        leasing = _scheduled(config, state, tracker)
+        ladder = _scheduled(config, state, tracker)
     else:
         known = given.get(HISTORY)
         history = History.read(known) if known else History()
-        leasing = Leasing(config, state, history, tracker, replacing=Replacing())
+        ladder = Ladder(config, state, history, tracker, replacing=Replacing())
     if measuring is not None:
-        measuring.noting = leasing.note
-    config.pluginmanager.register(leasing, Leasing.NAME)
+        measuring.noting = ladder.note
+    config.pluginmanager.register(ladder, Ladder.NAME)
 
 
-def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> Leasing:
+def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> Ladder:
     def granted() -> Need | None:
         grant = worker.granted()
         return None if grant is None else Need(*grant)
@@ -150,7 +150,7 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
     def leave() -> None:
         worker.leave()
 
-    leasing = Leasing(
+    ladder = Ladder(
         config,
         state,
         History(),
@@ -168,16 +168,16 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
             "wide": xdist_worker.wide_fixtures(items),
             "cards": workers.tell_cards(state.found.cards),
         },
-        holding=leasing.keep,
+        holding=ladder.leases.keep,
         used=workers.CardUse(lambda: state.found.cards),
         release=_give_back,
-        spoiled=lambda: leasing.undecided and leasing.spoiled,
+        spoiled=lambda: ladder.undecided and ladder.spoiled,
         late=lambda nodeid: (
             nullcontext() if measuring is None else measuring.late_teardowns(nodeid)
         ),
     )
     config.pluginmanager.register(worker, "gpumem-worker")
-    return leasing
+    return ladder
 
 
 def _give_back() -> None:

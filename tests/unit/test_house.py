@@ -92,7 +92,6 @@ STILL_LONG = {
     "archive/store.py",
     "archive/tree.py",
     "leases/ledger.py",
-    "plugin/lease.py",
     "tracking/children.py",
     "tracking/tracker.py",
 }

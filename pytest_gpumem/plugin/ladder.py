@@ -1,0 +1,273 @@
+"""The hooks around each test: its lease, and further attempts if it ran out of memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpumem import devices
+from pytest_gpumem.leases import telling
+from pytest_gpumem.plugin import attempts, retry
+from pytest_gpumem.plugin.lease import Leases, registered
+from pytest_gpumem.plugin.route import may_fall_back
+from pytest_gpumem.plugin.state import USAGE, State, stashed
+from pytest_gpumem.plugin.xdist.worker import tear_down
+from pytest_gpumem.records import properties
+from pytest_gpumem.scheduling.history import DURATION
+from pytest_gpumem.scheduling.workers import VISIBLE
+from pytest_gpumem.tracking import release
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from pytest_gpumem.leases.ask import Need
+    from pytest_gpumem.plugin.worker_exit import Replacing
+    from pytest_gpumem.scheduling.history import History
+    from pytest_gpumem.tracking.tracker import Tracker
+
+
+class Ladder:
+    """Has leases taken and given back, and tries a test that ran out of memory again, alone.
+
+    Args:
+        config: pytest's configuration.
+        state: the plugin's.
+        history: what is known of the tests.
+        tracker: knows what wider fixtures hold, and what tests and fixtures started.
+        granted: as for ``Leases``.
+        used_card: called after a test that used a card.
+        replacing: ends this process where its card is lost.
+
+    """
+
+    NAME = "gpumem-ladder"
+
+    def __init__(
+        self,
+        config: pytest.Config,
+        state: State,
+        history: History,
+        tracker: Tracker | None,
+        *,
+        granted: Callable[[], Need | None] | None = None,
+        used_card: Callable[[], None] = lambda: None,
+        replacing: Replacing | None = None,
+    ) -> None:
+        self._tells = _keep_terminal(config)
+        self._plugins = config.pluginmanager
+        self._settings = state.settings
+        self._state = state
+        self._history = history
+        self._tracker = tracker
+        self._is_scheduled = granted is not None
+        self._used_card = used_card
+        self._replacing = replacing
+        self.leases = Leases(state, history, tracker, granted)
+        self._next = ""
+        """Of the ladder, the step to take with a test that ran out of memory: a further attempt,
+        see ``RecordedTest.step``."""
+        self._step = ""
+        """The step that is being taken."""
+        self._running: pytest.Item | None = None
+        """The test whose attempt this process makes, or lets a child make."""
+        self._owed = attempts.Owed()
+        self.spoiled = False
+        """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
+        one as well."""
+        self.undecided = False
+        """Whether it is left to the controller if this attempt is the last."""
+        self._tried: list[str] = []
+        """How the attempts before this one ended."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self) -> None:
+        """Look at the cards again, if a conftest chose others, before the scheduler is told."""
+        state = self._state
+        if state.simulation is None and os.environ.get(VISIBLE) != state.visible:
+            state.found = devices.find_cards()
+
+    def pytest_runtestloop(self) -> None:
+        """Let what tests start find this process, whether or not these ever take a lease."""
+        protocol = self._plugins.hook.pytest_runtest_protocol
+        if any(
+            not impl.function.__module__.startswith(("_pytest.", "pytest_gpumem."))
+            for impl in protocol.get_hookimpls()
+        ):
+            self._watch_reports()  # whose plugin may have reports made in a child
+        self.leases.join()
+
+    def pytest_unconfigure(self) -> None:
+        """Leave the terminal to others."""
+        if self._tells:
+            telling.drop()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, object, object]:
+        """Give the test's lease back; run the test again if it ran out of memory."""
+        self.spoiled = self.undecided = self.leases.beside = False
+        self._next = ""
+        try:
+            self._running = item
+            try:
+                result = yield
+                # Outermost: a plugin that runs a failed test again does so within.
+                if self._replacing is not None:
+                    self._replacing.test_ended()
+            finally:
+                self._running = None
+                self.leases.give_back()
+            self._learn(item)
+            if self._next:
+                before, self._step = self._step, self._next
+                try:
+                    self._climb(item, nextitem)
+                finally:
+                    self._step = before
+                    self._tried.clear()
+        finally:
+            if self._owed:
+                self._owed.publish(item.ihook)
+        return result
+
+    def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Run a test again, on the next step of the ladder."""
+        report = tear_down(item, None) if self.spoiled else None
+        if report is not None:
+            item.ihook.pytest_runtest_logreport(report=report)
+        consolidator = registered()
+        if consolidator is not None:
+            done = consolidator.consolidate_gpu_memory(process_context=item.name)
+            properties.tell_consolidated(item.user_properties, done)
+        properties.tell_step(item.user_properties, self._step)
+        manager = sys.modules.get("pytest_gpumem.routing.resource_manager")
+        banned = nullcontext()
+        if self._step == retry.CPU and manager is not None:
+            banned = manager.shared.ban("it ran out of memory on the card")
+        with banned:
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+
+    # A phase of the test, so that whatever ends a test ends its wait, and a report is made.
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Take a lease; fail or skip a test that can have none."""
+        refusal = self.leases.take(item, self._step)
+        if refusal and self._settings.too_large == "skip":
+            pytest.skip(refusal)
+        if refusal:
+            pytest.fail(refusal, pytrace=False)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any]
+    ) -> Generator[None, object, object]:
+        """Note what a fixture leases, and that a wider one failed.
+
+        Which a test may have asked for as late as it ran.
+        """
+        before = self.leases.held_here()
+        try:
+            return (yield)
+        except BaseException:
+            self.spoiled |= fixturedef.scope != "function"
+            raise
+        finally:
+            self.leases.note_fixture(fixturedef.argname, before)
+
+    def note(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+        """Let the report of a test that ran out of memory say so, before it is made.
+
+        Who was beside the test is asked now: making a report can take longer than they stay.
+        """
+        if call.when == "setup" and self.leases.waited:
+            # What others made it wait is not the test's time.
+            call.duration -= self.leases.waited
+            call.start += self.leases.waited
+            self.leases.waited = 0.0
+        if call.excinfo is None:
+            return
+        self._watch_reports()
+        if self._replacing is not None:
+            self._replacing.note(item, call.excinfo.value)
+        if call.when == "teardown":
+            return
+        text = release.oom_text(call.excinfo.value)
+        skipped = isinstance(call.excinfo.value, pytest.skip.Exception)
+        if not text and self._tracker is not None and not skipped:
+            text = self._tracker.child_oom()
+        properties.tell_oom(item.user_properties, text)
+        if text:
+            self.leases.note_others()
+
+    def _watch_reports(self) -> None:
+        if not self._plugins.hasplugin(attempts.Settling.NAME):
+            self._plugins.register(attempts.Settling(self.settle), attempts.Settling.NAME)
+
+    def settle(self, report: pytest.TestReport) -> None:
+        """Call running out of memory an attempt, and no failure, if there is a next step."""
+        item = self._running
+        # A subtest, which has a context, is not run again: the tests around it have gone on.
+        if item is None or report.nodeid != item.nodeid or hasattr(report, "context"):
+            return
+        if not self._next:
+            self._owed.settle(report)
+        if not report.failed or report.when == "teardown":
+            return
+        self.spoiled |= report.when == "setup"
+        text = properties.read_oom(report.user_properties)
+        step = retry.next_step(self._situation(item, text)) if text else ""
+        if step == retry.ELSEWHERE:
+            self.undecided = True
+            attempts.leave_undecided(report)
+        elif step:
+            self._next = step
+            self._tried.append(f"{self._step or 'at first'}: {text}")
+            self._owed.promise(report)
+        elif self._tried:
+            report.sections.append(("GPU memory of earlier attempts", "\n".join(self._tried)))
+
+    def _situation(self, item: pytest.Item, text: str) -> retry.Situation:
+        alone = self.leases.alone
+        first = not self._step and not alone
+        if first:
+            self.leases.note_others()  # a child may have run the test
+        return retry.Situation(
+            answer=self._settings.oom,
+            step=self._step,
+            may_fall_back=may_fall_back(item),
+            fits_nowhere=release.fits_nowhere(
+                text, max((card.total for card in self._state.found.cards), default=0)
+            ),
+            was_alone=alone,
+            is_shared=first and self.leases.beside,
+            can_release=registered() is not None,
+            is_scheduled=self._is_scheduled,
+        )
+
+    def _learn(self, item: pytest.Item) -> None:
+        """Expect of the test's relatives in this process what it took.
+
+        A test that took nothing, as expected, teaches nothing.
+        """
+        usage = stashed(item, USAGE)
+        if usage is None:
+            return
+        if not self._is_scheduled:
+            # Of a test without a mark, this was asked when it began.
+            expected = self.leases.expected or self._history.expect(item.nodeid)
+            if usage.cards or expected.gpu or expected.source == "guess":
+                self._history.note_usage(item.nodeid, usage.cards, DURATION)
+        elif any(card.extra or card.ooms for card in usage.cards):
+            self._used_card()
+
+
+def _keep_terminal(config: pytest.Config) -> bool:
+    """Let it be told in the terminal what is waited for, whatever captures meanwhile."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        return telling.keep()
