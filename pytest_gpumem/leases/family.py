@@ -7,8 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.devices.family import is_stopped, lineage
+from pytest_gpumem.devices.family import is_stopped, lineage, seconds_of_sleeper
 from pytest_gpumem.files import read_own
+from pytest_gpumem.leases.entries import pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -90,10 +91,21 @@ class Families:
 
     def is_stopped(self, process: str) -> bool:
         """Return whether a process is stopped, as far as it can be seen from here."""
+        return self._is_here(process) and is_stopped(pid_of(process))
+
+    def seconds_of_sleeper(self, process: str) -> float | None:
+        """Return the CPU seconds of a process that sleeps and whose children do; else None."""
+        return seconds_of_sleeper(pid_of(process)) if self._is_here(process) else None
+
+    def is_sibling(self, process: str) -> bool:
+        """Return whether a process has the same parent as this one."""
+        parent = self.lineage(self._own)[1:2]
+        return bool(parent) and self.lineage(process)[1:2] == parent
+
+    def _is_here(self, process: str) -> bool:
+        """Return whether a process has its number here: one of another container may not."""
         born = self.lineage(process)[:1]
-        pid = int(process.partition(".")[0])
-        # One of another container has a number that may be another's here.
-        return bool(born) and lineage(pid)[:1] == born and is_stopped(pid)
+        return bool(born) and lineage(pid_of(process))[:1] == born
 
     def _about(self, process: str) -> list[str]:
         """Return the lines in which a process told of itself: its lineage, and its terminal."""

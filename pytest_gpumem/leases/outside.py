@@ -63,6 +63,10 @@ class Lookout:
         self._found: dict[str, int] = {}
         """By card, the foreign bytes that were found last."""
 
+    def unused(self, uuid: str, total: int) -> int:
+        """Return the bytes of a card of ``total`` that nobody uses at this moment."""
+        return total - self._driver.used(uuid)
+
     def look(self, uuid: str, total: int, page: Page, process: str, family: Families) -> Outside:
         """Return what is outside of ``page``, as ``process`` of ``family`` sees it."""
         ours, used = _ours(card_key(uuid), page), self._driver.used(uuid)

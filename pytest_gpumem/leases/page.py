@@ -46,6 +46,10 @@ class Page:
         """Return what it says once an entry is in another state."""
         return Page({*self.names} - {entry.name} | {entry.turned(state).name}, self._kin)
 
+    def without(self, names: Collection[str]) -> Page:
+        """Return what it would say without the entries of these names."""
+        return Page({*self.names} - {*names}, self._kin)
+
     @functools.cached_property
     def strange(self) -> list[str]:
         """Names that are no entry's."""

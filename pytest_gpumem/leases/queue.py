@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpumem.errors import LeaseError, LeaseTimeout
 from pytest_gpumem.leases import describe
 from pytest_gpumem.leases.entries import HELD, KEPT, LASTING, WAITING, Entry, entry_of
+from pytest_gpumem.leases.lending import LOOK, Lending
 from pytest_gpumem.leases.locks import News, Watch
 from pytest_gpumem.leases.place import Vanished
 from pytest_gpumem.leases.view import Known, View
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from pytest_gpumem.admission import Claim
     from pytest_gpumem.leases.ledger import Ledger
+    from pytest_gpumem.leases.lending import Lent
     from pytest_gpumem.leases.outside import Lookout, Outside
     from pytest_gpumem.leases.page import Page
-    from pytest_gpumem.leases.request import Asking
+    from pytest_gpumem.leases.request import Asking, Hope
 
 _OTHERS_EVERY = 0.25
 """Seconds between two looks at foreign processes, which give no sign when they end."""
@@ -84,11 +86,14 @@ class Queue:
     def _wait(self, request: Entry, view: View, watch: Watch, asking: Asking) -> View:
         """Block until ``request`` is held; return what that was decided by."""
         begun, said = time.monotonic(), ""
+        worker = asking.test and asking.worker
+        lending = Lending(request, self._ledger.family, worker=worker)
         news = self._missed(request, view.page)
         while True:
             waited = time.monotonic() - begun
+            lent = lending.look(self._ledger.read())
             if news is not None:
-                view, granted = self._look(request, news, asking, waited)
+                view, granted = self._look(request, news, asking.hopes(waited), asking, lent)
                 if granted:
                     return view
             if not request.test and any(not each.test for each in self._ledger.taken_here()):
@@ -103,6 +108,7 @@ class Queue:
                 asking.on_wait(text)
                 said = text
             pause = self._pause(view, request, asking, waited)
+            pause = pause if lent is None else min(pause, LOOK)
             news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
 
     def _missed(self, request: Entry, before: Page) -> News | None:
@@ -127,23 +133,39 @@ class Queue:
             return News(nudged=True, dead=dead)
         return None
 
-    def _look(self, request: Entry, news: News, asking: Asking, waited: float) -> tuple[View, bool]:
+    def _look(
+        self, request: Entry, news: News, hope: Hope, asking: Asking, lent: Lent | None
+    ) -> tuple[View, bool]:
         """Take what ``request`` waits for if it may start, and wake who else may then."""
-        outside = self.outside(request.claims)
+        outside, of_use = self.outside(request.claims), self._of_use(request, lent)
         dead = self._ledger.dead(None) if news.dead is None else news.dead
         with self._ledger.alone(asking.deadline, asking.on_wait):
             buried = bool(dead) and self._ledger.bury(dead)
-            view = self._view(self._ledger.page(), outside)
-            if request.name not in view.page.names:
+            page = self._ledger.page()
+            view = self._view(page, outside)
+            if request.name not in page.names:
                 raise Vanished(f"{self._ledger.directory} is removed while it is used")
-            if granted := view.admits(request, asking.hopes(waited)):
+            granted = view.admits(request, hope)
+            if not granted and of_use and view.lent(request, of_use).admits(request, hope):
+                view, granted = view.lent(request, of_use), True
+            if granted:
                 self._ledger.turn(request, HELD)
-        page = view.page.turned(request, HELD) if granted else view.page
+        page = page.turned(request, HELD) if granted else page
         if buried:
             self.nudge_first(page, but=request)
         elif news.nudged:
             self.nudge_first(page, behind=request.number)
         return view, granted
+
+    def _of_use(self, request: Entry, lent: Lent | None) -> Collection[str]:
+        """Return which of the leases that are ``lent`` leave ``request`` what it asks for."""
+        if lent is None or not lent.unused:
+            return ()
+        there = self._lookout is not None and all(
+            claim.extra + self.headroom <= self._lookout.unused(*self.cards[key])
+            for key, claim in request.claims.items()
+        )
+        return lent.unused if there else lent.asleep
 
     def _pause(self, view: View, request: Entry, asking: Asking, waited: float) -> float:
         """Return the seconds until the next look, if nobody wakes us before."""

@@ -66,6 +66,7 @@ class Asking(NamedTuple):
     on_wait: Callable[[str], None]
     hope: float
     test: bool
+    worker: bool
 
     def hopes(self, waited: float) -> Hope:
         """Return what it still waits for after so many seconds."""

@@ -129,6 +129,7 @@ class LeaseStore:
         *,
         hope: float = HOPE,
         test: bool = False,
+        worker: bool = False,
     ) -> Lease:
         """Return a lease of all ``wants`` (by UUID) at once, first come, first served.
 
@@ -137,7 +138,8 @@ class LeaseStore:
         or else for ``PATIENCE`` seconds, for what foreign programs use; then it goes without.
         ``on_wait`` is called with a sentence that says what is waited for and who holds it, when
         the wait has lasted a moment and when that changes. Out of the lease of a ``test`` comes
-        what its process asks for meanwhile.
+        what its process asks for meanwhile; in a ``worker`` it does not wait for leases of other
+        workers that sleep, see ``lending``.
 
         Raises:
             RequestRefusedError: when a size or time is none.
@@ -150,7 +152,7 @@ class LeaseStore:
         """
         check_seconds(timeout, "the timeout of a lease")
         deadline = None if timeout is None else time.monotonic() + timeout
-        asking = Asking(label, timeout, deadline, on_wait or (lambda _: None), hope, test)
+        asking = Asking(label, timeout, deadline, on_wait or (lambda _: None), hope, test, worker)
         claims = claims_of(wants, totals, self._queue.headroom)
         self._queue.cards |= {card_key(uuid): Known(uuid, totals[uuid]) for uuid in wants}
         tries = _TRIES

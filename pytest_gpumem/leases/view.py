@@ -10,7 +10,7 @@ from pytest_gpumem.leases.outside import Outside
 from pytest_gpumem.leases.request import Hope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from pytest_gpumem.leases.entries import Entry
     from pytest_gpumem.leases.page import Page
@@ -72,6 +72,11 @@ class View(NamedTuple):
         if fits(total, 0, headroom, claims, new):  # and foreign programs keep it waiting
             return not (hope.timed or (hope.freed and others < self.page.lasting(key)))
         return not (hope.spared and self._may_be_spared(request, key))
+
+    def lent(self, request: Entry, leases: Collection[str]) -> View:
+        """Return it without ``leases``, and without who waits before ``request``, for these too."""
+        before = {each.name for each in self.page.waiting if each.number < request.number}
+        return self._replace(page=self.page.without({*leases, *before}))
 
     def waits_for_strangers(self, request: Entry) -> bool:
         """Return whether only foreign programs keep ``request`` waiting."""

@@ -193,8 +193,9 @@ class Leases:
         totals = {card.uuid: card.total for card in self._cards}
         hope = HOPE if self._granted is None else 0.0
         timeout = self._settings.lease_timeout
+        worker = hasattr(item.config, "workerinput")
         return self._open().acquire(
-            wants, totals, item.nodeid, timeout, on_wait, hope=hope, test=True
+            wants, totals, item.nodeid, timeout, on_wait, hope=hope, test=True, worker=worker
         )
 
     def give_back(self) -> None:

@@ -334,6 +334,45 @@ def test_cpu(second): time.sleep(0.3)
     assert finished.outcomes == {"passed": 4}, finished.output
 
 
+LEASING = """
+import fcntl
+from pytest_gpumem import gpu_lease
+
+@pytest.fixture(scope="module")
+def lock():
+    with open("the.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        open("locked", "w").close()
+        yield
+
+def wait_for(name):
+    while not os.path.exists(name):
+        time.sleep(0.01)
+
+@pytest.fixture(scope="module")
+def model(lock):
+    wait_for("leased")
+    with gpu_lease("3GiB"):
+        yield
+
+@pytest.fixture(scope="module")
+def leased():
+    wait_for("locked")
+    open("leased", "w").close()
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("--gpumem-schedule=off",)])
+def test_a_test_whose_set_up_waits_for_a_lock_keeps_nobody_from_the_card(run, more):
+    suite = {
+        "test_a": LEASING + "def test_model(model): pass\n",
+        "test_b": LEASING + '@pytest.mark.gpu(vram="3GiB")\ndef test_marked(leased, lock): pass\n',
+    }
+    finished = run(suite, *more)
+
+    assert finished.outcomes == {"passed": 2}, finished.output
+
+
 TWO_LIARS = """
 def wait_for(name):
     deadline = time.monotonic() + 10

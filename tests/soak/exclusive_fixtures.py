@@ -104,9 +104,8 @@ def generate(rng: random.Random) -> Suite:
     kinds = ["lock", "port", "child"]
     files = {"conftest.py": CONFTEST.replace("SESSION", rng.choice(kinds))}
     on_card = rng.random() < 0.4
-    # Who waits for a lease holds no other: one scope of the suite has them, and no test is marked.
+    # Who waits for a lease holds no other: one scope of the suite has them.
     leased = rng.choice(["package", "module", "class", ""]) if on_card else ""
-    on_card = on_card and not leased
     tests = rng.choice([2, 3, 4])
     for package in range(rng.choice([1, 1, 2])):
         kind = "lease" if leased == "package" else rng.choice(kinds)

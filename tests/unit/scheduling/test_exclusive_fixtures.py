@@ -1,27 +1,36 @@
 """Whatever wide fixtures exclude one another, a run that ends under plain xdist ends here.
 
 Modelled are fixtures of session, module and class scope that each hold something of which there is
-one, workers that block while they set one up, and the clock, which strikes when nobody goes on.
-The suites are such that they end in whatever order plain xdist hands their tests out.
+one, or a lease of most of the card, workers that block while they set one up or wait for the lease
+of a test, and the clock, which strikes when nobody goes on. The suites are such that they end in
+whatever order plain xdist hands their tests out, where tests take no lease.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from random import Random
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.scheduling.commands import Command, Fail, Flush, Reset, Run, Stop
+from pytest_gpumem.admission import Claim
+from pytest_gpumem.leases.entries import HELD, WAITING, Entry, entry_of
+from pytest_gpumem.leases.lending import may_lend
+from pytest_gpumem.leases.page import Page
+from pytest_gpumem.leases.view import Known, View
+from pytest_gpumem.scheduling.commands import Command, Fail, Flush, Grant, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.fixtures import WideFixture, nodes_of
 from pytest_gpumem.scheduling.planner import Planner
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
-THINGS = ("lock", "port", "device", "lease", "database")
+LEASE = 60
+"""Bytes that a fixture leases."""
+THINGS = ("lock", "port", "lease", "database")
 
 
 class Uses(NamedTuple):
@@ -97,6 +106,40 @@ def without_deadlocks(suite: list[Uses]) -> list[Uses]:
     )
 
 
+class Leases:
+    """The leases of a run's workers, without a clock: who does not go on sleeps."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.process = {name: f"{number}.{number}" for number, name in enumerate(names, 1)}
+        self.entries: dict[str, dict[WideFixture | None, Entry]] = {name: {} for name in names}
+        """By worker and fixture; None is its test."""
+        self.number = 0
+        self.lent = 0
+
+    def request(self, name: str, owner: WideFixture | None, claim: Claim) -> Entry:
+        if owner not in self.entries[name]:
+            self.number += 1
+            entry = entry_of(
+                WAITING, self.number, self.process[name], {"card": claim}, test=owner is None
+            )
+            self.entries[name][owner] = entry
+        return self.entries[name][owner]
+
+    def admits(self, request: Entry, asleep: Collection[str] = ()) -> bool:
+        """Return whether a request may start now, if the workers ``asleep`` sleep."""
+        page = Page([e.name for mine in self.entries.values() for e in mine.values()])
+        view = View(page, {"card": Known("card", TOTAL)}, HEADROOM)
+        lent = [
+            entry.name
+            for entry in page.taken
+            if entry.process in {self.process[name] for name in asleep}
+            and may_lend(entry, request, page, sibling=request.test)
+        ]
+        if not asleep:
+            return view.admits(request)
+        return bool(lent) and view.lent(request, lent).admits(request)
+
+
 class Workers:
     """Does what a planner says, as far as no other worker holds what a fixture needs."""
 
@@ -105,6 +148,8 @@ class Workers:
         self.planner = planner
         self.queues: dict[str, deque[int | Flush | Reset]] = {name: deque() for name in names}
         self.held: dict[str, dict[WideFixture, str]] = {name: {} for name in names}
+        self.grants: dict[int, Grant | None] = {}
+        self.leases = Leases(names)
         self.passed: list[int] = []
         self.strikes = 0
         """Of the clock since anything was done."""
@@ -119,51 +164,86 @@ class Workers:
         assert not isinstance(command, Fail)
         if isinstance(command, Run):
             self.queues[command.worker].append(command.test)
+            self.grants[command.test] = command.grant
         elif isinstance(command, Stop):
             assert not self.queues.pop(command.worker)
-            self.held[command.worker].clear()
+            self.keep(command.worker, [])
             self.planner.remove_worker(command.worker)
         else:
             self.queues[command.worker].append(command)
 
     def keep(self, name: str, nodes: Collection[str]) -> None:
         """Tear down the fixtures of all other nodes."""
-        held = self.held[name]
+        held, entries = self.held[name], self.leases.entries
         self.held[name] = {each: what for each, what in held.items() if each.node in nodes}
+        entries[name] = {
+            owner: entry
+            for owner, entry in entries[name].items()
+            if owner is None or owner.node in nodes
+        }
 
-    def lacks(self, name: str) -> WideFixture | None:
-        """Return the fixture that the worker has to set up next, None if all stand."""
+    def lacks(self, name: str) -> Entry | WideFixture | None:
+        """Return the lease or the fixture that a worker needs next, None if it has them all."""
         work = self.queues[name][0]
         if isinstance(work, Flush | Reset):
             return None
-        uses = self.suite[work]
+        uses, grant, mine = self.suite[work], self.grants[work], self.leases.entries[name]
         self.keep(name, [*nodes_of(uses.planned.nodeid)])
-        return next((fixture for fixture in uses.held if fixture not in self.held[name]), None)
+        within = any(uses.held.get(each) == "lease" for each in self.held[name])
+        if grant is not None and not within and not self.has_lease(name):
+            size = 0 if grant.size is None else grant.size + CONTEXT
+            claim = Claim(0, size, exclusive=grant.alone or grant.size is None)
+            return self.leases.request(name, None, claim)
+        fixture = next((fixture for fixture in uses.held if fixture not in self.held[name]), None)
+        if fixture is None or uses.held[fixture] != "lease":
+            return fixture
+        entry = mine.get(fixture)
+        if entry is not None and entry.state == HELD:
+            return fixture
+        return self.leases.request(name, fixture, Claim(0, LEASE, exclusive=False))
+
+    def has_lease(self, name: str) -> bool:
+        """Return whether the test that a worker runs has its lease."""
+        entry = self.leases.entries[name].get(None)
+        return entry is not None and entry.state == HELD
 
     def ready(self) -> list[str]:
         """Return who can go on."""
-        found = []
         lacking = {name: self.lacks(name) for name, queue in self.queues.items() if queue}
-        taken = {what for each in self.held.values() for what in each.values()} - {""}
-        for name, fixture in lacking.items():
-            work = self.queues[name][0]
-            free = isinstance(work, int) and fixture and self.suite[work].held[fixture] not in taken
-            if fixture is None or free:
-                found.append(name)
-        return found
+        taken = {what for each in self.held.values() for what in each.values()} - {"", "lease"}
+        asleep = [name for name, need in lacking.items() if not self.is_free(name, need, taken)]
+        return [
+            name
+            for name, need in lacking.items()
+            if name not in asleep
+            or (isinstance(need, Entry) and self.leases.admits(need, {*asleep} - {name}))
+        ]
+
+    def is_free(self, name: str, need: Entry | WideFixture | None, taken: set[str]) -> bool:
+        if need is None:
+            return True
+        if isinstance(need, Entry):
+            return self.leases.admits(need)
+        work = self.queues[name][0]
+        assert isinstance(work, int)
+        return self.suite[work].held[need] not in taken
 
     def go_on(self, name: str, *, oom: bool) -> None:
-        fixture, work = self.lacks(name), self.queues[name][0]
+        need, work = self.lacks(name), self.queues[name][0]
         self.strikes = 0
-        if isinstance(work, Flush | Reset):
+        if isinstance(need, Entry):
+            mine = self.leases.entries[name]
+            owner = next(each for each, entry in mine.items() if entry == need)
+            mine[owner] = need.turned(HELD)
+        elif isinstance(work, Flush | Reset):
             self.queues[name].popleft()
             self.keep(name, [""] if isinstance(work, Flush) else [])
             self.planner.flushed(name)
-        elif fixture is not None:
-            self.held[name][fixture] = self.suite[work].held[fixture]
-            return
+        elif need is not None:
+            self.held[name][need] = self.suite[work].held[need]
         else:
             self.queues[name].popleft()
+            self.leases.entries[name].pop(None, None)
             planned = self.suite[work].planned
             if planned.gpu:
                 self.planner.resident(name, CONTEXT)
@@ -181,7 +261,7 @@ class Workers:
 
 
 def uses(nodeid: str, peak: int | None, *locks: WideFixture, duration: float = 1.0) -> Uses:
-    """Return a test, with what each fixture holds: a lock of its name."""
+    """Return a test, with what each fixture holds: that of its name, such as a lock or a lease."""
     group = nodeid.partition("::")[0]
     planned = PlannedTest(nodeid, peak is not None, peak, duration, group, wide=locks)
     return Uses(planned, {lock: lock.name for lock in locks})
@@ -209,6 +289,35 @@ def test_a_run_ends_whatever_wide_fixtures_exclude_one_another(suite, count, ran
         else:
             workers.strike(random.choice(keeping))
     assert sorted(workers.passed) == list(range(len(suite)))
+
+
+LOCK, LEASED = WideFixture("", "lock"), WideFixture("b.py", "lease")
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [
+        # Whose fixture waits for the card has the lock that the set-up of a test on it waits for.
+        [uses("a.py::a", 60, LOCK), uses("b.py::b", None, LOCK, LEASED)],
+        # Whose fixture has the card waits for the lock of whom a test waits for the card.
+        [
+            uses("b.py::b", None, LEASED, LOCK),
+            uses("a.py::a", 20, LOCK),
+            uses("a.py::c", 60, LOCK),
+        ],
+    ],
+)
+def test_a_test_keeps_the_card_from_nobody_while_it_sleeps(suite) -> None:
+    for seed in range(30):
+        workers = workers_of(suite, 2)
+        random = Random(seed)  # noqa: S311  # not for secrets
+        while not workers.planner.done:
+            ready, keeping = workers.ready(), workers.planner.keeping()
+            if ready:
+                workers.go_on(random.choice(ready), oom=False)
+            else:
+                workers.strike(random.choice(keeping))
+        assert sorted(workers.passed) == [*range(len(suite))]
 
 
 @pytest.mark.parametrize("scope", ["", "a.py", "a.py::T"])

@@ -1,0 +1,98 @@
+"""Leases that count for nothing while those who hold them sleep.
+
+A test has its lease from before its set-up to its end, though nobody wrote that into the suite. If
+it then waits for something else, such as a lock, that another worker holds while that worker waits
+for the card, both wait for ever, where they would not without us. What a process waits for cannot
+be seen, but that it waits can: neither it nor what it started uses a CPU. So whoever waits for a
+test's lease, or as a test for one that a fixture of the same run took, does not wait for sleepers:
+where the card has the room all the same, only for a moment; else longer, for whoever merely slept
+may then run out of memory beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.leases.entries import HELD
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from pytest_gpumem.leases.entries import Entry
+    from pytest_gpumem.leases.family import Families
+    from pytest_gpumem.leases.page import Page
+
+LOOK = 0.125
+"""Seconds between two looks at who holds a lease that may be lent."""
+NAP = 0.25
+"""Seconds of sleep after which a lease is lent that is not made use of..."""
+SLEEP = 10.0
+"""... and those after which it is lent whatever is free of the card."""
+_BUSY = 0.1
+"""Part of a CPU that nobody uses who only looks now and then whether something is free."""
+
+
+class Lent(NamedTuple):
+    """What is lent to a request now: names of leases."""
+
+    unused: Collection[str] = ()
+    """Of those who sleep, for where there is room."""
+    asleep: Collection[str] = ()
+    """Of those among them who have slept for so long that it may well be for ever."""
+
+
+class Lending:
+    """Tells, again and again, which leases are lent to a request that waits.
+
+    Args:
+        request: the entry that waits.
+        family: tells who its siblings are, and who sleeps.
+        worker: whether ``request`` is of a test in a worker of a run.
+
+    """
+
+    def __init__(self, request: Entry, family: Families, *, worker: bool) -> None:
+        self._request = request
+        self._family = family
+        self._worker = worker
+        self._naps: Mapping[str, tuple[float, float, float]] = {}
+        """By process: when it fell asleep, when it was looked at last, its CPU seconds then."""
+
+    def look(self, page: Page) -> Lent | None:
+        """Return which leases are lent; None where none is ever."""
+        lenders = [each for each in page.taken if self._may_lend(each, page)]
+        if not lenders:
+            return None
+        now = time.monotonic()
+        self._naps = {each.process: self._nap(each.process, now) for each in lenders}
+        slept = {each.name: now - self._naps[each.process][0] for each in lenders}
+        return Lent(
+            {name for name, seconds in slept.items() if seconds >= NAP},
+            {name for name, seconds in slept.items() if seconds >= SLEEP},
+        )
+
+    def _may_lend(self, lease: Entry, page: Page) -> bool:
+        sibling = self._worker and self._family.is_sibling(lease.process)
+        return may_lend(lease, self._request, page, sibling=sibling)
+
+    def _nap(self, process: str, now: float) -> tuple[float, float, float]:
+        seconds = self._family.seconds_of_sleeper(process)
+        if seconds is None:
+            return now, now, 0.0
+        since, last, before = self._naps.get(process, (now, now, seconds))
+        slept = seconds - before <= _BUSY * (now - last)
+        return since if slept else now, now, seconds
+
+
+def may_lend(lease: Entry, request: Entry, page: Page, *, sibling: bool) -> bool:
+    """Return whether ``lease`` does not count for ``request`` while its holder sleeps.
+
+    ``sibling`` says whether both are of workers of one run, and ``request`` a test's.
+    """
+    if lease.state != HELD or lease.process == request.process:
+        return False
+    # These are no hindrance, and their holders sleep because they wait for one another.
+    if page.covers(lease, request) or page.descends(lease.process, request.process):
+        return False
+    return lease.test or sibling
