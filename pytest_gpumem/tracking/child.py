@@ -1,22 +1,28 @@
-"""What is known of one child, and of all that one test or fixture started together."""
+"""What is known of one child."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.records import ChildUsage
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_gpumem.devices.book import Figures
 
 
-@dataclass
+# Plain classes: each data class takes half a millisecond of every run's start.
+
+
 class Held:
     """What one child holds of one card; bytes, None where its source does not tell."""
 
     told: Figures | None = None
     used: int | None = None
     used_peak: int | None = None
-    leaked: int = 0
+    leaked = 0
 
     def now(self, context: int) -> int:
         """Return what it holds: the driver's figure, or else the allocator's and a context."""
@@ -25,48 +31,76 @@ class Held:
         return 0 if self.told is None else self.told.reserved + context
 
 
-@dataclass(eq=False)
 class Child:
-    """A process that used a card."""
+    """A process that used a card.
 
-    pid: int
-    identity: str
-    owner: int
-    began: float
-    slot: int | None = None
-    """Of its page, while it has one."""
-    tells: bool = False
-    """Whether it had a page."""
-    command: str = ""
-    ended: float = 0.0
-    judged: bool = False
-    """Whether its owner is over."""
-    news: bool = True
-    """Whether something is known that no test's record has."""
-    cards: dict[str, Held] = field(default_factory=dict)
+    Args:
+        pid: its number.
+        identity: its number and start.
+        owner: who started it, by number.
+        began: when it was met, by the clock.
+        slot: of its page, while it has one.
+        command: how it was started.
+
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        identity: str,
+        owner: int,
+        began: float,
+        *,
+        slot: int | None = None,
+        command: str = "",
+    ) -> None:
+        self.pid = pid
+        self.identity = identity
+        self.owner = owner
+        self.began = began
+        self.slot = slot
+        self.command = command
+        self.tells = slot is not None
+        """Whether it had a page."""
+        self.ended = 0.0
+        self.judged = False
+        """Whether its owner is over."""
+        self.news = True
+        """Whether something is known that no test's record has."""
+        self.cards: dict[str, Held] = {}
 
     def on(self, uuid: str) -> Held:
         """Return what it holds of a card."""
         return self.cards.setdefault(uuid, Held())
 
-
-@dataclass
-class Share:
-    """What all children of one owner had of one card together, at their highest; bytes."""
-
-    told: int = 0
-    """Allocated, by their allocators."""
-    need: int = 0
-    """Reserved or used, contexts included."""
-    others: dict[Child, int] = field(default_factory=dict)
-    """Used by those whose allocators told nothing, when that was most together."""
+    def end(self) -> None:
+        """Take note that it has ended."""
+        self.ended, self.news = time.time(), True
 
     @property
-    def other(self) -> int:
-        """Used by those that never told anything: some do so a moment after they are seen."""
-        return sum(size for child, size in self.others.items() if not child.tells)
+    def lags(self) -> bool:
+        """Whether the driver says that it holds something, though it has ended."""
+        return bool(self.ended) and any(held.used for held in list(self.cards.values()))
 
-    @property
-    def peak(self) -> int:
-        """What counts as allocated."""
-        return self.told + self.other
+    def holds(self, context: int) -> bool:
+        """Whether it runs and holds something."""
+        return not self.ended and any(held.now(context) for held in list(self.cards.values()))
+
+    def usages(self, started_by: str, context: int) -> Iterator[ChildUsage]:
+        """Return what it did to each card."""
+        for uuid, held in self.cards.items():
+            told = held.told
+            yield ChildUsage(
+                pid=self.pid,
+                command=self.command,
+                card=uuid,
+                started_by=started_by,
+                peak=None if told is None else told.peak,
+                reserved_peak=None if told is None else told.reserved_peak,
+                used_peak=held.used_peak,
+                used=0 if self.ended else held.now(context),
+                leaked=held.leaked,
+                ooms=0 if told is None else told.ooms,
+                start=self.began,
+                end=self.ended,
+            )

@@ -10,7 +10,6 @@ Every child belongs to the test or the wider fixture that started it, see ``star
 from __future__ import annotations
 
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -20,12 +19,14 @@ from pytest_gpumem import devices
 from pytest_gpumem.devices import family
 from pytest_gpumem.devices.book import key
 from pytest_gpumem.devices.processes import command
-from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage
-from pytest_gpumem.tracking.child import Child, Held, Share
+from pytest_gpumem.records import FixtureUsage
+from pytest_gpumem.tracking.child import Child
+from pytest_gpumem.tracking.offspring import Offspring, has_children
+from pytest_gpumem.tracking.shares import Share, Shares
 
 if TYPE_CHECKING:
     from pytest_gpumem.devices.book import Figures, Told
-    from pytest_gpumem.records import Card
+    from pytest_gpumem.records import Card, CardUsage, ChildUsage
     from pytest_gpumem.tracking.accounts import Fixture, Owner
     from pytest_gpumem.tracking.starters import Starters
 
@@ -59,8 +60,8 @@ class Children:
         """Those that live, or were not reported to their end."""
         self._strangers: set[str] = set()
         """Processes on the cards that are no children."""
-        self._shares: dict[tuple[int, str], Share] = {}
-        self._reaped = _reaped()
+        self._shares = Shares()
+        self._offspring = Offspring()
         self._oom = ""
         """What is said of the last child that ran out of memory in the running test."""
         self._looked = 0.0
@@ -69,7 +70,7 @@ class Children:
     def enter(self, name: str) -> int:
         """Let a test or fixture run that was not known yet; return its number."""
         if self.starters.begin_anew():  # in a forked child that runs tests, as pytest-forked's do
-            self._children, self._shares = [], {}
+            self._children, self._shares = [], Shares()
         return self.starters.enter(name)
 
     def hand_over(self, owner: Owner, to: Owner) -> None:
@@ -80,11 +81,7 @@ class Children:
             for child in self._children:
                 if child.owner == number:
                     child.owner = heir
-            for uuid in self._shares_of(number):
-                share, mine = self._shares.pop((number, uuid)), self._share(heir, uuid)
-                mine.told += share.told
-                mine.need += share.need
-                mine.others.update(share.others)
+            self._shares.hand_over(number, heir)
 
     def close(self) -> None:
         """Know of no children any more."""
@@ -95,16 +92,11 @@ class Children:
 
     def stirred(self) -> bool:
         """Whether there is anything to look at; some 3 us where nothing was started."""
-        return bool(self._children) or self.starters.book.used or self._started()
+        return bool(self._children) or self.starters.book.used or self._offspring.stirred()
 
     def worth_a_look(self) -> bool:
         """Whether there are children, on a card or not yet."""
         return any(not child.ended for child in list(self._children)) or has_children()
-
-    def _started(self) -> bool:
-        """Whether this process has children that use no card yet, or had since it was asked."""
-        before, self._reaped = self._reaped, _reaped()
-        return self._reaped != before or has_children()
 
     def look(self, age: float = 0.0) -> None:
         """Take in what children told, and what the driver says of all.
@@ -132,7 +124,7 @@ class Children:
             if not told.lives:
                 self.starters.book.strike(told.slot)
                 child.slot = None
-                self._end(child)
+                child.end()
 
     def _met(self, told: Told) -> Child:
         """Return the child whose page is new; the driver may have told of it before."""
@@ -142,8 +134,7 @@ class Children:
             if child.pid == told.pid and child.slot is None and not child.ended:
                 child.slot, child.owner, child.tells = told.slot, owner, True
                 return child
-        child = Child(told.pid, identity, owner, told.began, told.slot, tells=True)
-        child.command = told.command
+        child = Child(told.pid, identity, owner, told.began, slot=told.slot, command=told.command)
         self._children.append(child)
         return child
 
@@ -153,12 +144,9 @@ class Children:
             if figures.ooms > (0 if held.told is None else held.told.ooms):
                 self._oom = f"CUDA out of memory in process {child.pid} ({child.command})"
             held.told, child.news = figures, True
-            share = self._share(child.owner, uuid)
+            share = self._shares.at(child.owner, uuid)
             share.told = max(share.told, figures.sum_peak)
             share.need = max(share.need, figures.need)
-
-    def _share(self, owner: int, uuid: str) -> Share:
-        return self._shares.setdefault((owner, uuid), Share())
 
     def _read_driver(self, card: Card) -> None:
         told = devices.others_bytes(card)
@@ -177,7 +165,7 @@ class Children:
             if not child.tells:
                 total.others[child] = size or 0
         for owner, total in sums.items():
-            share = self._share(owner, card.uuid)
+            share = self._shares.at(owner, card.uuid)
             share.need = max(share.need, total.need)
             if total.other > share.other:
                 share.others = total.others
@@ -209,10 +197,7 @@ class Children:
                 and not child.ended
                 and child.identity != family.identity(child.pid)
             ):
-                self._end(child)
-
-    def _end(self, child: Child) -> None:
-        child.ended, child.news = time.time(), True
+                child.end()
 
     # What it comes to
 
@@ -229,9 +214,9 @@ class Children:
         """
         over = {owner.number for owner in owners}
         # Where nothing new was started, and nobody is to be judged, a look of late will do.
-        started = self._started()
+        started = self._offspring.stirred()
         self.look(age=RECENT)
-        if started or any(self._orphans(over)) or any(map(self._lags, self._children)):
+        if started or any(self._orphans(over)) or any(child.lags for child in list(self._children)):
             self.look()
         begun = time.monotonic()
         while (waited := time.monotonic() - begun) < LAG:
@@ -239,7 +224,7 @@ class Children:
             ending = left and (
                 waited < ENDING or any(family.is_ending(child.pid) for child in left)
             )
-            if not ending and not any(map(self._lags, self._children)):
+            if not ending and not any(child.lags for child in list(self._children)):
                 break
             time.sleep(_POLL)
             self.look()
@@ -251,13 +236,8 @@ class Children:
 
     def _orphans(self, over: Collection[int]) -> Iterator[Child]:
         for child in list(self._children):
-            runs_on = child.owner in over and not child.ended and not child.judged
-            if runs_on and any(held.now(self._context) for held in list(child.cards.values())):
+            if child.owner in over and not child.judged and child.holds(self._context):
                 yield child
-
-    @staticmethod
-    def _lags(child: Child) -> bool:
-        return bool(child.ended) and any(held.used for held in list(child.cards.values()))
 
     def report(self) -> tuple[ChildUsage, ...]:
         """Return what became known of children since the last report; of the ended, for good."""
@@ -267,26 +247,10 @@ class Children:
             self._children = [child for child in self._children if not child.ended]
             for child in news:
                 child.news = False
+            names = self.starters.names
             return tuple(
-                self._usage(child, *each) for child in news for each in child.cards.items()
+                usage for each in news for usage in each.usages(names[each.owner], self._context)
             )
-
-    def _usage(self, child: Child, uuid: str, held: Held) -> ChildUsage:
-        told = held.told
-        return ChildUsage(
-            pid=child.pid,
-            command=child.command,
-            card=uuid,
-            started_by=self.starters.names[child.owner],
-            peak=None if told is None else told.peak,
-            reserved_peak=None if told is None else told.reserved_peak,
-            used_peak=held.used_peak,
-            used=0 if child.ended else held.now(self._context),
-            leaked=held.leaked,
-            ooms=0 if told is None else told.ooms,
-            start=child.began,
-            end=child.ended,
-        )
 
     def living(self) -> dict[str, int]:
         """Return what the children hold that live, by card."""
@@ -306,11 +270,7 @@ class Children:
         with self._lock:
             if living:
                 numbers &= {child.owner for child in self._children if not child.ended}
-            found: dict[str, int] = {}
-            for (owner, uuid), share in self._shares.items():
-                if owner in numbers:
-                    found[uuid] = found.get(uuid, 0) + share.need
-            return found
+            return self._shares.needs(numbers)
 
     def widen(
         self,
@@ -325,15 +285,8 @@ class Children:
         """
         found = {usage.card: usage for usage in usages}
         for uuid, share in self._shares_of(test.number).items():
-            usage, orphaned = found.get(uuid) or untouched(uuid), self.orphaned(test.number, uuid)
-            found[uuid] = usage._replace(
-                peak=usage.peak + share.peak,
-                leftover=usage.leftover + orphaned,
-                leaked=usage.leaked + orphaned,
-                extra=usage.extra + share.need,
-                children_peak=share.peak,
-                orphaned=orphaned,
-            )
+            orphaned = self.orphaned(test.number, uuid)
+            found[uuid] = share.widen(found.get(uuid) or untouched(uuid), orphaned)
         for uuid, size in self.held_by(fixtures, living=False).items():
             usage = found.get(uuid) or untouched(uuid)
             found[uuid] = usage._replace(fixture_bytes=usage.fixture_bytes + size)
@@ -351,21 +304,12 @@ class Children:
                     *name, 0, 0, 0 if fixture.torn_down else None
                 )
                 orphaned = self.orphaned(fixture.number, uuid)
-                back = None
-                if usage.released is not None:
-                    back = usage.released + max(0, share.peak - orphaned)
-                found[name] = usage._replace(
-                    allocated=usage.allocated + share.peak,
-                    peak=usage.peak + share.peak,
-                    released=back,
-                    leaked=usage.leaked + orphaned,
-                    orphaned=orphaned,
-                )
+                found[name] = share.widen_fixture(usage, orphaned)
         return tuple(found.values())
 
     def _shares_of(self, number: int) -> dict[str, Share]:
         with self._lock:
-            return {uuid: share for (each, uuid), share in self._shares.items() if each == number}
+            return self._shares.of(number)
 
     def orphaned(self, owner: int, uuid: str) -> int:
         """Return what the orphans of ``owner`` held of a card when it was over."""
@@ -394,21 +338,4 @@ class Children:
         """Drop the sums of those that are over and were told of."""
         numbers = {owner.number for owner in owners}
         with self._lock:
-            for each in [each for each in self._shares if each[0] in numbers]:
-                del self._shares[each]
-
-
-def has_children() -> bool:
-    """Whether this process has a child, a zombie included; takes nothing from who waits for it."""
-    if not hasattr(os, "waitid"):  # macOS before Python 3.13
-        return True
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
-
-
-def _reaped() -> int:
-    """Return a figure that grows with each child that has ended and was waited for."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+            self._shares.forget(numbers)

@@ -1,11 +1,11 @@
-"""What a card's allocator said when it was read last, and when its cache is worth keeping."""
+"""Reads the cards' allocators at each boundary, and says when their cache is worth keeping."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import AllocatorReading
+from pytest_gpumem.devices import Allocator, AllocatorReading
 from pytest_gpumem.records import Card
 
 ReleaseCache = Callable[[Card, AllocatorReading], bool]
@@ -54,3 +54,99 @@ class Meter:
         if self._process_read_at != self.last.reserved:
             self._process_read_at = self.last.reserved
             self.process = devices.own_bytes(self.card, self.last.reserved)
+
+
+class Meters:
+    """The cards that this process uses, as their allocators tell; read at each boundary.
+
+    Peaks are set back there, so that each stretch of time between two has a peak of its own.
+
+    Args:
+        charge: called for each meter that moved, with its card's reading before and now.
+        release_cache: decides whether an allocator's unused cache is given back.
+
+    """
+
+    def __init__(
+        self,
+        charge: Callable[[Meter, AllocatorReading, AllocatorReading], None],
+        release_cache: ReleaseCache,
+    ) -> None:
+        self._charge = charge
+        self._release_cache = release_cache
+        self._meters: dict[tuple[str, int], Meter] = {}
+        self.changed = 0
+        """Net bytes, over all cards, since this was set to 0."""
+        self._reading = False
+        self._unwatch: Callable[[], None] | None = None
+
+    def __iter__(self) -> Iterator[Meter]:
+        """Return those of all cards that were used."""
+        return iter(self._meters.values())
+
+    def boundary(self) -> None:
+        """Charge what changed since the last boundary."""
+        active = devices.allocators()
+        if not active or self._reading:
+            return
+        self._reading = True
+        try:
+            self.watch_peaks()
+            for allocator in active:
+                for index, reading in enumerate(allocator.read()):
+                    meter = self._meters.get((allocator.name, index))
+                    # Peaks were set back: if they are as they were, nothing was allocated.
+                    if meter is None or meter.last != reading:
+                        self._take(allocator, index, reading)
+        finally:
+            self._reading = False
+
+    def watch_peaks(self) -> None:
+        """Make a peak reset by a test end a stretch of time, as any other boundary does."""
+        if self._unwatch is None:
+            self._unwatch = devices.watch_peaks(self.boundary)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+
+    def _take(self, allocator: Allocator, index: int, now: AllocatorReading) -> None:
+        meter = self._meters.get((allocator.name, index))
+        if meter is None:
+            if not now.reserved_peak and not now.ooms:
+                return  # never used: asking for the names of all cards of a big machine costs
+            meter = Meter(allocator.card(index))
+            self._meters[allocator.name, index] = meter
+        before, meter.last = meter.last, now
+        self.changed += now.allocated - before.allocated
+        self._charge(meter, before, now)
+        if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
+            allocator.reset_peak(index)
+            meter.last = now._replace(allocated_peak=now.allocated, reserved_peak=now.reserved)
+
+    def uuids(self) -> dict[str, str]:
+        """Return the cards by the names that tensors give their devices."""
+        return {
+            f"{meter.card.kind}:{index}": meter.card.uuid
+            for (_, index), meter in self._meters.items()
+        }
+
+    def settle(self) -> None:
+        """Let what the allocators free a moment late be free."""
+        for allocator in devices.allocators():
+            allocator.settle()
+        self.boundary()
+
+    def release_caches(self) -> None:
+        """Give back what the allocators keep unused, where that is wanted."""
+        full = {
+            name
+            for (name, _), meter in self._meters.items()
+            if self._release_cache(meter.card, meter.last)
+        }
+        for allocator in devices.allocators() if full else ():
+            if allocator.name in full:
+                allocator.release_cached()
+                self.boundary()

@@ -26,6 +26,21 @@ _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GE
 _GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
+def give_back(errors: Sequence[BaseException], stayed: Callable[[], bool]) -> None:
+    """Drop what only tracebacks and reference cycles keep alive, by the cheapest means.
+
+    ``stayed`` says whether memory is still held.
+    """
+    for error in errors:
+        clear_frames(error)
+    forget_last_error()
+    collect(stayed)
+    if errors and stayed():
+        clear_living_errors()
+        drop_tracebacks(errors)
+        collect(stayed)
+
+
 def clear_frames(error: BaseException) -> None:
     """Drop the local variables of every finished frame that ``error`` keeps alive.
 

@@ -1,17 +1,12 @@
 """Attributes every change of a card's allocator to the test or fixture that was running.
 
 The tracker knows nothing of pytest: it is told when tests and fixtures begin and end. At each of
-these boundaries it reads the allocators once, charges what changed since the last boundary to the
-owner that was running, and resets the peak, so that each stretch of time has a peak of its own.
-
-The owner is a fixture while a fixture is set up or torn down, otherwise the test. A function
-fixture lives and dies with its test, so its changes are charged to the test as well; what a wider
-fixture holds is not.
+these boundaries ``meter`` reads the allocators once, and what changed since the last one is charged
+to the owner that was running, see ``turns``.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +19,6 @@ from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import (
     NOTHING_USED,
     Fixture,
-    Owner,
     Test,
     Usage,
     card_usages,
@@ -32,11 +26,11 @@ from pytest_gpumem.tracking.accounts import (
     held,
 )
 from pytest_gpumem.tracking.left_behind import LeftBehind
-from pytest_gpumem.tracking.meter import Meter, ReleaseCache
+from pytest_gpumem.tracking.meter import Meters, ReleaseCache
+from pytest_gpumem.tracking.turns import Turns
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
 
 if TYPE_CHECKING:
-    from pytest_gpumem.devices import Allocator, AllocatorReading
     from pytest_gpumem.tracking.children import Children
 
 
@@ -59,49 +53,32 @@ class Tracker:
         stacks: bool = False,
         root: Path | None = None,
     ) -> None:
-        self._release_cache = release_cache
-        self._meters: dict[tuple[str, int], Meter] = {}
-        self._outside = Owner("outside of tests", "session")
-        self._owners: list[Owner] = [self._outside]
-        self._test: Test | None = None
-        self._standing: list[Fixture] = []
-        """Wider fixtures that are set up."""
+        self._turns = Turns()
+        self._meters = Meters(self._turns.charge, release_cache)
+        self.boundary = self._meters.boundary
         self._tensors = TensorLedger(root)
         self._left = left or LeftBehind()
         self.children: Children | None = None
         """What tests start; whoever has a place for their book gives it before the first test."""
-        self._wide: list[Fixture] = []
-        """Wider fixtures that are set up, whether or not they hold anything."""
-        self._moved: list[Fixture] = []
-        """Those that were set up or torn down since the last test ended."""
-        self._changed = 0
-        """Net bytes, over all cards, since the ledger met what lives on them."""
-        self._reading = False
         self._stacks_wanted = stacks
-        self._unwatch: Callable[[], None] | None = None
-
-    @property
-    def active(self) -> bool:
-        """Whether any framework has initialised a card in this process."""
-        return bool(devices.allocators())
 
     @property
     def allocated(self) -> int:
         """Bytes allocated now, over all cards."""
         self.boundary()
-        return sum(meter.last.allocated for meter in self._meters.values())
+        return sum(meter.last.allocated for meter in self._meters)
 
     @property
     def reserved(self) -> dict[str, int]:
         """Bytes reserved at the last boundary, by card."""
-        return {meter.card.uuid: meter.last.reserved for meter in self._meters.values()}
+        return {meter.card.uuid: meter.last.reserved for meter in self._meters}
 
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
-        cards = {uuid for fixture in self._standing for uuid in fixture.set_up}
-        sizes = Counter({uuid: held(self._standing, uuid) for uuid in cards})
+        cards = {uuid for fixture in self._turns.standing for uuid in fixture.set_up}
+        sizes = Counter({uuid: held(self._turns.standing, uuid) for uuid in cards})
         if self.children is not None:
-            sizes.update(self.children.held_by(self._wide))
+            sizes.update(self.children.held_by(self._turns.wide))
         return sizes
 
     def child_oom(self) -> str:
@@ -112,70 +89,22 @@ class Tracker:
         """Return what that holds, by card, which the wider fixtures among ``names`` started."""
         if self.children is None:
             return {}
-        return self.children.held_by(each for each in self._wide if each.name in names)
+        return self.children.held_by(each for each in self._turns.wide if each.name in names)
 
     def close(self) -> None:
         """Stop watching."""
-        if self._unwatch is not None:
-            self._unwatch()
-            self._unwatch = None
+        self._meters.close()
 
     # Boundaries
 
-    def boundary(self) -> None:
-        """Charge what changed since the last boundary to the owner that was running."""
-        active = devices.allocators()
-        if not active or self._reading:
-            return
-        self._reading = True
-        try:
-            self._watch_peaks()
-            for allocator in active:
-                for index, reading in enumerate(allocator.read()):
-                    meter = self._meters.get((allocator.name, index))
-                    # Peaks were set back: if they are as they were, nothing was allocated.
-                    if meter is None or meter.last != reading:
-                        self._charge(allocator, index, reading)
-        finally:
-            self._reading = False
-
-    def _watch_peaks(self) -> None:
-        """Make a peak reset by a test end a stretch of time, as any other boundary does."""
-        if self._unwatch is None:
-            self._unwatch = devices.watch_peaks(self.boundary)
-
-    def _charge(self, allocator: Allocator, index: int, now: AllocatorReading) -> None:
-        meter = self._meters.get((allocator.name, index))
-        if meter is None:
-            if not now.reserved_peak and not now.ooms:
-                return  # never used: asking for the names of all cards of a big machine costs
-            meter = Meter(allocator.card(index))
-            self._meters[allocator.name, index] = meter
-        before, meter.last = meter.last, now
-        self._changed += now.allocated - before.allocated
-        for owner in self._charged_owners():
-            account = owner.account(meter.card.uuid)
-            account.delta += now.allocated - before.allocated
-            account.peak = max(account.peak, now.allocated_peak)
-            account.reserved_peak = max(account.reserved_peak, now.reserved_peak)
-            # The suite may set these counters back.
-            account.retries += max(0, now.retries - before.retries)
-            account.ooms += max(0, now.ooms - before.ooms)
-        if self._test is not None:
-            highest, uuid = self._test.reserved_peak, meter.card.uuid
-            highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
-        if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
-            allocator.reset_peak(index)
-            meter.last = now._replace(allocated_peak=now.allocated, reserved_peak=now.reserved)
-
     def _look(self) -> None:
         """Charge what is set for the process to who was running."""
-        self._left.look(by_test=self._charged_owners()[-1] is self._test)
+        self._left.look(by_test=self._turns.charged[-1] is self._turns.test)
 
     @property
     def _unaccounted(self) -> int:
         """Bytes that changed otherwise than by known tensors that died; 0: nothing is new."""
-        return self._changed + self._tensors.freed
+        return self._meters.changed + self._tensors.freed
 
     def _remember(self) -> None:
         """Lay the tensors that are new at the door of who was running: a pass over the heap.
@@ -183,8 +112,8 @@ class Tracker:
         Needless where nothing changed but by known tensors that died.
         """
         if self._unaccounted or self._tensors.aside:
-            self._tensors.remember(self._charged_owners()[-1].name)
-            self._changed = 0
+            self._tensors.remember(self._turns.charged[-1].name)
+            self._meters.changed = 0
 
     def _set_aside(self, test: Test) -> None:
         """Set aside what is there if the test that ends may have replaced something."""
@@ -193,13 +122,7 @@ class Tracker:
         )
         if self._unaccounted or (touched and self._tensors.aside):
             self._tensors.set_aside()
-            self._changed = 0
-
-    def _charged_owners(self) -> tuple[Owner, ...]:
-        owner = self._owners[-1]
-        if isinstance(owner, Fixture) and not owner.wide and self._test is not None:
-            return (owner, self._test)
-        return (owner,)
+            self._meters.changed = 0
 
     # Tests
 
@@ -210,29 +133,28 @@ class Tracker:
             devices.record_stacks()
         if "torch" in sys.modules:
             # Before the card is in use: the first test that uses it may reset its peak as well.
-            self._watch_peaks()
+            self._meters.watch_peaks()
         self.boundary()
         # Taken at import or between tests: not to be laid at a later test's door.
         if self._unaccounted:
             self._remember()
         self._look()
-        self._outside.accounts.clear()
-        self._test = Test(nodeid, tuple(self._standing))
+        test = self._turns.begin_test(nodeid)
         if self.children is not None:
-            self._test.number = self.children.enter(nodeid)
-        self._owners = [self._test]
-        for meter in self._meters.values():
-            self._test.baselines[meter.card.uuid] = meter.last.allocated
-            self._test.reserved_before[meter.card.uuid] = meter.last.reserved
+            test.number = self.children.enter(nodeid)
+        for meter in self._meters:
+            test.baselines[meter.card.uuid] = meter.last.allocated
+            test.reserved_before[meter.card.uuid] = meter.last.reserved
 
     def usage(self) -> tuple[CardUsage, ...]:
         """Return what the running test did so far; nothing is judged or cleaned."""
         self.boundary()
-        if self._test is None:
+        test = self._turns.test
+        if test is None:
             return ()
         if self.children is not None and self.children.stirred():
             self.children.look()
-        return self._card_usages(self._test, {}, ())
+        return self._card_usages(test, {}, ())
 
     def anything_stayed(self) -> bool:
         """Whether the running test, or a fixture torn down in it, keeps memory at this moment."""
@@ -241,7 +163,7 @@ class Tracker:
 
     def _anything_stayed(self) -> bool:
         """Whether anything stayed at the last boundary."""
-        test = self._test
+        test = self._turns.test
         if test is None or not (test.accounts or test.fixtures):
             return False
         test.pay_back()
@@ -270,7 +192,7 @@ class Tracker:
             fixtures: names of the fixtures that the test uses.
 
         """
-        test = self._test
+        test = self._turns.test
         if test is None:
             return NOTHING_USED
         passing: Mapping[int, str] = {}
@@ -280,19 +202,19 @@ class Tracker:
         self._leave_teardowns()
         verdicts: Verdicts = {}
         if judge and self._anything_stayed():
-            self._give_back(errors)
+            release.give_back(errors, self.anything_stayed)
             if self.anything_stayed():
                 verdicts = self._judge(test, keepers or {}, passing)
                 self._remember()
-        elif judge and self._standing:
+        elif judge and self._turns.standing:
             # They may pin a wider fixture's value beyond its teardown.
             for error in errors:
                 release.clear_frames(error)
         self._set_aside(test)
-        self._release_caches()
-        for meter in self._meters.values():
+        self._meters.release_caches()
+        for meter in self._meters:
             meter.read_process()
-        over = [test, *(fixture for fixture in self._moved if fixture.torn_down)]
+        over = [test, *(each for each in self._turns.moved if each.torn_down)]
         stirred = self.children is not None and self.children.stirred()
         if self.children is not None and stirred:
             self.children.settle(over)
@@ -302,12 +224,10 @@ class Tracker:
         told = fixture_usages(test, verdicts)
         children: tuple[ChildUsage, ...] = ()
         if self.children is not None and stirred:
-            told = self.children.widen_fixtures(told, self._moved)
+            told = self.children.widen_fixtures(told, self._turns.moved)
             children = self.children.report()
             self.children.forget(over)
-        self._moved.clear()
-        self._test = None
-        self._owners = [self._outside]
+        self._turns.end_test()
         if not (cards or told or left or children):
             return NOTHING_USED
         return Usage(cards, told, left, children)
@@ -316,52 +236,25 @@ class Tracker:
         self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
     ) -> tuple[CardUsage, ...]:
         """Return what a test did to each card, and what its children did."""
-        usages = card_usages(test, self._meters.values(), verdicts, fixtures)
+        usages = card_usages(test, self._meters, verdicts, fixtures)
         if self.children is None or not self.children.known:
             return usages
-        used = [each for each in {*self._wide, *self._moved} if each.name in fixtures]
+        used = [each for each in {*self._turns.wide, *self._turns.moved} if each.name in fixtures]
         return self.children.widen(usages, test, used, self._untouched)
 
     def _untouched(self, uuid: str) -> CardUsage:
         """Return the usage of a card on which this process did nothing."""
-        held = sum(each.last.allocated for each in self._meters.values() if each.card.uuid == uuid)
+        held = sum(each.last.allocated for each in self._meters if each.card.uuid == uuid)
         return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
-
-    def _give_back(self, errors: Sequence[BaseException]) -> None:
-        """Drop what only tracebacks and reference cycles keep alive, by the cheapest means."""
-        for error in errors:
-            release.clear_frames(error)
-        release.forget_last_error()
-        release.collect(self.anything_stayed)
-        if errors and self.anything_stayed():
-            release.clear_living_errors()
-            release.drop_tracebacks(errors)
-            release.collect(self.anything_stayed)
 
     def _judge(
         self, test: Test, keepers: Mapping[int, str], passing: Mapping[int, str]
     ) -> Verdicts:
         """Take the second look at what stayed."""
-        for allocator in devices.allocators():
-            allocator.settle()
-        self.boundary()
+        self._meters.settle()
         test.pay_back()
-        cards = {
-            f"{meter.card.kind}:{index}": meter.card.uuid
-            for (_, index), meter in self._meters.items()
-        }
+        cards = self._meters.uuids()
         return self._tensors.judge(test.stayed(), cards, keepers, passing, test.name)
-
-    def _release_caches(self) -> None:
-        full = {
-            name
-            for (name, _), meter in self._meters.items()
-            if self._release_cache(meter.card, meter.last)
-        }
-        for allocator in devices.allocators() if full else ():
-            if allocator.name in full:
-                allocator.release_cached()
-                self.boundary()
 
     # Fixtures
 
@@ -374,7 +267,7 @@ class Tracker:
             self._look()
             if self.children is not None:
                 fixture.number = self.children.enter(fixture.label)
-        self._owners.append(fixture)
+        self._turns.begin_set_up(fixture)
         return fixture
 
     def fail_fixture(self, fixture: Fixture) -> None:
@@ -386,19 +279,19 @@ class Tracker:
         self.boundary()
         if fixture.wide:
             self._look()
-        self._owners.remove(fixture)
-        if self._test is not None and fixture.wide:
+        self._turns.leave(fixture)
+        test = self._turns.test
+        if test is not None and fixture.wide:
             for uuid, account in fixture.accounts.items():
-                self._test.account(uuid).add(account)
+                test.account(uuid).add(account)
             if self.children is not None:
-                self.children.hand_over(fixture, self._test)
+                self.children.hand_over(fixture, test)
             self._resume()
 
     def _resume(self) -> None:
-        """Let what is started from now on belong to who runs, of function fixtures the test."""
+        """Let what is started from now on belong to who runs."""
         if self.children is not None:
-            owner = self._owners[-1].number
-            self.children.starters.resume(owner or (0 if self._test is None else self._test.number))
+            self.children.starters.resume(self._turns.number)
 
     def end_fixture(self, fixture: Fixture, value: object = None, function: object = None) -> None:
         """End charging the set-up of ``fixture``, where ``function`` made ``value``."""
@@ -406,30 +299,11 @@ class Tracker:
         if fixture.wide:
             self._remember()
             self._look()
-        self._owners.remove(fixture)
-        # Of each card in use, also if the set-up did nothing to it: the teardown may.
-        uuids = [meter.card.uuid for meter in self._meters.values()]
-        fixture.set_up = {uuid: copy.copy(fixture.account(uuid)) for uuid in uuids}
+        self._turns.leave(fixture)
+        self._turns.stand(fixture, self._meters)
         if fixture.wide:
             fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
-            self._wide.append(fixture)
-            self._moved.append(fixture)
             self._resume()
-        holds = any(account.delta > 0 for account in fixture.set_up.values())
-        if fixture.wide and holds:
-            self._standing.append(fixture)
-        test = self._test
-        if test is None:
-            return
-        if any(account.delta for account in fixture.set_up.values()):
-            test.fixtures.append(fixture)
-        if fixture.wide and holds:
-            test.set_up.append(fixture)
-        if fixture.wide:
-            # What is there and is not the test's own is what it starts from.
-            for meter in self._meters.values():
-                uuid = meter.card.uuid
-                test.baselines[uuid] = meter.last.allocated - test.account(uuid).delta
 
     def begin_teardown(self, fixture: Fixture) -> None:
         """Start charging the teardown of ``fixture`` to it.
@@ -439,17 +313,9 @@ class Tracker:
         """
         self._end_teardowns()
         self._look()
-        fixture.torn_down = True
-        if fixture in self._standing:
-            self._standing.remove(fixture)
-        self._owners.append(fixture)
-        if fixture in self._wide:
-            self._wide.remove(fixture)
-            self._moved = [*(each for each in self._moved if each is not fixture), fixture]
+        self._turns.begin_teardown(fixture)
         self._resume()
         self._tensors.drop_fixture(fixture.roots)
-        if self._test is not None and fixture not in self._test.fixtures and fixture.set_up:
-            self._test.fixtures.append(fixture)
 
     def _end_teardowns(self) -> None:
         self.boundary()
@@ -457,9 +323,6 @@ class Tracker:
 
     def _leave_teardowns(self) -> None:
         """Let nothing more be charged to fixtures whose teardown has begun."""
-        rest = [
-            owner for owner in self._owners if not (isinstance(owner, Fixture) and owner.torn_down)
-        ]
-        if len(rest) < len(self._owners):
+        if self._turns.torn_down():
             self._look()
-            self._owners = rest
+            self._turns.leave_teardowns()

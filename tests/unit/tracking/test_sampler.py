@@ -7,7 +7,7 @@ import os
 import threading
 import time
 
-from pytest_gpumem.tracking.children import has_children
+from pytest_gpumem.tracking.offspring import has_children
 from pytest_gpumem.tracking.sampler import Sampler
 
 

@@ -1,0 +1,128 @@
+"""Who runs: a fixture while it is set up or torn down, otherwise the test; and what stands.
+
+A function fixture lives and dies with its test, so what it does is the test's as well; what a wider
+fixture holds is not.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.tracking.accounts import Fixture, Owner, Test
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pytest_gpumem.devices import AllocatorReading
+    from pytest_gpumem.tracking.meter import Meter
+
+
+class Turns:
+    """The owners that run, each within the one before, and the wider fixtures that are set up."""
+
+    def __init__(self) -> None:
+        self._outside = Owner("outside of tests", "session")
+        self._owners: list[Owner] = [self._outside]
+        self.test: Test | None = None
+        self.wide: list[Fixture] = []
+        """Wider fixtures that are set up, whether or not they hold anything."""
+        self.standing: list[Fixture] = []
+        """Those that hold something."""
+        self.moved: list[Fixture] = []
+        """Those that were set up or torn down since the last test ended."""
+
+    @property
+    def charged(self) -> tuple[Owner, ...]:
+        """Who is charged now; the first is who runs."""
+        owner = self._owners[-1]
+        if isinstance(owner, Fixture) and not owner.wide and self.test is not None:
+            return (owner, self.test)
+        return (owner,)
+
+    def charge(self, meter: Meter, before: AllocatorReading, now: AllocatorReading) -> None:
+        """Charge what an allocator did between two boundaries."""
+        for owner in self.charged:
+            account = owner.account(meter.card.uuid)
+            account.delta += now.allocated - before.allocated
+            account.peak = max(account.peak, now.allocated_peak)
+            account.reserved_peak = max(account.reserved_peak, now.reserved_peak)
+            # The suite may set these counters back.
+            account.retries += max(0, now.retries - before.retries)
+            account.ooms += max(0, now.ooms - before.ooms)
+        if self.test is not None:
+            highest, uuid = self.test.reserved_peak, meter.card.uuid
+            highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
+
+    @property
+    def number(self) -> int:
+        """By which the children know who runs: of function fixtures it is the test."""
+        return self._owners[-1].number or (0 if self.test is None else self.test.number)
+
+    def begin_test(self, nodeid: str) -> Test:
+        """Let a test run."""
+        self._outside.accounts.clear()
+        self.test = Test(nodeid, tuple(self.standing))
+        self._owners = [self.test]
+        return self.test
+
+    def end_test(self) -> None:
+        """Let nobody run."""
+        self.moved.clear()
+        self.test = None
+        self._owners = [self._outside]
+
+    def begin_set_up(self, fixture: Fixture) -> None:
+        """Let a fixture run, which is set up."""
+        self._owners.append(fixture)
+
+    def leave(self, fixture: Fixture) -> None:
+        """Let the one go on within which a fixture was set up."""
+        self._owners.remove(fixture)
+
+    def stand(self, fixture: Fixture, meters: Iterable[Meter]) -> None:
+        """Take note of a fixture that is set up."""
+        # Of each card in use, also if the set-up did nothing to it: the teardown may.
+        uuids = [meter.card.uuid for meter in meters]
+        fixture.set_up = {uuid: copy.copy(fixture.account(uuid)) for uuid in uuids}
+        holds = any(account.delta > 0 for account in fixture.set_up.values())
+        if fixture.wide:
+            self.wide.append(fixture)
+            self.moved.append(fixture)
+            if holds:
+                self.standing.append(fixture)
+        test = self.test
+        if test is None:
+            return
+        if any(account.delta for account in fixture.set_up.values()):
+            test.fixtures.append(fixture)
+        if fixture.wide and holds:
+            test.set_up.append(fixture)
+        if fixture.wide:
+            # What is there and is not the test's own is what it starts from.
+            for meter in meters:
+                uuid = meter.card.uuid
+                test.baselines[uuid] = meter.last.allocated - test.account(uuid).delta
+
+    def begin_teardown(self, fixture: Fixture) -> None:
+        """Let a fixture run, which is torn down."""
+        fixture.torn_down = True
+        if fixture in self.standing:
+            self.standing.remove(fixture)
+        self._owners.append(fixture)
+        if fixture in self.wide:
+            self.wide.remove(fixture)
+            self.moved = [*(each for each in self.moved if each is not fixture), fixture]
+        test = self.test
+        if test is not None and fixture not in test.fixtures and fixture.set_up:
+            test.fixtures.append(fixture)
+
+    def torn_down(self) -> bool:
+        """Whether a fixture is charged whose teardown has begun."""
+        return any(isinstance(owner, Fixture) and owner.torn_down for owner in self._owners)
+
+    def leave_teardowns(self) -> None:
+        """Let nothing more be charged to fixtures whose teardown has begun."""
+        self._owners = [
+            owner for owner in self._owners if not (isinstance(owner, Fixture) and owner.torn_down)
+        ]
