@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "archive.consolidator": ("Consolidation", "GpuConsolidator", "get_gpu_consolidator"),
     "archive.store": ("ArchiveStore",),
-    "archive.tree": ("allow_subclass",),
+    "archive.subclasses": ("allow_subclass",),
     "errors": (
         "ArchiveError",
         "ArgumentError",

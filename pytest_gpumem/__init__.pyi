@@ -12,7 +12,7 @@ from pytest_gpumem.archive.consolidator import (
 from pytest_gpumem.archive.store import (
     ArchiveStore as ArchiveStore,
 )
-from pytest_gpumem.archive.tree import (
+from pytest_gpumem.archive.subclasses import (
     allow_subclass as allow_subclass,
 )
 from pytest_gpumem.errors import (

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pytest_gpumem.archive import codec, disk, memory, sealing, tree
+from pytest_gpumem.archive import codec, disk, memory, sealing, taker, tree
+from pytest_gpumem.archive.builder import Builder
 from pytest_gpumem.archive.disk import NewFile, OldFile
+from pytest_gpumem.archive.nodes import checked
 from pytest_gpumem.archive.sealing import CHUNK, HEADER, INDEX, STATE, TAG, Seal
 from pytest_gpumem.errors import DamagedError, StateRefusedError
 
@@ -40,12 +42,12 @@ class Packed:
     """A state taken apart and ready to be written.
 
     Raises:
-        StateRefusedError: see ``tree.take_apart``.
+        StateRefusedError: see ``taker.take_apart``.
 
     """
 
     def __init__(self, state: Any) -> None:
-        self.parts = tree.take_apart(state)
+        self.parts = taker.take_apart(state)
         blocks = self.parts.blocks
         runs = [
             (kind, [block.size for block in group])
@@ -164,7 +166,7 @@ class Reader:
         self._seal.open(INDEX, 0, self._file.read(body - length, length), index)
         described, lengths = _read_index(index)
         self.tree, self.records, runs = described["tree"], described["tensors"], described["blocks"]
-        with tree.checked():
+        with checked():
             self.layout = memory.Layout([(kind, sizes) for kind, sizes in runs])
         self._places = list(itertools.accumulate(lengths, initial=HEADER))
         if len(lengths) != len(self.layout.chunks) or self._places[-1] != body - length:
@@ -226,13 +228,13 @@ class Reader:
 
         They share memory where they did.
         """
-        with tree.checked():
+        with checked():
             leaves = list(tree.leaves(self.tree))
             node = ["l", *(leaves[place] for place in which)]
         return self._restored(node, device)  # type: ignore[no-any-return]
 
     def _restored(self, node: Any, device: str) -> Any:
-        with tree.checked():
+        with checked():
             blocks = tree.blocks_of(tree.reach(node, self.records), self.records, self.layout.sizes)
         new = {block: memory.fresh(self.layout.sizes[block], device) for block in blocks}
         self._fill(new)
@@ -250,7 +252,7 @@ class Reader:
 
     def _built(self, node: Any, storages: dict[int, Any], device: str) -> Any:
         places = {block: (storage, 0) for block, storage in storages.items()}
-        return tree.Builder(self.records, self.layout.sizes, places, device=device).build(node)
+        return Builder(self.records, self.layout.sizes, places, device=device).build(node)
 
 
 def _read_index(index: bytearray) -> tuple[dict[str, Any], tuple[int, ...]]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from states import DTYPES, QUANTIZED, same, shared, tensors_of
 
-from pytest_gpumem.archive import disk, file, tree
+from pytest_gpumem.archive import disk, file, subclasses
 from pytest_gpumem.errors import StateRefusedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -181,13 +181,13 @@ class Pair(torch.Tensor):
 
 
 def test_a_subclass_is_refused_until_it_is_allowed(keep, monkeypatch):
-    monkeypatch.setattr(tree, "_allowed", set())
+    monkeypatch.setattr(subclasses, "_allowed", set())
     one = torch.randn(3)
     state = {"w": torch.nn.Parameter(Pair(one, torch.randn(3), "n")), "tied": one}
     with pytest.raises(StateRefusedError, match=r"\['w'\]: a tensor of the class .*Pair; allow"):
         keep(state)
 
-    tree.allow_subclass(Pair)
+    subclasses.allow_subclass(Pair)
     back = keep(state)
     assert isinstance(back["w"], Pair)
     assert isinstance(back["w"], torch.nn.Parameter)
@@ -278,7 +278,7 @@ def test_what_is_nested_is_kept_or_refused_and_nothing_else(keep, wrap):
 
 
 def test_a_tensor_that_is_part_of_itself_is_refused(keep, monkeypatch):
-    monkeypatch.setattr(tree, "_allowed", {Pair})
+    monkeypatch.setattr(subclasses, "_allowed", {Pair})
     with pytest.raises(StateRefusedError, match=r"not be restored: .* a tensor inside itself"):
         keep(inside_itself())
     found = keep(held_by_a_part())
@@ -286,7 +286,7 @@ def test_a_tensor_that_is_part_of_itself_is_refused(keep, monkeypatch):
 
 
 def test_a_subclass_that_cannot_be_taken_apart_or_built_is_refused(keep, monkeypatch):
-    monkeypatch.setattr(tree, "_allowed", {Pair})
+    monkeypatch.setattr(subclasses, "_allowed", {Pair})
     state = [Pair(torch.ones(2), torch.ones(2), "n")]
     monkeypatch.setattr(Pair, "__tensor_unflatten__", lambda *_: 1 / 0)
     with pytest.raises(StateRefusedError, match=r"could not be restored: .* division by zero"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from states import same
 
-from pytest_gpumem.archive import disk, keys, tree, vault
+from pytest_gpumem.archive import disk, keys, subclasses, vault
 from pytest_gpumem.archive.retention import Forgotten
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import (
@@ -257,13 +257,13 @@ def test_verify_builds_what_it_reads(store, monkeypatch):
 
         __torch_dispatch__ = classmethod(lambda *_, **__: NotImplemented)
 
-    monkeypatch.setattr(tree, "_allowed", {Odd})
+    monkeypatch.setattr(subclasses, "_allowed", {Odd})
     sparse = torch.eye(3).to_sparse()
     name = store.put(
         [Odd(torch.ones(3)), sparse, torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)]
     )
     assert store.verify(read_data=True) == ()
-    monkeypatch.setattr(tree, "_allowed", set())
+    monkeypatch.setattr(subclasses, "_allowed", set())
     assert store.verify() == ()
     (problem,) = store.verify(read_data=True)
     assert problem.name == name
