@@ -49,6 +49,28 @@ class Entry(NamedTuple):
     tensors: int
 
 
+class Wanted(NamedTuple):
+    """What an entry must be, see ``ArchiveStore.find``; None: anything."""
+
+    type: str | None = None
+    context: str | None = None
+    tag: str | None = None
+    since: float | None = None
+    until: float | None = None
+    content: str | None = None
+
+    def holds(self, entry: Entry) -> bool:
+        """Return whether an entry is so."""
+        return (
+            (self.type is None or entry.type == self.type)
+            and (self.context is None or entry.context == self.context)
+            and (self.tag is None or self.tag in entry.tags)
+            and (self.since is None or entry.created >= self.since)
+            and (self.until is None or entry.created < self.until)
+            and (self.content is None or entry.content == self.content)
+        )
+
+
 class Stats(NamedTuple):
     """What a store, or one context of it, holds; sizes in bytes."""
 

@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.archive import anchors, disk, vault
+from pytest_gpumem.archive.disk import explained
 from pytest_gpumem.archive.states import reading
 from pytest_gpumem.errors import ArchiveError, DamagedError, NotFoundError
 
@@ -13,9 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_gpumem.archive import file
-    from pytest_gpumem.archive.catalogue import Catalogue
-    from pytest_gpumem.archive.needs import Needs
-    from pytest_gpumem.archive.states import States
+    from pytest_gpumem.archive.place import Place
 
 _OURS = {"states", "entries", "asleep", vault.LOCK, anchors.NAME, *vault.NAMES}
 _FOREIGN = "is not the store's; it is left alone"
@@ -42,54 +41,43 @@ class Health(NamedTuple):
 class Checkup:
     """Looks at the parts of a store."""
 
-    def __init__(
-        self,
-        secret: vault.Vault,
-        catalogue: Catalogue,
-        states: States,
-        noted: anchors.Anchors,
-        needs: Needs,
-    ) -> None:
-        self._vault = secret
-        self._catalogue = catalogue
-        self._states = states
-        self._anchors = noted
-        self._needs = needs
+    def __init__(self, place: Place) -> None:
+        self._place = place
 
     def problems(self) -> list[Problem]:
         """Return what is wrong as far as it shows without reading states."""
-        entries = self._catalogue.entries()
-        problems = [Problem(*each) for each in sorted(self._catalogue.broken.items())]
-        there = self._states.names()
+        entries = self._place.catalogue.entries()
+        problems = [Problem(*each) for each in sorted(self._place.catalogue.broken.items())]
+        there = self._place.states.names()
         for entry in entries:
             # Somebody may have removed it since.
-            if entry.content not in there and self._catalogue.holds(entry.id):
+            if entry.content not in there and self._place.catalogue.holds(entry.id):
                 problems.append(Problem(entry.id, f"the state of {entry.id} is missing"))
-        problems += [Problem(*each) for each in self._vault.problems()]
+        problems += [Problem(*each) for each in self._place.vault.problems()]
         return problems + [Problem(name, _FOREIGN) for name in self._foreign()]
 
     def _foreign(self) -> list[str]:
         """Return the names of what is not the store's; a key file and its lock may lie there."""
-        key = self._vault.keys.file
+        key = self._place.vault.keys.file
         beside = {key.name, f".{key.name}.lock", f".{key.name}.new"} if key else set()
         return [
-            *disk.foreign(self._vault.folder, _OURS | beside),
-            *(f"states/{name}" for name in self._states.foreign()),
-            *(f"entries/{name}" for name in self._catalogue.foreign()),
-            *(f"asleep/{name}" for name in self._needs.foreign()),
+            *disk.foreign(self._place.vault.folder, _OURS | beside),
+            *(f"states/{name}" for name in self._place.states.foreign()),
+            *(f"entries/{name}" for name in self._place.catalogue.foreign()),
+            *(f"asleep/{name}" for name in self._place.needs.foreign()),
         ]
 
     def states(
         self, *, read_data: bool, progress: Callable[[int, int], None] | None
     ) -> Iterator[Problem]:
         """Yield the entries whose states cannot be restored; see ``ArchiveStore.verify``."""
-        states = {entry.content: entry for entry in self._catalogue.entries()}
+        states = {entry.content: entry for entry in self._place.catalogue.entries()}
         total, done = sum(entry.size for entry in states.values()), 0
         for content, entry in states.items():
-            if not self._states.holds(content):
+            if not self._place.states.holds(content):
                 continue
             try:
-                with reading(self._states, self._catalogue, entry) as reader:
+                with reading(self._place.states, self._place.catalogue, entry) as reader:
                     if read_data:
                         _try_to_restore(reader)
             except NotFoundError:
@@ -102,22 +90,27 @@ class Checkup:
 
     def put_back(self, anchor: str) -> list[Problem]:
         """Return what shows that the store was put back to before ``anchor``."""
-        try:
-            found = self._anchors.problems(anchor, self._catalogue.entries())
-            return [Problem(*each) for each in found]
-        except DamagedError as error:
-            return [Problem(anchors.NAME, str(error))]
+        place = self._place
+        # Alone, for a moment: an entry that is just being put was not there at an anchor.
+        with explained("read the anchors of", place.path), place.locked(alone=True):
+            try:
+                found = place.anchors.problems(anchor, place.catalogue.entries())
+                return [Problem(*each) for each in found]
+            except DamagedError as error:
+                return [Problem(anchors.NAME, str(error))]
 
     def health(self) -> Health:
         """Return how the store is, without reading the states."""
-        used, quota = self._states.used(), self._states.quota
-        if quota is not None:
-            fill = used / quota if quota else 1.0
-        else:
-            system = shutil.disk_usage(self._vault.folder)
-            fill = 1 - system.free / system.total
-        problems = self.problems()
-        entries = len(self._catalogue.entries()) + len(self._catalogue.broken)
+        place = self._place
+        with explained("look at", place.path):
+            used, quota = place.states.used(), place.states.quota
+            if quota is not None:
+                fill = used / quota if quota else 1.0
+            else:
+                system = shutil.disk_usage(place.path)
+                fill = 1 - system.free / system.total
+            problems = self.problems()
+            entries = len(place.catalogue.entries()) + len(place.catalogue.broken)
         broken = {each.name for each in problems if each.what != _FOREIGN}
         sound = 1 - len(broken) / max(entries, len(broken), 1)
         return Health(sound * min(1.0, max(0.0, (1 - fill) / 0.2)), fill, tuple(problems))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.archive import arguments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,14 +34,34 @@ class Plan(NamedTuple):
     """States that no entry has then."""
 
 
+class Rules(NamedTuple):
+    """What decays; None: nothing by that rule."""
+
+    before: float | None = None
+    """Seconds since the epoch; candidates put earlier decay."""
+    keep_last: int | None = None
+    """So many of the newest candidates stay."""
+    max_stored: int | None = None
+    """Bytes; the oldest candidates decay until all states take no more than that."""
+
+
+def rules_of(older_than: float | None, keep_last: int | None, max_stored: int | None) -> Rules:
+    """Return the rules that ``ArchiveStore.forget`` was given; ``older_than`` is in seconds.
+
+    Raises:
+        ArgumentError: one of them is not what it must be.
+
+    """
+    age = arguments.seconds("older_than", older_than)
+    return Rules(
+        None if age is None else time.time() - age,
+        arguments.whole("keep_last", keep_last),
+        arguments.whole("max_stored", max_stored),
+    )
+
+
 def plan(
-    entries: Sequence[Entry],
-    candidates: Sequence[Entry],
-    sizes: Mapping[str, int],
-    *,
-    before: float | None = None,
-    keep_last: int | None = None,
-    max_stored: int | None = None,
+    entries: Sequence[Entry], candidates: Sequence[Entry], sizes: Mapping[str, int], rules: Rules
 ) -> Plan:
     """Return what no rule keeps.
 
@@ -46,11 +69,10 @@ def plan(
         entries: all of the store.
         candidates: those that may decay, oldest first.
         sizes: bytes of the states' files, by content.
-        before: seconds since the epoch; candidates put earlier decay.
-        keep_last: so many of the newest candidates stay.
-        max_stored: bytes; the oldest candidates decay until all states take no more than that.
+        rules: what decays.
 
     """
+    before, keep_last, max_stored = rules
     excess = 0 if keep_last is None else max(0, len(candidates) - keep_last)
     decayed = {
         entry.id: entry

@@ -14,31 +14,21 @@ the directory holds is what there is. Every process keeps the entries it has rea
 
 from __future__ import annotations
 
-import contextlib
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pytest_gpumem import files
-from pytest_gpumem.archive import arguments, disk, file, keys, retention, tree, vault
-from pytest_gpumem.archive.anchors import Anchors
-from pytest_gpumem.archive.catalogue import Catalogue, Entry, Stats, stats_of
+from pytest_gpumem.archive import addition, arguments, file, keys, removal, tree
+from pytest_gpumem.archive.addition import Beside
+from pytest_gpumem.archive.catalogue import Entry, Stats, Wanted, stats_of
 from pytest_gpumem.archive.checkup import Checkup, Health, Problem
-from pytest_gpumem.archive.disk import explained, locked
-from pytest_gpumem.archive.needs import Needs
-from pytest_gpumem.archive.retention import Forgotten
-from pytest_gpumem.archive.states import States, reading
-from pytest_gpumem.errors import (
-    ArchiveError,
-    DamagedError,
-    InUseError,
-    NotFoundError,
-    StateRefusedError,
-)
+from pytest_gpumem.archive.disk import explained
+from pytest_gpumem.archive.place import Place, make_directories
+from pytest_gpumem.archive.retention import Forgotten, rules_of
+from pytest_gpumem.errors import ArchiveError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
 DIRECTORY_VARIABLE: Final = "GPUMEM_ARCHIVE"
 
@@ -89,18 +79,10 @@ class ArchiveStore:
         self.quota = arguments.whole("quota", quota)
         if not make and not (self.path / "states").is_dir():
             raise NotFoundError(f"there is no store {str(self.path)!r}")
-        self._make_directories()
-        self._vault = vault.Vault(self.path, keys.find(key, make=make))
-        secret = self._open()
-        self._secret = secret
-        self._states = States(self.path / "states", secret, self.quota)
-        self._catalogue = Catalogue(self.path / "entries", secret)
-        self._anchors = Anchors(self.path, secret)
-        self._needs = Needs(self.path / "asleep")
-        self._checkup = Checkup(
-            self._vault, self._catalogue, self._states, self._anchors, self._needs
-        )
-        self._sweep()
+        make_directories(self.path)
+        self._place = Place(self.path, keys.find(key, make=make), self.quota)
+        self._checkup = Checkup(self._place)
+        removal.sweep(self._place)
 
     def __repr__(self) -> str:
         return f"ArchiveStore({str(self.path)!r})"
@@ -108,29 +90,7 @@ class ArchiveStore:
     @property
     def keys(self) -> keys.Keys:
         """The root keys in use."""
-        return self._vault.keys
-
-    def _make_directories(self) -> None:
-        # Nobody else may change what lies in them, and what is removed there must be ours.
-        with explained("use the store", self.path):
-            files.own_directory(self.path, follow=True)
-            for name in ("states", "entries", "asleep"):
-                files.own_directory(self.path / name)
-
-    def _open(self) -> bytes:
-        with explained("open the store", self.path):
-            # Without the lock first: a writer may have it for as long as its state is large.
-            found = self._vault.open()
-            if found is None:
-                with self._locked(alone=True):
-                    found = self._vault.open()
-                    if found is None:
-                        if any((self.path / "states").iterdir()):
-                            raise DamagedError(
-                                f"the store {str(self.path)!r} has lost its key files"
-                            )
-                        found = self._vault.begin()
-        return found
+        return self._place.vault.keys
 
     def rotate(self, key: bytes | str | Path | Callable[[], bytes | str] | None = None) -> None:
         """Seal the store under another root key; archives stay as they are.
@@ -143,8 +103,8 @@ class ArchiveStore:
 
         """
         given = keys.find(key, make=False) if key is not None else None
-        with explained("rotate the key of", self.path), self._locked(alone=True):
-            self._vault.rotate(self._secret, given)
+        with explained("rotate the key of", self.path), self._place.locked(alone=True):
+            self._place.vault.rotate(self._place.secret, given)
 
     # Putting
 
@@ -176,41 +136,13 @@ class ArchiveStore:
             DiskError: the system would not write.
 
         """
-        beside = [
+        beside = Beside(
             arguments.text("type", type),
             arguments.text("context", context),
-            [*arguments.words("tags", tags)],
+            tuple(arguments.words("tags", tags)),
             arguments.mapping("metadata", metadata),
-        ]
-        described = file.Packed(beside)
-        if described.parts.records:
-            raise StateRefusedError("cannot archive the metadata: it holds tensors")
-        packed = file.Packed(state)
-        content = packed.fingerprint(self._secret)
-        with explained("write", self.path / "states" / content), self._locked(alone=False):
-            # Made first: if we die with the state written and no entry, it tells the next start.
-            name, new = self._catalogue.new()
-            entry = Entry(
-                id=name,
-                type=type,
-                context=context,
-                tags=tuple(beside[2]),
-                metadata=metadata or {},
-                created=time.time(),
-                content=content,
-                size=packed.parts.size,
-                tensors=len(packed.parts.records),
-            )
-            done = False
-            try:
-                if not self._states.has(content):
-                    self._states.write(packed, content)
-                self._catalogue.publish(new, entry, described.parts.tree[4])
-                done = True
-            finally:
-                # The same for an error.
-                new.close(keep=not done and self._states.holds(content))
-        return name
+        )
+        return addition.add(self._place, state, beside)
 
     def put_many(self, items: Iterable[dict[str, Any]]) -> list[str | ArchiveError]:
         """Archive each item and return, in order, its id or why it was refused.
@@ -220,12 +152,7 @@ class ArchiveStore:
         found: list[str | ArchiveError] = []
         for item in items:
             try:
-                if not isinstance(item, dict) or "data" not in item:
-                    raise StateRefusedError("cannot archive an item without 'data'")
-                more = {name: value for name, value in item.items() if name != "data"}
-                if unknown := sorted(set(more) - {"type", "context", "tags", "metadata"}, key=str):
-                    raise StateRefusedError(f"cannot archive an item with {unknown[0]!r}")
-                found.append(self.put(item["data"], **more))
+                found.append(self.put(**addition.arguments_of(item)))
             except ArchiveError as error:
                 found.append(error)
         return found
@@ -255,7 +182,7 @@ class ArchiveStore:
         """
         where = arguments.device("device", device)
         path = at if isinstance(at, (list, tuple)) else (at,)
-        with reading(self._states, self._catalogue, self.entry(id)) as reader:
+        with self._place.reading(id) as reader:
             try:
                 return reader.get(path, where)
             except KeyError as error:
@@ -264,7 +191,7 @@ class ArchiveStore:
     def get_tensors(self, id: str, which: Sequence[int], device: str = "cpu") -> list[Any]:  # noqa: A002
         """Return some of a state's tensors, by their places in ``tensors(id)``; see ``get``."""
         where = arguments.device("device", device)
-        with reading(self._states, self._catalogue, self.entry(id)) as reader:
+        with self._place.reading(id) as reader:
             return reader.get_tensors(which, where)
 
     def entry(self, id: str) -> Entry:  # noqa: A002  # what put returned
@@ -276,18 +203,18 @@ class ArchiveStore:
             DiskError: the system would not read.
 
         """
-        return self._catalogue.read(id)
+        return self._place.entry(id)
 
     def tensors(self, id: str) -> list[TensorShown]:  # noqa: A002  # what put returned
-        """Return the tensors of a state, in the order of the state, without reading them."""
-        with reading(self._states, self._catalogue, self.entry(id)) as reader:
+        """Return the tensors of a state, in its order, without reading them."""
+        with self._place.reading(id) as reader:
             return [TensorShown(*each) for each in tree.listing(reader.tree, reader.records)]
 
     # Finding
 
     def entries(self) -> list[Entry]:
         """Return all entries, oldest first; those that cannot be read are in ``health``."""
-        return self._catalogue.entries()
+        return self._place.catalogue.entries()
 
     def find(
         self,
@@ -313,23 +240,11 @@ class ArchiveStore:
             ArgumentError: one of them is not what it must be.
 
         """
-        for name, value in (("type", type), ("context", context), ("tag", tag)):
-            if value is not None:
-                arguments.text(name, value)
-        arguments.seconds("since", since)
-        arguments.seconds("until", until)
         if content is not None and not isinstance(content, str):
-            content = file.Packed(content).fingerprint(self._secret)
-        return [
-            entry
-            for entry in self.entries()
-            if (type is None or entry.type == type)
-            and (context is None or entry.context == context)
-            and (tag is None or tag in entry.tags)
-            and (since is None or entry.created >= since)
-            and (until is None or entry.created < until)
-            and (content is None or entry.content == content)
-        ]
+            content = file.Packed(content).fingerprint(self._place.secret)
+        words = {"type": type, "context": context, "tag": tag}
+        wanted = _wanted(words, since, until)._replace(content=content)
+        return [entry for entry in self.entries() if wanted.holds(entry)]
 
     # Removing
 
@@ -342,9 +257,7 @@ class ArchiveStore:
             NotFoundError: there is no such id.
 
         """
-        with explained("keep", self._needs.folder), self._locked(alone=False):
-            self.entry(id)
-            return self._needs.mark(id)
+        return removal.prevent(self._place, id)
 
     def delete(self, id: str) -> None:  # noqa: A002  # what put returned
         """Remove an entry, and its state if no other entry has it.
@@ -354,11 +267,7 @@ class ArchiveStore:
             InUseError: a model that sleeps needs it.
 
         """
-        with contextlib.suppress(DamagedError):  # what cannot be read can still be removed
-            self.entry(id)
-        if id in self._needs.names():
-            raise InUseError(f"cannot delete {id}: a model that sleeps needs it")
-        self._remove([id])
+        removal.delete(self._place, id)
 
     def forget(
         self,
@@ -386,65 +295,16 @@ class ArchiveStore:
             ArgumentError: one of them is not what it must be.
 
         """
-        age = arguments.seconds("older_than", older_than)
-        needed = self._needs.names()
-        everything = self.entries()
-        sizes = self._states.sizes(entry.content for entry in everything)
-        plan = retention.plan(
-            everything,
-            [entry for entry in self.find(type=type, context=context) if entry.id not in needed],
-            sizes,
-            before=None if age is None else time.time() - age,
-            keep_last=arguments.whole("keep_last", keep_last),
-            max_stored=arguments.whole("max_stored", max_stored),
-        )
-        orphans: Iterable[str] = plan.orphans
-        if plan.decayed and not dry_run:
-            orphans = self._remove(plan.decayed)
-        freed = [sizes.get(content, 0) for content in orphans]
-        return Forgotten(len(plan.decayed), len(freed), sum(freed))
-
-    def _remove(self, ids: Sequence[str]) -> set[str]:
-        """Remove entries, then the states that nobody has any more; return those."""
-        with explained("remove from", self.path), self._locked(alone=True):
-            # If we die in between, it tells the next start that there may be such states.
-            _, marker = self._catalogue.new()
-            done = False
-            try:
-                self._catalogue.remove(set(ids) - self._needs.names(tidy=True))
-                orphans = self._remove_orphans()
-                done = True
-                return orphans
-            finally:
-                marker.close(keep=not done)
-
-    def _remove_orphans(self) -> set[str]:
-        wanted = {entry.content for entry in self.entries()}
-        if self._catalogue.broken:  # one of them may be all that leads to a state
-            return set()
-        return self._states.remove_all_but(wanted)
-
-    def _sweep(self) -> None:
-        """Remove what writers that died have left; not while somebody writes."""
-        with (
-            explained("tidy up", self.path),
-            self._locked(alone=True, wait=False) as had,
-        ):
-            if not had:
-                return
-            for folder in (self.path, self._states.folder, self._catalogue.folder):
-                stale = disk.unfinished(folder)
-                if stale and folder == self._catalogue.folder:
-                    self._remove_orphans()
-                for each in stale:
-                    each.unlink(missing_ok=True)
+        rules = rules_of(older_than, keep_last, max_stored)
+        wanted = _wanted({"type": type, "context": context})
+        return removal.forget(self._place, wanted, rules, dry_run=dry_run)
 
     # Looking after it
 
     def stats(self) -> dict[str | None, Stats]:
         """Return what each context holds, and under ``None`` what the store does."""
         entries = self.entries()
-        return stats_of(entries, self._states.sizes(entry.content for entry in entries))
+        return stats_of(entries, self._place.states.sizes(entry.content for entry in entries))
 
     def anchor(self) -> str:
         """Return an anchor, which ``verify`` takes later to tell that the store was not put back.
@@ -456,12 +316,12 @@ class ArchiveStore:
             DiskError: the system would not read or write them.
 
         """
-        with explained("anchor", self.path), self._locked(alone=True):
-            return self._anchors.drop(self.entries())
+        with explained("anchor", self.path), self._place.locked(alone=True):
+            return self._place.anchors.drop(self.entries())
 
     def stored(self, entry: Entry) -> int:
         """Return the bytes of the file that an entry's state is in."""
-        return self._states.sizes([entry.content])[entry.content]
+        return self._place.states.sizes([entry.content])[entry.content]
 
     def verify(
         self,
@@ -482,22 +342,20 @@ class ArchiveStore:
         """
         problems = self._checkup.problems()
         if since is not None:
-            problems += self._put_back(since)
+            problems += self._checkup.put_back(since)
         return (*problems, *self._checkup.states(read_data=read_data, progress=progress))
-
-    def _put_back(self, anchor: str) -> list[Problem]:
-        # Alone, for a moment: an entry that is just being put was not there at an anchor.
-        with explained("read the anchors of", self.path), self._locked(alone=True):
-            return self._checkup.put_back(anchor)
 
     def health(self) -> Health:
         """Return how the store is, without reading the states."""
-        with explained("look at", self.path):
-            return self._checkup.health()
+        return self._checkup.health()
 
-    @contextlib.contextmanager
-    def _locked(self, *, alone: bool, wait: bool = True) -> Generator[bool, None, None]:
-        """Hold the store's lock; yield whether it was to be had."""
-        with locked(self.path / vault.LOCK, alone=alone, wait=wait) as had:
-            self._make_directories()
-            yield had
+
+def _wanted(
+    words: dict[str, str | None], since: float | None = None, until: float | None = None
+) -> Wanted:
+    for name, value in words.items():
+        if value is not None:
+            arguments.text(name, value)
+    arguments.seconds("since", since)
+    arguments.seconds("until", until)
+    return Wanted(since=since, until=until, **words)

@@ -18,17 +18,9 @@ from typing import NamedTuple
 
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.files import own_directory, read_own
-from pytest_gpumem.leases import family, telling
-from pytest_gpumem.leases.entries import (
-    WAITING,
-    Entry,
-    claim_in,
-    entry_named,
-    entry_of,
-    is_process,
-)
-from pytest_gpumem.leases.family import Families
-from pytest_gpumem.leases.locks import FileLock, LockBusyError, Watch, is_held, prepare
+from pytest_gpumem.leases.alive import Alive
+from pytest_gpumem.leases.entries import Entry, claim_in, entry_named, entry_of
+from pytest_gpumem.leases.locks import FileLock, LockBusyError, prepare
 from pytest_gpumem.leases.page import Page
 from pytest_gpumem.leases.place import is_plain, make_own, unusable
 from pytest_gpumem.units import printable
@@ -65,7 +57,6 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._queue = directory / "queue"
-        self._alive = directory / "alive"
         self._ignored: set[str] = set()
         """Names in the queue behind which there is no file of ours."""
         self.forget()
@@ -85,7 +76,8 @@ class Ledger:
         """What this process keeps between tests, by card."""
         self.lasting: dict[str, Entry] = {}
         """What it waited for in vain, by card."""
-        self.family = Families(self._alive, self.process)
+        self.alive = Alive(self.directory / "alive", self.process)
+        """Who takes part."""
 
     def taken_here(self) -> list[Entry]:
         """Return the leases that this thread has taken."""
@@ -204,29 +196,16 @@ class Ledger:
         names = os.listdir(self._queue)  # noqa: PTH208  # iterdir is slower
         if self._ignored:
             names = [name for name in names if name not in self._ignored]
-        return Page(names, self.family.kin)
+        return Page(names, self.alive.family.kin)
 
     def strange(self) -> list[str]:
         """Return the files of its directories that are none of its own; they are left alone."""
-        found = []
         with suppress(OSError):
             names = set(os.listdir(self._queue))  # noqa: PTH208  # as page
             others = {*Page(names).strange, *(self._ignored & names)}
-            found += [f"{self._queue.name}/{name}" for name in sorted(others)]
-            processes = sorted(os.listdir(self._alive))  # noqa: PTH208  # as page
-            for name in processes:  # a process may end meanwhile
-                if not self._is_ours(name) and os.path.lexists(f"{self._alive}/{name}"):
-                    found.append(f"{self._alive.name}/{name}")
-        return found
-
-    def ahead(self, request: Entry) -> int:
-        """Return how many wait before ``request``; all who wait ask at once when a process ends."""
-        try:
-            names = os.listdir(self._queue)  # noqa: PTH208  # as page
-        except OSError:
-            return 0
-        # Names are in the order of the queue.
-        return sum(WAITING <= name < request.name for name in names)
+            found = [f"{self._queue.name}/{name}" for name in sorted(others)]
+            return found + [f"{self.alive.folder.name}/{name}" for name in self.alive.strange()]
+        return []
 
     def mend(self) -> None:
         """See to it that the next use makes a directory that is gone, or half gone."""
@@ -289,9 +268,7 @@ class Ledger:
 
     def nudge(self, entry: Entry) -> bool:
         """Wake the owner of a waiting entry; False when it does not wait any more."""
-        try:
-            os.utime(f"{self._alive}/{entry.process}")
-        except FileNotFoundError:
+        if not self.alive.nudge(entry.process):
             return False
         if not os.path.exists(self._path(entry)):  # noqa: PTH110  # as _path
             return False
@@ -300,19 +277,11 @@ class Ledger:
             os.sched_yield()
         return True
 
-    def watch(self) -> Watch:
-        """Return what waits for a nudge to this process or the end of any."""
-        return Watch(self._alive / self.process, self._alive)
-
     def dead(self, suspects: Collection[str] | None) -> list[str]:
         """Return the processes among ``suspects`` (None: all with entries) that seem dead."""
         if suspects is None:
             suspects = {entry.process for entry in self.read().entries}
-        return [
-            each
-            for each in suspects
-            if each != self.process and not is_held(f"{self._alive}/{each}")
-        ]
+        return self.alive.seem_dead(each for each in suspects if each != self.process)
 
     def bury(self, dead: Collection[str]) -> bool:
         """Take out what ``dead`` processes had; return whether there were any.
@@ -320,7 +289,7 @@ class Ledger:
         Needs the lock. Somebody may start then, and has to be woken.
         """
         # Looked at again: a process that just joins has its file before it has its lock.
-        dead = [each for each in dead if not is_held(f"{self._alive}/{each}")]
+        dead = self.alive.seem_dead(dead)
         for entry in self.page().entries if dead else ():
             if entry.process not in dead:
                 continue
@@ -328,13 +297,9 @@ class Ledger:
                 self.strike(entry)
             else:
                 self._ignored.add(entry.name)
-        for each in filter(self._is_ours, dead):
-            (self._alive / each).unlink(missing_ok=True)
+        for each in dead:
+            self.alive.remove(each)
         return bool(dead)
-
-    def _is_ours(self, name: str) -> bool:
-        """Return whether a file is one by which a process shows that it lives."""
-        return is_process(name) and is_plain(f"{self._alive}/{name}")
 
     def close(self) -> bool:
         """Take everything of this process out; return whether there can have been anything."""
@@ -347,7 +312,7 @@ class Ledger:
             self.leases.clear()
             self.residents.clear()
             self.lasting.clear()
-            (self._alive / self.process).unlink(missing_ok=True)
+            self.alive.remove(self.process)
         self._leave()
         return True
 
@@ -357,22 +322,20 @@ class Ledger:
     def _join(self, limit: float, on_wait: Callable[[str], None]) -> Standing:
         """Take part, with all that this process has."""
         make_own(self.directory)
-        for each in (self._queue, self._alive):
+        for each in (self._queue, self.alive.folder):
             own_directory(each)
         prepare()
         files = [FileLock(self.directory / "lock")]
         try:
             self._lock(files[0], limit, on_wait)
-            self._refuse_later(files[0])
-            files.append(FileLock(self._alive / self.process))
+            _refuse_later(self.directory, files[0])
+            files.append(self.alive.lock())
             self._lock(files[1], limit, on_wait)
-            own, terminal = " ".join(family.lineage(os.getpid())), telling.terminal()
-            with suppress(OSError):  # as a label's
-                files[1].write(f"{own}\n{'' if terminal is None else terminal}\n")
+            self.alive.tell(files[1])
             kept = (*self.residents.values(), *self.lasting.values())
             for entry in (*filter(None, map(entry_named, self.leases)), *kept):
                 self.write(entry, "")
-            others = {each.name for each in self._alive.iterdir()} - {self.process}
+            others = self.alive.others()
             others |= {each.process for each in self.page().entries} - {self.process}
             if self.bury(others):
                 for entry in self.page().waiting:  # any of them may be able to start now
@@ -384,18 +347,19 @@ class Ledger:
             raise
         return Standing(alive=files[1], guard=files[0])
 
-    def _refuse_later(self, guard: FileLock) -> None:
-        """Raise where a later version said in the file of the lock that it writes otherwise."""
-        if told := guard.read(_FORMAT):
-            raise LeaseError(
-                f"the leases in {self.directory} are kept in a format that this version of "
-                f"pytest-gpumem does not read: its lock says {told!r}, and should be empty"
-            )
-
     def _leave(self) -> None:
         own, self._standing = self._standing, None
         for file in own or ():
             file.close()
+
+
+def _refuse_later(directory: Path, guard: FileLock) -> None:
+    """Raise where a later version said in the file of the lock that it writes otherwise."""
+    if told := guard.read(_FORMAT):
+        raise LeaseError(
+            f"the leases in {directory} are kept in a format that this version of "
+            f"pytest-gpumem does not read: its lock says {told!r}, and should be empty"
+        )
 
 
 def _limit(deadline: float | None) -> float:

@@ -71,7 +71,7 @@ class Queue:
                         request = request.turned(HELD)
                     ledger.write(request, asking.label)
                 if request.state == WAITING:
-                    watch = stack.enter_context(ledger.watch())
+                    watch = stack.enter_context(ledger.alive.watch())
                     begun = time.monotonic()
                     view = self._wait(request, view, watch, asking)
                     waited = time.monotonic() - begun
@@ -109,7 +109,13 @@ class Queue:
                 said = text
             pause = self._pause(view, request, asking, waited)
             pause = pause if lent is None else min(pause, LOOK)
-            news = watch.wait(pause, lambda: _STAND_BY * self._ledger.ahead(request))
+            news = watch.wait(pause, lambda: _STAND_BY * self._ahead(request))
+
+    def _ahead(self, request: Entry) -> int:
+        """Return how many wait before ``request``; all who wait ask at once when a process ends."""
+        with suppress(OSError):
+            return sum(each.number < request.number for each in self._ledger.page().waiting)
+        return 0
 
     def _missed(self, request: Entry, before: Page) -> News | None:
         """Return what happened before anybody could wake ``request``, None if nothing did.
@@ -202,7 +208,7 @@ class Queue:
         # Without the lock: the driver may take milliseconds.
         ledger, page = self._ledger, self._ledger.read()
         return {
-            key: self._lookout.look(*self.cards[key], page, ledger.process, ledger.family)
+            key: self._lookout.look(*self.cards[key], page, ledger.process, ledger.alive.family)
             for key in keys
         }
 
@@ -226,7 +232,7 @@ class Queue:
     def _owner(self, entry: Entry) -> str:
         """Return what a message calls the process that has something."""
         words = [] if entry.state in KEPT else [self._ledger.label(entry)]
-        if self._ledger.family.is_stopped(entry.process):
+        if self._ledger.alive.family.is_stopped(entry.process):
             words.append("stopped")
         told = f" ({', '.join(words)})" if words else ""
         return f"pid {entry.pid}{told}{' between tests' if entry.state in KEPT else ''}"

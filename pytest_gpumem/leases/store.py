@@ -201,7 +201,7 @@ class LeaseStore:
 
     def ancestors(self) -> Mapping[str, int | None]:
         """Return the processes that started this one and take leases, see ``telling.Waiting``."""
-        return self._ledger.family.ancestors()
+        return self._ledger.alive.family.ancestors()
 
     def granted_here(self, uuid: str) -> int | None:
         """Return the bytes of a card that this thread's leases are for; None: the whole card."""

@@ -245,7 +245,7 @@ def test_what_a_dead_writer_left_is_gone_after_the_next_start(tmp_path):
 
 def test_nothing_of_a_living_writer_is_tidied_away(tmp_path):
     store = ArchiveStore(tmp_path, key=KEY)
-    with store._locked(alone=False):
+    with store._place.locked(alone=False):
         (tmp_path / "states" / f"{disk.TEMPORARY}0123").write_bytes(b"part")
         ArchiveStore(tmp_path, key=KEY)
         assert (tmp_path / "states" / f"{disk.TEMPORARY}0123").exists()

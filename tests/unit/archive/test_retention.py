@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpumem.archive.catalogue import Entry
-from pytest_gpumem.archive.retention import plan
+from pytest_gpumem.archive.retention import Rules, plan
 
 
 def entry(number, content):
@@ -31,7 +31,7 @@ RULES = st.fixed_dictionaries(
 def test_every_rule_holds_after_a_plan_and_nothing_else_goes(entries, chosen, rules):
     sizes = {"a": 1, "b": 10, "c": 0, "d": 7}
     candidates = [each for at, each in enumerate(entries) if at in chosen]
-    found = plan(entries, candidates, sizes, **rules)
+    found = plan(entries, candidates, sizes, Rules(**rules))
 
     gone = set(found.decayed)
     kept = [each for each in entries if each.id not in gone]
@@ -53,7 +53,7 @@ def test_every_rule_holds_after_a_plan_and_nothing_else_goes(entries, chosen, ru
 @given(entries=ENTRIES, most=st.integers(0, 40))
 def test_no_more_goes_for_room_than_must(entries, most):
     sizes = {"a": 1, "b": 10, "c": 0, "d": 7}
-    found = plan(entries, entries, sizes, max_stored=most)
+    found = plan(entries, entries, sizes, Rules(max_stored=most))
     if found.decayed:
         last = len(found.decayed) - 1
         states = {each.content for each in entries[last:]}

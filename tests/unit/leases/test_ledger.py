@@ -158,7 +158,7 @@ def test_who_joins_clears_what_the_dead_left_and_wakes_all_who_may_wait_for_it(l
     for ledger, state in ((asked, HELD), (asked, RESIDENT), (waits, WAITING)):
         ledger.write(entry_of(state, 1, ledger.process, claims), "")
     waiting = entry_of(WAITING, 1, waits.process, claims)
-    with waits.watch() as watch:
+    with waits.alive.watch() as watch:
         die(idle)
         die(asked)
         new = ledgers()
