@@ -156,16 +156,18 @@ class Catalogue:
                 names = self._names()
                 # A change in the same tick of the clock as this one would not show.
                 settled = time.time_ns() - changed > _SETTLED
-                for gone in (set(self._known) | set(self.broken)) - names:
+                self.broken = {}
+                for gone in set(self._known) - names:
                     self._known.pop(gone, None)
-                    self.broken.pop(gone, None)
-                for new in names - set(self._known) - set(self.broken):
+                for new in names - set(self._known):
                     try:
                         self._known[new] = self.read(new)
                     except NotFoundError:
                         continue
                     except ArchiveError as error:
                         self.broken[new] = str(error)
+                        # What the system would not read now it may the next time.
+                        settled = settled and not isinstance(error, DiskError)
                 self._seen = changed if settled else None
             return sorted(self._known.values(), key=lambda entry: (entry.created, entry.id))
 

@@ -70,7 +70,7 @@ class Coder:
         self._halves = (np.empty(CHUNK // 2, np.uint16), np.empty(CHUNK // 2, np.uint16))
         self._spare = np.empty(CHUNK // 2, np.uint16)
         self._nibbles = np.empty(CHUNK, np.uint8)
-        self._outside = np.empty(CHUNK, bool)
+        self._outside = np.empty(CHUNK // 8, np.uint64)
         self._paired = np.empty(CHUNK // 2, np.uint8)
 
     def encode(self, chunk: Bytes, kind: str, out: Bytes) -> int:
@@ -130,13 +130,18 @@ class Coder:
         base = int(within.argmax())
         if below[-1] - within[base] > below[-1] // _FEW:
             return None
-        nibbles, outside = self._nibbles[:size], self._outside[:size]
+        nibbles = self._nibbles[:size]
         np.subtract(plane, np.uint8(base), out=nibbles)
-        np.greater(nibbles, 15, out=outside)
-        places = np.flatnonzero(outside)
+        words = nibbles.view(np.uint64)
+        # Eight at a time, and then within the few words that have one.
+        upper = np.bitwise_and(words, ~_NIBBLES, out=self._outside[: len(words)])
+        suspects = np.flatnonzero(upper != 0)
+        if len(suspects) > size // _FEW:
+            return None
+        near = (suspects[:, None] * 8 + np.arange(8)).ravel()
+        places = near[nibbles[near] > 15]
         if len(places) > size // _FEW:
             return None
-        words = nibbles.view(np.uint64)
         paired: Bytes = self._paired[: size // 2]
         half = len(words) // 2
         np.bitwise_and(words, _NIBBLES, out=words)

@@ -15,7 +15,7 @@ from pytest_gpumem import files
 from pytest_gpumem.errors import DiskError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator
+    from collections.abc import Callable, Collection, Generator
 
 TEMPORARY: Final = ".new-"
 """How the names of unfinished files begin."""
@@ -74,6 +74,8 @@ class NewFile:
         self._on_disk = 0
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
+        self.on_disk: Callable[[int], None] = lambda _: None
+        """Told, in the thread that writes, of how many bytes are on the disk."""
 
     def take(self, length: int) -> memoryview:
         """Return the place for the next ``length`` bytes, to be filled before the next call."""
@@ -102,8 +104,12 @@ class NewFile:
         rest = self._filled - _SLAB
         empty[:rest] = full[_SLAB : self._filled]
         at, self._on_disk, self._filled = self._on_disk, self._on_disk + _SLAB, rest
-        self._writing = self._writer.submit(self._write, memoryview(full)[:_SLAB], at)
+        self._writing = self._writer.submit(self._write_ahead, memoryview(full)[:_SLAB], at)
         self._slabs = [empty, full]
+
+    def _write_ahead(self, view: memoryview, at: int) -> None:
+        self._write(view, at)
+        self.on_disk(at + len(view))
 
     def _write(self, view: memoryview, at: int) -> None:
         while len(view):
@@ -125,9 +131,14 @@ class NewFile:
             self._writing.result()
         whole = -(-self._filled // _PAGE) * _PAGE if self._direct else self._filled
         self._write(memoryview(self._slabs[0])[:whole], self._on_disk)
-        if self._direct:
+        if whole > self._filled:
             os.ftruncate(self._file, self.size)
         os.fsync(self._file)
+
+    def stop(self) -> None:
+        """Let the other thread end, whatever became of its last slab."""
+        if self._writer is not None:
+            self._writer.shutdown()
 
     def publish(self) -> None:
         """Give the file its name; it lasts from here on."""
@@ -136,8 +147,7 @@ class NewFile:
 
     def close(self, *, keep: bool = False) -> None:
         """Close the file, and remove it if it was not published and shall not be kept."""
-        if self._writer is not None:
-            self._writer.shutdown()
+        self.stop()
         try:
             os.close(self._file)
         finally:

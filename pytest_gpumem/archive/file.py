@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hmac
 import itertools
 import json
 import mmap
-import queue
 import struct
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -34,8 +34,6 @@ LONGEST_INDEX: Final = 64 * 2**20
 """Most bytes of an index, for reading one must not take memory without bound."""
 _LONGEST_SEALED: Final = 30 * 2**20
 """Most bytes of it in the file: it has to be read before it can be authenticated."""
-_AHEAD = 6
-"""Chunks that are coded and wait to be written."""
 
 
 class Packed:
@@ -88,12 +86,7 @@ class Packed:
         return whole.hexdigest()
 
 
-def write(
-    new: NewFile,
-    secret: bytes,
-    packed: Packed,
-    name: str = "",
-) -> None:
+def write(new: NewFile, secret: bytes, packed: Packed, name: str = "") -> None:
     """Write a state and wait until it is on the disk.
 
     It can be read under the same ``name`` alone, so that no file passes for another.
@@ -103,37 +96,81 @@ def write(
         StateRefusedError: what is not tensors is too large.
 
     """
-    import zstandard
+    _Writer(new, secret, packed, name).write()
 
-    seal = Seal.new(secret, STATE, name)
-    new.take(HEADER)[:] = seal.header
-    spare: queue.SimpleQueue[codec.Bytes] = queue.SimpleQueue()
-    for _ in range(_AHEAD + 2):
-        spare.put(np.empty(codec.CHUNK + codec.SLACK, np.uint8))
 
-    def code(chunk: Chunk) -> tuple[codec.Bytes, int]:
-        out = spare.get()
-        return out, codec.coder().encode(packed.memory.gather(chunk), chunk.kind, out)
+def write_and_read_back(new: NewFile, secret: bytes, packed: Packed, name: str) -> None:
+    """Write a state, read all of it from the disk again, and make sure that it is the same.
 
-    lengths = []
-    chunks = packed.memory.layout.chunks
-    for chunk, (out, length) in zip(chunks, memory.in_order(code, chunks, _AHEAD), strict=True):
-        seal.close(CHUNK, chunk.number, out[:length], new.take(length + TAG))
-        spare.put(out)
-        lengths.append(length + TAG)
-    index = _INDEX.pack(len(packed.description), len(lengths))
-    index += struct.pack(f"<{len(lengths)}I", *lengths)
-    index += zstandard.ZstdCompressor(level=3).compress(packed.description)
-    if len(index) > _LONGEST_SEALED - TAG:
-        raise StateRefusedError(
-            f"cannot archive the state: what it holds beside tensors takes {len(index)} bytes; "
-            f"allowed are {_LONGEST_SEALED}"
-        )
-    sealed = bytearray(len(index) + TAG)
-    seal.close(INDEX, 0, index, sealed)
-    sealed += _TRAILER.pack(len(sealed), _END)
-    new.fill(bytes(sealed))
-    new.finish()
+    Raises:
+        DamagedError: it is not.
+        OSError, StateRefusedError: see ``write``.
+
+    """
+    writer = _Writer(new, secret, packed, name)
+    with contextlib.closing(OldFile(new.aside, direct=True)) as old:
+        read = 0
+
+        def read_on(size: int) -> None:
+            """Read the chunks that are on the disk, while later ones are coded."""
+            nonlocal read
+            places = writer.places
+            while read + 1 < len(places) and places[read + 1] <= size:
+                _open_chunk(old, writer.seal, read, places[read], places[read + 1])
+                read += 1
+
+        new.on_disk = read_on
+        try:
+            writer.write()
+        finally:
+            new.stop()  # it reads from the file that is closed now
+    with contextlib.closing(Reader(new.aside, secret, name, direct=True)) as reader:
+        reader.authenticate(first=read)
+
+
+class _Writer:
+    """Writes one state to a new file."""
+
+    def __init__(self, new: NewFile, secret: bytes, packed: Packed, name: str) -> None:
+        self.seal = Seal.new(secret, STATE, name)
+        self.places = [HEADER]
+        """Where each chunk begins that is sealed, and where the next one will."""
+        self._new = new
+        self._packed = packed
+
+    def write(self) -> None:
+        """Write it and wait until it is on the disk."""
+        self._new.take(HEADER)[:] = self.seal.header
+        memory.in_turn(self._code, self._close, self._packed.memory.layout.chunks)
+        self._write_index()
+        self._new.finish()
+
+    def _code(self, chunk: Chunk) -> codec.Bytes:
+        """Return the coded chunk, in this thread's scratch memory."""
+        out = _scratch().coded
+        return out[: codec.coder().encode(self._packed.memory.gather(chunk), chunk.kind, out)]
+
+    def _close(self, chunk: Chunk, coded: codec.Bytes) -> None:
+        length = len(coded) + TAG
+        self.seal.close(CHUNK, chunk.number, coded, self._new.take(length))
+        self.places.append(self.places[-1] + length)
+
+    def _write_index(self) -> None:
+        import zstandard
+
+        lengths = [end - start for start, end in itertools.pairwise(self.places)]
+        index = _INDEX.pack(len(self._packed.description), len(lengths))
+        index += struct.pack(f"<{len(lengths)}I", *lengths)
+        index += zstandard.ZstdCompressor(level=3).compress(self._packed.description)
+        if len(index) > _LONGEST_SEALED - TAG:
+            raise StateRefusedError(
+                f"cannot archive the state: what it holds beside tensors takes {len(index)} bytes; "
+                f"allowed are {_LONGEST_SEALED}"
+            )
+        sealed = bytearray(len(index) + TAG)
+        self.seal.close(INDEX, 0, index, sealed)
+        sealed += _TRAILER.pack(len(sealed), _END)
+        self._new.fill(bytes(sealed))
 
 
 class Reader:
@@ -186,18 +223,13 @@ class Reader:
 
     def _opened(self, chunk: Chunk) -> codec.Bytes:
         """Return a chunk, authenticated and still coded, in this thread's scratch memory."""
-        scratch = _scratch()
-        start, end = self._places[chunk.number], self._places[chunk.number + 1]
-        sealed = self._file.read(start, end - start, scratch.sealed)
-        if len(sealed) != end - start:
-            raise DamagedError("it is truncated")
-        out = scratch.coded[: end - start - TAG]
-        self._seal.open(CHUNK, chunk.number, sealed, out)
-        return out
+        number = chunk.number
+        start, end = self._places[number], self._places[number + 1]
+        return _open_chunk(self._file, self._seal, number, start, end)
 
-    def authenticate(self) -> None:
-        """Read all chunks and make sure that they are what was written."""
-        memory.each(lambda chunk: len(self._opened(chunk)), self.layout.chunks)
+    def authenticate(self, first: int = 0) -> None:
+        """Read all chunks from the ``first`` on and make sure that they are what was written."""
+        memory.each(lambda chunk: len(self._opened(chunk)), self.layout.chunks[first:])
 
     def _fill(self, storages: dict[int, Any]) -> None:
         """Read the content of blocks into these storages."""
@@ -253,6 +285,17 @@ class Reader:
     def _built(self, node: Any, storages: dict[int, Any], device: str) -> Any:
         places = {block: (storage, 0) for block, storage in storages.items()}
         return Builder(self.records, self.layout.sizes, places, device=device).build(node)
+
+
+def _open_chunk(old: OldFile, seal: Seal, number: int, start: int, end: int) -> codec.Bytes:
+    """Return a chunk, authenticated and still coded, in this thread's scratch memory."""
+    scratch = _scratch()
+    sealed = old.read(start, end - start, scratch.sealed)
+    if len(sealed) != end - start:
+        raise DamagedError("it is truncated")
+    out = scratch.coded[: end - start - TAG]
+    seal.open(CHUNK, number, sealed, out)
+    return out
 
 
 def _read_index(index: bytearray) -> tuple[dict[str, Any], tuple[int, ...]]:

@@ -9,8 +9,7 @@ import os
 import sys
 import threading
 from bisect import bisect_right
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
+_Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 _MOST_THREADS = 8
 _LARGE = 4 * 2**20
@@ -205,50 +205,28 @@ def _staging(*, pinned: bool) -> tuple[Any, Bytes]:
     return found
 
 
-def in_order(
-    work: Callable[[Chunk], _Result], chunks: Sequence[Chunk], ahead: int
-) -> Iterator[_Result]:
-    """Yield ``work`` of each chunk in turn, done by several threads ``ahead`` of it."""
-    threads = min(_cpus(), _MOST_THREADS, len(chunks))
-    if threads <= 1:
-        yield from map(work, chunks)
-        return
-    with ThreadPoolExecutor(threads, "gpumem-archive") as pool:
-        waiting: deque[Future[_Result]] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(work, chunk))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for each in waiting:
-                each.cancel()
+def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Result]:
+    """Return ``work`` of each task, done by several threads, this one among them.
 
-
-def each(work: Callable[[Chunk], _Result], chunks: Sequence[Chunk]) -> list[_Result]:
-    """Return ``work`` of each chunk, done by several threads, this one among them.
-
-    They take chunks as they come: handing each of them over would take as long as reading it.
+    They take them as they come: handing each of them over would take as long as reading it.
     """
     found: dict[int, _Result] = {}
-    waiting = iter(list(enumerate(chunks)))  # one step of it is atomic
+    waiting = iter(list(enumerate(tasks)))  # one step of it is atomic
     # Neither the error nor a future of it may be in a variable of a frame in its traceback: that
     # cycle would keep the callers' variables, a state's memory among them, until it is collected.
     failed = threading.Event()
 
     def take() -> None:
         try:
-            for at, chunk in waiting:
+            for at, task in waiting:
                 if failed.is_set():
                     return
-                found[at] = work(chunk)
+                found[at] = work(task)
         except BaseException:
             failed.set()
             raise
 
-    others = min(_cpus(), _MOST_THREADS, len(chunks)) - 1
+    others = min(_cpus(), _MOST_THREADS, len(tasks)) - 1
     if others <= 0:
         take()
     else:
@@ -256,7 +234,39 @@ def each(work: Callable[[Chunk], _Result], chunks: Sequence[Chunk]) -> list[_Res
             helping = pool.map(lambda _: take(), range(others))
             take()
             list(helping)
-    return [found[at] for at in range(len(chunks))]
+    return [found[at] for at in range(len(tasks))]
+
+
+def in_turn(
+    work: Callable[[Chunk], _Result],
+    then: Callable[[Chunk, _Result], None],
+    chunks: Sequence[Chunk],
+) -> None:
+    """Do ``work`` of each chunk in several threads, and ``then``, with what came of it, in order.
+
+    A thread does both, so that what one step leaves in the cache of its processor is there for
+    the next.
+    """
+    turn = threading.Condition()
+    now, failed = 0, False
+
+    def one(at: int) -> None:
+        nonlocal now, failed
+        try:
+            found = work(chunks[at])
+            with turn:
+                turn.wait_for(lambda: failed or now == at)
+                if not failed:
+                    then(chunks[at], found)
+                    now += 1
+                    turn.notify_all()
+        except BaseException:
+            with turn:
+                failed = True
+                turn.notify_all()
+            raise
+
+    each(one, range(len(chunks)))
 
 
 def _cpus() -> int:

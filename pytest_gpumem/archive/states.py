@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.archive import disk, file
@@ -36,7 +36,9 @@ class States:
         It is read each time: whoever puts a state may free the memory that it came from.
         """
         try:
-            self._read_back(self.folder / content, content)
+            path = self.folder / content
+            with closing(file.Reader(path, self._secret, content, direct=True)) as reader:
+                reader.authenticate()
         except (FileNotFoundError, DamagedError):
             return False
         return True
@@ -44,10 +46,6 @@ class States:
     def holds(self, content: str) -> bool:
         """Return whether there is a file of a state, whatever is in it."""
         return (self.folder / content).exists()
-
-    def _read_back(self, path: Path, content: str) -> None:
-        with contextlib.closing(file.Reader(path, self._secret, content, direct=True)) as reader:
-            reader.authenticate()
 
     def write(self, packed: file.Packed, content: str) -> None:
         """Write a state and read it back.
@@ -62,8 +60,7 @@ class States:
             raise self._full(used, 0)
         new = disk.NewFile(self.folder / content)
         try:
-            file.write(new, self._secret, packed, content)
-            self._read_back(new.aside, content)
+            file.write_and_read_back(new, self._secret, packed, content)
             if self.quota is not None and used + new.size > self.quota:
                 raise self._full(used, new.size)
             new.publish()
@@ -132,7 +129,7 @@ class States:
         return disk.foreign(self.folder, self.names())
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(
     states: States, catalogue: Catalogue, entry: Entry
 ) -> Generator[file.Reader, None, None]:
@@ -146,7 +143,7 @@ def reading(
     try:
         with (
             explained("read", states.folder / entry.content),
-            contextlib.closing(states.reader(entry.content)) as reader,
+            closing(states.reader(entry.content)) as reader,
         ):
             yield reader
     except DiskError as error:
