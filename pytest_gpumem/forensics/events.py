@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,8 @@ _NEAR = 60
 _FAR = 5000
 """Lines within which messages that do not contradict one another tell of one event: of any
 framework, and of the same one. TensorFlow prints its allocator's state in between."""
+_NEXT = 3
+_FIGURE = re.compile(r"\d[\d.,]*[KMGT]?")
 _RECENT = 20
 _TREND = 3
 _SHOWN = 20
@@ -229,7 +232,14 @@ def _one_event(before: Draft, after: Draft) -> bool:
     return all(
         abs(one.sizes[name] - two.sizes[name]) <= max(one.sizes[name], two.sizes[name]) // 100
         for name in common
-    ) or (common == {"tried"} and one.backend == two.backend == "tensorflow")
+    ) or (common == {"tried"} and _asks_again(one, two, after.line - before.last))
+
+
+def _asks_again(one: Message, two: Message, apart: int) -> bool:
+    """Tell whether a program that was refused goes on to ask for another size."""
+    if one.backend == two.backend == "tensorflow":
+        return True
+    return apart <= _NEXT and _FIGURE.sub("#", one.text) == _FIGURE.sub("#", two.text)
 
 
 def _fuller(one: Message | None, two: Message) -> Message:

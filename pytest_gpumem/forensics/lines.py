@@ -8,6 +8,7 @@ can matter. Only the lines around them are decoded and read.
 from __future__ import annotations
 
 import functools
+import html
 import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,12 +26,14 @@ _LONG = 1 << 14
 
 # Also as JSON and other loggers escape it.
 _ANSI = rb"(?:(?:\x1b|\\u001[bB]|\\x1[bB]|\\033|\\e)?\[[\d;]*m)*"
-_SPACE = rb"(?:\s|(?:\x1b|\\u001[bB])?\[[\d;]*m)+"
+# A blank, one that does not break, a colour, the sides of a box between two of its lines.
+_BLANK = "(?:\\s|[\u00a0\u2502\u2503]|(?:\\x1b|\\\\u001[bB])?\\[[\\d;]*m)".encode()
+_SPACE = _BLANK + b"+"
 _STRUCTURE = rb"|".join(
     part.replace(b"ANSI", _ANSI)
     for part in (
         # The host.
-        rb"[Kk]illed(?:\s|ANSI$)|(?:[Cc]ode|status|exited?|Error)[ :=\"']+137",
+        rb"[Kk]illedANSI(?:\s|$)|(?:[Cc]ode|status|exited?|Error)ANSI[ :=\"']+ANSI137",
         rb"SIGKILL|[Ss]ignal:? 9\b|[Cc]ode[ :]+-9\b",
         # pytest's lines.
         rb"\.(?:py|md|rst|txt|ya?ml|json|ipynb)ANSI::|\.pyANSI:\d+: ",
@@ -65,7 +68,8 @@ def _anchors(needles: tuple[str, ...]) -> Any:
         _SPACE.join(re.escape(part).encode() for part in needle.split()) for needle in needles
     )
     # Loggers and shells write the commonest words in many ways.
-    words = (rb"(?i:out(?:\s|_|\x1b\[[\d;]*m)*of(?:\s|_|\x1b\[[\d;]*m)*memory)", *memory)
+    gap = b"(?:_|" + _BLANK + b")*"
+    words = (b"(?i:out" + gap + b"of" + gap + b"memory)", *memory)
     options = re2.Options()
     options.max_mem = 256 << 20
     return re2.compile(b"(?m)" + b"|".join((*words, _STRUCTURE)), options)
@@ -80,6 +84,8 @@ class Line(NamedTuple):
     """The line's surroundings; what follows the line stands in it from ``end`` to ``window``."""
     end: int
     window: int
+    reach: int
+    """Where the anchor ends, which may be on a later line."""
 
 
 def scan(chunks: Iterable[bytes]) -> Iterator[Line]:
@@ -93,10 +99,11 @@ def scan(chunks: Iterable[bytes]) -> Iterator[Line]:
         buffer, begin, limit, base = region
         counted = begin
         # A region may begin within a line too long for the last one, of which a part was told.
-        for start, end, at in _hits(buffer, max(begin, position - base), limit):
+        for start, end, at, reach in _hits(buffer, max(begin, position - base), limit):
             number += buffer.count(b"\n", counted, start)
             counted = max(start, counted)
-            yield Line(number, buffer[max(start, position - base) : end], buffer, end, at + WINDOW)
+            raw = buffer[max(start, position - base) : end]
+            yield Line(number, raw, buffer, end, at + WINDOW, reach)
             position = base + max(end, at + 1)
         number += buffer.count(b"\n", counted, limit)
 
@@ -127,8 +134,8 @@ def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
             buffer, begin, base = buffer[cut:], limit - cut, base + cut
 
 
-def _hits(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int, int]]:
-    """Return where each line with an anchor starts and ends, and where its anchor is."""
+def _hits(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
+    """Return where each line with an anchor starts and ends, and where its anchor does."""
     search = _anchors(grammars.needles()).search
     while position < limit:
         match = search(buffer, position)
@@ -136,7 +143,7 @@ def _hits(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int, 
             return
         at = match.start()
         start, end = _line(buffer, at)
-        yield start, end, at
+        yield start, end, at, match.end()
         position = max(end, at + 1)
 
 
@@ -174,9 +181,12 @@ def _line(buffer: bytes, at: int) -> tuple[int, int]:
 
 _ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|_[^\x07\x1b]*\x07|[@-Z\\-_])"
-    # Colours whose escape character was lost on the way.
-    r"|\[(?:\d{1,3}(?:;\d{1,3})*)m"
+    # Colours whose escape character was lost on the way, or spelled out.
+    r"|(?:\\(?:033|e|x1[bB]|u001[bB]))?\[(?:\d{1,3}(?:;\d{1,3})*)m"
 )
+_ENTITIES = re.compile(r"&(?:quot|apos|amp|lt|gt|nbsp|#\d{2,4}|#x[\da-fA-F]{2,4});")
+_GUTTER = re.compile(r"[\s\u2502\u2503]+$")
+"""The right side of a box."""
 _LEVELS = r"(?P<level>TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL)"
 _PREFIXES = tuple(
     map(
@@ -202,7 +212,7 @@ _PREFIXES = tuple(
             r"[\w.-]{1,60}(?:-\d+)? +\| ",
             # What was wrapped may go on with a blank.
             r"> (?= ?\S)",
-            r"\| (?=\S)|INTERNALERROR> ",
+            r"\| (?=\S)|[\u2502\u2503] (?= ?\S)|INTERNALERROR> ",
             # The gutter of an exception group.
             r" {2,}\| (?=[A-Za-z_][\w.]{0,80}(?:Error|Exception): )",
             r"##\[\w+\] ?|::\w+(?: [^:]*)?::",
@@ -289,13 +299,21 @@ def read_all(raw: bytes, learned: re.Pattern[str] | None = None) -> list[Text]:
         text = raw.decode("cp1252", errors="replace")
     bare = text.strip()
     wrapped, level = _of_json(bare) if bare[:2] == '{"' and bare[-1:] == "}" else ([text], "")
-    texts = (_read(_ESCAPES.sub("", line).rstrip(), learned) for line in wrapped)
+    texts = (_read(_plain(line), learned) for line in wrapped)
     return [text._replace(level=text.level or level) for text in texts]
 
 
 def read(raw: bytes, learned: re.Pattern[str] | None = None) -> Text:
     """Return the text of one line, whatever its encoding, without what was learned of a carrier."""
     return read_all(raw, learned)[0]
+
+
+def _plain(text: str) -> str:
+    """Return a line without what terminals, browsers and boxes need to show it."""
+    text = _ESCAPES.sub("", text)
+    if "&" in text and _ENTITIES.search(text):
+        text = html.unescape(text)
+    return _GUTTER.sub("", text.replace("\u00a0", " "))
 
 
 def _read(whole: str, learned: re.Pattern[str] | None) -> Text:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.forensics import messages
+from pytest_gpumem.forensics import spoken
 from pytest_gpumem.forensics.cursor import BEGUN
 from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
 from pytest_gpumem.forensics.runs import Kill, Seen
 from pytest_gpumem.forensics.signatures import signature, subject
-from pytest_gpumem.forensics.wrapped import ERROR_LINE, following, read_message, soon, traced
+from pytest_gpumem.forensics.wrapped import (
+    ERROR_LINE,
+    following,
+    listed,
+    read_message,
+    soon,
+    traced,
+)
 
 if TYPE_CHECKING:
     from pytest_gpumem.forensics.cursor import Cursor
@@ -33,6 +40,7 @@ _EXCEPTION = re.compile(
 )
 # Only a traceback names the exception's module.
 _QUALIFIED = re.compile(r"(?:[A-Za-z_]\w{0,80}\.){1,12}\w{0,80}(?:Error|Exception)\w{0,80}: ")
+_KILLED = re.compile(r"[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
 _FAULT = re.compile(
     r"Fatal Python error: (?P<fatal>Segmentation fault|Illegal instruction|Bus error"
     r"|Floating.point exception|Cannot recover from stack overflow)"
@@ -83,7 +91,7 @@ def note_raised(at: Cursor, line: Line, message: str) -> bool:
     if failure is None and at.section == "failures":
         failure = at.fail(line, "")
     stripped = message.strip()
-    if failure is not None and (failure.compares or messages.QUOTING.search(stripped)):
+    if failure is not None and (failure.compares or spoken.QUOTING.search(stripped)):
         failure.error = failure.error if failure.compares else stripped
         failure.compares = True
         return True
@@ -107,7 +115,7 @@ def note_loose(
     if found is None and not raised and traced(at, line):
         found = read_message(at, line, body, raised=True)
         level = ""
-    if found is None:
+    if found is None or listed(at, line, body):
         return False
     if found.kind == "kill":
         at.run.kills.append(Kill(line.number, found, found.pid))
@@ -115,7 +123,7 @@ def note_loose(
     if level in _SURVIVED and (_QUALIFIED.match(body) or traced(at, line)):
         # The last line of a traceback is an error, at whatever level a carrier logs it.
         level = ""
-    if level in _SURVIVED or (not raised and messages.HANDLED.search(soon(at, line))):
+    if level in _SURVIVED or (not raised and spoken.HANDLED.search(soon(at, line))):
         return True
     seen = Seen(line.number, found, rank or None)
     if at.failure is not None and at.captured:
@@ -132,6 +140,9 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
         return False
     match = SHELL_KILL.search(body) or PROBABLE_KILL.fullmatch(body)
     if match is None:
+        return False
+    at_word = next(_KILLED.finditer(body), match).start()
+    if not spoken.reports(body, (at_word, at_word), "kill", 1):
         return False
     pid = match["pid"] if "pid" in match.groupdict() else None
     at.run.kills.append(Kill(line.number, None, int(pid) if pid else None))

@@ -84,11 +84,11 @@ def _line(line: str, *, raised: bool) -> Said | None:
             return None
         rest = line[start:]
         message = None if _CLASS.match(rest) else messages.parse(rest, raised=raised)
-        if message is not None and not _quoted(rest, message):
-            if _DATA.search(rest, 0, message.start):
+        if message is not None and not _quoted(message):
+            if _DATA.search(message.text, 0, message.start):
                 return None
             return Said(
-                rest[message.start :],
+                message.text[message.start :],
                 host=message.backend in ("cpu", "host") or _OF_HOST.search(line) is not None,
                 # ONNX Runtime's arena may be the host's.
                 weak=message.kind == "weak" or message.backend == "onnxruntime",
@@ -99,8 +99,9 @@ def _line(line: str, *, raised: bool) -> Said | None:
     return None
 
 
-def _quoted(text: str, message: Message) -> bool:
+def _quoted(message: Message) -> bool:
     """Tell whether somebody's own words speak of a message, rather than report it."""
+    text = message.text
     if not message.start:
         return False
     named = message.named or text[: message.start].lstrip().startswith("what():")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.forensics import lines, messages
+from pytest_gpumem.forensics import grammars, lines, messages, spoken
 from pytest_gpumem.forensics.cursor import FILE
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ _UNENDED = re.compile(
     r"|.{0,400}(?:(?:Error|Exception|failure|what\(\)|exhausted|EXHAUSTED)[^:]{0,80}|\(\d+\)): ?"
     r"|.{0,400}\b(?:Out|of|memory|CUDA|RESOURCE_EXHAUSTED:|exhausted:)) *$"
 )
+_NARROW = 55
+"""Characters: who wraps lines leaves none much shorter than a narrow terminal's."""
+_LIST = 12
+_TEXT_ALONE = re.compile(r"\s*[rbfu]{0,2}([\"']).*\1,?$")
+_JSON_OPENS = re.compile(r"\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
 # Where a new thing begins, a message that was wrapped has ended.
 _NEW = re.compile(
@@ -41,16 +46,35 @@ def soon(at: Cursor, line: Line) -> str:
 
 def traced(at: Cursor, line: Line) -> bool:
     """Tell whether the line above is a frame of a traceback."""
-    start = line.end - len(line.raw)
-    above = line.buffer[max(0, start - 4096) : start].rstrip(b"\r\n").rpartition(b"\n")[2]
-    return _FRAME.match(lines.read(above, at.carrier).body) is not None
+    above = next(_preceding(line, 1, at.carrier), None)
+    return above is not None and _FRAME.match(above.body) is not None
+
+
+def listed(at: Cursor, line: Line, body: str) -> bool:
+    """Tell whether a line is one of several texts in brackets that code has opened above it.
+
+    The same in a JSON file is no code: there a key, or nothing, stands before the bracket.
+    """
+    if not _TEXT_ALONE.match(body):
+        return False
+    above = (text.body for text in _preceding(line, _LIST, at.carrier))
+    opener = next((text for text in above if not _TEXT_ALONE.match(text)), "").rstrip()
+    return opener.endswith(("(", "[", "{")) and not _JSON_OPENS.match(opener)
 
 
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
     """Parse a message, with the lines that it was wrapped onto."""
-    body = body.strip()
+    indented, body = body[:1].isspace(), body.strip()
+    if spoken.LITERAL.match(body):
+        return None
     found = messages.parse(body, raised=raised)
-    broken = found is None and _UNENDED.match(body) is not None
+    if found is not None and not found.figures and indented:
+        # The end of a message that its program broke after a colon.
+        above = next(_preceding(line, 1, at.carrier), None)
+        if above is not None and above.body.endswith(":"):
+            whole = messages.parse(f"{above.body} {body}", raised=raised)
+            found = whole if whole is not None and whole.figures else found
+    broken = found is None and _goes_on(line, body)
     if not broken and (
         found is None or found.complete or body.endswith(("...", "\N{HORIZONTAL ELLIPSIS}"))
     ):
@@ -62,6 +86,13 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
     return found
 
 
+def _goes_on(line: Line, body: str) -> bool:
+    """Tell whether a line that says nothing alone may be the first of a message that was cut."""
+    if line.reach > line.end or _UNENDED.match(body):
+        return True
+    return len(body) >= _NARROW and any(needle in body for needle in grammars.needles())
+
+
 def _escaped(body: str, *, raised: bool) -> Message | None:
     """Parse the lines of a text that a record has in one, with its newlines escaped."""
     if "\\n" not in body:
@@ -69,6 +100,18 @@ def _escaped(body: str, *, raised: bool) -> Message | None:
     parts = re.split(r"\\+n", body)
     found = (messages.parse(part.strip(), raised=raised) for part in parts)
     return next((each for each in found if each is not None and each.named), None)
+
+
+def _preceding(line: Line, limit: int, carrier: re.Pattern[str] | None) -> Iterator[Text]:
+    """Return the ``limit`` lines above, the nearest first."""
+    end = line.end - len(line.raw)
+    low = max(0, end - (1 << 14))
+    for _ in range(limit):
+        end = line.buffer.rfind(b"\n", low, end)
+        if end < 0:
+            return
+        start = max(line.buffer.rfind(b"\n", low, end) + 1, end - 4096, low)
+        yield lines.read(line.buffer[start:end].rstrip(b"\r"), carrier)
 
 
 def following(line: Line, limit: int, carrier: re.Pattern[str] | None) -> Iterator[Text]:
@@ -103,7 +146,7 @@ def _joined(line: Line, body: str, carrier: re.Pattern[str] | None) -> tuple[str
             break
         parts.append(part)
         widths.append(len(text.whole))
-        if messages.ENDS.search(" ".join(parts)):
+        if spoken.ENDS.search(" ".join(parts)):
             break
     if len(parts) == 1:
         return ()

@@ -59,6 +59,22 @@ GRAMMARS = (
         r"allocate <tried>",
     ),
     grammar("cuda", "ailed to cudaMalloc", "", r"cudaMalloc <tried>", distinct=True),
+    # What cuBLAS calls CUBLAS_STATUS_ALLOC_FAILED in words.
+    grammar(
+        "cuda",
+        "resource allocation failed",
+        r"(?:CUDA|cuBLAS) error: the resource allocation failed",
+        distinct=True,
+    ),
+    # CatBoost.
+    grammar(
+        "cuda",
+        "memory. Requested",
+        r"Out of memory\. Requested \d",
+        r"Requested <tried>",
+        r"Free <free>",
+        distinct=True,
+    ),
     grammar("cuda", "inside the cuDNN", r"Resource allocation failed inside the cuDNN library"),
     grammar(
         "cuda",
@@ -78,8 +94,9 @@ GRAMMARS = (
     grammar(
         "cuda",
         "CUDA_ERROR_OUT_|cudaErrorMemoryAllocation|CUDA_OUT_OF_MEMORY",
-        r"\bCUDA_ERROR_OUT_(?:OF_MEMORY\b|\w*(?:\.\.\.|\N{HORIZONTAL ELLIPSIS}))"
-        r"|\bcudaErrorMemoryAllocation\b|\bCUDA_OUT_OF_MEMORY\b",
+        r"\bCUDA_ERROR_OUT_OF_MEMORY\b(?:: out of memory)?"
+        r"|\bCUDA_ERROR_OUT_\w*(?:\.\.\.|\N{HORIZONTAL ELLIPSIS})"
+        r"|\bcudaErrorMemoryAllocation\b(?::? out of memory)?|\bCUDA_OUT_OF_MEMORY\b",
         r"allocate \S+ \(<tried>\)",
         r"allocate <tried>",
         r"Requested memory: <tried>",

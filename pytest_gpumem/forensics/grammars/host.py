@@ -10,14 +10,17 @@ GRAMMARS = (
     grammar(
         "host",
         "nable to allocate",
-        r"Unable to allocate .{1,40} for an array with shape",
+        r"Unable to allocate (?:.{1,40} for an )?array with shape",
         r"Unable to allocate <tried>",
         words="Unable to allocate ",
     ),
     grammar(
         "host",
-        "low on memory|NODE_OUT_OF_MEMORY|due to memory pressure",
+        "low on memory|NODE_OUT_OF_MEMORY|due to memory pressure|RayOutOfMemoryError"
+        "|to free up memory",
         r"Task was killed due to the node running low on memory|NODE_OUT_OF_MEMORY"
+        r"|RayOutOfMemoryError: More than \d+% of the memory"
+        r"|Killing worker .{0,80} to free up memory"
         r"|\b[1-9]\d* Workers? \(tasks / actors\) killed due to memory pressure",
         distinct=True,
     ),

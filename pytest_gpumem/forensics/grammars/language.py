@@ -20,7 +20,8 @@ def _figure(match: re.Match[str]) -> str:
     return rf"(?P<{name}>{_DIGITS}(?:\.\d{{0,6}})?\s?(?:bytes|[KMGTPE](?:i?B)?|kB|B)\b)"
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_figures(pattern: str) -> re.Pattern[str]:
+    """Return the expression of a pattern with ``<name>`` and ``<name#>`` in it."""
     return re.compile(re.sub(r"(?<!\?P)<([a-z_]+)(#?)>", _figure, pattern))
 
 
@@ -56,10 +57,9 @@ def grammar(
 ) -> Grammar:
     """Return a grammar; ``|`` separates its needles, which are its head where that is empty."""
     literal = tuple(needles.split("|"))
-    pattern = _compile(head or "|".join(map(re.escape, literal)))
-    return Grammar(
-        backend, literal, pattern, tuple(map(_compile, figures)), distinct, kind, limit, words
-    )
+    pattern = compile_figures(head or "|".join(map(re.escape, literal)))
+    each = tuple(map(compile_figures, figures))
+    return Grammar(backend, literal, pattern, each, distinct, kind, limit, words)
 
 
 def size(text: str) -> int | None:

@@ -1,0 +1,149 @@
+"""Whether a text reports a message, or only speaks of one: code, documents, and who goes on.
+
+A message that carries its figures is a report unless code, a comment or an assertion holds it.
+Words without figures are none in prose either.
+"""
+
+from __future__ import annotations
+
+import re
+
+AROUND = 400
+"""How far from a message what is said of it stands."""
+_CLOSE = 200
+ENDS = re.compile(
+    r"but unallocated\b|reserved in total by PyTorch\)|cached\)|unoccupied cached memory"
+)
+"""Where PyTorch's message has given its figures."""
+
+# Words of an error before the message, whoever wrote them.
+ERROR = re.compile(
+    r"(?i:error|exception|fail(?:ed|ure|s)?\b|fatal|panic|abort|critical|crash|terminat|\berr\b"
+    r"|could not|cannot|unable)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
+)
+_STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
+# What stands before words in code, in whatever language.
+_CODE = re.compile(
+    r"\s*(?:>\s+|\d+\s+)?(?:(?:raise|return|def|class|import|case|throw|grep|echo)\s"
+    r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
+    r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|with\s+[\w.]+\("
+    r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?:\s|[^\W\d])|//|/\*"
+    r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$)"
+    r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
+    r"\s?[rfb]?[\"'][^\"')]*$",
+    re.DOTALL,
+)
+LITERAL = re.compile(
+    r"\s*\(?[rbfu]{0,2}([\"\x27]).*\1\s*\)+[:,;]?$|\s*[\w:.]+!?\(([\"\x27]).*\2\),$"
+    r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_]\w*\(.*\);$",
+    re.DOTALL,
+)
+"""A line that is a text within a call, whose brackets close behind it, or a whole statement."""
+_ALTERNATIVE = re.compile(r"[/|(]\0\||\|\0[/|)]")
+"""One of several in a regular expression; ``\\0`` stands for the words."""
+_DEFINED = re.compile(r"[)}\]]+;$")
+_LISTED = re.compile(r"[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$")
+"""What follows a name where it is defined, listed or returned, rather than printed."""
+_STARRED = re.compile(r"\s*\*(?!\*)")
+"""A line of a comment, or an item of a list."""
+QUOTING = re.compile(
+    r"\bassert\b|\bAssertionError\b|DID NOT RAISE|Regex pattern|Expected regex|Actual message"
+    r"|does not match|^\s*(?:Input|Regex|Pattern|Expected|Actual): |^\s*[-+?] +['\"]"
+)
+"""An assertion about a message: it quotes one, and what follows it compares."""
+_PROSE_HEAD = re.compile(
+    r"(?i)\b(?:if|when(?:ever)?|avoid\w*|prevent\w*|you|your|in case of|to fix|how to|see also|"
+    r"hint|note|tip|e\.g\.|may|might|can|would|likely|"
+    r"sometimes|often|usually|typically)\b[^:\]]{0,80}$"
+)
+_ASIDE = re.compile(r"\([^()]*\)")
+_PROSE_TAIL = re.compile(
+    r"(?i)[\"'`*]*\s*(?:,? ?(?:errors?|issues?|problems?|exceptions?|conditions?|handling|handler|"
+    r"situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will|should|is|are|"
+    r"try|consider)\b|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
+    r"| [\u0400-\ud7ff])"
+)
+HANDLED = re.compile(
+    r"(?i)\b(?:retrying|retried|will retry|fall(?:ing|s)?[ -]?back|recover(?:ed|ing|y)?|"
+    r"(?<!\d )skipped|skipping|reducing|halving|will try|trying again|not a failure|handled|"
+    r"(?<!\d )ignored|ignoring|moving to cpu|using cpu|switching to cpu|on cpu instead|"
+    r"clearing (?:the )?cache|caught (?:an? )?(?:cuda )?(?:oom|out)|oom caught|caught:|"
+    r"as expected|expected error)"
+)
+_BELOW_ERROR = re.compile(
+    r"(?<![=\w])(?:WARN(?:ING)?|INFO|DEBUG|TRACE|NOTICE)\b(?![=/.])|(?i:level\W{1,4}(?:warn|info|debug|"
+    r"trace|notice))|\b\w*Warning: |^\[[WI]\d{3,4} |\[[WI]:onnxruntime|^I[ \d][\w/. :]{3,80}\]"
+)
+_ERROR_LEVEL = re.compile(r"\b(?:ERROR|CRITICAL|FATAL|[\w.]+(?:Error|Exception))\b|(?i:level\W{1,4}"
+                          r"(?:error|fatal|crit))")  # fmt: skip
+
+
+def reports(
+    text: str, span: tuple[int, int], kind: str, figures: int, *, raised: bool = False
+) -> bool:
+    """Tell whether the text reports the message in it, rather than speaks of it or of its end.
+
+    Args:
+        text: a line, or the lines of one message.
+        span: where in it the message's own words stand.
+        kind: of its grammar.
+        figures: how many figures it carries.
+        raised: whether the carrier shows it as the error of a test.
+
+    """
+    start, end = span
+    head, tail = text[max(0, start - AROUND) : start], text[end:]
+    if QUOTING.search(head) or _code(text, span, head):
+        return False
+    if kind == "kill":
+        # At whatever level somebody logs it.
+        return not (HANDLED.search(head) or HANDLED.search(tail) or _prose(head, tail, figures))
+    if not raised and _survived(text, end, head):
+        return False
+    return figures > 0 or not (_named_only(text, span, head) or _prose(head, tail, 0))
+
+
+def _code(text: str, span: tuple[int, int], head: str) -> bool:
+    """Tell whether the words are a text or a pattern in somebody's code."""
+    around = f"{text[: span[0]][-1:]}\0{text[span[1] :][:1]}"
+    return (
+        _CODE.match(head) is not None
+        or LITERAL.match(text) is not None
+        or _ALTERNATIVE.match(around) is not None
+    )
+
+
+def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
+    """Tell whether a name without figures is one of a list, of a comment or of a definition."""
+    alone = " " not in text[slice(*span)]
+    if alone and (
+        _DEFINED.match(text, span[1]) or (head.endswith(" = ") and text[span[1] :] == ";")
+    ):
+        return True
+    if ERROR.search(head):
+        return False
+    return _STARRED.match(head) is not None or (alone and _LISTED.match(text, span[1]) is not None)
+
+
+def _prose(head: str, tail: str, figures: int) -> bool:
+    """Tell whether somebody's own sentence goes on about the words."""
+    if _PROSE_HEAD.search(_ASIDE.sub("", head)) or _quoted(head, tail):
+        return True
+    return not figures and not _STATED.search(head) and bool(_PROSE_TAIL.match(tail[:_CLOSE]))
+
+
+def _quoted(head: str, tail: str) -> bool:
+    """Tell whether words are shown as code within a sentence."""
+    before = head.rpartition("`")[0]
+    if "`" not in head or before.count("`") % 2 or tail.count("`") % 2 == 0:
+        return False
+    return bool(before.strip()) or tail.partition("`")[2][:1] in {".", ",", ";", ")"}
+
+
+def _survived(text: str, end: int, head: str) -> bool:
+    """Tell whether the line itself says that the program went on."""
+    last = ENDS.search(text, end)
+    after = text[end : (last.end() if last else end) + AROUND]
+    if HANDLED.search(head[-_CLOSE:]) or HANDLED.search(after):
+        return True
+    return _BELOW_ERROR.search(head) is not None and _ERROR_LEVEL.search(head) is None
