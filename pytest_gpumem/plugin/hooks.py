@@ -72,6 +72,10 @@ def pytest_configure(config: pytest.Config) -> None:
             check_files(settings)
         except BadSettingError as error:
             raise pytest.UsageError(str(error)) from None
+    if settings.budget is not None or settings.budget_update:
+        from pytest_gpumem.plugin import budget
+
+        budget.begin(config, state)
     if state.found.cards and not controller:
         _measure(config)
     files = settings.json or settings.trace or settings.html
@@ -100,8 +104,13 @@ def _measure(config: pytest.Config) -> None:
     from pytest_gpumem.plugin.announce import Watched
     from pytest_gpumem.plugin.measure import Measuring
 
-    config.pluginmanager.register(Measuring(config, config.stash[STATE]), Measuring.NAME)
+    state = config.stash[STATE]
+    config.pluginmanager.register(Measuring(config, state), Measuring.NAME)
     config.pluginmanager.register(Watched(config.pluginmanager), Watched.NAME)
+    if state.settings.budget is not None:
+        from pytest_gpumem.plugin import budget
+
+        budget.judge_tests(config)
 
 
 def _share(config: pytest.Config) -> None:

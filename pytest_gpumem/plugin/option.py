@@ -143,6 +143,23 @@ def fraction(text: str) -> float:
     return fraction
 
 
+def tolerance(text: str) -> tuple[float, int]:
+    """Return the part and the bytes that a text like ``2%``, ``16MiB`` or ``2%,16MiB`` names."""
+    part, size = 0.0, 0
+    for each in text.split(","):
+        if match := re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", each, re.ASCII):
+            part = float(match[1]) / 100
+        else:
+            try:
+                size = parse_bytes(each)
+            except ValueError:
+                raise ValueError(
+                    f"{text!r} is not a tolerance; allowed are a part, a size, or both, the larger "
+                    "of which holds: 2%, 16MiB, 2%,16MiB"
+                ) from None
+    return part, size
+
+
 def simulated_size(text: str) -> int:
     """Return the bytes of a simulated card, which this machine's memory holds."""
     size = parse_bytes(text)

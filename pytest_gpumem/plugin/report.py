@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import devices, records
-from pytest_gpumem.plugin import attempts
+from pytest_gpumem.plugin import attempts, budget
 from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, USAGE_ERROR, State
 from pytest_gpumem.records import properties
 from pytest_gpumem.units import format_mib
@@ -146,7 +146,7 @@ class Reporting:
         state, settings = self._state, self._state.settings
         late = self._late or self._hosts
         simulated = [state.simulation.NOT_SIMULATED] if state.simulation else []
-        return records.RunRecord(
+        run = records.RunRecord(
             schema=records.SCHEMA,
             mode=settings.mode,
             cards=tuple(self._cards.values()) or devices.find_cards().cards,
@@ -156,6 +156,8 @@ class Reporting:
             notes=tuple(dict.fromkeys([*simulated, *devices.notes(), *state.notes, *self._notes])),
             context=settings.context_cost if settings.mode == "on" else 0,
         )
+        budgets = budget.of(self._config)
+        return run if budgets is None else run._replace(budgets=budgets.verdicts(run))
 
     def _whole(self, test: records.RecordedTest) -> records.RecordedTest:
         """Return a test's record with what became known after its report."""
@@ -177,7 +179,12 @@ class Reporting:
         """Write the files, whatever becomes of the terminal."""
         if self._usage_error:
             raise pytest.UsageError(self._usage_error)
-        run, settings = self.run_record(), self._state.settings
+        settings, budgets = self._state.settings, budget.of(self._config)
+        if budgets is not None and settings.budget is not None:
+            self._write(
+                "--gpumem-budget", settings.budget, lambda _: budgets.update(self.run_record())
+            )
+        run = self.run_record()
         if settings.json is not None:
             self._write("--gpumem-json", settings.json, lambda path: records.save(run, path))
         if settings.trace is not None:
@@ -196,6 +203,8 @@ class Reporting:
             save(path)
         except OSError as error:
             self._failures.append(f"{option}: cannot write {str(path)!r}: {error.strerror}")
+        except ValueError as error:  # what stands there is not to be replaced
+            self._failures.append(f"{option}: {error}")
 
     def _learn(self, run: records.RunRecord) -> None:
         from pytest_gpumem.plugin import share

@@ -24,6 +24,7 @@ from pytest_gpumem.plugin.option import (
     seconds,
     share,
     simulated_size,
+    tolerance,
     user_path,
 )
 from pytest_gpumem.units import format_bytes, parse_bytes
@@ -78,6 +79,21 @@ class Settings:
         "Fail each test that leaks more than this size, unless its vram_leak_limit mark says "
         "otherwise.",
         "SIZE",
+    )
+    budget: Path | None = declared(
+        Path,
+        "Fail each test that takes more VRAM than this file, which is kept in git, allows it.",
+        "FILE",
+    )
+    budget_update: bool = declared(
+        flag, "Write budgets of new tests and lower those of tests that took less."
+    )
+    budget_tolerance: tuple[float, int] = declared(
+        tolerance,
+        "What a test may be above its budget: a part of it, a size, or both, the larger of which "
+        "holds, such as 2%,16MiB.",
+        "TOLERANCE",
+        default="2%",
     )
     children: str = declared(
         one_of(("watch", "off"), "a way to treat child processes"),
@@ -238,7 +254,7 @@ def check_files(settings: Settings) -> None:
         ("history", settings.history),
     ):
         if path is not None:
-            problem = _why_not_written(path)
+            problem = why_not_written(path)
             if field == "html" and importlib.util.find_spec("plotly") is None:
                 problem = "plotly is not installed; pip install 'pytest-gpumem[html]' has it"
             if field == "history" and not problem:
@@ -249,7 +265,8 @@ def check_files(settings: Settings) -> None:
                 raise BadSettingError(f"--gpumem-{field}: {problem}")
 
 
-def _why_not_written(path: Path) -> str:
+def why_not_written(path: Path) -> str:
+    """Return in one sentence why a file cannot be written there, "" if it can."""
     if path.is_dir():
         return f"{str(path)!r} is a directory; allowed is the name of a file"
     if not path.parent.is_dir():

@@ -93,8 +93,12 @@ LATE = "gpumem_late"
 """Keys under which a worker leaves things for the controller when it ends: ``LATE`` is what
 was torn down after its test was reported: the test, the fixtures, what became known of children,
 the bytes reserved since by card."""
+GONE = "gpumem_gone"
+"""Key under which a worker tells the budgets that have no test any more."""
 HISTORY = "gpumem_history"
 """Key under which a worker finds what is known of the tests when it begins."""
+BUDGET = "gpumem_budget"
+"""Key under which it finds their budgets."""
 
 
 def is_worker(config: pytest.Config) -> bool:

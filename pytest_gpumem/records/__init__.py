@@ -2,6 +2,7 @@
 
 from pytest_gpumem.records.run import (
     SCHEMA,
+    BudgetVerdict,
     Card,
     CardUsage,
     ChildUsage,
@@ -24,6 +25,7 @@ from pytest_gpumem.records.run import (
 
 __all__ = [
     "SCHEMA",
+    "BudgetVerdict",
     "Card",
     "CardUsage",
     "ChildUsage",

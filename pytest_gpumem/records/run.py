@@ -89,6 +89,11 @@ class CardUsage(NamedTuple):
     and by the driver where those tell nothing."""
     orphaned: int = 0
     """The part of ``leaked`` that these processes held when the test was over."""
+    own: int = 0
+    """The most that tensors of its own process asked for beyond what there was without it. Unlike
+    ``peak`` it does not depend on which tests came before, so it can be compared with a budget."""
+    own_left: int = 0
+    """The part of it that was still there at its end: leaked, or kept for later tests."""
 
 
 class Left(NamedTuple):
@@ -241,6 +246,27 @@ class RecordedTest(NamedTuple):
         return self.step == "cpu" or any(route.fell_back for route in last.values())
 
 
+class BudgetVerdict(NamedTuple):
+    """How a test stands to its budget on one card model."""
+
+    nodeid: str
+    card: str
+    """The model."""
+    verdict: str
+    """``within``, ``above``, ``left`` (above, but so is what it left behind, which depends on the
+    order of tests), ``new``, ``renamed``, ``gone``."""
+    own: int = 0
+    """As in ``CardUsage``; 0 for a test that is gone."""
+    left: int = 0
+    """``own_left``."""
+    budget: int | None = None
+    """Bytes that were allowed; None for a test that is new."""
+    before: str = ""
+    """The name in the file that is probably the same test's, and is gone."""
+    written: bool = False
+    """Whether the file was changed: a line written, lowered or taken out."""
+
+
 class RunRecord(NamedTuple):
     """One pytest run."""
 
@@ -254,6 +280,8 @@ class RunRecord(NamedTuple):
     """Sentences about the run as a whole, such as what the simulation leaves out."""
     context: int = 0
     """What a process was taken to cost once it uses a card; 0 where nothing was shared."""
+    budgets: tuple[BudgetVerdict, ...] = ()
+    """How the tests stand to the budgets that are kept for them, if there are any."""
 
 
 R = TypeVar("R")
@@ -394,6 +422,7 @@ def merge(runs: dict[str, RunRecord]) -> RunRecord:
         tests=tuple(test for run in shards for test in run.tests),
         notes=tuple(dict.fromkeys(note for run in shards for note in run.notes)),
         context=max(run.context for run in shards),
+        budgets=tuple(verdict for run in shards for verdict in run.budgets),
     )
 
 

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.reports import children, timeline
+from pytest_gpumem.reports import budgets, children, timeline
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _table(run, touched, shown, verbosity)
     yield from _fixtures(touched, shown)
     yield from _section("leaked", _leaked(leaks, shown, verbosity), "yellow")
+    yield from _section("budgets", budgets.lines(run.budgets, shown))
     yield from _section("out of memory", _ooms(touched, felled, shown, verbosity), "red")
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))

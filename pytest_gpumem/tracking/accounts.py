@@ -9,6 +9,7 @@ from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage, Left
 from pytest_gpumem.tracking.verdict import Verdict, Verdicts
 
 if TYPE_CHECKING:
+    from pytest_gpumem.devices import AllocatorReading
     from pytest_gpumem.tracking.meter import Meter
 
 
@@ -20,14 +21,32 @@ class Account:
 
     delta = 0
     peak = 0
+    asked = 0
+    """Net bytes asked for, as ``delta`` is of those allocated."""
+    asked_peak = 0
+    """The highest that was, whatever others had at that moment."""
     reserved_peak = 0
     retries = 0
     ooms = 0
+
+    def charge(self, before: AllocatorReading, now: AllocatorReading) -> None:
+        """Take over what happened between two readings."""
+        self.delta += now.allocated - before.allocated
+        self.peak = max(self.peak, now.allocated_peak)
+        (had, _), (has, most) = before.asked, now.asked
+        self.asked_peak = max(self.asked_peak, most - had + self.asked)
+        self.asked += has - had
+        self.reserved_peak = max(self.reserved_peak, now.reserved_peak)
+        # The suite may set these counters back.
+        self.retries += max(0, now.retries - before.retries)
+        self.ooms += max(0, now.ooms - before.ooms)
 
     def add(self, other: Account) -> None:
         """Take over what ``other`` did."""
         self.delta += other.delta
         self.peak = max(self.peak, other.peak)
+        self.asked_peak = max(self.asked_peak, self.asked + other.asked_peak)
+        self.asked += other.asked
         self.reserved_peak = max(self.reserved_peak, other.reserved_peak)
         self.retries += other.retries
         self.ooms += other.ooms
@@ -183,6 +202,8 @@ def card_usages(
                 note=verdict.note,
                 extra=test.to_set_aside(uuid),
                 fixture_bytes=test.fixture_bytes(uuid, fixtures),
+                own=account.asked_peak,
+                own_left=max(account.asked, 0),
             )
         )
     return tuple(usages)

@@ -122,9 +122,10 @@ class Meters:
         before, meter.last = meter.last, now
         self.changed += now.allocated - before.allocated
         self._charge(meter, before, now)
-        if now.allocated_peak > now.allocated or now.reserved_peak > now.reserved:
+        flat = now.flat()
+        if now != flat:
             allocator.reset_peak(index)
-            meter.last = now._replace(allocated_peak=now.allocated, reserved_peak=now.reserved)
+            meter.last = flat
 
     def uuids(self) -> dict[str, str]:
         """Return the cards by the names that tensors give their devices."""

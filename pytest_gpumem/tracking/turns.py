@@ -43,13 +43,7 @@ class Turns:
     def charge(self, meter: Meter, before: AllocatorReading, now: AllocatorReading) -> None:
         """Charge what an allocator did between two boundaries."""
         for owner in self.charged:
-            account = owner.account(meter.card.uuid)
-            account.delta += now.allocated - before.allocated
-            account.peak = max(account.peak, now.allocated_peak)
-            account.reserved_peak = max(account.reserved_peak, now.reserved_peak)
-            # The suite may set these counters back.
-            account.retries += max(0, now.retries - before.retries)
-            account.ooms += max(0, now.ooms - before.ooms)
+            owner.account(meter.card.uuid).charge(before, now)
         if self.test is not None:
             highest, uuid = self.test.reserved_peak, meter.card.uuid
             highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)

@@ -39,12 +39,26 @@ def error_of(finished):
         (["--gpumem-fraction=0"], "'0' is not a part of a card; allowed are auto and numbers"),
         (["--gpumem-fraction=-0.1"], "'-0.1' is not a part of a card"),
         (["--gpumem-top=many"], "--gpumem-top: 'many' is not a number"),
+        (["--gpumem-budget=none.toml"], "none.toml'; --gpumem-budget-update writes it"),
+        (["--gpumem-budget=no/b.toml", "--gpumem-budget-update"], "there is no directory"),
+        (["--gpumem-budget-update"], "which file? --gpumem-budget names it"),
+        (["--gpumem-budget-tolerance=-1%"], "'-1%' is not a tolerance; allowed are"),
         (["--gpumem-vram-limit=2 potatoes"], "--gpumem-vram-limit: '2 potatoes' is not a size"),
     ],
 )
 def test_a_bad_option_is_one_sentence(tmp_path, arguments, sentence):
     write_suite(tmp_path, test_it=SUITE)
     assert sentence in error_of(run_pytest(tmp_path, *arguments))
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_budgets_that_git_could_not_merge_are_one_sentence(tmp_path, workers):
+    write_suite(tmp_path, test_it=SUITE)
+    line = '"test_it.py::test_a" = {"A card" = 1}\n'
+    (tmp_path / "b.toml").write_text(f"[peaks]\n<<<<<<< HEAD\n{line}=======\n>>>>>>> main\n")
+    error = error_of(run_pytest(tmp_path, "--gpumem-budget=b.toml", *workers))
+
+    assert "b.toml' has a conflict of git at line 2: keep one line for each test" in error
 
 
 def test_a_bad_ini_value_names_the_ini_file(tmp_path):
