@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import __version__, records
-from pytest_gpumem.cli import archive, doctor, forensics, groups, monitor
+from pytest_gpumem.cli import archive, doctor, forensics, groups, monitor, plan
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.units import format_mib, printable
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     forensics.add_forensics(commands)
     forensics.add_compare(commands)
     groups.add(commands)
+    plan.add(commands)
     monitor.add(commands)
     chosen = parser.parse_args(arguments)
     try:
@@ -77,7 +78,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         "--history",
         type=Path,
         nargs="?",
-        const=Path(".pytest_cache/d/gpumem/history.json"),
+        const=plan.HISTORY,
         metavar="FILE",
         help="Show what was learned; with merge: add what the runs teach. "
         "Default: the file in pytest's cache here.",

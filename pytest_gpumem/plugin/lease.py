@@ -179,7 +179,10 @@ class Leases:
             else:
                 self.waited = self._lease.waited
         size = min(wants[card.uuid].size or card.total for card in cards)
-        item.stash[GRANT] = Grant(tuple(wants), size, self._lease.exclusive, self.waited)
+        mark = marks_of(item).need
+        item.stash[GRANT] = Grant(
+            tuple(wants), size, self._lease.exclusive, self.waited, mark.vram if mark else None
+        )
         self.beside = any(self._open().is_shared(uuid) for uuid in wants)
 
     def _wait(

@@ -274,7 +274,10 @@ def _outcome(report: pytest.TestReport, before: str) -> str:
 def _record(
     nodeid: str, worker: str, report: pytest.TestReport, phases: _Phases
 ) -> records.RecordedTest:
-    own = records.RecordedTest(nodeid, phases.outcome, phases.duration, worker, start=phases.start)
+    place = vars(report).get("item_index", -1)  # which xdist adds
+    own = records.RecordedTest(
+        nodeid, phases.outcome, phases.duration, worker, start=phases.start, place=place
+    )
     if not report.user_properties:
         return own
     return own._replace(**properties.read(report.user_properties)._asdict())

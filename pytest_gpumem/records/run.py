@@ -189,6 +189,8 @@ class Grant(NamedTuple):
     """Whether no other test could use the cards meanwhile."""
     waited: float
     """Seconds before its start."""
+    marked: int | None = None
+    """What its mark asks for on each card, None where it has none that says so."""
 
 
 class Route(NamedTuple):
@@ -238,6 +240,8 @@ class RecordedTest(NamedTuple):
     """Who else was on the card right after it ran out of memory, the largest first."""
     children: tuple[ChildUsage, ...] = ()
     """Processes that it started, and those of others of which something became known in it."""
+    place: int = -1
+    """Its index in the collection; -1 where that is the order of ``start``."""
 
     @property
     def fell_back(self) -> bool:

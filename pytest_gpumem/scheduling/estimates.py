@@ -6,12 +6,13 @@ import bisect
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.scheduling.fixtures import WideFixture
 from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with_margin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from pytest_gpumem.scheduling.fixtures import WideFixture
+    from pytest_gpumem.scheduling.history import Expectation
 
 OPTIMISM = 0.8
 """Share of the peaks seen so far that an optimistic guess covers."""
@@ -41,6 +42,50 @@ class PlannedTest(NamedTuple):
     """What a process needs on top of its peak if its wider fixtures are not set up there."""
     wide: tuple[WideFixture, ...] = ()
     """The wide fixtures that it is known to use."""
+
+
+def planned_tests(
+    collection: Sequence[str],
+    needs: Iterable[tuple[int, int | None, int, bool]],
+    expect: Callable[[str, int | None], Expectation],
+    *,
+    most: int,
+    any_card: bool,
+    wide: tuple[Sequence[Sequence[tuple[str, str, int | None]]], Sequence[int]] = ((), ()),
+) -> list[PlannedTest]:
+    """Return the collected tests with what is expected of them.
+
+    ``needs`` are the marked tests: index, bytes (None: not said), cards, exclusive. Without any
+    card they are tests like others, which find out for themselves. ``most`` are the bytes that a
+    test can have: only a mark may ask for more, an estimate with its margin may not. ``wide`` are
+    the wide fixtures: sets of (node, name, parameter), and by test which of them it uses.
+    """
+    sets = [tuple(WideFixture(*each) for each in told) for told in wide[0]]
+    wide_of = dict(enumerate(sets[place] for place in wide[1]))
+    marked = {need[0]: need for need in needs}
+    planned = []
+    for index, nodeid in enumerate(collection):
+        _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
+        expected = expect(nodeid, vram)
+        peak, held = expected.peak, expected.fixtures
+        if peak is not None and expected.source != "mark":
+            peak = min(peak, max(0, most))
+            held = min(held, max(0, most - peak))
+        planned.append(
+            PlannedTest(
+                nodeid=nodeid,
+                gpu=any_card and (expected.gpu or index in marked),
+                peak=peak,
+                duration=expected.duration,
+                group=nodeid.split("::")[0],
+                cards=cards,
+                exclusive=exclusive,
+                seen=expected.source == "learned",
+                fixtures=held,
+                wide=wide_of.get(index, ()),
+            )
+        )
+    return planned
 
 
 class Estimates:

@@ -183,6 +183,10 @@ class History:
     def __getitem__(self, nodeid: str) -> Learned:
         return self._entries[nodeid].learned()
 
+    def highest(self, nodeid: str) -> int:
+        """Return the highest of the peaks that are remembered of a test, without a margin."""
+        return max(self._entries[nodeid].peaks, default=0)
+
     @classmethod
     def load(cls, path: Path, capacity: int = CAPACITY) -> History:
         """Return the history that ``save`` wrote; an empty one if there is none.

@@ -21,10 +21,11 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpumem.scheduling.commands import CardKey, Fail, Flush, Reset, Run, Stop
+from pytest_gpumem.scheduling.commands import Run
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.history import History
 from pytest_gpumem.scheduling.planner import Planner
+from pytest_gpumem.scheduling.simulation import Actual, Host, Machine, Result, simulate
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -37,42 +38,19 @@ if TYPE_CHECKING:
 GIB = 2**30
 SECONDS = 1_350.0
 WORKERS = 4
-THE_CARD: CardKey = ("", "card")
-OOM_PART = 0.1
-"""Part of its duration after which a test without room fails."""
+MACHINE = Machine(CARD, CONTEXT, WORKERS, oom_part=0.1)
 
 
-class Case(NamedTuple):
-    """One test of the suite as it really is."""
-
-    nodeid: str
-    module: str
-    gpu: bool
-    duration: float
-    peak: int
-
-
-class Result(NamedTuple):
-    """One run of the suite."""
-
-    makespan: float
-    ooms: int
-    """Tests that ran out of memory, those tried again included."""
-    failed: int
-    setups: int
-    """Module fixtures set up."""
-
-
-def suite(seed: int, *, factor: float, clustered: bool, unrelated: bool) -> list[Case]:
+def suite(seed: int, *, factor: float, clustered: bool, unrelated: bool) -> list[Actual]:
     """Return the suite; GPU tests last ``factor`` times as long."""
     mix = Scenario(factor, not clustered, unrelated, seed=seed)
     return [
-        Case(f"{module}.py::{family}[{number}]", module, peak > 0, duration, peak)
+        Actual(f"{module}.py::{family}[{number}]", module, peak > 0, duration, peak)
         for number, (module, family, duration, peak) in enumerate(mix.cases(WORKERS, SECONDS))
     ]
 
 
-def again(cases: Sequence[Case], seed: int) -> list[Case]:
+def again(cases: Sequence[Actual], seed: int) -> list[Actual]:
     """Return the suite as it is another time: peaks vary by 3 %, durations by 25 %."""
     rng = random.Random(seed)  # noqa: S311  # a scenario, no secret
     return [
@@ -84,75 +62,41 @@ def again(cases: Sequence[Case], seed: int) -> list[Case]:
     ]
 
 
-def bound(cases: Sequence[Case]) -> float:
+def bound(cases: Sequence[Actual]) -> float:
     """Return the seconds that no schedule can go below."""
     return scenario.lower_bound(
         [scenario.Case(c.module, "", c.duration, c.peak) for c in cases], WORKERS
     )
 
 
-class Host:
-    """Simulated workers on one card; a policy hands them tests."""
+class Locked(Host):
+    """Workers of which one at a time runs a GPU test, as a lock in a fixture has it."""
 
-    def __init__(self, cases: Sequence[Case], workers: int, *, locked: bool = False) -> None:
-        self.cases = cases
-        self.now = 0.0
-        self.queues: list[deque[int]] = [deque() for _ in range(workers)]
-        self.ends: list[tuple[float, int, int, int, bool]] = []
-        """When, a number, worker, test, out of memory."""
-        self.locked = locked
-        self.lock: deque[int] = deque()
-        """Workers that hold or wait for the lock."""
-        self.contexts = [False] * workers
-        self.used = [0] * workers
-        self.modules = [""] * workers
-        self.running = [False] * workers
-        self.setups = self.ooms = self.number = 0
+    def __init__(self, tests: Sequence[Actual], machine: Machine) -> None:
+        super().__init__(tests, machine)
+        self._lock: deque[int] = deque()
+        """Workers that hold or wait for it."""
 
-    def start(self, worker: int) -> None:
-        """Begin the next test of an idle worker, if it has one."""
-        if self.running[worker] or not self.queues[worker]:
-            return
-        case = self.cases[self.queues[worker][0]]
-        self.running[worker] = True
-        if case.module != self.modules[worker]:
-            self.setups += 1
-            self.modules[worker] = case.module
-        if case.gpu and self.locked:
-            self.lock.append(worker)
-            if self.lock[0] != worker:
+    def begin(self, worker: int) -> None:
+        """Let a test begin once its worker has the lock, if it is a GPU test."""
+        if self.tests[self.queues[worker][0]].gpu and worker not in self._lock:
+            self._lock.append(worker)
+            if self._lock[0] != worker:
                 return
-        self._begin(worker)
-
-    def _begin(self, worker: int) -> None:
-        test = self.queues[worker][0]
-        case = self.cases[test]
-        oom = False
-        if case.gpu:
-            self.contexts[worker] = True
-            used = sum(self.used) + CONTEXT * sum(self.contexts)
-            oom = used + case.peak > CARD
-            self.used[worker] = 0 if oom else case.peak
-        self.ooms += oom
-        self.number += 1
-        end = self.now + case.duration * (OOM_PART if oom else 1)
-        heapq.heappush(self.ends, (end, self.number, worker, test, oom))
+        super().begin(worker)
 
     def step(self) -> tuple[int, int, bool]:
-        """Let the next test end; return its worker, itself, and whether it was out of memory."""
-        self.now, _, worker, test, oom = heapq.heappop(self.ends)
-        self.queues[worker].popleft()
-        self.running[worker] = False
-        self.used[worker] = 0
-        if self.cases[test].gpu and self.locked:
-            self.lock.popleft()
-            if self.lock:
-                self._begin(self.lock[0])
+        """Let the next test end, and the next one have the lock."""
+        worker, test, oom = super().step()
+        if self.tests[test].gpu:
+            self._lock.popleft()
+            if self._lock:
+                super().begin(self._lock[0])
         return worker, test, oom
 
 
 def planned(
-    cases: Sequence[Case], history: History | None, *, marked: bool = True
+    cases: Sequence[Actual], history: History | None, *, marked: bool = True
 ) -> list[PlannedTest]:
     """Return what the planner is told: the truth, or what ``history`` and marks say."""
     if history is None:
@@ -174,50 +118,24 @@ def planned(
 
 
 def run_planner(
-    cases: Sequence[Case],
+    cases: Sequence[Actual],
     history: History | None,
     *,
     optimistic: bool = False,
     marked: bool = True,
 ) -> tuple[Result, History]:
     """Return the run under the planner, and what it taught."""
-    host = Host(cases, WORKERS)
-    learned = History()
     tests = planned(cases, history, marked=marked)
-    planner = Planner(tests, {THE_CARD: CARD}, context=CONTEXT, headroom=0, optimistic=optimistic)
-    failed = 0
-    for worker in range(WORKERS):
-        planner.add_worker(str(worker), [THE_CARD])
-    while not planner.done:
-        commands = planner.commands()
-        for command in commands:
-            match command:
-                case Run(name, test):
-                    host.queues[int(name)].append(test)
-                case Flush(name) | Reset(name):
-                    planner.flushed(name)
-                case Fail():
-                    failed += 1
-                case Stop():
-                    pass
-        for worker in range(WORKERS):
-            host.start(worker)
-        if not host.ends:
-            if not commands:
-                raise SystemExit("the planner is stuck")
-            continue
-        index, test, oom = host.step()
-        case = cases[test]
-        again = oom and planner.retries(test)
-        failed += oom and not again
-        if case.gpu:
-            planner.resident(str(index), CONTEXT)
-        if not oom:
-            learned.note(case.nodeid, case.peak, case.duration, case.gpu)
-        peak = case.peak if case.gpu and not oom else None
-        duration = case.duration * (OOM_PART if oom else 1)
-        planner.finished(str(index), test, duration=duration, peak=peak, oom=again)
-    return Result(host.now, host.ooms, failed, host.setups), learned
+    result = simulate(tests, cases, MACHINE, optimistic=optimistic)
+    learned = History()
+    for case in (cases[test] for test in result.ended):
+        learned.note(case.nodeid, case.peak, case.duration, case.gpu)
+    return result, learned
+
+
+def _result(host: Host) -> Result:
+    """Return a run in which each test without room fails."""
+    return Result(host.now, host.ooms, (-1,) * host.ooms, setups=host.setups)
 
 
 class _Config:
@@ -257,11 +175,11 @@ class _Node:
         self.shutting_down = True
 
 
-def run_load(cases: Sequence[Case], *, locked: bool = False) -> Result:
+def run_load(cases: Sequence[Actual], *, locked: bool = False) -> Result:
     """Return the run under xdist's own scheduler, with one lock for GPU tests if ``locked``."""
     from xdist.scheduler import LoadScheduling  # type: ignore[import-untyped]
 
-    host = Host(cases, WORKERS, locked=locked)
+    host = Locked(cases, MACHINE) if locked else Host(cases, MACHINE)
     sent: list[deque[int]] = [deque() for _ in range(WORKERS)]
     nodes: list[Any] = [_Node(number, sent[number]) for number in range(WORKERS)]
     config: Any = _Config()
@@ -282,23 +200,23 @@ def run_load(cases: Sequence[Case], *, locked: bool = False) -> Result:
             break
         worker, test, _ = host.step()
         scheduler.mark_test_complete(nodes[worker], test, 0)
-    return Result(host.now, host.ooms, host.ooms, host.setups)
+    return _result(host)
 
 
-def run_round_robin(cases: Sequence[Case]) -> Result:
+def run_round_robin(cases: Sequence[Actual]) -> Result:
     """Return the run where test after test goes to worker after worker."""
-    host = Host(cases, WORKERS)
+    host = Host(cases, MACHINE)
     for test in range(len(cases)):
         host.queues[test % WORKERS].append(test)
     while True:
         for worker in range(WORKERS):
             host.start(worker)
         if not host.ends:
-            return Result(host.now, host.ooms, host.ooms, host.setups)
+            return _result(host)
         host.step()
 
 
-POLICIES: dict[str, Callable[[list[Case], int], Result]] = {
+POLICIES: dict[str, Callable[[list[Actual], int], Result]] = {
     "round-robin": lambda cases, _: run_round_robin(cases),
     "load": lambda cases, _: run_load(cases),
     "load + exclusive lock": lambda cases, _: run_load(cases, locked=True),
@@ -327,12 +245,12 @@ def compare(seeds: int, *, unrelated: bool) -> None:
         mix = f"V{1 if factor == 1 else 2} {'clustered' if clustered else 'shuffled'}"
         for name, policy in POLICIES.items():
             results = [policy(cases, seed) for seed, cases in enumerate(suites)]
-            ratios = [r.makespan / bound(c) for r, c in zip(results, suites, strict=True)]
+            ratios = [r.seconds / bound(c) for r, c in zip(results, suites, strict=True)]
             setups = statistics.fmean(result.setups for result in results)
             print(
                 f"{mix:<14}{name:<32}{statistics.fmean(ratios):>15.3f}{max(ratios):>7.3f}"
                 f"{statistics.fmean(r.ooms for r in results):>7.1f}"
-                f"{statistics.fmean(r.failed for r in results):>8.1f}"
+                f"{statistics.fmean(len(r.felled) for r in results):>8.1f}"
                 f"{setups:>9.0f}{setups / load:>9.2f}"
             )
 

@@ -23,8 +23,9 @@ from harness import run_pytest, write_suite
 from xdist.remote import WorkerInteractor
 
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
-from pytest_gpumem.plugin.xdist.told import Taken, cards_of, planned_tests, taken
+from pytest_gpumem.plugin.xdist.told import Taken, cards_of, taken
 from pytest_gpumem.records import CardUsage, properties
+from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.history import History
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.records import properties
-from pytest_gpumem.scheduling.estimates import PlannedTest
-from pytest_gpumem.scheduling.fixtures import WideFixture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
-    from pytest_gpumem.plugin.xdist.worker import Told
     from pytest_gpumem.scheduling.commands import CardKey
-    from pytest_gpumem.scheduling.history import Expectation
 
 
 class Taken(NamedTuple):
@@ -23,50 +19,6 @@ class Taken(NamedTuple):
     """Beyond what its process kept before it."""
     fixtures: int = 0
     """What the wider fixtures that it uses hold."""
-
-
-def planned_tests(
-    collection: Sequence[str],
-    needs: Iterable[tuple[int, int | None, int, bool]],
-    expect: Callable[[str, int | None], Expectation],
-    *,
-    most: int,
-    any_card: bool,
-    wide: tuple[Sequence[Told], Sequence[int]] = ((), ()),
-) -> list[PlannedTest]:
-    """Return the collected tests with what is expected of them.
-
-    ``needs`` are the marked tests: index, bytes (None: not said), cards, exclusive. Without any
-    card they are tests like others, which find out for themselves. ``most`` are the bytes that a
-    test can have: only a mark may ask for more, an estimate with its margin may not. ``wide`` are
-    the wide fixtures, as ``worker.wide_fixtures`` tells.
-    """
-    sets = [tuple(WideFixture(*each) for each in told) for told in wide[0]]
-    wide_of = dict(enumerate(sets[place] for place in wide[1]))
-    marked = {need[0]: need for need in needs}
-    planned = []
-    for index, nodeid in enumerate(collection):
-        _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
-        expected = expect(nodeid, vram)
-        peak, held = expected.peak, expected.fixtures
-        if peak is not None and expected.source != "mark":
-            peak = min(peak, max(0, most))
-            held = min(held, max(0, most - peak))
-        planned.append(
-            PlannedTest(
-                nodeid=nodeid,
-                gpu=any_card and (expected.gpu or index in marked),
-                peak=peak,
-                duration=expected.duration,
-                group=nodeid.split("::")[0],
-                cards=cards,
-                exclusive=exclusive,
-                seen=expected.source == "learned",
-                fixtures=held,
-                wide=wide_of.get(index, ()),
-            )
-        )
-    return planned
 
 
 def cards_of(

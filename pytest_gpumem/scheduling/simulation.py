@@ -1,0 +1,213 @@
+"""What a run would do: the planner on simulated workers, which take the time and memory of tests.
+
+A worker keeps its context once it used the card, and the wider fixtures of its last test until it
+runs one of another module or is told to give them back. A test that starts when the card has no
+room for it runs out of memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.scheduling.commands import Fail, Flush, Reset, Run, Stop
+from pytest_gpumem.scheduling.planner import Planner
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_gpumem.scheduling.commands import CardKey
+    from pytest_gpumem.scheduling.estimates import PlannedTest
+
+CARD: CardKey = ("", "card")
+
+
+class Actual(NamedTuple):
+    """A test as it really is; seconds and bytes."""
+
+    nodeid: str
+    module: str
+    gpu: bool
+    duration: float
+    peak: int
+    """Beyond what its process keeps."""
+    fixtures: int = 0
+    """What its wider fixtures hold."""
+
+
+class Machine(NamedTuple):
+    """Where the tests run; bytes."""
+
+    card: int
+    context: int
+    """What a process costs once it used the card."""
+    workers: int
+    headroom: int = 0
+    """What the planner never gives out."""
+    oom_part: float = 0.0
+    """Part of its duration after which a test without room fails."""
+
+
+class Result(NamedTuple):
+    """One run of the suite."""
+
+    seconds: float
+    ooms: int = 0
+    """Tests that ran out of memory, those tried again included."""
+    felled: tuple[int, ...] = ()
+    """Those that failed by it."""
+    refused: tuple[tuple[int, str], ...] = ()
+    """Those that the planner never ran, and why."""
+    setups: int = 0
+    """Times that a worker went to another module."""
+    ended: tuple[int, ...] = ()
+    """Tests that had room, in the order in which they ended."""
+
+
+class Host:
+    """Simulated workers on one card; whoever schedules fills their queues."""
+
+    def __init__(self, tests: Sequence[Actual], machine: Machine) -> None:
+        workers = machine.workers
+        self.tests = tests
+        self.now = 0.0
+        self.queues: list[deque[int]] = [deque() for _ in range(workers)]
+        self.ends: list[tuple[float, int, int, int, bool]] = []
+        """When, a number, worker, test, out of memory."""
+        self.running = [False] * workers
+        self.setups = self.ooms = 0
+        self._machine = machine
+        self._contexts = [False] * workers
+        self._standing = [0] * workers
+        """Bytes that wider fixtures hold."""
+        self._used = [0] * workers
+        self._modules = [""] * workers
+        self._number = 0
+
+    def start(self, worker: int) -> None:
+        """Begin the next test of an idle worker, if it has one."""
+        if self.running[worker] or not self.queues[worker]:
+            return
+        test = self.tests[self.queues[worker][0]]
+        self.running[worker] = True
+        if test.module != self._modules[worker]:
+            self.setups += 1
+            self._modules[worker] = test.module
+            self._standing[worker] = 0
+        self.begin(worker)
+
+    def begin(self, worker: int) -> None:
+        """Let the test that a worker has started take its memory."""
+        index = self.queues[worker][0]
+        test = self.tests[index]
+        oom = False
+        if test.gpu:
+            self._contexts[worker] = True
+            before = self._standing[worker]
+            self._standing[worker] = max(before, test.fixtures)
+            self._used[worker] = test.peak
+            oom = self.taken > self._machine.card
+            if oom:
+                self._used[worker] = 0
+                if self.taken > self._machine.card:  # its fixture ran out of memory
+                    self._standing[worker] = before
+        self.ooms += oom
+        self._number += 1
+        end = self.now + test.duration * (self._machine.oom_part if oom else 1)
+        heapq.heappush(self.ends, (end, self._number, worker, index, oom))
+
+    def step(self) -> tuple[int, int, bool]:
+        """Let the next test end; return its worker, itself, and whether it was out of memory."""
+        self.now, _, worker, test, oom = heapq.heappop(self.ends)
+        self.queues[worker].popleft()
+        self.running[worker] = False
+        self._used[worker] = 0
+        return worker, test, oom
+
+    def flush(self, worker: int) -> None:
+        """Let a worker give its fixtures back."""
+        self._standing[worker], self._modules[worker] = 0, ""
+
+    def kept(self, worker: int) -> tuple[int, int]:
+        """Return what a worker keeps, and the part of it that is its fixtures'."""
+        standing = self._standing[worker]
+        return self._machine.context * self._contexts[worker] + standing, standing
+
+    @property
+    def taken(self) -> int:
+        """Bytes of the card that are in use."""
+        contexts = self._machine.context * sum(self._contexts)
+        return contexts + sum(self._standing) + sum(self._used)
+
+
+def simulate(
+    planned: Sequence[PlannedTest],
+    actual: Sequence[Actual],
+    machine: Machine,
+    *,
+    optimistic: bool = False,
+) -> Result:
+    """Return the run of ``planned``, what the planner is told, as ``actual`` turns out.
+
+    Raises:
+        RuntimeError: when the planner has nothing to do and is not done.
+
+    """
+    host = Host(actual, machine)
+    planner = Planner(
+        planned,
+        {CARD: machine.card},
+        context=machine.context,
+        headroom=machine.headroom,
+        optimistic=optimistic,
+    )
+    felled: list[int] = []
+    refused: list[tuple[int, str]] = []
+    ended: list[int] = []
+    names = [str(worker) for worker in range(machine.workers)]
+    for name in names:
+        planner.add_worker(name, [CARD])
+    while not planner.done:
+        commands = planner.commands()
+        for command in commands:
+            match command:
+                case Run(name, test):
+                    host.queues[int(name)].append(test)
+                case Flush(name) | Reset(name):
+                    host.flush(int(name))
+                    _tell(planner, host, name)
+                    planner.flushed(name)
+                case Fail(test, why):
+                    refused.append((test, why))
+                case Stop():
+                    pass
+        for name in names:
+            host.start(int(name))
+        if not host.ends:
+            if not commands:
+                raise RuntimeError("the planner is stuck")
+            continue
+        worker, test, oom = host.step()
+        again = oom and planner.retries(test)
+        if not oom:
+            ended.append(test)
+        elif not again:
+            felled.append(test)
+        _tell(planner, host, names[worker])
+        took = actual[test]
+        planner.finished(
+            names[worker],
+            test,
+            duration=took.duration * (machine.oom_part if oom else 1),
+            peak=0 if oom else took.peak,
+            fixtures=host.kept(worker)[1] if took.gpu else 0,
+            oom=again,
+        )
+    return Result(host.now, host.ooms, tuple(felled), tuple(refused), host.setups, tuple(ended))
+
+
+def _tell(planner: Planner, host: Host, name: str) -> None:
+    kept, standing = host.kept(int(name))
+    if kept:
+        planner.resident(name, kept, fixtures=standing)
