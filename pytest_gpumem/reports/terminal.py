@@ -1,9 +1,6 @@
 """The run in lines for a terminal, what somebody has to act on first.
 
-A test counts once, by its nodeid, however often it ran: of its attempts the table shows the one
-that took most. What is a list of culprits (leaks, tests felled) is grouped by what they have in
-common, the largest group first, and bounded, with what was left out counted: two hundred leaks of
-one global are one entry.
+Each list is bounded, with what was left out counted.
 """
 
 from __future__ import annotations
@@ -13,6 +10,18 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.reports import budgets, children, timeline
+from pytest_gpumem.reports.counted import (
+    Counted,
+    Leak,
+    by_cause,
+    by_kind,
+    count_up,
+    instances,
+    own,
+    peaks,
+    place,
+    plural,
+)
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -38,21 +47,6 @@ class Line(NamedTuple):
     colour: str = ""
 
 
-class _Leak(NamedTuple):
-    """What one test, or one instance of a fixture, left on one card."""
-
-    size: int
-    by: str
-    holders: tuple[Holder, ...]
-    orphans: tuple[str, ...] = ()
-    """The processes that hold some of it."""
-
-    @property
-    def kind(self) -> str:
-        """Return what leaks of one kind share: where they are held, whatever the index or key."""
-        return re.sub(r"\[[^\]]*\]", "[]", self.holders[0].where) if self.holders else ""
-
-
 def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     """Return the section's lines; the notes alone when no test touched a card.
 
@@ -63,29 +57,24 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
             holders and names are not shortened.
 
     """
-    touched = [
-        test
-        for test in run.tests
-        if test.cards or test.fixtures or test.oom or test.broke or test.left or test.children
-    ]
+    counted = count_up(run)
+    touched, leaks = counted.touched, counted.leaks
     notes = [f"  {note}" for note in run.notes if not _is_header(note)]
     if not touched:
         yield from map(Line, ("notes", *notes) if notes and verbosity >= 0 else ())
         return
     shown = top if top and verbosity < 2 else len(run.tests)
-    leaks = sorted(_leaks(touched), key=lambda leak: -leak.size)
-    felled = _felled(touched)
-    yield _summary(run, touched, leaks, felled)
+    yield Line(counted.headline, "red" if counted.felled else "yellow" if leaks else "")
     if verbosity < 0:
         for leak in leaks[:shown]:
             yield Line(f"{format_bytes(leak.size):>12} leaked by {leak.by}")
         yield from _more(len(leaks) - shown, "leaks")
         return
-    yield from _table(run, touched, shown, verbosity)
+    yield from _table(run, shown, verbosity)
     yield from _fixtures(touched, shown)
     yield from _section("leaked", _leaked(leaks, shown, verbosity), "yellow")
     yield from _section("budgets", budgets.lines(run.budgets, shown))
-    yield from _section("out of memory", _ooms(touched, felled, shown, verbosity), "red")
+    yield from _section("out of memory", _ooms(counted, shown, verbosity), "red")
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))
     yield from _section("routing", _routing(run.tests))
@@ -106,75 +95,23 @@ def usage_lines(usage: CardUsage, card: str) -> Iterator[str]:
     yield from _holder_lines(usage.holders, None)
 
 
-def _own(usage: CardUsage) -> int:
-    """Return the own peak: the highest above what was there when the test began, in bytes."""
-    return usage.peak - usage.baseline
-
-
-def _took(test: RecordedTest) -> bool:
-    """Return whether a test used VRAM: it, or the set-up of a fixture for it, took some."""
-    return any(_own(card) > 0 or card.leftover > 0 for card in test.cards) or any(
-        each.allocated > 0 or each.leaked for each in test.fixtures
-    )
-
-
-def _summary(
-    run: RunRecord,
-    touched: Sequence[RecordedTest],
-    leaks: Sequence[_Leak],
-    felled: Sequence[RecordedTest],
-) -> Line:
-    used = {test.nodeid for test in touched if _took(test)}
-    everything = {test.nodeid for test in run.tests}
-    highest = max((_own(card) for test in touched for card in test.cards), default=0)
-    of_size = f" ({format_bytes(sum(leak.size for leak in leaks))})" if leaks else ""
-    return Line(
-        f"{len(used)} of {_count(len(everything), 'test')} used VRAM, "
-        f"highest own peak {format_bytes(highest)}, {_count(len(leaks), 'leak')}{of_size}, "
-        f"{_count(len(felled), 'failure')} out of memory",
-        "red" if felled else "yellow" if leaks else "",
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _more(number: int, what: str) -> Iterator[Line]:
     """Say how many entries a list does not show, if any."""
     if number > 0:
         yield Line(f"... {number} more {what}; --gpumem-top=0 shows all")
 
 
-def _felled(tests: Iterable[RecordedTest]) -> list[RecordedTest]:
-    """Return the tests that failed because memory ran out, and were not tried again."""
-    return [test for test in tests if test.oom and test.outcome in ("failed", "error")]
-
-
-def _table(
-    run: RunRecord, tests: Iterable[RecordedTest], shown: int, verbosity: int
-) -> Iterator[Line]:
+def _table(run: RunRecord, shown: int, verbosity: int) -> Iterator[Line]:
     """Show the tests that took most of a card, themselves and by what they started."""
-    most: dict[tuple[str, str, str], tuple[CardUsage, RecordedTest]] = {}
-    for test in tests:
-        for card in test.cards:
-            key = (test.nodeid, test.host, card.card)
-            if (_own(card) > 0 or card.leftover > 0) and (
-                key not in most or _own(card) > _own(most[key][0])
-            ):
-                most[key] = card, test
-    rows = sorted(most.values(), key=lambda row: -_own(row[0]))
+    rows = peaks(run)
     if not rows:
         return
-    totals = {(card.host, card.uuid): card.total for card in run.cards}
     yield Line("")
     yield Line(f"{'own peak':>11} {'of card':>8} {'peak':>11} {'leftover':>11}  test")
-    for card, test in rows[:shown]:
-        total = totals.get((test.host, card.card), 0)
-        part = f"{_own(card) / total:.0%}" if total else ""
+    for card, test, part in rows[:shown]:
         yield Line(
-            f"{format_bytes(_own(card)):>11} {part:>8} {format_bytes(card.peak):>11} "
-            f"{format_bytes(card.leftover):>11}  {test.nodeid}{_on(test)}"
+            f"{format_bytes(own(card)):>11} {part:>8} {format_bytes(card.peak):>11} "
+            f"{format_bytes(card.leftover):>11}  {place(test)}"
         )
         if verbosity > 0:
             indent = " " * 33
@@ -182,51 +119,25 @@ def _table(
     yield from _more(len(rows) - shown, "tests")
 
 
-def _on(test: RecordedTest) -> str:
-    return f" [{test.worker}]" if test.worker else ""
-
-
 def _fixtures(tests: Sequence[RecordedTest], shown: int) -> Iterator[Line]:
     """Show the wider fixtures, those that took most first; all instances of one in one line."""
     found: dict[tuple[str, str], list[FixtureUsage]] = {}
-    for each in _instances(tests):
+    for each in instances(tests):
         found.setdefault((each.name, each.scope), []).append(each)
     rows = sorted(found.items(), key=lambda row: -max(each.allocated for each in row[1]))
     if not rows:
         return
     yield Line("")
     yield Line(f"{'took':>11} {'peak':>11} {'released':>11}  fixture")
-    for (name, scope), instances in rows[:shown]:
-        each = max(instances, key=lambda instance: instance.allocated)
+    for (name, scope), several in rows[:shown]:
+        each = max(several, key=lambda instance: instance.allocated)
         released = "" if each.released is None else format_bytes(each.released)
-        times = f", {len(instances)} times, at most" if len(instances) > 1 else ""
+        times = f", {len(several)} times, at most" if len(several) > 1 else ""
         yield Line(
             f"{format_bytes(each.allocated):>11} {format_bytes(each.peak):>11} {released:>11}  "
             f"{name} ({scope}{times})"
         )
     yield from _more(len(rows) - shown, "fixtures")
-
-
-def _instances(tests: Sequence[RecordedTest]) -> list[FixtureUsage]:
-    """Return each instance of a wider fixture once, with its teardown's figures where it has any.
-
-    A fixture is set up again for other parameters, in each module, and in each worker.
-    """
-    rows: list[FixtureUsage] = []
-    standing: dict[tuple[str, ...], int] = {}
-    for test in tests:
-        for each in test.fixtures:
-            if each.scope == "function":
-                continue
-            key = (test.host, test.worker, each.name, each.scope, each.card)
-            if each.released is None:
-                standing[key] = len(rows)
-                rows.append(each)
-            elif key in standing:
-                rows[standing.pop(key)] = each
-            else:
-                rows.append(each)
-    return rows
 
 
 def _section(title: str, found: Iterable[str], colour: str = "") -> Iterator[Line]:
@@ -237,44 +148,22 @@ def _section(title: str, found: Iterable[str], colour: str = "") -> Iterator[Lin
         yield from map(Line, body)
 
 
-def _leaks(tests: Sequence[RecordedTest]) -> Iterator[_Leak]:
-    ended = children.ends(tests)
-    for test in tests:
-        for card in test.cards:
-            if card.leaked:
-                left = children.orphans(test, card.card, test.nodeid, ended)
-                yield _Leak(card.leaked, f"{test.nodeid}{_on(test)}", card.holders, left)
-        for fixture in test.fixtures:
-            if fixture.leaked:
-                by = (
-                    f"fixture {fixture.name} ({fixture.scope}), "
-                    f"torn down after {test.nodeid}{_on(test)}"
-                )
-                name = f"fixture {fixture.name!r} ({fixture.scope})"
-                left = children.orphans(test, fixture.card, name, ended)
-                yield _Leak(fixture.leaked, by, fixture.holders, left)
-
-
-def _leaked(leaks: Sequence[_Leak], shown: int, verbosity: int) -> Iterator[str]:
+def _leaked(leaks: Sequence[Leak], shown: int, verbosity: int) -> Iterator[str]:
     """Show the largest leak of each kind, and who else left something of that kind."""
-    kinds: dict[str, list[_Leak]] = {}
-    for leak in leaks:
-        # Where nobody is known to hold them, nothing says that two are of one kind.
-        kinds.setdefault(leak.kind or leak.by, []).append(leak)
-    groups = sorted(kinds.values(), key=lambda group: -sum(leak.size for leak in group))
+    groups = by_kind(leaks)
     for first, *others in groups[:shown]:
         yield f"  {format_bytes(first.size):>10} by {first.by}"
         yield from _holder_lines(first.holders, None if verbosity > 0 else _HOLDERS_SHOWN)
         yield from (f"      {sentence}" for sentence in first.orphans)
         if others:
             size = format_bytes(sum(leak.size for leak in others))
-            yield f"      likewise {size} in {_count(len(others), 'leak')}"
+            yield f"      likewise {size} in {plural(len(others), 'leak')}"
             each = (f"{format_bytes(leak.size):>10} by {leak.by}" for leak in others)
             yield from _likewise(list(each), verbosity)
     left = [leak for group in groups[shown:] for leak in group]
     if left:
         size = format_bytes(sum(leak.size for leak in left))
-        yield f"  ... {_count(len(left), 'leak')} more, {size}; --gpumem-top=0 shows all"
+        yield f"  ... {plural(len(left), 'leak')} more, {size}; --gpumem-top=0 shows all"
 
 
 def _likewise(others: Sequence[str], verbosity: int) -> Iterator[str]:
@@ -297,47 +186,21 @@ def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]
         yield f"      ... {len(holders) - limit} more holders; -v shows all"
 
 
-def _ooms(
-    tests: Sequence[RecordedTest], felled: Sequence[RecordedTest], shown: int, verbosity: int
-) -> Iterator[str]:
+def _ooms(counted: Counted, shown: int, verbosity: int) -> Iterator[str]:
     """Show the first test felled by each cause, and whom else it felled."""
-    culprits = _limits(tests)
-    causes: dict[tuple[object, ...], list[RecordedTest]] = {}
-    for test in felled:
-        cause = re.sub(r"\d[\d.]*", "N", test.oom), *culprits.get(test, ()), bool(test.beside)
-        causes.setdefault(cause, []).append(test)
-    groups = sorted(causes.values(), key=lambda group: -len(group))
-    for first, *others in groups[:shown]:
-        yield f"  {first.nodeid}{_on(first)}"
+    groups = by_cause(counted)
+    for culprits, (first, *others) in groups[:shown]:
+        yield f"  {place(first)}"
         yield f"      {first.oom}"
         for other in first.beside:
             yield f"      beside it: {other.text}"
-        yield from (f"      {sentence}" for sentence in culprits.get(first, ()))
+        yield from (f"      {sentence}" for sentence in culprits)
         if others:
-            yield f"      likewise {_count(len(others), 'test')}"
-            yield from _likewise([f"{test.nodeid}{_on(test)}" for test in others], verbosity)
-    left = sum(map(len, groups[shown:]))
+            yield f"      likewise {plural(len(others), 'test')}"
+            yield from _likewise([place(test) for test in others], verbosity)
+    left = sum(len(tests) for _, tests in groups[shown:])
     if left:
-        yield f"  ... {_count(left, 'test')} more; --gpumem-top=0 shows all"
-
-
-def _limits(tests: Iterable[RecordedTest]) -> dict[RecordedTest, list[str]]:
-    """Return, for each test that a limit felled, who had set the limits of its process."""
-    found: dict[RecordedTest, list[str]] = {}
-    limits: dict[tuple[str, str], dict[str, str]] = {}
-    """By process and limit: the last test that left one."""
-    for test in tests:
-        standing = limits.setdefault((test.host, test.worker), {})
-        if test.oom.endswith(" allowed)"):
-            found[test] = list(standing.values())
-        for left in test.left:
-            if left.what.startswith("memory fraction"):
-                sentence = f"{left.what} is {left.after}: {test.nodeid} left it so"
-                if left.put_back:
-                    standing.pop(left.what, None)
-                else:
-                    standing[left.what] = sentence
-    return found
+        yield f"  ... {plural(left, 'test')} more; --gpumem-top=0 shows all"
 
 
 def _left(tests: Sequence[RecordedTest], verbosity: int) -> Iterator[str]:
@@ -346,7 +209,7 @@ def _left(tests: Sequence[RecordedTest], verbosity: int) -> Iterator[str]:
         for left in test.left:
             what = f"{left.what} is {left.after or 'empty'}, was {left.before or 'empty'}"
             done = "; set back" if left.put_back else ""
-            found[f"  {test.nodeid}{_on(test)}: {what}{done}"] = None
+            found[f"  {place(test)}: {what}{done}"] = None
     shown = list(found) if verbosity > 0 else list(found)[:_LEFT_SHOWN]
     yield from shown
     if len(shown) < len(found):
@@ -373,15 +236,15 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
         return
     if run.workers:
         idle, ran = timeline.idle(run), len({test.worker for test in run.tests if test.worker})
-        who = _count(run.workers, "worker")
+        who = plural(run.workers, "worker")
         if ran < run.workers:
             who = f"{ran} of {who} ran tests"
         yield f"  {who}, without a test for {idle:.0%} of the time"
-    yield f"  {_count(len(leases), 'lease')}, {len(waited)} of them waited for"
+    yield f"  {plural(len(leases), 'lease')}, {len(waited)} of them waited for"
     if waited:
         longest, test = max(waited, key=lambda each: each[0])
         total = sum(seconds for seconds, _ in waited)
-        yield f"      {total:.1f} s in all, longest {longest:.1f} s: {test.nodeid}{_on(test)}"
+        yield f"      {total:.1f} s in all, longest {longest:.1f} s: {place(test)}"
     _, end = timeline.window(run.tests)
     found = timeline.levels(run)
     for card in run.cards:
@@ -396,9 +259,9 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
     if again:
         # Other programs may have stayed.
         how = f"ran out of memory beside others and ran again {_STEPS['alone']}"
-        yield f"  {_count(len(again), 'test')} {how}"
+        yield f"  {plural(len(again), 'test')} {how}"
         shown = again if verbosity > 0 else again[:_HOLDERS_SHOWN]
-        yield from (f"      {test.nodeid}{_on(test)}" for test in shown)
+        yield from (f"      {place(test)}" for test in shown)
         if len(shown) < len(again):
             yield f"      ... {len(again) - len(shown)} more; -v shows all"
 
@@ -409,7 +272,7 @@ def _routing(tests: Sequence[RecordedTest]) -> Iterator[str]:
     if routes:
         on_cpu = [route for route in routes if route.device == "cpu"]
         yield (
-            f"  {_count(len(routes), 'task')}: {len(routes) - len(on_cpu)} to the card, "
+            f"  {plural(len(routes), 'task')}: {len(routes) - len(on_cpu)} to the card, "
             f"{len(on_cpu)} to the CPU"
         )
         reasons = Counter(re.sub(r"\d[\d.]*( [KMG]iB|%)?", "N", each.reason) for each in on_cpu)
@@ -419,7 +282,7 @@ def _routing(tests: Sequence[RecordedTest]) -> Iterator[str]:
     for step, text in _STEPS.items():
         if steps[step]:
             good = sum(test.step == step and test.outcome == "passed" for test in tests)
-            yield f"  {_count(steps[step], 'attempt')} {text}, {good} passed"
+            yield f"  {plural(steps[step], 'attempt')} {text}, {good} passed"
 
 
 def _replaced(tests: Sequence[RecordedTest]) -> Iterator[str]:
@@ -436,4 +299,4 @@ def _notes(tests: Sequence[RecordedTest]) -> Iterator[str]:
     for test in tests:
         for card in test.cards:
             if card.note:
-                yield f"  {test.nodeid}{_on(test)}: {card.note}"
+                yield f"  {place(test)}: {card.note}"

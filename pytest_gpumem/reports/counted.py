@@ -1,0 +1,193 @@
+"""What a report counts and groups, once, whatever shows it: a terminal, Markdown, annotations.
+
+A test counts once, by its nodeid, however often it ran: of its attempts the one that took most is
+shown. What is a list of culprits (leaks, tests felled) is grouped by what they have in common, the
+largest group first: two hundred leaks of one global are one entry.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem.reports import children
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
+
+
+class Leak(NamedTuple):
+    """What one test, or one instance of a fixture, left on one card."""
+
+    size: int
+    by: str
+    test: RecordedTest
+    """Which it was, or after which the fixture was torn down."""
+    holders: tuple[Holder, ...]
+    orphans: tuple[str, ...] = ()
+    """The processes that hold some of it."""
+
+    @property
+    def kind(self) -> str:
+        """Return what leaks of one kind share: where they are held, whatever the index or key."""
+        return re.sub(r"\[[^\]]*\]", "[]", self.holders[0].where) if self.holders else ""
+
+
+class Counted(NamedTuple):
+    """What is to be told of a run."""
+
+    touched: tuple[RecordedTest, ...]
+    """The tests of which there is anything to tell."""
+    leaks: tuple[Leak, ...]
+    """The largest first."""
+    felled: tuple[RecordedTest, ...]
+    """Those that failed because memory ran out, and were not tried again."""
+    headline: str
+
+
+def count_up(run: RunRecord) -> Counted:
+    """Return what is to be told of a run."""
+    touched = tuple(
+        test
+        for test in run.tests
+        if test.cards or test.fixtures or test.oom or test.broke or test.left or test.children
+    )
+    leaks = tuple(sorted(_leaks(touched), key=lambda leak: -leak.size))
+    felled = tuple(test for test in touched if test.oom and test.outcome in ("failed", "error"))
+    used = {test.nodeid for test in touched if _took(test)}
+    everything = {test.nodeid for test in run.tests}
+    highest = max((own(card) for test in touched for card in test.cards), default=0)
+    of_size = f" ({format_bytes(sum(leak.size for leak in leaks))})" if leaks else ""
+    return Counted(
+        touched,
+        leaks,
+        felled,
+        f"{len(used)} of {plural(len(everything), 'test')} used VRAM, "
+        f"highest own peak {format_bytes(highest)}, {plural(len(leaks), 'leak')}{of_size}, "
+        f"{plural(len(felled), 'failure')} out of memory",
+    )
+
+
+def own(usage: CardUsage) -> int:
+    """Return the own peak: the highest above what was there when the test began, in bytes."""
+    return usage.peak - usage.baseline
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun: ``1 leak``, ``2 leaks``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def place(test: RecordedTest) -> str:
+    """Return a test's nodeid, with its worker where it has one."""
+    return f"{test.nodeid} [{test.worker}]" if test.worker else test.nodeid
+
+
+def _took(test: RecordedTest) -> bool:
+    """Return whether a test used VRAM: it, or the set-up of a fixture for it, took some."""
+    return any(own(card) > 0 or card.leftover > 0 for card in test.cards) or any(
+        each.allocated > 0 or each.leaked for each in test.fixtures
+    )
+
+
+class Row(NamedTuple):
+    """What one test took of one card."""
+
+    usage: CardUsage
+    test: RecordedTest
+    part: str
+    """The part of the card, where its size is known: ``12%``."""
+
+
+def peaks(run: RunRecord) -> list[Row]:
+    """Return who took most of a card, the highest own peak first."""
+    totals = {(card.host, card.uuid): card.total for card in run.cards}
+    most: dict[tuple[str, str, str], Row] = {}
+    for test in run.tests:
+        for card in test.cards:
+            key = (test.nodeid, test.host, card.card)
+            if (own(card) > 0 or card.leftover > 0) and (
+                key not in most or own(card) > own(most[key].usage)
+            ):
+                total = totals.get((test.host, card.card), 0)
+                most[key] = Row(card, test, f"{own(card) / total:.0%}" if total else "")
+    return sorted(most.values(), key=lambda row: -own(row.usage))
+
+
+def instances(tests: Sequence[RecordedTest]) -> list[FixtureUsage]:
+    """Return each instance of a wider fixture once, with its teardown's figures where it has any.
+
+    A fixture is set up again for other parameters, in each module, and in each worker.
+    """
+    rows: list[FixtureUsage] = []
+    standing: dict[tuple[str, ...], int] = {}
+    for test in tests:
+        for each in test.fixtures:
+            if each.scope == "function":
+                continue
+            key = (test.host, test.worker, each.name, each.scope, each.card)
+            if each.released is None:
+                standing[key] = len(rows)
+                rows.append(each)
+            elif key in standing:
+                rows[standing.pop(key)] = each
+            else:
+                rows.append(each)
+    return rows
+
+
+def _leaks(tests: Sequence[RecordedTest]) -> Iterator[Leak]:
+    ended = children.ends(tests)
+    for test in tests:
+        for card in test.cards:
+            if card.leaked:
+                left = children.orphans(test, card.card, test.nodeid, ended)
+                yield Leak(card.leaked, place(test), test, card.holders, left)
+        for fixture in test.fixtures:
+            if fixture.leaked:
+                by = f"fixture {fixture.name} ({fixture.scope}), torn down after {place(test)}"
+                name = f"fixture {fixture.name!r} ({fixture.scope})"
+                left = children.orphans(test, fixture.card, name, ended)
+                yield Leak(fixture.leaked, by, test, fixture.holders, left)
+
+
+def by_kind(leaks: Iterable[Leak]) -> list[list[Leak]]:
+    """Return the leaks grouped by where they are held."""
+    kinds: dict[str, list[Leak]] = {}
+    for leak in leaks:
+        # Where nobody is known to hold them, nothing says that two are of one kind.
+        kinds.setdefault(leak.kind or leak.by, []).append(leak)
+    return sorted(kinds.values(), key=lambda group: -sum(leak.size for leak in group))
+
+
+def by_cause(counted: Counted) -> list[tuple[list[str], list[RecordedTest]]]:
+    """Return the tests felled, grouped by what the card said, and who had set limits for them."""
+    culprits = _limits(counted.touched)
+    causes: dict[tuple[object, ...], list[RecordedTest]] = {}
+    for test in counted.felled:
+        cause = re.sub(r"\d[\d.]*", "N", test.oom), *culprits.get(test, ()), bool(test.beside)
+        causes.setdefault(cause, []).append(test)
+    groups = sorted(causes.values(), key=lambda group: -len(group))
+    return [(culprits.get(group[0], []), group) for group in groups]
+
+
+def _limits(tests: Iterable[RecordedTest]) -> dict[RecordedTest, list[str]]:
+    """Return, for each test that a limit felled, who had set the limits of its process."""
+    found: dict[RecordedTest, list[str]] = {}
+    limits: dict[tuple[str, str], dict[str, str]] = {}
+    """By process and limit: the last test that left one."""
+    for test in tests:
+        standing = limits.setdefault((test.host, test.worker), {})
+        if test.oom.endswith(" allowed)"):
+            found[test] = list(standing.values())
+        for left in test.left:
+            if left.what.startswith("memory fraction"):
+                sentence = f"{left.what} is {left.after}: {test.nodeid} left it so"
+                if left.put_back:
+                    standing.pop(left.what, None)
+                else:
+                    standing[left.what] = sentence
+    return found
