@@ -87,7 +87,7 @@ class Queue:
         """Block until ``request`` is held; return what that was decided by."""
         begun, said = time.monotonic(), ""
         worker = asking.test and asking.worker
-        lending = Lending(request, self._ledger.family, worker=worker)
+        lending = Lending(request, self._ledger.alive.family, worker=worker)
         news = self._missed(request, view.page)
         while True:
             waited = time.monotonic() - begun

@@ -88,9 +88,6 @@ def test_no_circle_of_files():
 
 LARGEST_MODULE, LARGEST_CLASS = 450, 300
 """Lines: what a reader holds in the head."""
-STILL_LONG = {
-}
-"""To be split by their seams; whoever does takes them off the list."""
 
 
 @every_file
@@ -104,7 +101,4 @@ def test_no_module_and_no_class_is_long(path):
     long = {name: lines for name, lines in parts.items() if lines > LARGEST_CLASS}
     if (lines := len(text.splitlines())) > LARGEST_MODULE:
         long["the module"] = lines
-    if str(path.relative_to(ROOT)) in STILL_LONG:
-        assert long, "it is short now: take it off the list"
-    else:
-        assert not long
+    assert not long
