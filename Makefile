@@ -84,6 +84,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/outcomes_fuzz.py
 	$(BIN)/pytest -p no:cacheprovider tests/soak/replay.py
 	$(BIN)/python tests/soak/archive_kills.py
+	$(BIN)/python tests/soak/archive_faults.py
 	$(BIN)/python tests/soak/sleepers_kills.py
 	$(BIN)/python tests/soak/sleepers_race.py
 	$(BIN)/python tests/soak/store_campaign.py

@@ -46,15 +46,26 @@ class Checkup:
 
     def problems(self) -> list[Problem]:
         """Return what is wrong as far as it shows without reading states."""
+        with explained("look at", self._place.path):
+            return [*self._missing(), *self._strange()]
+
+    def _missing(self) -> Iterator[Problem]:
+        """Yield the entries that cannot be read, or whose states are not there."""
         entries = self._place.catalogue.entries()
-        problems = [Problem(*each) for each in sorted(self._place.catalogue.broken.items())]
+        for name, why in sorted(self._place.catalogue.broken.items()):
+            yield Problem(name, why)
         there = self._place.states.names()
         for entry in entries:
             # Somebody may have removed it since.
             if entry.content not in there and self._place.catalogue.holds(entry.id):
-                problems.append(Problem(entry.id, f"the state of {entry.id} is missing"))
-        problems += [Problem(*each) for each in self._place.vault.problems()]
-        return problems + [Problem(name, _FOREIGN) for name in self._foreign()]
+                yield Problem(entry.id, f"the state of {entry.id} is missing")
+
+    def _strange(self) -> Iterator[Problem]:
+        """Yield the keys that do not open, and what is not the store's."""
+        for name, why in self._place.vault.problems():
+            yield Problem(name, why)
+        for name in self._foreign():
+            yield Problem(name, _FOREIGN)
 
     def _foreign(self) -> list[str]:
         """Return the names of what is not the store's; a key file and its lock may lie there."""
@@ -74,9 +85,9 @@ class Checkup:
         states = {entry.content: entry for entry in self._place.catalogue.entries()}
         total, done = sum(entry.size for entry in states.values()), 0
         for content, entry in states.items():
-            if not self._place.states.holds(content):
-                continue
             try:
+                if not self._place.states.holds(content):
+                    continue
                 with reading(self._place.states, self._place.catalogue, entry) as reader:
                     if read_data:
                         _try_to_restore(reader)

@@ -159,13 +159,14 @@ class NewFile:
 class OldFile:
     """A file that is read in pieces, by any number of threads.
 
-    ``direct`` reads from the disk itself, where the file system can.
+    ``direct`` reads from the disk itself, where the file system can. Big files always are, as they
+    were written: the pages that they would take cost more than what another reading may save.
     """
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
         self._file = files.open_own(path)
         self.size = os.fstat(self._file).st_size
-        self._direct = direct and _set_direct(self._file, on=True)
+        self._direct = (direct or self.size > _SLAB) and _set_direct(self._file, on=True)
 
     def read(self, at: int, length: int, into: mmap.mmap | None = None) -> memoryview:
         """Return up to ``length`` bytes; fewer only at the end of the file.

@@ -109,14 +109,14 @@ def write_and_read_back(new: NewFile, secret: bytes, packed: Packed, name: str) 
     """
     writer = _Writer(new, secret, packed, name)
     with contextlib.closing(OldFile(new.aside, direct=True)) as old:
-        read = 0
+        # Not the writer, which has the new file: that cycle would keep its memory.
+        seal, places, read = writer.seal, writer.places, 0
 
         def read_on(size: int) -> None:
             """Read the chunks that are on the disk, while later ones are coded."""
             nonlocal read
-            places = writer.places
             while read + 1 < len(places) and places[read + 1] <= size:
-                _open_chunk(old, writer.seal, read, places[read], places[read + 1])
+                _open_chunk(old, seal, read, places[read], places[read + 1])
                 read += 1
 
         new.on_disk = read_on
@@ -137,6 +137,9 @@ class _Writer:
         """Where each chunk begins that is sealed, and where the next one will."""
         self._new = new
         self._packed = packed
+        count = memory.threads(len(packed.memory.layout.chunks)) + memory.AHEAD
+        self._spare = [np.empty(codec.CHUNK + codec.SLACK, np.uint8) for _ in range(count)]
+        """Memory for coded chunks: as many as may be in work or wait."""
 
     def write(self) -> None:
         """Write it and wait until it is on the disk."""
@@ -145,15 +148,15 @@ class _Writer:
         self._write_index()
         self._new.finish()
 
-    def _code(self, chunk: Chunk) -> codec.Bytes:
-        """Return the coded chunk, in this thread's scratch memory."""
-        out = _scratch().coded
-        return out[: codec.coder().encode(self._packed.memory.gather(chunk), chunk.kind, out)]
+    def _code(self, chunk: Chunk) -> tuple[codec.Bytes, int]:
+        out = self._spare.pop()
+        return out, codec.coder().encode(self._packed.memory.gather(chunk), chunk.kind, out)
 
-    def _close(self, chunk: Chunk, coded: codec.Bytes) -> None:
-        length = len(coded) + TAG
-        self.seal.close(CHUNK, chunk.number, coded, self._new.take(length))
-        self.places.append(self.places[-1] + length)
+    def _close(self, chunk: Chunk, coded: tuple[codec.Bytes, int]) -> None:
+        out, length = coded
+        self.seal.close(CHUNK, chunk.number, out[:length], self._new.take(length + TAG))
+        self._spare.append(out)
+        self.places.append(self.places[-1] + length + TAG)
 
     def _write_index(self) -> None:
         import zstandard

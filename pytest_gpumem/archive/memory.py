@@ -10,7 +10,7 @@ import sys
 import threading
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 _MOST_THREADS = 8
-_LARGE = 4 * 2**20
-"""Bytes from which on memory is in large pages; NumPy's number."""
+AHEAD: Final = 3
+"""Chunks that may be done and wait for the one that comes before them."""
+_POPULATE_WRITE = 23
+"""``MADV_POPULATE_WRITE`` of Linux, which Python does not name."""
 
 
 class Chunk(NamedTuple):
@@ -94,22 +96,21 @@ def fresh(size: int, device: str) -> Any:
     """Return a new ``torch.UntypedStorage`` of ``size`` bytes."""
     import torch
 
-    storage = torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
-    if storage.device.type == "cpu" and size >= _LARGE:
-        _in_large_pages(storage.data_ptr(), size)
-    return storage
+    return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
 
 
-def _in_large_pages(address: int, size: int) -> None:
-    """Advise the system to back memory by large pages, as NumPy does; see madvise(2).
+def _populate(address: int, size: int) -> None:
+    """Have the system back new memory at once, rather than page by page; see madvise(2).
 
-    The first touch of each page of 4 KiB takes longer than reading it from the page cache.
+    To touch each page takes longer than to read it from the page cache. Large pages cost a quarter
+    of that where there are some, and 4 times as much where the system has to make them first.
     """
     if sys.platform == "linux":
         first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (address + size - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        # Only advice: a system without large pages refuses it.
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+        # Systems before Linux 5.14 refuse it, which costs nothing but time.
+        if length > 0:
+            _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _POPULATE_WRITE)
 
 
 @functools.cache
@@ -163,6 +164,7 @@ class Memory:
         """Have ``decode`` write the bytes of a chunk, and bring them to their places."""
         pieces = list(self.layout.pieces(chunk))
         if (whole := self._whole(pieces, chunk)) is not None:
+            _populate(whole.ctypes.data, chunk.size)
             decode(whole)
             return
         staging, out = _staging(pinned=self._pinned)
@@ -226,7 +228,7 @@ def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Resu
             failed.set()
             raise
 
-    others = min(_cpus(), _MOST_THREADS, len(tasks)) - 1
+    others = threads(len(tasks)) - 1
     if others <= 0:
         take()
     else:
@@ -244,10 +246,11 @@ def in_turn(
 ) -> None:
     """Do ``work`` of each chunk in several threads, and ``then``, with what came of it, in order.
 
-    A thread does both, so that what one step leaves in the cache of its processor is there for
-    the next.
+    Whoever is done with a chunk does what is next in order, his own or another one's, and goes on:
+    nobody waits for a thread that the system lets wait, unless he is ``AHEAD`` chunks before it.
     """
     turn = threading.Condition()
+    ready: dict[int, _Result] = {}
     now, failed = 0, False
 
     def one(at: int) -> None:
@@ -255,11 +258,12 @@ def in_turn(
         try:
             found = work(chunks[at])
             with turn:
-                turn.wait_for(lambda: failed or now == at)
-                if not failed:
-                    then(chunks[at], found)
+                ready[at] = found
+                while now in ready and not failed:
+                    then(chunks[now], ready.pop(now))
                     now += 1
                     turn.notify_all()
+                turn.wait_for(lambda: failed or at < now + AHEAD)
         except BaseException:
             with turn:
                 failed = True
@@ -267,6 +271,11 @@ def in_turn(
             raise
 
     each(one, range(len(chunks)))
+
+
+def threads(tasks: int) -> int:
+    """Return how many threads work on so many tasks."""
+    return min(_cpus(), _MOST_THREADS, tasks)
 
 
 def _cpus() -> int:

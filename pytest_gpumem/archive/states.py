@@ -45,7 +45,8 @@ class States:
 
     def holds(self, content: str) -> bool:
         """Return whether there is a file of a state, whatever is in it."""
-        return (self.folder / content).exists()
+        with explained("look at", self.folder):
+            return (self.folder / content).exists()
 
     def write(self, packed: file.Packed, content: str) -> None:
         """Write a state and read it back.
@@ -98,11 +99,12 @@ class States:
     def sizes(self, contents: Iterable[str]) -> dict[str, int]:
         """Return the bytes of the states' files; 0 for one that is missing."""
         found = {}
-        for content in set(contents):
-            try:
-                found[content] = (self.folder / content).lstat().st_size
-            except FileNotFoundError:
-                found[content] = 0
+        with explained("look at", self.folder):
+            for content in set(contents):
+                try:
+                    found[content] = (self.folder / content).lstat().st_size
+                except FileNotFoundError:
+                    found[content] = 0
         return found
 
     def reader(self, content: str) -> file.Reader:

@@ -28,7 +28,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -436,6 +436,13 @@ def show(found: dict[str, tuple[int, dict[str, Row]]]) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -448,7 +455,7 @@ def main() -> None:
     print(
         f"{dt.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, Linux "
         f"{platform.release()}, Python {platform.python_version()}, "
-        + ", ".join(f"{each} {version(each)}" for each in names)
+        + ", ".join(f"{each} {_version(each)}" for each in names)
     )
     found = run(options.mib * 2**20, options.rounds, options.only)
     for line in show(found):

@@ -8,11 +8,13 @@ import fcntl
 import gc
 import itertools
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -27,9 +29,9 @@ from pytest_gpumem.errors import ArchiveError, DiskError, KeyRefusedError
 
 KEY = b"k" * 32
 CALLS = ("open", "pwrite", "fsync", "ftruncate", "preadv", "fstat", "close", "read", "rename")
-CALLS += ("unlink", "mkdir", "lstat", "scandir", "flock", "short pwrite", "short preadv")
+CALLS += ("unlink", "mkdir", "stat", "lstat", "scandir", "flock", "short pwrite", "short preadv")
 """Functions of ``os`` and ``fcntl``; a short one moves some bytes and tells of no error."""
-SURVIVED = {"close", "scandir", "lstat", "unlink", "short pwrite", "short preadv"}
+SURVIVED = {"close", "scandir", "stat", "lstat", "unlink", "short pwrite", "short preadv"}
 """Those whose failure may do no harm."""
 ERRORS = itertools.cycle((errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EROFS))
 
@@ -77,6 +79,9 @@ CHANGES = {
     "forget": lambda store, _: store.forget(keep_last=0, context="other"),
     "delete": lambda store, name: store.delete(name),
     "anchor": lambda store, _: store.anchor(),
+    "get": lambda store, name: store.get(name),
+    "verify": lambda store, _: store.verify(read_data=True),
+    "look": lambda store, name: (store.stats(), store.health(), store.stored(store.entry(name))),
 }
 LARGE = state(3, 1_600_000)
 TAKEN_AWAY = {"forget", "delete"}
@@ -121,10 +126,11 @@ def test_each_call_of_each_change_may_fail_and_the_store_stays_whole(tmp_path, m
                 for each in there - {kept}:
                     again.delete(each)
                 assert [each for each in names(folder) if each != "anchors"] == clean
-                assert not reached or failure or call in SURVIVED
+                # Looking at a store may tell of it as of a problem.
+                assert not reached or failure or call in SURVIVED or doing in {"verify", "look"}
                 if not reached:
                     break
-    assert seen > 10
+    assert seen > 10 or doing == "verify"
 
 
 def test_an_entry_that_could_not_be_read_once_is_read_the_next_time(tmp_path, monkeypatch):
@@ -163,20 +169,73 @@ def test_a_write_that_does_nothing_is_an_error(tmp_path, monkeypatch):
         store.put(state(1, 100))
 
 
-def test_what_the_disk_changed_is_found_before_the_state_counts_as_archived(tmp_path, monkeypatch):
+@pytest.mark.parametrize("elements", [100_000, 3_000_000], ids=["small", "several writes"])
+def test_what_the_disk_changed_is_found_before_the_state_counts_as_archived(
+    tmp_path, monkeypatch, elements
+):
     store = ArchiveStore(tmp_path, key=KEY)
-    pwrite = os.pwrite
+    pwrite, writes = os.pwrite, itertools.count()
 
     def lying(file, data, at):
         changed = bytearray(data)
-        changed[len(changed) // 2] ^= 1
+        changed[len(changed) // 2] ^= next(writes) == 0
         return pwrite(file, changed, at)
 
     before = names(tmp_path)
     monkeypatch.setattr(disk.os, "pwrite", lying)
+    monkeypatch.setattr(disk, "_DIRECT", 0)  # a copy begins at no page
     with pytest.raises(ArchiveError):
-        store.put(state(1, 100_000))
+        store.put(state(1, elements))
     assert names(tmp_path) == before
+
+
+def test_a_large_state_is_read_back_while_it_is_written(tmp_path, monkeypatch):
+    store = ArchiveStore(tmp_path, key=KEY)
+    did = []
+    for name in ("pwrite", "preadv"):
+        real = getattr(os, name)
+
+        def call(*arguments, name=name, real=real):
+            did.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(disk.os, name, call)
+    content = state(1, 8_000_000)
+    found = store.put(content)
+    assert "pwrite" in did[did.index("preadv") :]
+    same(store.get(found), content)
+
+
+@pytest.mark.parametrize("wrong", [None, "work", "then"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_what_is_done_in_turn_is_done_in_order_and_ends_with_the_first_error(
+    monkeypatch, threads, wrong
+):
+    monkeypatch.setattr(memory, "_cpus", lambda: threads)
+    chance = random.Random(threads)  # noqa: S311  # a seed makes it repeatable
+    done, ahead = [], []
+    pauses = [chance.choice([0, 0, 0.0001, 0.003]) for _ in range(60)]
+
+    def work(number):
+        ahead.append(number - len(done))
+        time.sleep(pauses[number])
+        if wrong == "work" and number == 40:
+            raise OSError("no")
+        return -number
+
+    def then(number, found):
+        assert found == -number
+        if wrong == "then" and number == 40:
+            raise OSError("no")
+        done.append(number)
+
+    with contextlib.ExitStack() as stack:
+        if wrong:
+            stack.enter_context(pytest.raises(OSError, match="no"))
+        memory.in_turn(work, then, range(60))
+    assert done == list(range(len(done)))
+    assert len(done) <= 40 if wrong else len(done) == 60
+    assert max(ahead) < threads + memory.AHEAD
 
 
 def test_a_file_system_without_direct_access_works_too(tmp_path, monkeypatch):
