@@ -64,17 +64,14 @@ def listed(at: Cursor, line: Line, body: str) -> bool:
 
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
     """Parse a message, with the lines that it was wrapped onto."""
-    indented, body = body[:1].isspace(), body.strip()
+    body = body.strip()
     if spoken.LITERAL.match(body):
         return None
     found = messages.parse(body, raised=raised)
-    if found is not None and not found.figures and indented:
-        # The end of a message that its program broke after a colon.
-        above = next(_preceding(line, 1, at.carrier), None)
-        if above is not None and above.body.endswith(":"):
-            whole = messages.parse(f"{above.body} {body}", raised=raised)
-            found = whole if whole is not None and whole.figures else found
-    broken = found is None and _goes_on(line, body)
+    if found is None or not found.figures:
+        found = _begun_above(at, line, body, raised=raised) or found
+    cut = found is not None and not found.figures and len(body) >= _NARROW
+    broken = cut or (found is None and _goes_on(line, body))
     if not broken and (
         found is None or found.complete or body.endswith(("...", "\N{HORIZONTAL ELLIPSIS}"))
     ):
@@ -84,6 +81,16 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
         if other is not None and other.figures > (found.figures if found else -1):
             found = other
     return found
+
+
+def _begun_above(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
+    """Parse a message of which the line has the end only, where its figures stand above."""
+    above = next(_preceding(line, 1, at.carrier), None)
+    if above is None or not (above.body.endswith(":") or len(above.body) >= _NARROW):
+        return None
+    whole = messages.parse(f"{above.body} {body}", raised=raised)
+    begun = whole is not None and whole.figures and whole.start < len(above.body)
+    return whole if begun else None
 
 
 def _goes_on(line: Line, body: str) -> bool:

@@ -74,7 +74,7 @@ GRAMMARS = (
     ),
     # wgpu, of Rust's frameworks; DirectML; OpenGL; what encodes and decodes images and video.
     grammar(
-        "unknown", "ot enough memory left", r"(?:^|: )Not enough memory left\.?$", distinct=True
+        "unknown", "ot enough memory left", r"(?:^|: )Not enough memory left(?=\W*$)", distinct=True
     ),
     grammar(
         "unknown",

@@ -38,7 +38,7 @@ GRAMMARS = (
         distinct=True,
     ),
     grammar("host", "MemoryError", r"^(?:\w+\.)*_?(?:Array)?MemoryError:?$", distinct=True),
-    grammar("host", "std::bad_alloc", r"std::bad_alloc(?=['\"]?$)", distinct=True),
+    grammar("host", "std::bad_alloc", r"std::bad_alloc(?=\W*$)", distinct=True),
     grammar(
         "host",
         "ut of memory: Kill|illed process",
