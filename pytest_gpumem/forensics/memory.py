@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from pytest_gpumem.forensics.wrapped import (
     ERROR_LINE,
     following,
     listed,
+    preceding,
     read_message,
     soon,
     traced,
@@ -40,6 +42,8 @@ _EXCEPTION = re.compile(
 )
 # Only a traceback names the exception's module.
 _QUALIFIED = re.compile(r"(?:[A-Za-z_]\w{0,80}\.){1,12}\w{0,80}(?:Error|Exception)\w{0,80}: ")
+_STATE = 8
+_NOT_MEMORY = re.compile(r"\bOOMKilled\W{1,4}(?i:false)\b")
 _KILLED = re.compile(r"[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
 _FAULT = re.compile(
     r"Fatal Python error: (?P<fatal>Segmentation fault|Illegal instruction|Bus error"
@@ -142,11 +146,17 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
     if match is None:
         return False
     at_word = next(_KILLED.finditer(body), match).start()
-    if not spoken.reports(body, (at_word, at_word), "kill", 1):
+    if not spoken.reports(body, (at_word, at_word), "kill", 1) or _of_another(at, line):
         return False
     pid = match["pid"] if "pid" in match.groupdict() else None
     at.run.kills.append(Kill(line.number, None, int(pid) if pid else None))
     return True
+
+
+def _of_another(at: Cursor, line: Line) -> bool:
+    """Tell whether a container's state beside its exit code says that memory was not the reason."""
+    above, below = preceding(line, _STATE, at.carrier), following(line, _STATE, at.carrier)
+    return any(_NOT_MEMORY.search(text.body) for text in itertools.chain(above, below))
 
 
 def read_death(at: Cursor, line: Line, text: Text) -> bool:

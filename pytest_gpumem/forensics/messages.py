@@ -116,6 +116,15 @@ def parse(text: str, *, raised: bool = False) -> Message | None:
     return None if words else _by_class(text, raised=raised) or _cut_short(text)
 
 
+def worded(text: str) -> bool:
+    """Tell whether ``text`` has the words of a message, reported or only spoken of."""
+    return any(
+        each.head.search(text)
+        for each in grammars.vocabulary()
+        if any(needle in text for needle in each.needles)
+    )
+
+
 def _named(head: str, tail: str) -> bool:
     """Tell whether what stands around words without figures says that they are an error."""
     if not head.strip():

@@ -28,7 +28,9 @@ _CODE = re.compile(
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?:\s|[^\W\d])|//|/\*"
-    r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$)"
+    r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$"
+    r"|(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
+    r"[^=\"\x27]{0,80}[\"\x27])"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$",
     re.DOTALL,
@@ -63,6 +65,7 @@ _PROSE_TAIL = re.compile(
     r"try|consider)\b|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
     r"| [\u0400-\ud7ff])"
 )
+_GOES_ON = re.compile(r"[.,;)]| [a-z]")
 HANDLED = re.compile(
     r"(?i)\b(?:retrying|retried|will retry|fall(?:ing|s)?[ -]?back|recover(?:ed|ing|y)?|"
     r"(?<!\d )skipped|skipping|reducing|halving|will try|trying again|not a failure|handled|"
@@ -137,7 +140,7 @@ def _quoted(head: str, tail: str) -> bool:
     before = head.rpartition("`")[0]
     if "`" not in head or before.count("`") % 2 or tail.count("`") % 2 == 0:
         return False
-    return bool(before.strip()) or tail.partition("`")[2][:1] in {".", ",", ";", ")"}
+    return bool(before.strip()) or _GOES_ON.match(tail.partition("`")[2]) is not None
 
 
 def _survived(text: str, end: int, head: str) -> bool:

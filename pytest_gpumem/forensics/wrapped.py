@@ -28,7 +28,7 @@ _UNENDED = re.compile(
 _NARROW = 55
 """Characters: who wraps lines leaves none much shorter than a narrow terminal's."""
 _LIST = 12
-_TEXT_ALONE = re.compile(r"\s*[rbfu]{0,2}([\"']).*\1,?$")
+_TEXT = re.compile(r"\s*[rbfu]{0,2}[\"']")
 _JSON_OPENS = re.compile(r"\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
 # Where a new thing begins, a message that was wrapped has ended.
@@ -46,7 +46,7 @@ def soon(at: Cursor, line: Line) -> str:
 
 def traced(at: Cursor, line: Line) -> bool:
     """Tell whether the line above is a frame of a traceback."""
-    above = next(_preceding(line, 1, at.carrier), None)
+    above = next(preceding(line, 1, at.carrier), None)
     return above is not None and _FRAME.match(above.body) is not None
 
 
@@ -55,11 +55,13 @@ def listed(at: Cursor, line: Line, body: str) -> bool:
 
     The same in a JSON file is no code: there a key, or nothing, stands before the bracket.
     """
-    if not _TEXT_ALONE.match(body):
+    if not _TEXT.match(body):
         return False
-    above = (text.body for text in _preceding(line, _LIST, at.carrier))
-    opener = next((text for text in above if not _TEXT_ALONE.match(text)), "").rstrip()
-    return opener.endswith(("(", "[", "{")) and not _JSON_OPENS.match(opener)
+    above = (text.body for text in preceding(line, _LIST, at.carrier))
+    opener = next((text for text in above if not _TEXT.match(text)), "").rstrip()
+    if opener.endswith(("(", "[", "{")):
+        return not _JSON_OPENS.match(opener)
+    return opener.endswith(",") and opener.count("(") > opener.count(")")
 
 
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
@@ -85,7 +87,7 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
 
 def _begun_above(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
     """Parse a message of which the line has the end only, where its figures stand above."""
-    above = next(_preceding(line, 1, at.carrier), None)
+    above = next(preceding(line, 1, at.carrier), None)
     if above is None or not (above.body.endswith(":") or len(above.body) >= _NARROW):
         return None
     whole = messages.parse(f"{above.body} {body}", raised=raised)
@@ -97,7 +99,9 @@ def _goes_on(line: Line, body: str) -> bool:
     """Tell whether a line that says nothing alone may be the first of a message that was cut."""
     if line.reach > line.end or _UNENDED.match(body):
         return True
-    return len(body) >= _NARROW and any(needle in body for needle in grammars.needles())
+    if len(body) < _NARROW or not any(needle in body for needle in grammars.needles()):
+        return False
+    return not messages.worded(body)
 
 
 def _escaped(body: str, *, raised: bool) -> Message | None:
@@ -109,7 +113,7 @@ def _escaped(body: str, *, raised: bool) -> Message | None:
     return next((each for each in found if each is not None and each.named), None)
 
 
-def _preceding(line: Line, limit: int, carrier: re.Pattern[str] | None) -> Iterator[Text]:
+def preceding(line: Line, limit: int, carrier: re.Pattern[str] | None) -> Iterator[Text]:
     """Return the ``limit`` lines above, the nearest first."""
     end = line.end - len(line.raw)
     low = max(0, end - (1 << 14))

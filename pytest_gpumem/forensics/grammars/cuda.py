@@ -40,6 +40,13 @@ GRAMMARS = (
         r"size <tried>",
         distinct=True,
     ),
+    grammar(
+        "cuda",
+        "alloc fail type|allocator fail type",
+        r"(?:Resources: alloc|device allocator) fail type \w+",
+        r"size <tried>",
+        distinct=True,
+    ),
     # RELION; the rest of the card is its cache.
     grammar(
         "cuda",

@@ -37,6 +37,7 @@ GRAMMARS = (
         r"(?:Errno 12\]|fork:|exhausted:|mmap\w*:?) Cannot allocate memory",
         distinct=True,
     ),
+    grammar("host", "Out of Host Memory", "", distinct=True),
     grammar("host", "MemoryError", r"^(?:\w+\.)*_?(?:Array)?MemoryError:?$", distinct=True),
     grammar("host", "std::bad_alloc", r"std::bad_alloc(?=\W*$)", distinct=True),
     grammar(
