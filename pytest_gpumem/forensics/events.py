@@ -22,6 +22,7 @@ _FAR = 5000
 """Lines within which messages that do not contradict one another tell of one event: of any
 framework, and of the same one. TensorFlow prints its allocator's state in between."""
 _NEXT = 3
+_NEXT_KILL = 20
 _FIGURE = re.compile(r"\d[\d.,]*[KMGT]?")
 _RECENT = 20
 _TREND = 3
@@ -94,7 +95,12 @@ def draft(path: str, runs: Sequence[Run], first: int) -> Told:
         loose = _loose(path, max(number, 1), run, named)
         named.update(each.nodeid for each in loose)
         told.drafts.extend(loose)
-        told.kills.extend(_kills(path, max(number, 1), run))
+        told.kills.extend(
+            kill
+            for kill in _kills(path, max(number, 1), run)
+            # Who has said why it ends may be killed by whoever started it.
+            if kill.confirmed or not any(0 <= kill.line - each.last <= _NEXT_KILL for each in loose)
+        )
     _running(runs, told)
     return told
 
@@ -222,6 +228,8 @@ def _one_event(before: Draft, after: Draft) -> bool:
     if before.nodeid != after.nodeid or one is None or two is None:
         return False
     if before.worker != after.worker and before.worker and after.worker:
+        return False
+    if (one.backend in causes.HOST) != (two.backend in causes.HOST):
         return False
     if after.line - before.last > (_FAR if one.backend == two.backend else _NEAR):
         return False

@@ -3,6 +3,7 @@
 from pytest_gpumem.forensics.grammars.language import grammar
 
 _OUT = r"[Oo]ut\s+of\s+memory"
+_CARDS = ("GPU", "gpu", "CUDA", "device", "video", "VRAM")
 
 GRAMMARS = (
     # NCCL, Numba, Julia, Warp, Blender, faiss, XGBoost.
@@ -66,6 +67,14 @@ GRAMMARS = (
         r"allocate <tried>",
     ),
     grammar("cuda", "ailed to cudaMalloc", "", r"cudaMalloc <tried>", distinct=True),
+    # What the runtime's manual says of cudaErrorMemoryAllocation, which bindings print.
+    grammar("cuda", "unable to allocate enough memory to perform", "", distinct=True),
+    # Who says so in words of his own.
+    grammar(
+        "cuda",
+        "|".join(f"{lack} {card}" for lack in ("nsufficient", "ot enough") for card in _CARDS),
+        rf"(?i:\b(?:insufficient|not enough) (?:{'|'.join(_CARDS)})(?: memory)?\b)",
+    ),
     # What cuBLAS calls CUBLAS_STATUS_ALLOC_FAILED in words.
     grammar(
         "cuda",

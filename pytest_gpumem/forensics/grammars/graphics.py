@@ -74,7 +74,10 @@ GRAMMARS = (
     ),
     # wgpu, of Rust's frameworks; DirectML; OpenGL; what encodes and decodes images and video.
     grammar(
-        "unknown", "ot enough memory left", r"(?:^|: )Not enough memory left(?=\W*$)", distinct=True
+        "unknown",
+        "ot enough memory left|wgpu error: ",
+        r"(?:^|: )[Nn]ot enough memory left(?=\W*$|\x27,)|wgpu error: (?i:out of memory)",
+        distinct=True,
     ),
     grammar(
         "unknown",

@@ -50,6 +50,14 @@ GRAMMARS = (
         distinct=True,
         kind="kill",
     ),
+    # The kernel shows a group's usage only when it is about to kill in it.
+    grammar(
+        "host",
+        "failcnt",
+        r"memory: usage \d+kB, limit \d+kB, failcnt [1-9]",
+        distinct=True,
+        kind="kill",
+    ),
     grammar("host", "invoked oom", r"\S+ invoked oom-killer:", distinct=True, kind="kill"),
     grammar(
         "host",
@@ -107,6 +115,7 @@ PROBABLE_KILL = re.compile(
     r"| *exitcode +: -9\b.*|.{0,200}(?:\(exitcode: -9\)|\bSignal 9 \(SIGKILL\) received"
     r"|\bdied with <Signals\.SIGKILL: 9>|\bprematurely: signal 9 \(SIGKILL\)"
     r"|\bexit codes of the workers are \{.{0,80}SIGKILL\(-9\)|\bwas killed by signal 9\b"
+    r"|\b(?:died|killed|terminated|ended|exited)\b.{0,30}\bsignal:? (?:9\b|(?:SIG)?KILL\b)"
     r"|\bprocess \d+ terminated with signal SIGKILL|\bWorker \(pid:\d+\) was sent SIGKILL!"
     r"|\b[Cc]ommand terminated by signal 9\b|\(signal: 9, SIGKILL).*)"
 )

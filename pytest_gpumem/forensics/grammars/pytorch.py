@@ -54,7 +54,8 @@ GRAMMARS = (
     grammar(
         "unknown",
         "Tried to allocate",
-        r"\b(?:Out|[A-Z]{2,8} out) of memory\. Tried to allocate \d",
+        r"\b(?:Out|[A-Z]{2,8} out) of memory\. Tried to allocate \d"
+        r"|\bTried to allocate [\d.]+ [KMG]iB(?: \(|\. )GPU \d+(?:;| has a total)",
         *_TORCH,
     ),
     grammar(
