@@ -31,8 +31,8 @@ _CLASS = re.compile(
 _OOM_CLASS = re.compile(
     r"(?<![\w.])(?P<module>(?:[A-Za-z_]\w{0,80}(?:\.|::)){0,12})OutOfMemoryError\b(?![.(]\w)"
 )
-_CALL = re.compile(r"\w\([^()\"']*$")
-"""A name among the arguments of a call is code."""
+_CALL = re.compile(r"\w\([^()\"']*$|\bfunction [\"']$")
+"""A name among the arguments of a call, or of a function, is code."""
 _SEPARATED = re.compile(r"(?:^|[:=>|\]})\"'`(,.;!*-]|\\n)\s*$")
 _BLANKS = re.compile(r"\s{2,}")
 _PROCESS = re.compile(

@@ -80,9 +80,16 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
         return found or _escaped(body, raised=raised)
     for text in _joined(line, body, at.carrier):
         other = messages.parse(text, raised=raised or found is not None)
-        if other is not None and other.figures > (found.figures if found else -1):
+        if other is not None and _knows_more(other, found):
             found = other
     return found
+
+
+def _knows_more(other: Message, found: Message | None) -> bool:
+    """Tell whether the whole says more than its first line: a figure, or whose memory it was."""
+    if found is None or other.figures != found.figures:
+        return found is None or other.figures > found.figures
+    return other.backend != found.backend
 
 
 def _begun_above(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:

@@ -127,6 +127,21 @@ NOTHING = [
     "waiting 10 s before sending SIGKILL",
     "test timed out and was killed by SIGKILL",
     "exit code: -90",
+    f'    "{torch()}")',
+    f'        RuntimeError("{torch()}"),',
+    f'  let message = "{torch()}";',
+    f'records = [\n  "step 3",\n  "{torch()}",\n]',
+    f'    assert is_memory(\n        "{torch()}")',
+    "  match: /out of device memory|ErrorOutOfDeviceMemory|cudaMalloc failed/i,",
+    "  ErrorOutOfDeviceMemory = VK_ERROR_OUT_OF_DEVICE_MEMORY,",
+    "const CUresult cudaErrorMemoryAllocation = hipErrorMemoryAllocation;",
+    "  3: 'CUBLAS_STATUS_ALLOC_FAILED',",
+    " * CUDA_ERROR_OUT_OF_MEMORY is returned where nothing is left",
+    '        DEBUG(CRIT_FAILURE, "Out of memory allocating request\\n");',
+    "It fails with `cudaMalloc failed: out of memory` or\n`failed to allocate ROCm0 buffer`.",
+    "| `cudaErrorMemoryAllocation: out of memory` on old cards | needs a newer build |",
+    'Users face the **"CUDA_ERROR_OUT_OF_MEMORY: out of memory"** issue.',
+    '"OOMKilled": false,\n"ExitCode": 137,',
 ]
 
 

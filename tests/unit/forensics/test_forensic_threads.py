@@ -2,7 +2,8 @@
 
 ``threads/expected.tsv`` names each case's thread and its events: ``none``, or for each event, in
 order, whose memory ran out (``card``, ``host``, ``card?`` where it may be either), the size that
-was asked for and the test, ``-`` where it is not told. Names, hosts and figures are changed.
+was asked for and the test, ``-`` where it is not told. ``text#N`` is a file of a public repository,
+by its number in an index of such files. Names, hosts and figures are changed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def told(event, expected):
 
 
 def test_each_case_names_its_thread():
-    assert len(CASES) >= 350
+    assert len(CASES) >= 550
     assert {f"{each['case']}.log" for each in CASES} == {
         path.name for path in THREADS.glob("*.log")
     }
