@@ -103,9 +103,7 @@ def parse(text: str, *, raised: bool = False) -> Message | None:
     """
     text = _BLANKS.sub(" ", text)
     words = False
-    for grammar in grammars.vocabulary():
-        if not any(needle in text for needle in grammar.needles):
-            continue
+    for grammar in grammars.speaking(text):
         match = grammar.head.search(text)
         if match is None or "cudaErrorIllegal" in text:
             continue
@@ -118,11 +116,7 @@ def parse(text: str, *, raised: bool = False) -> Message | None:
 
 def worded(text: str) -> bool:
     """Tell whether ``text`` has the words of a message, reported or only spoken of."""
-    return any(
-        each.head.search(text)
-        for each in grammars.vocabulary()
-        if any(needle in text for needle in each.needles)
-    )
+    return any(each.head.search(text) for each in grammars.speaking(text))
 
 
 def _named(head: str, tail: str) -> bool:

@@ -70,6 +70,9 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
     if spoken.LITERAL.match(body):
         return None
     found = messages.parse(body, raised=raised)
+    if found is None and messages.worded(body):
+        # It only speaks of a message; no line around it changes that.
+        return _escaped(body, raised=raised)
     if found is None or not found.figures:
         found = _begun_above(at, line, body, raised=raised) or found
     cut = found is not None and not found.figures and len(body) >= _NARROW
@@ -106,9 +109,7 @@ def _goes_on(line: Line, body: str) -> bool:
     """Tell whether a line that says nothing alone may be the first of a message that was cut."""
     if line.reach > line.end or _UNENDED.match(body):
         return True
-    if len(body) < _NARROW or not any(needle in body for needle in grammars.needles()):
-        return False
-    return not messages.worded(body)
+    return len(body) >= _NARROW and bool(grammars.speaking(body))
 
 
 def _escaped(body: str, *, raised: bool) -> Message | None:

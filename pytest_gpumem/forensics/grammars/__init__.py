@@ -61,6 +61,7 @@ def learn(messages: Mapping[str, str]) -> None:
 
     """
     _learned[:] = [_taught(text, memory) for text, memory in messages.items()]
+    _index[:] = _indexed()
 
 
 def _taught(text: str, memory: object) -> Grammar:
@@ -86,6 +87,20 @@ def _taught(text: str, memory: object) -> Grammar:
 def vocabulary() -> tuple[Grammar, ...]:
     """Return every grammar, those that a suite added first."""
     return (*_learned, *GRAMMARS)
+
+
+def speaking(text: str) -> list[Grammar]:
+    """Return the grammars of whose messages ``text`` may be one, in the order of their rank."""
+    known = vocabulary()
+    return [known[at] for at in sorted({at for needle, at in _index if needle in text})]
+
+
+def _indexed() -> list[tuple[str, int]]:
+    return [(needle, at) for at, each in enumerate(vocabulary()) for needle in each.needles]
+
+
+_index = _indexed()
+"""Each needle, and the rank of its grammar."""
 
 
 def needles() -> tuple[str, ...]:
