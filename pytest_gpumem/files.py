@@ -29,8 +29,10 @@ _KINDS = {
 
 
 @contextmanager
-def replace(path: Path) -> Iterator[TextIO]:
+def replace(path: Path, *, encoding: str = "utf-8") -> Iterator[TextIO]:
     """Write text to ``path``: all of it is there when the block ends, or what was there before.
+
+    Who may read it and run it stays as it was.
 
     Raises:
         OSError: of ``path``, when it cannot be written; what stood there is untouched.
@@ -40,10 +42,12 @@ def replace(path: Path) -> Iterator[TextIO]:
     # that two processes which write one file do not write into each other's.
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with aside.open("w", encoding=encoding, newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            aside.chmod(stat.S_IMODE(path.stat().st_mode))
         aside.replace(path)
     except OSError as error:
         if error.errno is not None:

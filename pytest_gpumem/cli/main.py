@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import __version__, records
-from pytest_gpumem.cli import archive, doctor, forensics, groups, monitor, plan
+from pytest_gpumem.cli import archive, doctor, forensics, groups, marks, monitor, plan
+from pytest_gpumem.cli.learned import HISTORY, load_history
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.units import format_mib, printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
-
-    from pytest_gpumem.scheduling.history import History
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     forensics.add_compare(commands)
     groups.add(commands)
     plan.add(commands)
+    marks.add(commands)
     monitor.add(commands)
     chosen = parser.parse_args(arguments)
     try:
@@ -78,7 +78,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         "--history",
         type=Path,
         nargs="?",
-        const=plan.HISTORY,
+        const=HISTORY,
         metavar="FILE",
         help="Show what was learned; with merge: add what the runs teach. "
         "Default: the file in pytest's cache here.",
@@ -122,7 +122,7 @@ def _merge(chosen: argparse.Namespace) -> Iterator[str]:
     if chosen.output is not None:
         records.save(run, chosen.output)
     if chosen.history is not None:
-        history = _load_history(chosen.history)
+        history = load_history(chosen.history, new=True)
         history.learn(run.tests)
         history.save(chosen.history)
     yield from _section(run, chosen)
@@ -140,9 +140,7 @@ def _shard(text: str, all_of_them: Collection[str]) -> str:
 
 
 def _history(chosen: argparse.Namespace) -> Iterator[str]:
-    if not chosen.history.exists():
-        raise ValueError(f"there is no history {str(chosen.history)!r}")
-    history = _load_history(chosen.history)
+    history = load_history(chosen.history)
     if chosen.json:
         yield history.text().rstrip()
         return
@@ -150,15 +148,6 @@ def _history(chosen: argparse.Namespace) -> Iterator[str]:
     for nodeid, known in sorted(history, key=lambda each: -each[1].peak):
         sizes = [format_mib(known.peak), format_mib(known.fixtures)] if known.gpu else ["", ""]
         yield f"{sizes[0]:>12} {sizes[1]:>12} {known.duration:>8.2f} {known.runs:>5}  {nodeid}"
-
-
-def _load_history(path: Path) -> History:
-    from pytest_gpumem.scheduling.history import History
-
-    history = History.load(path)
-    if history.problem:
-        raise ValueError(history.problem)
-    return history
 
 
 if __name__ == "__main__":

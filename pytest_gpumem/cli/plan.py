@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import files, records
+from pytest_gpumem.cli.learned import HISTORY, load_history
 from pytest_gpumem.devices.models import find_model
 from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.history import History, module
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator, Sequence
 
-HISTORY = Path(".pytest_cache/d/gpumem/history.json")
 _CONTEXT, _HEADROOM = "512MiB", "64MiB"
 _GAP = 0.05
 """Most seconds that a worker is without a test for no other reason than to get the next one."""
@@ -214,11 +214,7 @@ def _gap(tests: Iterable[records.RecordedTest]) -> float:
 
 
 def _of_history(path: Path) -> Suite:
-    if not path.exists():
-        raise ValueError(f"there is no history {str(path)!r}; RUN.json or --history names another")
-    history = History.load(path)
-    if history.problem:
-        raise ValueError(history.problem)
+    history = load_history(path)
     tests = [
         Actual(
             nodeid,
