@@ -81,6 +81,8 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours --pytest8 $(VENV)/pytest8
 	$(BIN)/python tests/soak/peers.py --cache $(VENV)/suites
 	$(BIN)/python tests/soak/exclusive_fixtures.py
+	$(BIN)/python tests/soak/budgets.py
+	$(BIN)/python tests/soak/plan_against_runs.py
 	$(BIN)/python tests/soak/outcomes_fuzz.py
 	$(BIN)/pytest -p no:cacheprovider tests/soak/replay.py
 	$(BIN)/python tests/soak/archive_kills.py

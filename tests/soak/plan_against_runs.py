@@ -67,7 +67,7 @@ def run_suite(directory: Path, card: str, workers: int, history: Path) -> record
     if history.exists():
         shutil.copy(history, kept)
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "gpumem", "-n", str(workers),
+        sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "gpumem", "-n", str(workers),
         "--gpumem-simulate", card, "--gpumem-simulate-context", CONTEXT,
         "--gpumem-history", str(kept), "--gpumem-json", str(result),
     ]  # fmt: skip
