@@ -15,6 +15,7 @@ from pytest_gpumem.devices.models import find_model
 from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.history import History, module
 from pytest_gpumem.scheduling.simulation import Actual, Machine, Result, simulate
+from pytest_gpumem.tracking.meter import kept_cache
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Suite(NamedTuple):
     """What a process was taken to cost there; 0 where nobody knows."""
     unknown: int = 0
     """Tests that ran out of memory, of which nobody knows how much they need."""
+    gap: float = 0.0
+    """Seconds that passed between two tests of a worker."""
 
 
 class Plan(NamedTuple):
@@ -132,7 +135,10 @@ def _plans(suite: Suite, chosen: argparse.Namespace) -> list[Plan]:
                 f"{format_bytes(context)} and a headroom of {format_bytes(headroom)}"
             )
         machines = {
-            count: Machine(size, context, count, headroom) for count in _counts(chosen.workers)
+            count: Machine(
+                size, context, count, headroom, kept_cache(size, shared=count > 1), suite.gap
+            )
+            for count in _counts(chosen.workers)
         }
         runs = {count: _run(suite, machine) for count, machine in machines.items()}
         plans.append(Plan(name, size, runs))
@@ -175,7 +181,6 @@ def _of_run(run: records.RunRecord) -> Suite:
     history = History()
     history.learn(run.tests)
     tests = sorted(run.tests, key=lambda test: test.start)
-    gap = _gap(tests)
     ordered = sorted(tests, key=lambda test: test.place)
     last = {each.nodeid: each for each in ordered if each.outcome not in ("skipped", "rerun")}
     actual, needs = [], []
@@ -183,12 +188,11 @@ def _of_run(run: records.RunRecord) -> Suite:
         peak = max((card.extra for card in test.cards), default=0)
         fixtures = max((card.fixture_bytes for card in test.cards), default=0)
         gpu = bool(peak or fixtures or test.oom)
-        seconds = test.duration + gap
-        actual.append(Actual(nodeid, module(nodeid), gpu, seconds, peak, fixtures))
+        actual.append(Actual(nodeid, module(nodeid), gpu, test.duration, peak, fixtures))
         if test.lease is not None:
             needs.append((index, *_need(test.lease, run.cards)))
     ooms = sum(bool(test.oom) for test in last.values())
-    return Suite(actual, needs, history, run.cards, run.context, ooms)
+    return Suite(actual, needs, history, run.cards, run.context, ooms, _gap(tests))
 
 
 def _need(lease: records.Grant, cards: Sequence[records.Card]) -> tuple[int | None, int, bool]:

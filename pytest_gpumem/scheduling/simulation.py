@@ -1,8 +1,8 @@
 """What a run would do: the planner on simulated workers, which take the time and memory of tests.
 
-A worker keeps its context once it used the card, and the wider fixtures of its last test until it
-runs one of another module or is told to give them back. A test that starts when the card has no
-room for it runs out of memory.
+A worker keeps its context once it used the card, a little cache, and the wider fixtures of its last
+test until it runs one of another module or is told to give them back. A test that starts when the
+card has no room for it runs out of memory.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Machine(NamedTuple):
     workers: int
     headroom: int = 0
     """What the planner never gives out."""
+    cache: int = 0
+    """What a worker's allocator keeps of a test's memory, and no more: else it gives all back."""
+    gap: float = 0.0
+    """Seconds that pass between two tests of a worker."""
     oom_part: float = 0.0
     """Part of its duration after which a test without room fails."""
 
@@ -82,6 +86,8 @@ class Host:
         self._standing = [0] * workers
         """Bytes that wider fixtures hold."""
         self._used = [0] * workers
+        self._cached = [0] * workers
+        """Bytes that its allocator has for its own next test."""
         self._modules = [""] * workers
         self._number = 0
 
@@ -101,20 +107,25 @@ class Host:
         """Let the test that a worker has started take its memory."""
         index = self.queues[worker][0]
         test = self.tests[index]
-        oom = False
+        oom, card = False, self._machine.card
         if test.gpu:
             self._contexts[worker] = True
             before = self._standing[worker]
             self._standing[worker] = max(before, test.fixtures)
+            # Before a test runs out of memory, its allocator gives its cache back.
+            cached, self._cached[worker] = self._cached[worker], 0
             self._used[worker] = test.peak
-            oom = self.taken > self._machine.card
+            oom = self.taken > card
             if oom:
                 self._used[worker] = 0
-                if self.taken > self._machine.card:  # its fixture ran out of memory
+                if self.taken > card:  # its fixture ran out of memory
                     self._standing[worker] = before
+            else:
+                self._cached[worker] = max(0, min(cached - test.peak, card - self.taken))
         self.ooms += oom
         self._number += 1
-        end = self.now + test.duration * (self._machine.oom_part if oom else 1)
+        seconds = test.duration * (self._machine.oom_part if oom else 1)
+        end = self.now + seconds + self._machine.gap
         heapq.heappush(self.ends, (end, self._number, worker, index, oom))
 
     def step(self) -> tuple[int, int, bool]:
@@ -122,23 +133,27 @@ class Host:
         self.now, _, worker, test, oom = heapq.heappop(self.ends)
         self.queues[worker].popleft()
         self.running[worker] = False
+        cached = self._cached[worker] + self._used[worker]
+        self._cached[worker] = cached if cached <= self._machine.cache else 0
         self._used[worker] = 0
         return worker, test, oom
 
     def flush(self, worker: int) -> None:
         """Let a worker give its fixtures back."""
-        self._standing[worker], self._modules[worker] = 0, ""
+        self._standing[worker] = self._cached[worker] = 0
+        self._modules[worker] = ""
 
     def kept(self, worker: int) -> tuple[int, int]:
         """Return what a worker keeps, and the part of it that is its fixtures'."""
         standing = self._standing[worker]
-        return self._machine.context * self._contexts[worker] + standing, standing
+        context = self._machine.context * self._contexts[worker]
+        return context + standing + self._cached[worker], standing
 
     @property
     def taken(self) -> int:
         """Bytes of the card that are in use."""
         contexts = self._machine.context * sum(self._contexts)
-        return contexts + sum(self._standing) + sum(self._used)
+        return contexts + sum(self._standing) + sum(self._cached) + sum(self._used)
 
 
 def simulate(

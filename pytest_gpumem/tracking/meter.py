@@ -12,20 +12,25 @@ ReleaseCache = Callable[[Card, AllocatorReading], bool]
 """Says whether the allocator's unused cache should go back to the driver after a test."""
 
 
-_SHARED_CACHE = 64 * 2**20
+SHARED_CACHE = 64 * 2**20
 """Unused cache worth the price of new segments when other processes want the card."""
 
 
-def release_when_shared(shared: bool) -> ReleaseCache:
-    """Return the rule for giving back unused cache.
+def kept_cache(total: int, *, shared: bool) -> int:
+    """Return the bytes of unused cache that a process may keep on a card of ``total`` bytes.
 
     On a shared card, cache above 64 MiB is memory that other processes cannot have; alone on
     it, only a cache above a quarter of the card is worth the new segments the next test pays.
     """
+    return SHARED_CACHE if shared else total // 4
+
+
+def release_when_shared(shared: bool) -> ReleaseCache:
+    """Return the rule for giving back unused cache, all of it if it is too much."""
 
     def worth_it(card: Card, reading: AllocatorReading) -> bool:
         unused = reading.reserved - reading.allocated
-        return unused > (_SHARED_CACHE if shared else card.total // 4)
+        return unused > kept_cache(card.total, shared=shared)
 
     return worth_it
 

@@ -45,11 +45,11 @@ def write_suite(directory: Path, modules: int, seed: int) -> None:
     for number in range(modules):
         text = [HEAD.replace("{fixture}", str(rng.choice((20, 60, 150))))]
         for test in range(8):
-            seconds = round(rng.uniform(0.3, 1.5), 2)
+            seconds = round(rng.uniform(0.5, 2.0), 2)
             if rng.random() < 0.35:
                 text.append(f"def test_cpu_{test}():\n    time.sleep({seconds})\n")
                 continue
-            mib = round(30 * 60 ** rng.random())
+            mib = round(30 * 45 ** rng.random())
             mark = ""
             if rng.random() < 0.15:
                 mark = f'@pytest.mark.gpu(vram="{mib + rng.randint(5, 200)}MiB")\n'
