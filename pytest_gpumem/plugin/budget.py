@@ -172,8 +172,14 @@ class Budgets:
 
     # Where the run is reported
 
-    def verdicts(self, run: RunRecord) -> tuple[BudgetVerdict, ...]:
-        """Return how the tests stand to their budgets."""
+    def compared(self, run: RunRecord) -> RunRecord:
+        """Return what is known of a run, with how its tests stand to their budgets."""
+        if not run.cards:
+            note = "there is no card: no test was held to its budget (--gpumem-budget)"
+            return run._replace(notes=(*run.notes, note))
+        return run._replace(budgets=self._verdicts(run))
+
+    def _verdicts(self, run: RunRecord) -> tuple[BudgetVerdict, ...]:
         found = verdicts(run, self._budget, self._gone or (), self._tolerance)
         return tuple(
             each._replace(written=(each.nodeid, each.card) in self._written) for each in found
@@ -193,7 +199,7 @@ class Budgets:
             return
         with files.undisturbed(self._path):
             budget = _load(self._path, new=True)
-            for each in self.verdicts(run):
+            for each in self._verdicts(run):
                 if budget.apply(each):
                     self._written.add((each.nodeid, each.card))
             if self._written:

@@ -79,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if state.found.cards and not controller:
         _measure(config)
     files = settings.json or settings.trace or settings.html
-    to_tell = state.found.cards or files or controller or state.notes
+    to_tell = state.found.cards or files or controller or state.notes or settings.budget
     if not is_worker(config) and to_tell:
         _report(config)
     if settings.mode == "on" and (_may_meet_cards(config) if controller else state.found.cards):

@@ -157,7 +157,7 @@ class Reporting:
             context=settings.context_cost if settings.mode == "on" else 0,
         )
         budgets = budget.of(self._config)
-        return run if budgets is None else run._replace(budgets=budgets.verdicts(run))
+        return run if budgets is None else budgets.compared(run)
 
     def _whole(self, test: records.RecordedTest) -> records.RecordedTest:
         """Return a test's record with what became known after its report."""

@@ -119,6 +119,17 @@ def test_a_part_of_the_suite_updates_its_own_lines(tmp_path, written):
     )
 
 
+@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+def test_without_a_card_the_report_says_that_nothing_was_compared(tmp_path, workers):
+    write_suite(tmp_path, test_it="def test_a(): pass")
+    (tmp_path / "budgets.toml").write_text("[peaks]\n")
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    finished = run_pytest(tmp_path, "-p", "gpumem", *BUDGET, *workers, env=hidden)
+
+    assert finished.outcomes == {"passed": 1}
+    assert "  there is no card: no test was held to its budget" in finished.section
+
+
 def test_the_file_of_the_ini_lies_beside_it(tmp_path, written):
     write_suite(tmp_path, test_it=TAKE + SUITE)
     (tmp_path / "budgets.toml").write_text(written[0].replace("20_971_520", "5"))
