@@ -200,7 +200,7 @@ class Budgets:
         with files.undisturbed(self._path):
             budget = _load(self._path, new=True)
             for each in self._verdicts(run):
-                if budget.apply(each):
+                if budget.apply(each, self._tolerance):
                     self._written.add((each.nodeid, each.card))
             if self._written:
                 budget.save(self._path)

@@ -86,7 +86,9 @@ class Settings:
         "FILE",
     )
     budget_update: bool = declared(
-        flag, "Write budgets of new tests and lower those of tests that took less."
+        flag,
+        "Write budgets of new tests, and lower those of tests that took less by more than the "
+        "tolerance.",
     )
     budget_tolerance: tuple[float, int] = declared(
         tolerance,

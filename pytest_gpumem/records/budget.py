@@ -154,10 +154,11 @@ class Budget:
         with files.replace(path) as file:
             file.write(self.text())
 
-    def apply(self, verdict: BudgetVerdict) -> bool:
+    def apply(self, verdict: BudgetVerdict, tolerance: Tolerance) -> bool:
         """Write, lower or take out what ``verdict`` is about; return whether that was new.
 
-        Never raise: a test that grows has its line raised by hand, by whoever means it.
+        Never raise: a test that grows has its line raised by hand, by whoever means it. Nor lower
+        by less than the tolerance: of tests that vary a little, the least ever seen would be kept.
         """
         name = name_of(verdict.nodeid)
         line = self._tests.get(name, {})
@@ -168,7 +169,9 @@ class Budget:
             return old is not None
         if verdict.before:
             self._take_out(verdict.before, verdict.card)
-        if verdict.verdict not in ("within", "new", "renamed") or (old and old.peak <= new.peak):
+        if verdict.verdict not in ("within", "new", "renamed"):
+            return False
+        if old is not None and old.peak <= tolerance.limit(new.peak):
             return False
         self._tests.setdefault(name, {})[verdict.card] = new
         return True

@@ -63,7 +63,7 @@ def test_what_is_written_is_read_again(tmp_path_factory, plain):
     written = Budget()
     for nodeid, line in plain.items():
         for card, (own, left) in line.items():
-            written.apply(BudgetVerdict(nodeid, card, "new", own, left))
+            written.apply(BudgetVerdict(nodeid, card, "new", own, left), TOLERANCE)
     written.save(path)
 
     read = Budget.load(path)
@@ -126,13 +126,13 @@ import sys
 from pathlib import Path
 from pytest_gpumem import files
 from pytest_gpumem.records import BudgetVerdict
-from pytest_gpumem.records.budget import Budget
+from pytest_gpumem.records.budget import Budget, Tolerance
 
 path, shard = Path(sys.argv[1]), sys.argv[2]
 for number in range(50):
     with files.undisturbed(path):
         budget = Budget.load(path)
-        budget.apply(BudgetVerdict(f"a.py::test_{shard}_{number}", "A card", "new", 1))
+        budget.apply(BudgetVerdict(f"a.py::test_{shard}_{number}", "A card", "new", 1), Tolerance())
         budget.save(path)
 """
 
@@ -253,19 +253,22 @@ def test_a_renamed_test_is_recognised_where_there_is_no_choice(new, gone, before
 
 
 def test_an_update_writes_and_lowers_and_never_raises():
-    lines = budget(less=(100,), more=(100,), slightly=(100,), lost=(100,), old=(7,), other=(1,))
-    lines.apply(BudgetVerdict("a.py::lost", "Tesla T4", "new", 3))
+    lines = budget(
+        less=(100,), more=(100,), slightly=(100,), hardly=(100,), lost=(100,), old=(7,), other=(1,)
+    )
+    lines.apply(BudgetVerdict("a.py::lost", "Tesla T4", "new", 3), TOLERANCE)
     tests = [
         taken("a.py::less", 60),
         taken("a.py::more", 300),
         taken("a.py::slightly", 101),
+        taken("a.py::hardly", 99),
         taken("a.py::fresh", 50),
         taken("b.py::old", 900),
     ]
     written = [
         each.nodeid
         for each in verdicts(run(*tests), lines, {"a.py::lost", "a.py::old"}, TOLERANCE)
-        if lines.apply(each)
+        if lines.apply(each, TOLERANCE)
     ]
 
     assert written == ["a.py::less", "a.py::fresh", "b.py::old", "a.py::lost"]
@@ -273,6 +276,7 @@ def test_an_update_writes_and_lowers_and_never_raises():
         "a.py::less": {"NVIDIA L4": (60, 0)},
         "a.py::more": {"NVIDIA L4": (100, 0)},
         "a.py::slightly": {"NVIDIA L4": (100, 0)},
+        "a.py::hardly": {"NVIDIA L4": (100, 0)},
         "a.py::lost": {"Tesla T4": (3, 0)},
         "a.py::fresh": {"NVIDIA L4": (50, 0)},
         "b.py::old": {"NVIDIA L4": (900, 0)},
