@@ -249,7 +249,7 @@ def _marks(chosen: argparse.Namespace) -> int:
         history.learn(records.load_run(chosen.run).tests)
     else:
         history = load_history(chosen.history)
-    found = left = written = 0
+    found = written = 0
     alone: list[str] = []
     for name, taken in sorted(_by_file(history).items()):
         path = chosen.root / name
@@ -270,12 +270,12 @@ def _marks(chosen: argparse.Namespace) -> int:
             with files.replace(path.resolve(), encoding=source.encoding) as file:
                 file.write(text)
             written += 1
-    left = len(alone)
-    if left:
+    if alone:
         sys.stdout.write("left alone, for their sizes do not stand there in words\n")
         sys.stdout.writelines(f"  {each}\n" for each in alone)
     if written:
-        sys.stdout.write(f"corrected: {found} marks in {written} files\n")
+        marks, paths = "s" * (found != 1), "s" * (written != 1)
+        sys.stdout.write(f"corrected: {found} mark{marks} in {written} file{paths}\n")
     elif not found:
         sys.stdout.write("every mark holds\n")
     return 1 if found and not chosen.write else 0

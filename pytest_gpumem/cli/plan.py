@@ -189,20 +189,25 @@ def _of_run(run: records.RunRecord) -> Suite:
         fixtures = max((card.fixture_bytes for card in test.cards), default=0)
         gpu = bool(peak or fixtures or test.oom)
         actual.append(Actual(nodeid, module(nodeid), gpu, test.duration, peak, fixtures))
-        if test.lease is not None:
-            needs.append((index, *_need(test.lease, run.cards)))
+        need = None if test.lease is None else _need(test.lease, run.cards)
+        if need is not None:
+            needs.append((index, *need))
     ooms = sum(bool(test.oom) for test in last.values())
     return Suite(actual, needs, history, run.cards, run.context, ooms, _gap(tests))
 
 
-def _need(lease: records.Grant, cards: Sequence[records.Card]) -> tuple[int | None, int, bool]:
+def _need(
+    lease: records.Grant, cards: Sequence[records.Card]
+) -> tuple[int | None, int, bool] | None:
     """Return what a test's mark says, as far as its lease tells: bytes, cards, alone.
 
-    One of unknown peak has the whole card to itself, without having asked for that.
+    None where it says none of that. A test of unknown peak has the whole card to itself, and one
+    that may use it or not has a lease too, without having asked for that.
     """
     totals = [card.total for card in cards if card.uuid in lease.cards]
-    whole = lease.size >= min(totals, default=0)
-    return lease.marked, len(lease.cards), lease.alone and not whole
+    alone = lease.alone and lease.size < min(totals, default=0)
+    asked = lease.marked is not None or len(lease.cards) > 1 or alone
+    return (lease.marked, len(lease.cards), alone) if asked else None
 
 
 def _gap(tests: Iterable[records.RecordedTest]) -> float:

@@ -55,7 +55,7 @@ def test_a_mark_that_asks_for_too_much_is_said_and_corrected(suite, capsys):
 
     status, out = marks(capsys, "--write")
     assert status == 0
-    assert out.endswith("corrected: 1 marks in 1 files\n")
+    assert out.endswith("corrected: 1 mark in 1 file\n")
     assert path.read_text() == before.replace("18.7 GiB", "8.2GiB")
     assert marks(capsys) == (0, "every mark holds\n")
 

@@ -116,6 +116,15 @@ def test_a_test_on_two_cards_and_one_that_is_alone(tmp_path, capsys):
     assert told["seconds"] == pytest.approx(30)  # two alone, then those of the first run together
 
 
+def test_a_lease_of_a_test_that_used_no_card_does_not_put_it_on_one(tmp_path, capsys):
+    lease = Grant(("GPU-1",), 1, False, 0.0)  # as each has that may use a card, for all we know
+    tests = [seen(f"a.py::cpu{n}", 10.0, lease=lease) for n in range(4)]
+    large = [seen(f"a.py::large{n}", 10.0, 60 * GIB) for n in range(4)]
+    _, out, _ = plan(capsys, saved(tmp_path, *tests, *large), "--json", "--workers=2")
+
+    assert json.loads(out)["cards"][0]["workers"]["2"]["seconds"] == pytest.approx(40)
+
+
 def test_what_passes_between_tests_is_reckoned_with(tmp_path, capsys):
     tests = [seen(f"a.py::t{number}", 1.0, start=1.0 + 1.02 * number) for number in range(10)]
     _, out, _ = plan(capsys, saved(tmp_path, *tests), "--json", "--workers=1")
