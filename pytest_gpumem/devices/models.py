@@ -19,6 +19,7 @@ MODELS = {
     "A100 40GB": 40_960 * _MIB,
     "A100 80GB": 81_920 * _MIB,
     "H100": 81_559 * _MIB,
+    "H100 80GB": 81_559 * _MIB,
     "H200": 143_771 * _MIB,
     "RTX 3090": 24_576 * _MIB,
     "RTX 4090": 24_564 * _MIB,
@@ -57,5 +58,5 @@ def find_model(text: str) -> tuple[str, int]:
 
 
 def _plain(name: str) -> str:
-    """Return a name without what people leave out of it."""
-    return re.sub(r"nvidia|geforce|tesla|mig|[\s_:-]", "", name.lower())
+    """Return a name without what people leave out of it, or drivers add."""
+    return re.sub(r"nvidia|geforce|tesla|mig|sxm\d|pcie|hbm\de?|[\s_:-]", "", name.lower())

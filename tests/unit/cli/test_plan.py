@@ -185,6 +185,8 @@ def test_no_suite_is_one_sentence(tmp_path, capsys, monkeypatch):
         ("nvidia-l4", "L4"),
         ("NVIDIA H100 MIG 1g.10gb", "H100 1g.10gb"),
         ("a100-40gb", "A100 40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
         ("GeForce RTX 4090", "RTX 4090"),
     ],
 )
