@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.scheduling.estimates import PlannedTest
 
-LATE = 10
-"""A test of a late module has to last this many times as long as others to go before its module:
-it would bring a wide fixture that keeps its worker from earlier modules, see ``fixtures``."""
+BRINGS = 10
+"""A test that brings a wide fixture has to last this many times as long as others to go before its
+module. One of a late module would keep its worker from earlier modules, see ``fixtures``. One that
+holds VRAM makes those of other modules give way, and may have lasted long only to be set up."""
 
 
 class Portion:
@@ -73,7 +74,8 @@ class Pile:
         for test in tests:
             group = self._tests[test].group
             portion = self._first.setdefault(group, Portion(group))
-            if self._tests[test].duration > long * (LATE if group in self._late else 1):
+            brings = group in self._late or self._tests[test].fixtures > 0
+            if self._tests[test].duration > long * (BRINGS if brings else 1):
                 ahead.append(test)
             else:
                 self._put(portion, test)

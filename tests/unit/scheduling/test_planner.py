@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 
 import pytest
@@ -121,6 +122,19 @@ def test_gpu_tests_start_before_cpu_tests_and_the_longest_first() -> None:
     workers = Workers(tests, planner_of(tests, workers=1))
     order = workers.run()
     assert order[:2] == [3, 1]
+
+
+def test_modules_whose_fixtures_hold_vram_do_not_take_turns() -> None:
+    # Those that were slow, for the fixture was set up in them, do not go ahead of their modules.
+    tests = [
+        gpu(f"g{n}", 2, 0.5 if n % 4 else 6.0 + n, group)._replace(fixtures=60)
+        for group in ("a.py", "b.py")
+        for n in range(20)
+    ]
+    workers = Workers(tests, planner_of(tests, workers=2))
+    order = [tests[test].group for test in workers.run()]
+    # A worker that waits has half of a module for itself.
+    assert sum(before != after for before, after in itertools.pairwise(order)) <= 2
 
 
 def test_only_as_many_workers_open_a_context_as_shorten_the_run() -> None:
