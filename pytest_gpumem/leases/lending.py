@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.leases.family import Families
     from pytest_gpumem.leases.page import Page
 
-LOOK = 0.125
-"""Seconds between two looks at who holds a lease that may be lent."""
-NAP = 0.25
+LOOK = 0.075
+"""Seconds between two looks at who holds a lease that may be lent, at first: then a quarter of the
+time that was waited so far."""
+NAP = 0.15
 """Seconds of sleep after which a lease is lent that is not made use of..."""
 SLEEP = 10.0
 """... and those after which it is lent whatever is free of the card."""

@@ -108,7 +108,7 @@ class Queue:
                 asking.on_wait(text)
                 said = text
             pause = self._pause(view, request, asking, waited)
-            pause = pause if lent is None else min(pause, LOOK)
+            pause = pause if lent is None else min(pause, max(LOOK, waited / 4))
             news = watch.wait(pause, lambda: _STAND_BY * self._ahead(request))
 
     def _ahead(self, request: Entry) -> int:

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.scheduling.commands import CardKey
 
-STALL = 0.25
+STALL = 0.1
 """Seconds after which a test of which nothing was heard may wait for what an idle worker keeps; or
 as many as that worker's slowest set-up took, so that giving back at most doubles a wait..."""
 LONGEST_STALL = 10.0
 """... but no more than these."""
+_LOOK = 0.05
+"""Seconds between two looks, at first: then a quarter of the silence so far..."""
+_LONGEST_LOOK = 1.0
+"""... up to here."""
 LOOK_AGAIN: Mapping[str, Any] = {}
 """A message of nobody's: by it the clock's thread has the controller look for such tests."""
 
@@ -95,6 +99,8 @@ class StallClock:
 
     def __init__(self) -> None:
         self._timer: threading.Timer | None = None
+        self._silence = 0.0
+        """Seconds for which nothing was heard of a test when it was looked last."""
         self.gave_way = 0.0
         """When an idle worker was last told to give its fixtures back for such a test."""
 
@@ -106,7 +112,8 @@ class StallClock:
     def start(self, node: Node) -> None:
         """Have the controller look for stalls in a while, by a message in the name of ``node``."""
         message = {"node": node, "indices": LOOK_AGAIN}
-        self._timer = threading.Timer(STALL, node.notify_inproc, ("unscheduled",), message)
+        pause = min(_LONGEST_LOOK, max(_LOOK, self._silence / 4))
+        self._timer = threading.Timer(pause, node.notify_inproc, ("unscheduled",), message)
         self._timer.daemon = True
         self._timer.start()
 
@@ -114,6 +121,7 @@ class StallClock:
         """Return those ``keeping`` fixtures beside which a test has been silent for too long."""
         self._timer, now = None, time.monotonic()
         silent = min((each.moved for each in workers if each.busy), default=now)
+        self._silence = now - silent
         found = [
             each.name
             for each in workers

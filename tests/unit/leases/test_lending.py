@@ -81,8 +81,9 @@ def test_a_lease_is_lent_after_a_nap_and_more_so_after_a_sleep(
 ) -> None:
     lease, request = entry(HELD, 1, "1.a", test=True), entry(WAITING, 2, "3.c")
     lender = Lending(request, Families(told), worker=False)
-    clock = iter([place * lending.LOOK for place in range(12)])
+    clock = iter([place / 8 for place in range(12)])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(lending, "NAP", 0.25)
     monkeypatch.setattr(lending, "SLEEP", 1.0)
     looks = [lender.look(page(lease, request)) for _ in range(12)]
 
