@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from pytest_gpumem.leases.family import Families
     from pytest_gpumem.leases.page import Page
 
-LOOK = 0.075
+LOOK = 0.125
 """Seconds between two looks at who holds a lease that may be lent, at first: then a quarter of the
 time that was waited so far."""
-NAP = 0.15
-"""Seconds of sleep after which a lease is lent that is not made use of..."""
+NAP = 0.25
+"""Seconds of sleep after which a lease is lent where there is room, among workers of one run. Not
+among tests, which wait for one another as a rule, and of which one may use its share later."""
 SLEEP = 10.0
-"""... and those after which it is lent whatever is free of the card."""
+"""Seconds of sleep after which it is lent whatever is free of the card."""
 _BUSY = 0.1
 """Part of a CPU that nobody uses who only looks now and then whether something is free."""
 
@@ -38,7 +39,7 @@ class Lent(NamedTuple):
     """What is lent to a request now: names of leases."""
 
     unused: Collection[str] = ()
-    """Of those who sleep, for where there is room."""
+    """Of those who sleep; for where there is room."""
     asleep: Collection[str] = ()
     """Of those among them who have slept for so long that it may well be for ever."""
 
@@ -67,11 +68,15 @@ class Lending:
             return None
         now = time.monotonic()
         self._naps = {each.process: self._nap(each.process, now) for each in lenders}
-        slept = {each.name: now - self._naps[each.process][0] for each in lenders}
-        return Lent(
-            {name for name, seconds in slept.items() if seconds >= NAP},
-            {name for name, seconds in slept.items() if seconds >= SLEEP},
-        )
+        asleep = {each.name for each in lenders if now - self._naps[each.process][0] >= SLEEP}
+        unused = {
+            each.name
+            for each in lenders
+            if each.test != self._request.test
+            and now - self._naps[each.process][0] >= NAP
+            and self._family.is_sibling(each.process)
+        }
+        return Lent(asleep | unused, asleep)
 
     def _may_lend(self, lease: Entry, page: Page) -> bool:
         sibling = self._worker and self._family.is_sibling(lease.process)

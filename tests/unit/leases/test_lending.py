@@ -55,11 +55,12 @@ def test_what_is_lent_is_of_tests_that_the_request_waits_for(
 class Families:
     """Tells what a test has it tell."""
 
-    def __init__(self, told: list[float | None]) -> None:
+    def __init__(self, told: list[float | None], *, sibling: bool = False) -> None:
         self.told = iter(told)
+        self.sibling = sibling
 
     def is_sibling(self, _: str) -> bool:
-        return False
+        return self.sibling
 
     def seconds_of_sleeper(self, _: str) -> float | None:
         return next(self.told)
@@ -80,7 +81,7 @@ def test_a_lease_is_lent_after_a_nap_and_more_so_after_a_sleep(
     told, first, second, monkeypatch
 ) -> None:
     lease, request = entry(HELD, 1, "1.a", test=True), entry(WAITING, 2, "3.c")
-    lender = Lending(request, Families(told), worker=False)
+    lender = Lending(request, Families(told, sibling=True), worker=False)
     clock = iter([place / 8 for place in range(12)])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(lending, "NAP", 0.25)
@@ -92,6 +93,17 @@ def test_a_lease_is_lent_after_a_nap_and_more_so_after_a_sleep(
 
     assert beginning([lease.name in each.unused for each in looks]) == first
     assert beginning([lease.name in each.asleep for each in looks]) == second
+
+
+@pytest.mark.parametrize(("test", "sibling"), [(True, True), (False, False)])
+def test_tests_and_other_runs_lend_only_after_long(test, sibling, monkeypatch) -> None:
+    lease, request = entry(HELD, 1, "1.a", test=True), entry(WAITING, 2, "3.c", test=test)
+    lender = Lending(request, Families([5.0] * 12, sibling=sibling), worker=test)
+    clock = iter(range(12))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(lending, "SLEEP", 9.0)
+    looks = [lender.look(page(lease, request)) for _ in range(12)]
+    assert [bool(each.unused) for each in looks] == [False] * 9 + [True] * 3
 
 
 def test_where_nothing_is_ever_lent_nobody_looks() -> None:
