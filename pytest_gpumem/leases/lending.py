@@ -96,9 +96,7 @@ def may_lend(lease: Entry, request: Entry, page: Page, *, sibling: bool) -> bool
 
     ``sibling`` says whether both are of workers of one run, and ``request`` a test's.
     """
-    if lease.state != HELD or lease.process == request.process:
+    if lease.state != HELD or lease.process == request.process or not (lease.test or sibling):
         return False
     # These are no hindrance, and their holders sleep because they wait for one another.
-    if page.covers(lease, request) or page.descends(lease.process, request.process):
-        return False
-    return lease.test or sibling
+    return not (page.covers(lease, request) or page.descends(lease.process, request.process))

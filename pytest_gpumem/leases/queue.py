@@ -91,7 +91,7 @@ class Queue:
         news = self._missed(request, view.page)
         while True:
             waited = time.monotonic() - begun
-            lent = lending.look(self._ledger.read())
+            lent = lending.look(view.page)
             if news is not None:
                 view, granted = self._look(request, news, asking.hopes(waited), asking, lent)
                 if granted:
