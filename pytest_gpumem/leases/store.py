@@ -107,6 +107,9 @@ class LeaseStore:
     ) -> None:
         self._ledger = Ledger(directory or run_directory())
         self._queue = Queue(self._ledger, None if driver is None else Lookout(driver))
+        self._waited: dict[str, float] = {}
+        """By lease that is held, the seconds that it was waited for; those that were not are left
+        out."""
         self.headroom = headroom
 
     @property
@@ -158,7 +161,10 @@ class LeaseStore:
         tries = _TRIES
         while True:
             try:
-                return Lease(self, self._queue.take(claims, asking), wants)
+                grant = self._queue.take(claims, asking)
+                if grant.waited:
+                    self._waited[grant.entry.name] = grant.waited
+                return Lease(self, grant, wants)
             except (LedgerBusyError, Vanished) as error:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise LeaseTimeout(f"no lease within {timeout:g} s: {error}") from None
@@ -194,6 +200,10 @@ class LeaseStore:
         """Return the names of the leases that this thread holds, of tests apart."""
         return {entry.name for entry in self._ledger.taken_here() if not entry.test}
 
+    def waited(self, lease: str) -> float:
+        """Return the seconds that others made this process wait for a lease that it holds."""
+        return self._waited.get(lease, 0.0)
+
     def has_test(self) -> bool:
         """Return whether this process holds the lease of a test."""
         taken = filter(None, map(entry_named, list(self._ledger.leases)))
@@ -222,6 +232,7 @@ class LeaseStore:
 
     def give_back(self, entry: Entry) -> None:
         """End a lease that this process holds; ``Lease.release`` calls it."""
+        self._waited.pop(entry.name, None)
         if self._ledger.drop(entry):
             with suppress(Vanished):  # and with it all that waited
                 self._queue.nudge_first(self._ledger.read())

@@ -74,7 +74,7 @@ class Leases:
         self.expected: Expectation | None = None
         """Of the test that runs, if it has no mark."""
         self.waited = 0.0
-        """Seconds that the test which is set up waited for its lease."""
+        """Seconds that the test which is set up, and its fixtures, waited for leases."""
         self.beside = False
         """Whether somebody else was seen on the cards while this attempt ran."""
 
@@ -106,14 +106,16 @@ class Leases:
     def note_fixture(self, fixture: str, before: set[str]) -> None:
         """Take note of what ``fixture`` leased since this thread held ``before``."""
         for lease in self.held_here() - before:
-            self._fixtures.setdefault(lease, fixture)
+            if lease not in self._fixtures:  # of another one that it uses
+                self._fixtures[lease] = fixture
+                self.waited += self._open().waited(lease)
 
     def take(self, item: pytest.Item, step: str) -> str:
         """Take a lease for the test; return why it can have none, "" otherwise.
 
         ``step`` is the one that is being taken with it, see ``retry``.
         """
-        self._step = step
+        self._step, self.waited = step, 0.0
         if self._lease is not None:  # the attempt before, of a plugin that runs tests again
             return ""
         if GRANT in item.stash:  # an earlier attempt's

@@ -332,6 +332,38 @@ def test_memory_of_another_program_is_waited_for_alike_with_and_without_a_schedu
         assert finished.test("test_a").lease.waited == pytest.approx(1, abs=0.7)
 
 
+def test_what_a_fixture_waits_for_its_lease_is_not_its_tests_time(tmp_path, neighbour):
+    card = neighbour("""
+        import os, time
+        with LeaseStore().acquire({sys.argv[1]: Want()}, {sys.argv[1]: 2**32}, "the neighbour"):
+            print("there", flush=True)
+            while not os.path.exists(sys.argv[2] + "-asked"):
+                time.sleep(0.01)
+            time.sleep(2)
+    """)
+    source = f"""
+import pytest
+from pytest_gpumem import gpu_lease
+
+@pytest.fixture(scope="module")
+def model():
+    open("{card}-asked", "w").close()
+    with gpu_lease("1GiB"):
+        yield
+
+@pytest.fixture(scope="module")
+def around(model): pass
+
+def test_a(around): pass
+"""
+    write_suite(tmp_path, test_it=source)
+    arguments = ("-p", "gpumem", "--gpumem-json=run.json", f"--gpumem-simulate-card={card}")
+    finished = run_pytest(tmp_path, *arguments)
+
+    assert finished.outcomes == {"passed": 1}, finished.output
+    assert finished.test("test_a").duration < 1.5
+
+
 @pytest.mark.parametrize("mode", list(MODES))
 def test_foreign_files_among_the_leases_are_named_and_end_no_run(run, tmp_path, monkeypatch, mode):
     queue = tmp_path / "leases" / f"gpumem-{os.getuid()}" / "queue"
