@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.leases.family import Families
     from pytest_gpumem.leases.page import Page
 
-LOOK = 0.125
+LOOK = 0.06
 """Seconds between two looks at who holds a lease that may be lent, at first: then a quarter of the
 time that was waited so far."""
 NAP = 0.25
