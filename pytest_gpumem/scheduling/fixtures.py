@@ -120,6 +120,10 @@ class SetUpOrder:
             if new not in before
         )
 
+    def unless_late(self, suits: Callable[[int], bool]) -> Callable[[int], bool]:
+        """Return what tells whether a test ``suits`` and is of no late module."""
+        return lambda test: self._tests[test].group not in self.late_modules and suits(test)
+
     def suits(self, before: SetUp) -> Callable[[int], bool]:
         """Return what tells whether a test may follow in a worker that has set up ``before``."""
         return functools.partial(self.permits, before=before) if before else _any_test

@@ -121,6 +121,18 @@ class Pile:
         own = self._first.get(group)
         return own is not None and bool(own.tests) and not own.owned
 
+    def begins(self, suits: Callable[[int], bool]) -> bool:
+        """Return whether a module that is not late and belongs to no worker is to be begun.
+
+        With a test that ``suits``.
+        """
+        while self._free:
+            late, *_, portion = self._free[0]
+            if portion.tests and not portion.owned:
+                return late < 0 and suits(portion.tests[0])
+            heapq.heappop(self._free)
+        return False
+
     def adopt(
         self, group: str, left: Portion | None, suits: Callable[[int], bool]
     ) -> Portion | None:

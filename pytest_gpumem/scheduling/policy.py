@@ -264,8 +264,12 @@ def _suits(state: State, worker: Worker, test: int) -> bool:
 
 
 def _gpu_portion(state: State, worker: Worker) -> Portion | None:
-    shared = state.backlog.shared
-    portion = shared.adopt(worker.group, worker.gpu, state.order.suits(worker.to_set_up))
+    shared, order = state.backlog.shared, state.order
+    suits = order.suits(worker.to_set_up)
+    # The fixtures of late modules would keep the worker from those that are to be begun before.
+    if order.late_modules and not worker.card.urgent and state.backlog.cpu.begins(suits):
+        suits = order.unless_late(suits)
+    portion = shared.adopt(worker.group, worker.gpu, suits)
     if portion is None and len(shared) > len(shared.long.tests):
         worker.out_of_order = True
     return portion

@@ -18,6 +18,7 @@ from pytest_gpumem.admission import Claim, fits
 from pytest_gpumem.scheduling import policy
 from pytest_gpumem.scheduling.commands import CardKey, Fail, Flush, Grant, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
+from pytest_gpumem.scheduling.fixtures import WideFixture
 from pytest_gpumem.scheduling.history import family
 from pytest_gpumem.scheduling.piles import Pile
 from pytest_gpumem.scheduling.planner import Planner
@@ -122,6 +123,22 @@ def test_gpu_tests_start_before_cpu_tests_and_the_longest_first() -> None:
     workers = Workers(tests, planner_of(tests, workers=1))
     order = workers.run()
     assert order[:2] == [3, 1]
+
+
+def test_gpu_tests_with_late_fixtures_come_after_cpu_tests_that_these_would_bar() -> None:
+    late, tests = WideFixture("", "late"), []
+    for number in range(8):
+        group = f"m{number}.py"
+        own = WideFixture(group, "own")
+        for n in range(10):
+            early, on_card = cpu(f"t{n}", group=group), gpu(f"t{n}", 10, group=group)
+            tests.append(
+                early._replace(wide=(own,)) if number < 6 else on_card._replace(wide=(own, late))
+            )
+    workers = Workers(tests, planner_of(tests, workers=2))
+    workers.run()
+    # Nobody had to give the late fixture back.
+    assert all(isinstance(each, Stop) for each in workers.other)
 
 
 def test_modules_whose_fixtures_hold_vram_do_not_take_turns() -> None:
