@@ -142,9 +142,9 @@ class Book:
     def used(self) -> bool:
         """Whether any child has told something that was not struck; below 1 us."""
         words = self._words
-        return any(
-            words[slot]
-            for slot in range(_HEADER + _SLOT, _HEADER + _SLOT * words[_HEADER - 1], _SLOT)
+        slots = words[_HEADER - 1]
+        return slots > 1 and any(
+            words[slot] for slot in range(_HEADER + _SLOT, _HEADER + _SLOT * slots, _SLOT)
         )
 
     @property

@@ -1,6 +1,10 @@
 """Everything that knows pytest: its hooks, options and marks; the rooms below know none of it."""
 
-from pytest_gpumem.plugin.hooks import (
+from pytest_gpumem.on_import import find_own_modules
+
+find_own_modules()
+
+from pytest_gpumem.plugin.hooks import (  # noqa: E402  # found by then by Python alone
     gpumem,
     pytest_addoption,
     pytest_collection_finish,

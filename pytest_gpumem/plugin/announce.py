@@ -34,7 +34,7 @@ class Watched:
     def __init__(self, manager: pytest.PytestPluginManager) -> None:
         self._manager = manager
         self._directory: Path | None = None
-        self._looked = -_EVERY
+        self._look_at = 0.0
         with suppress(LeaseError):  # whoever takes leases says so
             self._directory = run_directory()
 
@@ -42,11 +42,11 @@ class Watched:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Look for a monitor, and let it know of the test."""
         now = time.monotonic()
-        telling: Telling | None = self._manager.get_plugin(Telling.NAME)
-        if self._directory is None or (telling is None and now - self._looked < _EVERY):
+        if now < self._look_at or self._directory is None:
             return
-        self._looked = now
+        telling: Telling | None = self._manager.get_plugin(Telling.NAME)
         if not is_watched(self._directory):
+            self._look_at = now + _EVERY
             if telling is not None:
                 telling.end()
             return

@@ -232,10 +232,10 @@ class Leases:
 
     def _kept(self) -> dict[str, int]:
         """Return by card what this process keeps, and what those keep that it started."""
-        children = None if self._tracker is None else self._tracker.children
-        if children is None:
-            return self._holdings()
-        return dict(Counter(self._holdings()) + Counter(children.living()))
+        here, children = self._holdings(), None
+        if self._tracker is not None and self._tracker.children is not None:
+            children = self._tracker.children.living()
+        return dict(Counter(here) + Counter(children)) if children else here
 
     def _standing(self) -> Mapping[str, int]:
         """Return by card what wider fixtures hold, and what they started."""

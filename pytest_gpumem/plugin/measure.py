@@ -125,15 +125,16 @@ class Measuring:
 
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """Keep what ended a phase until the test is over, and hand its numbers to the report."""
-        if call.excinfo is not None or call.when == "setup":
-            self.noting(item, call)
-        if call.when == "teardown" or self._item is None:  # gpumem_off
-            return
+        when = call.when
         if call.excinfo is not None:
-            self._note(call.excinfo.value)
-            if self._oom:
-                item.stash[BESIDE] = [each for card in self._cards for each in others(card)]
-        if call.when == "call":
+            self.noting(item, call)
+            if when != "teardown" and self._item is not None:  # gpumem_off
+                self._note(call.excinfo.value)
+                if self._oom:
+                    item.stash[BESIDE] = [each for card in self._cards for each in others(card)]
+        elif when == "setup":
+            self.noting(item, call)
+        if when == "call" and self._item is not None:
             self._keepers = _keepers(item)
             cards = self.tracker.usage()
             _attach(item, Usage(cards) if cards else NOTHING_USED, self._oom)

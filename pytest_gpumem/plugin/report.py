@@ -50,6 +50,8 @@ class Reporting:
         self._config = config
         self._state = state
         self._cards = {("", card.uuid): card for card in state.found.cards}
+        self._reports: list[pytest.TestReport] = []
+        """Those that were not looked at yet."""
         self._running: dict[tuple[str, str], _Phases] = {}
         self._tests: list[records.RecordedTest] = []
         self._again: set[str] = set()
@@ -60,12 +62,31 @@ class Reporting:
         """By worker, where that is another machine."""
         self._late: dict[tuple[str, str], _Late] = {}
         """By test and worker."""
+        settings = state.settings
+        self._files = bool(settings.json or settings.trace or settings.html)
         self._notes: list[str] = []
         self._failures: list[str] = []
         self._usage_error = ""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the report of a phase until somebody asks, as the terminal does.
+
+        Most suites end without anybody asking for tests that touched no card.
+        """
+        self._reports.append(report)
+        outcome: str = report.outcome
+        if outcome == "rerun":
+            self._show_reruns()
+
+    def _recorded(self) -> list[records.RecordedTest]:
+        """Return the tests that have ended."""
+        reports, self._reports = self._reports, []
+        for report in reports:
+            self._take(report)
+        return self._tests
+
+    def _take(self, report: pytest.TestReport) -> None:
         """Put a test's phases together; its record is complete with its teardown."""
         told = vars(report)
         if "gpumem_replaced" in told:
@@ -88,7 +109,9 @@ class Reporting:
         """Take note of a phase that did not simply pass."""
         phases.outcome = _outcome(report, phases.outcome)
         phases.again |= phases.outcome == "rerun" and hasattr(report, attempts.UNDECIDED)
-        if phases.outcome == "rerun" and not self._config.pluginmanager.hasplugin(Reruns.NAME):
+
+    def _show_reruns(self) -> None:
+        if not self._config.pluginmanager.hasplugin(Reruns.NAME):
             self._config.pluginmanager.register(Reruns(), Reruns.NAME)
 
     def _complete(self, test: records.RecordedTest, phases: _Phases) -> None:
@@ -111,7 +134,8 @@ class Reporting:
     def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport) -> None:
         """Let a worker that ended itself after a test not count as a failure more of that test."""
         worker = vars(report)["node"].gateway.id
-        last = next((each for each in reversed(self._tests) if each.worker == worker), None)
+        tests = self._recorded()
+        last = next((each for each in reversed(tests) if each.worker == worker), None)
         if last is None or last.nodeid != crashitem or not last.broke:
             return
         if last.outcome in ("failed", "error", "xfailed"):
@@ -142,17 +166,22 @@ class Reporting:
         return self._hosts.get(worker, "")
 
     def run_record(self) -> records.RunRecord:
-        """Return what is known of the run."""
+        """Return what is known of the run; without its tests if none of them told anything.
+
+        Unless a file is asked for, which names all.
+        """
         state, settings = self._state, self._state.settings
         late = self._late or self._hosts
+        told = self._tests or late or any(each.user_properties for each in self._reports)
+        tests = self._recorded() if told or self._files else []
         simulated = [state.simulation.NOT_SIMULATED] if state.simulation else []
         run = records.RunRecord(
             schema=records.SCHEMA,
             mode=settings.mode,
             cards=tuple(self._cards.values()) or devices.find_cards().cards,
             simulated=settings.simulated,
-            workers=len((self._workers | {test.worker for test in self._tests}) - {""}),
-            tests=tuple(map(self._whole, self._tests) if late else self._tests),
+            workers=len((self._workers | {test.worker for test in tests}) - {""}),
+            tests=tuple(map(self._whole, tests) if late else tests),
             notes=tuple(dict.fromkeys([*simulated, *devices.notes(), *state.notes, *self._notes])),
             context=settings.context_cost if settings.mode == "on" else 0,
         )

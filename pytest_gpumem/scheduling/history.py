@@ -88,6 +88,8 @@ def module(nodeid: str) -> str:
 
 def family(nodeid: str) -> str:
     """Return ``nodeid`` without its parameters: what all parametrisations of a test share."""
+    if "[" not in nodeid:
+        return nodeid
     name = nodeid.partition("::")[2]
     return nodeid[: len(nodeid) - len(name)] + name.partition("[")[0]
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import resource
 
+_CAN_ASK = hasattr(os, "waitid")
+"""Not so on macOS before Python 3.13."""
+
 
 def has_children() -> bool:
     """Whether this process has a child, a zombie included; takes nothing from who waits for it."""
-    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+    if not _CAN_ASK:
         return True
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

@@ -10,6 +10,7 @@ import bisect
 import os
 import sys
 import time
+from array import array
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices import family
@@ -44,8 +45,10 @@ class Starters:
         """By number."""
         self.heirs: dict[int, int] = {}
         """Who answers for whom now."""
-        self._turns: list[tuple[float, int]] = []
-        """Since when, by the clock of processes, who ran."""
+        self._since = array("d")
+        """When, by the clock of processes, the next one came to run."""
+        self._who = array("q")
+        """His number. Nothing here is for each test an object that the collector looks at."""
         self.resume(0)
 
     def begin_anew(self) -> bool:
@@ -53,7 +56,8 @@ class Starters:
         if os.getpid() == self._pid:
             return False
         self._pid, self.book = os.getpid(), self._make_book()
-        self._place, self._turns = str(self.book.path), []
+        self._place = str(self.book.path)
+        self._since, self._who = array("d"), array("q")
         return True
 
     def enter(self, name: str) -> int:
@@ -71,7 +75,8 @@ class Starters:
             name = family.fitting(name)
         os.environ[family.VARIABLE] = f"{self._outer}{number}|{self._place}|{name}"
         self.book.now = number
-        self._turns.append((time.clock_gettime(_CLOCK), number))
+        self._since.append(time.clock_gettime(_CLOCK))
+        self._who.append(number)
 
     def of(self, pid: int, identity: str) -> int | None:
         """Return who started a process, ``identity`` as ``pid:start``; None: nobody here."""
@@ -91,8 +96,8 @@ class Starters:
             return self.heirs.get(number, number)
         # The kernel rounds down, so it may have begun a tick later.
         begun = (float(identity.partition(":")[2]) + 1) / _TICKS
-        at = bisect.bisect(self._turns, (begun, len(self.names)))
-        owner = self._turns[at - 1][1] if at else 0
+        at = bisect.bisect(self._since, begun)
+        owner = self._who[at - 1] if at else 0
         return self.heirs.get(owner, owner)
 
     def close(self) -> None:

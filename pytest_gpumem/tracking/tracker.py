@@ -195,42 +195,68 @@ class Tracker:
         test = self._turns.test
         if test is None:
             return NOTHING_USED
-        passing: Mapping[int, str] = {}
-        if self.anything_stayed():
-            passing = let_go()
-            self.boundary()
-        self._leave_teardowns()
-        verdicts: Verdicts = {}
-        if judge and self._anything_stayed():
+        self.boundary()
+        here, used = self.children, NOTHING_USED
+        stirred = here is not None and here.stirred()
+        engines = here is not None and here.known
+        # As after most tests nothing is to be judged.
+        if errors or stirred or engines or self._unaccounted or not self._turns.quiet:
+            passing: Mapping[int, str] = {}
+            if self._anything_stayed():
+                passing = let_go()
+                self.boundary()
+            self._leave_teardowns()
+            verdicts = self._second_look(test, errors, keepers or {}, passing) if judge else {}
+            used = self._settle(test, verdicts, fixtures, stirred=stirred)
+        self._look()
+        left = self._left.settle()
+        self._turns.end_test()
+        return used._replace(left=left) if left else used
+
+    def _second_look(
+        self,
+        test: Test,
+        errors: Sequence[BaseException],
+        keepers: Mapping[int, str],
+        passing: Mapping[int, str],
+    ) -> Verdicts:
+        """Give back what nobody needs, and find out what stays all the same."""
+        if self._anything_stayed():
             release.give_back(errors, self.anything_stayed)
             if self.anything_stayed():
-                verdicts = self._judge(test, keepers or {}, passing)
+                self._meters.settle()
+                test.pay_back()
+                cards = self._meters.uuids()
+                stayed = test.stayed()
+                verdicts = self._tensors.judge(stayed, cards, keepers, passing, test.name)
                 self._remember()
-        elif judge and self._turns.standing:
+                return verdicts
+        elif self._turns.standing:
             # They may pin a wider fixture's value beyond its teardown.
             for error in errors:
                 release.clear_frames(error)
+        return {}
+
+    def _settle(
+        self, test: Test, verdicts: Verdicts, fixtures: Collection[str], *, stirred: bool
+    ) -> Usage:
+        """Return what the test did, once all that it pinned is given back."""
         self._set_aside(test)
         self._meters.release_caches()
         for meter in self._meters:
             meter.read_process()
         over = [test, *(each for each in self._turns.moved if each.torn_down)]
-        stirred = self.children is not None and self.children.stirred()
-        if self.children is not None and stirred:
-            self.children.settle(over)
+        here = self.children if stirred else None
+        if here is not None:
+            here.settle(over)
         cards = self._card_usages(test, verdicts, fixtures)
-        self._look()
-        left = self._left.settle()
         told = fixture_usages(test, verdicts)
         children: tuple[ChildUsage, ...] = ()
-        if self.children is not None and stirred:
-            told = self.children.widen_fixtures(told, self._turns.moved)
-            children = self.children.report()
-            self.children.forget(over)
-        self._turns.end_test()
-        if not (cards or told or left or children):
-            return NOTHING_USED
-        return Usage(cards, told, left, children)
+        if here is not None:
+            told = here.widen_fixtures(told, self._turns.moved)
+            children = here.report()
+            here.forget(over)
+        return Usage(cards, told, (), children) if cards or told or children else NOTHING_USED
 
     def _card_usages(
         self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
@@ -246,15 +272,6 @@ class Tracker:
         """Return the usage of a card on which this process did nothing."""
         held = sum(each.last.allocated for each in self._meters if each.card.uuid == uuid)
         return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
-
-    def _judge(
-        self, test: Test, keepers: Mapping[int, str], passing: Mapping[int, str]
-    ) -> Verdicts:
-        """Take the second look at what stayed."""
-        self._meters.settle()
-        test.pay_back()
-        cards = self._meters.uuids()
-        return self._tensors.judge(test.stayed(), cards, keepers, passing, test.name)
 
     # Fixtures
 

@@ -53,6 +53,14 @@ class Turns:
         """By which the children know who runs: of function fixtures it is the test."""
         return self._owners[-1].number or (0 if self.test is None else self.test.number)
 
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing was charged to the test, and no fixture came or went."""
+        test = self.test
+        if len(self._owners) > 1 or self.moved or test is None:
+            return False
+        return not (test.accounts or test.fixtures)
+
     def begin_test(self, nodeid: str) -> Test:
         """Let a test run."""
         self._outside.accounts.clear()
