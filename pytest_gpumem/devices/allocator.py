@@ -202,4 +202,8 @@ def allocators() -> tuple[Allocator, ...]:
     # Several times a test, and many a suite does not even load torch.
     if "torch" not in sys.modules and len(_registered) == _OF_TORCH:
         return ()
-    return tuple([each for each in _registered if each.active()])
+    # torch has one kind of accelerator at a time, and CUDA is the one that is asked for fastest.
+    cuda, *rest = _registered
+    if cuda.active():
+        return (cuda, *[each for each in rest[1:] if each.active()])
+    return tuple([each for each in rest if each.active()])

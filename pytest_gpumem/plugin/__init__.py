@@ -4,6 +4,10 @@ from pytest_gpumem.on_import import find_own_modules
 
 find_own_modules()
 
+from pytest_gpumem.plugin.consolidate import (  # noqa: E402  # see above
+    consolidate_gpu_memory,
+    gpu_consolidator,
+)
 from pytest_gpumem.plugin.hooks import (  # noqa: E402  # found by then by Python alone
     gpumem,
     pytest_addoption,
@@ -12,21 +16,35 @@ from pytest_gpumem.plugin.hooks import (  # noqa: E402  # found by then by Pytho
     pytest_configure,
     pytest_load_initial_conftests,
     pytest_report_header,
+    pytest_runtest_setup,
     pytest_runtest_teardown,
+    pytest_sessionfinish,
     pytest_unconfigure,
     pytest_xdist_auto_num_workers,
     pytest_xdist_setupnodes,
 )
+from pytest_gpumem.plugin.route import (  # noqa: E402  # see above
+    embedding_model,
+    gpu_device,
+    model_pool,
+)
 
 __all__ = [
+    "consolidate_gpu_memory",
+    "embedding_model",
+    "gpu_consolidator",
+    "gpu_device",
     "gpumem",
+    "model_pool",
     "pytest_addoption",
     "pytest_collection_finish",
     "pytest_collection_modifyitems",
     "pytest_configure",
     "pytest_load_initial_conftests",
     "pytest_report_header",
+    "pytest_runtest_setup",
     "pytest_runtest_teardown",
+    "pytest_sessionfinish",
     "pytest_unconfigure",
     "pytest_xdist_auto_num_workers",
     "pytest_xdist_setupnodes",

@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.archive.consolidator import GpuConsolidator
     from pytest_gpumem.archive.store import ArchiveStore
 
-NAME = "gpumem-consolidating"
 
-
-def pytest_configure(config: pytest.Config) -> None:
+def configure(config: pytest.Config) -> None:
     """Set up this process's consolidator as the suite's options say."""
     settings = config.stash[STATE].settings
 
@@ -32,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     consolidator.configure(store=store, above=settings.consolidate_above)
 
 
-def pytest_unconfigure() -> None:
+def unconfigure() -> None:
     """Leave nothing of this run to the next one in the same process."""
     consolidator.configure()
 

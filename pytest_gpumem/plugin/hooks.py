@@ -62,8 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if STATE not in config.stash:  # loaded by a conftest, after the initial hook
         _begin(config, vars(config.option))
     state = config.stash[STATE]
-    config.pluginmanager.register(consolidate, consolidate.NAME)
-    config.pluginmanager.register(route, route.NAME)
+    consolidate.configure(config)
+    route.configure(config)
     settings, controller = state.settings, _is_controller(config)
     if settings.mode == "off":
         return
@@ -164,7 +164,9 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Take the simulated card away, if this process made it."""
+    """Leave nothing of this run to the next one in this process."""
+    route.unconfigure(config)
+    consolidate.unconfigure()
     state = config.stash.get(STATE, None)
     if state is not None and state.simulation is not None and not state.borrowed:
         if state.exported:
@@ -330,6 +332,12 @@ def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
         setattr(found, mark.name, meaning)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin the routing of a test."""
+    route.test_begins(item)
+
+
 # One hook for what each test's teardown ends with: a hook of each part would cost every test.
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
@@ -337,6 +345,13 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     route.test_ended(item)
     if item.config.stash[STATE].settings.mode == "on":
         consolidate.consolidate_if_needed(item)
+
+
+# After the fixtures that have models, and before the card is left.
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Let go of the models that tests shared."""
+    route.session_ended()
 
 
 @pytest.fixture

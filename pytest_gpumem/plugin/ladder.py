@@ -152,10 +152,8 @@ class Ladder:
         with banned:
             item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
 
-    # A phase of the test, so that whatever ends a test ends its wait, and a report is made.
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Take a lease; fail or skip a test that can have none."""
+    def begin(self, item: pytest.Item) -> None:
+        """Take a lease as the set-up of a test begins; fail or skip a test that can have none."""
         refusal = self.leases.take(item, self._step)
         if refusal and self._settings.too_large == "skip":
             pytest.skip(refusal)

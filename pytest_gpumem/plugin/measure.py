@@ -91,6 +91,9 @@ class Measuring:
         if watched is not None:
             self.tracker.children, self._sampler = watched
         self._plugins = config.pluginmanager
+        self.beginning: Callable[[pytest.Item], None] = lambda _item: None
+        """Called as the set-up of a test begins: whatever ends a test then ends its wait for a
+        lease, and a report is made. It fails or skips a test that can have none."""
         self.noting: Callable[[pytest.Item, pytest.CallInfo[Any]], None] = lambda _item, _call: None
         """Called with each phase that failed and with each set-up, before its report is made: a
         hook more would cost every test that passes."""
@@ -116,6 +119,7 @@ class Measuring:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
+        self.beginning(item)
         self._marks = marks_of(item)
         if not self._marks.off:
             self._errors.clear()
@@ -136,7 +140,7 @@ class Measuring:
             self.noting(item, call)
         if when == "call" and self._item is not None:
             self._keepers = _keepers(item)
-            cards = self.tracker.usage()
+            cards = self.tracker.usage(ask=False)
             _attach(item, Usage(cards) if cards else NOTHING_USED, self._oom)
 
     def _note(self, error: BaseException) -> None:
@@ -216,20 +220,20 @@ class Measuring:
     def late_teardowns(self, nodeid: str) -> Iterator[None]:
         """Measure teardowns of wider fixtures after the report of the test ``nodeid`` was made."""
         self.tracker.begin_test(nodeid)
-        before = self.tracker.reserved
+        before = self.tracker.meters.reserved
         self._tearing_down = True
         try:
             yield
         finally:
             self._tearing_down = False
             usage = self.tracker.end_test()
-            if usage.fixtures or usage.children or self.tracker.reserved != before:
+            if usage.fixtures or usage.children or self.tracker.meters.reserved != before:
                 plain = map(records.to_plain, (usage.fixtures, usage.children))
-                self._late.append((nodeid, *plain, self.tracker.reserved))
+                self._late.append((nodeid, *plain, self.tracker.meters.reserved))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Tell the controller what no report told; this worker may be on another machine."""
-        self.tracker.close()
+        self.tracker.meters.close()
         output = getattr(session.config, "workeroutput", None)
         if output is not None:
             cards = self._cards or devices.find_cards().cards

@@ -246,10 +246,12 @@ class Reporting:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Show the GPU memory section, if any test touched a card."""
+        run, verbosity = self.run_record(), terminalreporter.config.get_verbosity()
+        if not (run.tests or run.notes or self._failures):
+            return
         from pytest_gpumem.reports import terminal
 
-        verbosity = terminalreporter.config.get_verbosity()
-        lines = list(terminal.lines(self.run_record(), self._state.settings.top, verbosity))
+        lines = list(terminal.lines(run, self._state.settings.top, verbosity))
         if lines:
             terminalreporter.section("GPU memory")
         for line in lines:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import Route
     from pytest_gpumem.routing.model_pool import ModelPool
 
-NAME = "gpumem-routed"
 _MANAGER = "pytest_gpumem.routing.resource_manager"
 _BEFORE = pytest.StashKey[tuple[int, thresholds.Thresholds]]()
 """What was in force before this run."""
@@ -62,7 +61,7 @@ def embedding_model(model_pool: ModelPool, pytestconfig: pytest.Config) -> Itera
         yield model
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def configure(config: pytest.Config) -> None:
     """Route by this run's settings."""
     settings = config.stash[STATE].settings
     config.stash[_BEFORE] = thresholds.context, thresholds.in_force
@@ -72,14 +71,13 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
+def unconfigure(config: pytest.Config) -> None:
     """Leave the run around this one, if there is one, its own settings."""
     if _BEFORE in config.stash:
         thresholds.context, thresholds.in_force = config.stash[_BEFORE]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def test_begins(item: pytest.Item) -> None:
     """Leave nothing of an earlier attempt in the test's report."""
     if item.user_properties:
         _tell(item, ())
@@ -102,9 +100,8 @@ def _tell(item: pytest.Item, routes: Sequence[Route]) -> None:
     properties.tell_routes(item.user_properties, routes)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish() -> None:
-    """Let go of the models, after the fixtures that have some and before the card is left."""
+def session_ended() -> None:
+    """Let go of the models."""
     while _pool:
         _pool.pop().clear()
 

@@ -133,7 +133,7 @@ def share(config: pytest.Config, state: State) -> None:
         history = History.read(known) if known else History()
         ladder = Ladder(config, state, history, tracker, replacing=Replacing())
     if measuring is not None:
-        measuring.noting = ladder.note
+        measuring.beginning, measuring.noting = ladder.begin, ladder.note
     config.pluginmanager.register(ladder, Ladder.NAME)
 
 

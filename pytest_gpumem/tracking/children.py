@@ -90,9 +90,14 @@ class Children:
 
     # Looking
 
+    @property
+    def met(self) -> bool:
+        """Whether any child was seen on a card, or has told something."""
+        return bool(self._children) or self.starters.book.used
+
     def stirred(self) -> bool:
         """Whether there is anything to look at; some 3 us where nothing was started."""
-        return bool(self._children) or self.starters.book.used or self._offspring.stirred()
+        return self.met or self._offspring.stirred()
 
     def worth_a_look(self) -> bool:
         """Whether there are children, on a card or not yet."""

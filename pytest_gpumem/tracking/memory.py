@@ -25,7 +25,7 @@ class GpuMemory:
     @property
     def allocated(self) -> int:
         """Bytes allocated now on all cards."""
-        return self._tracker.allocated if self._tracker is not None else 0
+        return self._tracker.meters.allocated if self._tracker is not None else 0
 
     @property
     def peak(self) -> int:

@@ -89,6 +89,17 @@ class Meters:
         """Return those of all cards that were used."""
         return iter(self._meters.values())
 
+    @property
+    def allocated(self) -> int:
+        """Bytes allocated now, over all cards."""
+        self.boundary()
+        return sum(meter.last.allocated for meter in self)
+
+    @property
+    def reserved(self) -> dict[str, int]:
+        """Bytes reserved at the last boundary, by card."""
+        return {meter.card.uuid: meter.last.reserved for meter in self}
+
     def boundary(self) -> None:
         """Charge what changed since the last boundary."""
         active = devices.allocators()

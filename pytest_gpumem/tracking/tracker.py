@@ -54,24 +54,13 @@ class Tracker:
         root: Path | None = None,
     ) -> None:
         self._turns = Turns()
-        self._meters = Meters(self._turns.charge, release_cache)
-        self.boundary = self._meters.boundary
+        self.meters = Meters(self._turns.charge, release_cache)
+        self.boundary = self.meters.boundary
         self._tensors = TensorLedger(root)
         self._left = left or LeftBehind()
         self.children: Children | None = None
         """What tests start; whoever has a place for their book gives it before the first test."""
         self._stacks_wanted = stacks
-
-    @property
-    def allocated(self) -> int:
-        """Bytes allocated now, over all cards."""
-        self.boundary()
-        return sum(meter.last.allocated for meter in self._meters)
-
-    @property
-    def reserved(self) -> dict[str, int]:
-        """Bytes reserved at the last boundary, by card."""
-        return {meter.card.uuid: meter.last.reserved for meter in self._meters}
 
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
@@ -91,10 +80,6 @@ class Tracker:
             return {}
         return self.children.held_by(each for each in self._turns.wide if each.name in names)
 
-    def close(self) -> None:
-        """Stop watching."""
-        self._meters.close()
-
     # Boundaries
 
     def _look(self) -> None:
@@ -104,7 +89,7 @@ class Tracker:
     @property
     def _unaccounted(self) -> int:
         """Bytes that changed otherwise than by known tensors that died; 0: nothing is new."""
-        return self._meters.changed + self._tensors.freed
+        return self.meters.changed + self._tensors.freed
 
     def _remember(self) -> None:
         """Lay the tensors that are new at the door of who was running: a pass over the heap.
@@ -113,7 +98,7 @@ class Tracker:
         """
         if self._unaccounted or self._tensors.aside:
             self._tensors.remember(self._turns.charged[-1].name)
-            self._meters.changed = 0
+            self.meters.changed = 0
 
     def _set_aside(self, test: Test) -> None:
         """Set aside what is there if the test that ends may have replaced something."""
@@ -122,7 +107,7 @@ class Tracker:
         )
         if self._unaccounted or (touched and self._tensors.aside):
             self._tensors.set_aside()
-            self._meters.changed = 0
+            self.meters.changed = 0
 
     # Tests
 
@@ -133,27 +118,31 @@ class Tracker:
             devices.record_stacks()
         if "torch" in sys.modules:
             # Before the card is in use: the first test that uses it may reset its peak as well.
-            self._meters.watch_peaks()
+            self.meters.watch_peaks()
         self.boundary()
         # Taken at import or between tests: not to be laid at a later test's door.
         if self._unaccounted:
             self._remember()
-        self._look()
+        self._left.look(by_test=False)
         test = self._turns.begin_test(nodeid)
         if self.children is not None:
             test.number = self.children.enter(nodeid)
-        for meter in self._meters:
+        for meter in self.meters:
             test.baselines[meter.card.uuid] = meter.last.allocated
             test.reserved_before[meter.card.uuid] = meter.last.reserved
 
-    def usage(self) -> tuple[CardUsage, ...]:
-        """Return what the running test did so far; nothing is judged or cleaned."""
+    def usage(self, *, ask: bool = True) -> tuple[CardUsage, ...]:
+        """Return what the running test did so far; nothing is judged or cleaned.
+
+        Unless ``ask``, of its children only what was told or seen already.
+        """
         self.boundary()
         test = self._turns.test
         if test is None:
             return ()
-        if self.children is not None and self.children.stirred():
-            self.children.look()
+        here = self.children
+        if here is not None and (here.met or (ask and here.stirred())):
+            here.look()
         return self._card_usages(test, {}, ())
 
     def anything_stayed(self) -> bool:
@@ -224,9 +213,9 @@ class Tracker:
         if self._anything_stayed():
             release.give_back(errors, self.anything_stayed)
             if self.anything_stayed():
-                self._meters.settle()
+                self.meters.settle()
                 test.pay_back()
-                cards = self._meters.uuids()
+                cards = self.meters.uuids()
                 stayed = test.stayed()
                 verdicts = self._tensors.judge(stayed, cards, keepers, passing, test.name)
                 self._remember()
@@ -242,8 +231,8 @@ class Tracker:
     ) -> Usage:
         """Return what the test did, once all that it pinned is given back."""
         self._set_aside(test)
-        self._meters.release_caches()
-        for meter in self._meters:
+        self.meters.release_caches()
+        for meter in self.meters:
             meter.read_process()
         over = [test, *(each for each in self._turns.moved if each.torn_down)]
         here = self.children if stirred else None
@@ -262,7 +251,7 @@ class Tracker:
         self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
     ) -> tuple[CardUsage, ...]:
         """Return what a test did to each card, and what its children did."""
-        usages = card_usages(test, self._meters, verdicts, fixtures)
+        usages = card_usages(test, self.meters, verdicts, fixtures)
         if self.children is None or not self.children.known:
             return usages
         used = [each for each in {*self._turns.wide, *self._turns.moved} if each.name in fixtures]
@@ -270,7 +259,7 @@ class Tracker:
 
     def _untouched(self, uuid: str) -> CardUsage:
         """Return the usage of a card on which this process did nothing."""
-        held = sum(each.last.allocated for each in self._meters if each.card.uuid == uuid)
+        held = sum(each.last.allocated for each in self.meters if each.card.uuid == uuid)
         return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
 
     # Fixtures
@@ -317,7 +306,7 @@ class Tracker:
             self._remember()
             self._look()
         self._turns.leave(fixture)
-        self._turns.stand(fixture, self._meters)
+        self._turns.stand(fixture, self.meters)
         if fixture.wide:
             fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
             self._resume()

@@ -2,7 +2,10 @@
 
 Every variant runs the same generated suites of trivial tests, 100 in each file, in fresh processes,
 interleaved over several rounds. Times are wall and CPU seconds of the whole process and its
-workers; a ratio is the median over rounds of "this variant / its baseline in the same round".
+workers; a ratio of wall time is the median over rounds of "this variant / its baseline in the same
+round", of CPU time that of the least seconds of either, which other work on the machine changes
+least. A start of an interpreter, with and without what children of tests find in their environment,
+is timed apart.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ import datetime as dt
 import json
 import os
 import platform
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,12 +32,36 @@ SIZES = (1_000, 4_000, 16_000)
 TESTS_PER_FILE = 100
 PEER_TESTS = 1_000
 IMPORT_TARGET_MS = 10.0
+AGENT_TARGET_MS = 1.0
+NOTHING = ("-p", "nothing")
+"""An empty plugin: for each that is named with ``-p`` pytest looks through all packages that are
+installed, which is no cost of the one that is found."""
 SIMULATE = ("-p", "gpumem", "--gpumem=on", "--gpumem-simulate", "3.81GiB")
 XDIST = ("-p", "xdist", "-n", "2")
 
 # With automatic collection off, every collection that happens was asked for by somebody.
-CONFTEST = """
+CONFTEST = '''
 import gc, json, os, sys
+
+if os.environ.get("BENCH_CHILD"):
+    import subprocess
+    import pytest
+
+    CHILD = """
+import os, sys
+from pytest_gpumem.simulator import Simulation
+assert Simulation.attach(os.environ["GPUMEM_SIMULATE_CARD"]).card.join()
+print("joined", flush=True)
+sys.stdin.read()
+"""
+
+    @pytest.fixture(scope="session", autouse=True)
+    def child():
+        command, pipe = [sys.executable, "-c", CHILD], subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+            process.stdout.readline()
+            yield
+            process.stdin.close()
 
 if os.environ.get("BENCH_TORCH"):
     import torch
@@ -48,7 +78,7 @@ if os.environ.get("BENCH_PROBE"):
         found = {"collections": len(collections), "torch": "torch" in sys.modules}
         with open(os.environ["BENCH_PROBE"], "w") as file:
             json.dump(found, file)
-"""
+'''
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,8 @@ class Variant:
     baseline: str = "bare"
     path: tuple[Path, ...] = ()
     torch: str = ""
+    child: bool = False
+    """Whether another process has a context on the card all the while."""
     target: float | None = None
     peer: bool = False
 
@@ -73,6 +105,7 @@ class Variant:
         path = os.pathsep.join(map(str, self.path))
         settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
         found = os.environ | settings | {"BENCH_TORCH": self.torch} | extra
+        found["BENCH_CHILD"] = "1" if self.child else ""
         # Without it every run would compile every module again, which no user's run does.
         found.pop("PYTHONDONTWRITEBYTECODE", None)
         return found
@@ -103,15 +136,17 @@ class Row:
 
 def variants(peers: Path | None, pytest8: Path | None) -> list[Variant]:
     """Return what is compared; peers only where they are installed."""
-    torch = "bare, torch loaded"
+    torch, child = "bare, torch loaded", "gpumem on, a child on the card, not sampled"
     found = [
-        Variant("bare"),
+        Variant("bare", NOTHING),
         Variant("gpumem, no GPU", ("-p", "gpumem"), target=1.05),
         Variant("gpumem on, a card", SIMULATE, target=1.15),
-        Variant(torch, torch="cpu"),
+        Variant(torch, NOTHING, torch="cpu"),
         Variant("gpumem on, torch active on the card", SIMULATE, torch, torch="cuda", target=1.08),
-        Variant("xdist -n 2", XDIST),
+        Variant("xdist -n 2", (*NOTHING, *XDIST)),
         Variant("xdist -n 2, gpumem on, a card", (*XDIST, *SIMULATE), "xdist -n 2", target=1.10),
+        Variant(child, (*SIMULATE, "--gpumem-sample-interval=0"), child=True),
+        Variant("the same, sampled every 50 ms", SIMULATE, child, child=True),
     ]
     if peers:
         found.append(
@@ -125,11 +160,21 @@ def variants(peers: Path | None, pytest8: Path | None) -> list[Variant]:
     return found
 
 
+def chosen(compared: list[Variant], only: re.Pattern[str] | None) -> list[Variant]:
+    """Return the variants in whose names ``only`` is found, and their baselines."""
+    if only is None:
+        return compared
+    wanted = [each for each in compared if only.search(each.name)]
+    names = {name for each in wanted for name in (each.name, each.baseline)}
+    return [each for each in compared if each.name in names]
+
+
 def write_suite(folder: Path, tests: int) -> Path:
     """Write a suite of ``tests`` trivial tests and return its folder."""
     folder.mkdir()
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "nothing.py").write_text("")
     for first in range(0, tests, TESTS_PER_FILE):
         numbers = range(first, min(tests, first + TESTS_PER_FILE))
         body = "\n\n".join(f"def test_{number}():\n    assert True" for number in numbers)
@@ -145,7 +190,7 @@ def run(variant: Variant, suite: Path) -> Timing:
 
     """
     # The suite is the working directory: pytest-monitor writes its database there.
-    before, cpu_before = time.perf_counter(), os.times()
+    before, cpu_before = time.perf_counter(), children_cpu()
     done = subprocess.run(
         variant.command(suite),
         check=False,
@@ -154,11 +199,16 @@ def run(variant: Variant, suite: Path) -> Timing:
         capture_output=True,
         text=True,
     )
-    wall, cpu_after = time.perf_counter() - before, os.times()
+    wall, cpu = time.perf_counter() - before, children_cpu() - cpu_before
     if done.returncode:
         raise SystemExit(f"{variant.name} failed:\n{done.stdout}{done.stderr}")
-    cpu = sum(cpu_after[2:4]) - sum(cpu_before[2:4])
     return Timing(wall, cpu)
+
+
+def children_cpu() -> float:
+    """Return the CPU seconds of all processes that this one started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(
@@ -192,7 +242,7 @@ def row(variant: Variant, tests: int, mine: list[Timing], baseline: list[Timing]
         seconds=statistics.median(timing.wall for timing in mine),
         extra_us=statistics.median(one.wall - base.wall for one, base in pairs) / tests * 1e6,
         ratio=statistics.median(one.wall / base.wall for one, base in pairs),
-        cpu_ratio=statistics.median(one.cpu / base.cpu for one, base in pairs),
+        cpu_ratio=min(timing.cpu for timing in mine) / min(timing.cpu for timing in baseline),
         baseline=variant.baseline,
         target=variant.target,
     )
@@ -210,16 +260,33 @@ def probe(variant: Variant, suite: Path, scratch: Path) -> dict[str, int]:
 
 
 def import_ms(repeat: int = 9) -> float:
-    """Return the median milliseconds of importing the plugin where pytest is imported already."""
+    """Return the least CPU milliseconds of importing the plugin where pytest is imported."""
     code = (
-        "import time, pytest; start = time.perf_counter(); import pytest_gpumem.plugin;"
-        "print((time.perf_counter() - start) * 1e3)"
+        "import time, pytest; start = time.process_time(); import pytest_gpumem.plugin;"
+        "print((time.process_time() - start) * 1e3)"
     )
     command = [sys.executable, "-c", code]
-    return statistics.median(
+    return min(
         float(subprocess.run(command, capture_output=True, check=True).stdout)
         for _ in range(repeat)
     )
+
+
+def agent_ms(repeat: int = 40) -> tuple[float, float]:
+    """Return what the agent adds to the start of an interpreter, least CPU milliseconds.
+
+    In a child of a run on a simulated card, and in any other process.
+    """
+    child = {"GPUMEM_FAMILY": "1|/none/1:1-00|test_it", "GPUMEM_SIMULATE_CARD": "/none"}
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for ours in (False, True) * repeat:
+        before = children_cpu()
+        environment = os.environ | (child if ours else {})
+        subprocess.run([sys.executable, "-c", ""], env=environment, check=True)
+        seconds[ours].append(children_cpu() - before)
+    line = (Path(__file__).parents[2] / "pytest_gpumem.pth").read_text(encoding="utf-8")
+    others = min(timeit.repeat(line, number=1_000, repeat=5))  # seconds for 1,000 are its ms
+    return (min(seconds[True]) - min(seconds[False])) * 1e3, others
 
 
 def print_table(rows: list[Row]) -> None:
@@ -251,6 +318,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tests", type=sizes, default=default, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--peer-rounds", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--only", type=re.compile, metavar="REGEX", help="variants to run, beside their baselines"
+    )
     parser.add_argument("--peers", type=Path, help="folder with pytest-memray and pytest-monitor")
     parser.add_argument("--pytest8", type=Path, help="folder with pytest 8, for pytest-monitor")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
@@ -262,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     peers = options.peers and options.peers.resolve()
     pytest8 = options.pytest8 and options.pytest8.resolve()
-    compared = variants(peers, pytest8)
+    compared = chosen(variants(peers, pytest8), options.only)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         suites = {tests: write_suite(scratch / str(tests), tests) for tests in options.tests}
@@ -277,15 +347,19 @@ def main(argv: list[str] | None = None) -> int:
         f"{dt.datetime.now(dt.timezone.utc):%Y-%m-%d}, {os.cpu_count()} CPUs, "
         f"Python {platform.python_version()}, pytest {version('pytest')}, {options.rounds} rounds"
     )
-    plugin_ms = import_ms()
+    plugin_ms, (agent, others) = import_ms(), agent_ms()
     print(machine, end="\n\n")
     print_table(rows)
     print(f"\nImport of the plugin: {plugin_ms:.1f} ms (target: <= {IMPORT_TARGET_MS:.0f} ms).")
+    print(
+        f"The agent at the start of an interpreter: {agent:.2f} ms in a child of a run (target: "
+        f"<= {AGENT_TARGET_MS:.0f} ms), {others * 1e3:.1f} us in any other process."
+    )
     for name, found in probes.items():
         torch = "imported" if found["torch"] else "not imported"
         print(f"{name}: gc ran {found['collections']} times on request; torch {torch}.")
     if options.json:
-        figures = {"machine": machine, "import_ms": plugin_ms, "probes": probes}
+        figures = {"machine": machine, "import_ms": plugin_ms, "agent_ms": agent, "probes": probes}
         figures["rows"] = [asdict(each) for each in rows]
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

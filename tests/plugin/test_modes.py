@@ -15,6 +15,10 @@ def test_a():
     assert "torch" not in sys.modules
     assert "pynvml" not in sys.modules
     assert "cryptography" not in sys.modules
+
+def test_pytest_does_not_read_the_sources_of_the_plugin():
+    from pytest_gpumem.plugin import hooks
+    assert "pytest" not in type(hooks.__loader__).__module__
 """
 
 

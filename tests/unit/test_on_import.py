@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pytest_gpumem.on_import import when_imported
+from pytest_gpumem.on_import import find_own_modules, when_imported
 
 
 @pytest.fixture
@@ -100,3 +100,23 @@ def test_a_submodule_can_be_awaited(monkeypatch):
     when_imported("xml.sax.saxutils", lambda: found.append(True))
     importlib.import_module("xml.sax.saxutils")
     assert found == [True]
+
+
+def test_no_other_finder_is_asked_for_modules_of_the_package(monkeypatch):
+    asked: list[str] = []
+
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path[-1:]])
+    find_own_modules()
+    find_own_modules()
+    assert len(sys.meta_path) == 3
+    monkeypatch.delitem(sys.modules, "pytest_gpumem.slots", raising=False)
+    spec = importlib.util.find_spec("pytest_gpumem.slots")
+    assert spec is not None
+    assert asked == []
+    assert importlib.util.find_spec("pytest_gpumem_of_another") is None
+    assert importlib.util.find_spec("pytest_gpumem.nowhere") is None
+    assert asked == ["pytest_gpumem_of_another", "pytest_gpumem.nowhere"]

@@ -18,7 +18,7 @@ def test_after_a_run_within_a_test_the_thresholds_are_those_of_the_run_around_it
     config: Any = SimpleNamespace(stash=pytest.Stash())
     settings = replace(resolve({}, {}, lambda _name: "", asked=False), route_full=0.5)
     config.stash[STATE] = State(settings, CardsFound((), "a test"))
-    route.pytest_configure(config)
+    route.configure(config)
     assert thresholds.in_force.full == 0.5
-    route.pytest_unconfigure(config)
+    route.unconfigure(config)
     assert (thresholds.in_force, thresholds.context) == before
