@@ -29,8 +29,6 @@ class Watched:
     Nothing else is done without one.
     """
 
-    NAME = "gpumem-watched"
-
     def __init__(self, manager: pytest.PytestPluginManager) -> None:
         self._manager = manager
         self._directory: Path | None = None
@@ -38,8 +36,7 @@ class Watched:
         with suppress(LeaseError):  # whoever takes leases says so
             self._directory = run_directory()
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
+    def look(self, nodeid: str) -> None:
         """Look for a monitor, and let it know of the test."""
         now = time.monotonic()
         if now < self._look_at or self._directory is None:

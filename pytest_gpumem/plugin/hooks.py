@@ -101,12 +101,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _measure(config: pytest.Config) -> None:
-    from pytest_gpumem.plugin.announce import Watched
     from pytest_gpumem.plugin.measure import Measuring
 
     state = config.stash[STATE]
     config.pluginmanager.register(Measuring(config, state), Measuring.NAME)
-    config.pluginmanager.register(Watched(config.pluginmanager), Watched.NAME)
     if state.settings.budget is not None:
         from pytest_gpumem.plugin import budget
 

@@ -12,6 +12,7 @@ import pytest
 from pytest_gpumem import devices, records
 from pytest_gpumem.devices.processes import others
 from pytest_gpumem.plugin import children
+from pytest_gpumem.plugin.announce import Watched
 from pytest_gpumem.plugin.state import (
     CARDS,
     GRANT,
@@ -91,6 +92,7 @@ class Measuring:
         if watched is not None:
             self.tracker.children, self._sampler = watched
         self._plugins = config.pluginmanager
+        self._monitors = Watched(config.pluginmanager)
         self.beginning: Callable[[pytest.Item], None] = lambda _item: None
         """Called as the set-up of a test begins: whatever ends a test then ends its wait for a
         lease, and a report is made. It fails or skips a test that can have none."""
@@ -119,6 +121,7 @@ class Measuring:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
+        self._monitors.look(item.nodeid)
         self.beginning(item)
         self._marks = marks_of(item)
         if not self._marks.off:

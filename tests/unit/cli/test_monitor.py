@@ -89,26 +89,25 @@ def test_a_run_is_seen_from_outside_and_its_status_kept(tmp_path, environment, d
 
 
 def watching():
-    """Return the hooks of a run that looks for monitors."""
+    """Return what looks for monitors, and the hooks of its run."""
     manager = pytest.PytestPluginManager()
-    manager.register(Watched(manager))
-    return manager.hook
+    return Watched(manager).look, manager.hook
 
 
 def test_what_a_killed_monitor_leaves_keeps_no_test_busy(environment, directory, monkeypatch):
     monkeypatch.setenv("GPUMEM_RUN_DIR", environment["GPUMEM_RUN_DIR"])
-    hook = watching()
+    look, hook = watching()
     process = subprocess.Popen(monitor(), env=environment, stderr=subprocess.PIPE, text=True)
     process.stderr.readline()  # it has looked once
     assert is_watched(directory)
-    hook.pytest_runtest_logstart(nodeid="test_x", location=None)
+    look("test_x")
     assert len([*directory.glob("seen/*.json")]) == 1
 
     process.kill()
     process.communicate()
 
     assert not is_watched(directory)
-    hook.pytest_runtest_logstart(nodeid="test_y", location=None)
+    look("test_y")
     hook.pytest_runtest_call(item=None)
     assert [*directory.glob("seen/*")] == []
     with Watcher(directory):
@@ -119,8 +118,8 @@ def test_what_a_killed_monitor_leaves_keeps_no_test_busy(environment, directory,
 
 def test_without_a_monitor_nothing_is_written(directory, environment, monkeypatch):
     monkeypatch.setenv("GPUMEM_RUN_DIR", environment["GPUMEM_RUN_DIR"])
-    hook = watching()
-    hook.pytest_runtest_logstart(nodeid="test_x", location=None)
+    look, hook = watching()
+    look("test_x")
     hook.pytest_runtest_call(item=None)
     hook.pytest_runtest_logfinish(nodeid="test_x", location=None)
     hook.pytest_sessionfinish(session=None, exitstatus=0)
@@ -132,11 +131,11 @@ def test_a_monitor_is_looked_for_in_the_first_test_and_soon_again(
     directory, environment, monkeypatch
 ):
     monkeypatch.setenv("GPUMEM_RUN_DIR", environment["GPUMEM_RUN_DIR"])
-    hook = watching()
-    hook.pytest_runtest_logstart(nodeid="test_x", location=None)
+    look, hook = watching()
+    look("test_x")
     with Watcher(directory) as watcher:
         time.sleep(0.06)
-        hook.pytest_runtest_logstart(nodeid="test_y", location=None)
+        look("test_y")
         assert [(each.test, each.phase) for each in watcher.glimpses()] == [("test_y", "setup")]
         hook.pytest_runtest_call(item=None)
         assert [(each.test, each.phase) for each in watcher.glimpses()] == [("test_y", "call")]
