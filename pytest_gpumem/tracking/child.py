@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.devices import family
 from pytest_gpumem.records import ChildUsage
 
 if TYPE_CHECKING:
@@ -73,9 +74,19 @@ class Child:
         """Return what it holds of a card."""
         return self.cards.setdefault(uuid, Held())
 
+    def leaked_on(self, uuid: str) -> int:
+        """Return what it held of a card when its owner was over."""
+        return self.cards[uuid].leaked if uuid in self.cards else 0
+
     def end(self) -> None:
         """Take note that it has ended."""
         self.ended, self.news = time.time(), True
+
+    @property
+    def gone(self) -> bool:
+        """Whether its process has ended, which no page of its own would tell."""
+        silent = self.slot is None and not self.ended
+        return silent and self.identity != family.identity(self.pid)
 
     @property
     def lags(self) -> bool:

@@ -197,11 +197,7 @@ class Children:
 
     def _note_ends(self) -> None:
         for child in self._children:
-            if (
-                child.slot is None
-                and not child.ended
-                and child.identity != family.identity(child.pid)
-            ):
+            if child.gone:
                 child.end()
 
     # What it comes to
@@ -289,8 +285,7 @@ class Children:
         ``untouched`` returns the usage of a card on which the process itself did nothing.
         """
         found = {usage.card: usage for usage in usages}
-        for uuid, share in self._shares_of(test.number).items():
-            orphaned = self.orphaned(test.number, uuid)
+        for uuid, share, orphaned in self._shares_of(test.number):
             found[uuid] = share.widen(found.get(uuid) or untouched(uuid), orphaned)
         for uuid, size in self.held_by(fixtures, living=False).items():
             usage = found.get(uuid) or untouched(uuid)
@@ -303,24 +298,22 @@ class Children:
         """Return what fixtures did that were set up or torn down, with what their children did."""
         found = {(usage.name, usage.scope, usage.card): usage for usage in usages}
         for fixture in moved:
-            for uuid, share in self._shares_of(fixture.number).items():
+            for uuid, share, orphaned in self._shares_of(fixture.number):
                 name = (fixture.name, fixture.scope, uuid)
                 usage = found.get(name) or FixtureUsage(
                     *name, 0, 0, 0 if fixture.torn_down else None
                 )
-                orphaned = self.orphaned(fixture.number, uuid)
                 found[name] = share.widen_fixture(usage, orphaned)
         return tuple(found.values())
 
-    def _shares_of(self, number: int) -> dict[str, Share]:
-        with self._lock:
-            return self._shares.of(number)
-
-    def orphaned(self, owner: int, uuid: str) -> int:
-        """Return what the orphans of ``owner`` held of a card when it was over."""
+    def _shares_of(self, owner: int) -> list[tuple[str, Share, int]]:
+        """Return what the children of ``owner`` had, by card, and what its orphans held at last."""
         with self._lock:
             mine = [child for child in self._children if child.owner == owner]
-            return sum(child.cards[uuid].leaked for child in mine if uuid in child.cards)
+            return [
+                (uuid, share, sum(child.leaked_on(uuid) for child in mine))
+                for uuid, share in self._shares.of(owner).items()
+            ]
 
     def ooms(self) -> dict[str, int]:
         """Return how often which children ran out of memory, by what a message calls them."""
