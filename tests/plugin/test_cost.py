@@ -44,4 +44,5 @@ def test_what_a_test_costs_is_little_and_does_not_grow(tmp_path):
     assert run.outcomes == {"passed": 200}
     # The first ones teach what is learned of all; now and then a look is taken for a monitor.
     assert sorted(each)[len(each) * 9 // 10] <= MOST
-    assert sum(each[-50:]) <= sum(each[20:70]) + 50
+    # The last one tears down what is wider than a test.
+    assert sum(each[-51:-1]) <= sum(each[20:70]) + 50
