@@ -44,7 +44,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Enter ``gpumem doctor``."""
     parser = commands.add_parser(
         "doctor",
-        help="Say what pytest would find here, what is wrong and how to mend it.",
+        help="Say what pytest would find here, what is wrong and how to fix it.",
         epilog="Exit status: 0, also where something is wrong; 1 with --strict then.",
     )
     parser.add_argument("--strict", action="store_true", help="End with 1 where something is wrong")
@@ -58,7 +58,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
         if finding.mend:
             wrong += 1
             sys.stdout.write(f"{'':<13} -> {finding.mend}\n")
-    sys.stdout.write(f"\n{wrong} to mend\n" if wrong else "\nnothing to mend\n")
+    sys.stdout.write(f"\n{wrong} to fix\n" if wrong else "\nnothing to fix\n")
     return 1 if wrong and chosen.strict else 0
 
 
@@ -161,7 +161,7 @@ def _why_bad(name: str, value: str) -> str:
     if name in _ALLOCATOR[:3]:
         for part in filter(None, value.split(",")):
             if ":" not in part and "[" not in part and "]" not in part:
-                return f"{part!r} is no setting; allowed are NAME:VALUE, separated by commas"
+                return f"{part!r} is not a setting; allowed are NAME:VALUE, separated by commas"
     return ""
 
 

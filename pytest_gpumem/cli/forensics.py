@@ -70,7 +70,7 @@ def add_forensics(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _rows(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of rows")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of rows")
     return int(text)
 
 
@@ -152,7 +152,7 @@ def _learn() -> None:
     if table is None:
         return
     if not isinstance(table, dict):
-        raise ValueError(f"{str(path)!r}: [tool.gpumem.forensics.messages] is no table")
+        raise ValueError(f"{str(path)!r}: [tool.gpumem.forensics.messages] is not a table")
     try:
         grammars.learn(table)
     except ValueError as error:
@@ -199,11 +199,11 @@ def _formatted(found: Findings, chosen: argparse.Namespace) -> Iterator[str]:
     if chosen.format == "json":
         return iter([json.dumps(to_plain(found), indent=1)])
     from pytest_gpumem.reports import forensics as report
-    from pytest_gpumem.reports import sections
+    from pytest_gpumem.reports import html, sections
 
     told = report.sections(found, chosen.top)
     if chosen.format == "html":
-        return sections.html(told, "GPU memory forensics")
+        return html.page(told, "GPU memory forensics")
     return sections.markdown(told) if chosen.format == "markdown" else sections.text(told)
 
 

@@ -136,7 +136,7 @@ def _group(path: Path, name: str, values: Any) -> Group:
     if not re.fullmatch(r"[\w.-]+", name) or set(name) <= {"."}:
         raise ValueError(f"{place}: allowed in a name are letters, digits, '-', '_' and '.'")
     if not isinstance(values, dict):
-        raise ValueError(f"{place} is no table")
+        raise ValueError(f"{place} is not a table")
     if unknown := set(values) - {"paths", "args", "mode", "workers"}:
         raise ValueError(
             f"{place}: {min(unknown)!r} is unknown; allowed are paths, args, mode, workers"

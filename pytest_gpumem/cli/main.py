@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem import __version__, records
 from pytest_gpumem.cli import archive, doctor, forensics, groups, marks, monitor, plan
@@ -20,14 +20,25 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
 
+class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]  # at run time it has none
+    """Lets the ``-h`` of a command say what the list of commands says of it."""
+
+    def add_parser(self, name: str, **more: Any) -> Any:
+        return super().add_parser(name, **{"description": more.get("help"), **more})
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 for input that cannot be used.
 
     ``gpumem compare`` returns 1 when a threshold is missed.
     """
-    parser = argparse.ArgumentParser(prog="gpumem", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="gpumem", description="Look at cards, finished runs, logs and archives."
+    )
     parser.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", action=_Commands
+    )
     doctor.add(commands)
     _add_report(commands.add_parser("report", help="Show, join or learn from finished runs."))
     archive.add_parser(commands)
@@ -59,7 +70,7 @@ def _fail(command: str, sentence: str) -> int:
 
 def _add_report(report: argparse.ArgumentParser) -> None:
     report.usage = (
-        "gpumem report RUN.json [--html FILE]\n"
+        "gpumem report RUN.json [--html FILE [--linked]] [--format FORMAT] [--base RUN.json]\n"
         "       gpumem report merge RUN.json ... [--output FILE] [--history FILE]\n"
         "       gpumem report --history [FILE] [--json]"
     )
@@ -84,6 +95,21 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         "Default: the file in pytest's cache here.",
     )
     report.add_argument("--html", type=Path, metavar="FILE", help="Write the run as a page.")
+    report.add_argument(
+        "--linked",
+        action="store_true",
+        help="With --html: let the page load what draws its timeline from Plotly's server.",
+    )
+    report.add_argument(
+        "--format",
+        choices=("terminal", "markdown", "github", "gitlab"),
+        default="terminal",
+        help="markdown: for a comment or a job's summary; github: workflow commands that annotate "
+        "lines; gitlab: a Code Quality report. Default: terminal.",
+    )
+    report.add_argument(
+        "--base", type=Path, metavar="RUN.json", help="With markdown: set it against this run."
+    )
     report.add_argument("--json", action="store_true", help="Show what was learned as JSON.")
 
 
@@ -95,23 +121,23 @@ def _report(chosen: argparse.Namespace) -> Iterator[str]:
     elif len(chosen.runs) == 1:
         run = records.load_run(Path(chosen.runs[0]))
         if chosen.html is not None:
-            _save_page(run, chosen.runs[0], chosen.html)
+            _save_page(run, chosen.runs[0], chosen.html, linked=chosen.linked)
             yield f"written: {chosen.html}"
             return
-        yield from _section(run, chosen) or ["no test touched a card"]
+        yield from _formatted(run, chosen)
     else:
         raise ValueError(
             f"{len(chosen.runs)} runs given; allowed are one, merge and several, or --history"
         )
 
 
-def _save_page(run: records.RunRecord, name: str, path: Path) -> None:
+def _save_page(run: records.RunRecord, name: str, path: Path, *, linked: bool) -> None:
     from pytest_gpumem.forensics import analysis
     from pytest_gpumem.reports import page
 
     if importlib.util.find_spec("plotly") is None:
         raise ValueError("--html: plotly is not installed; pip install 'pytest-gpumem[html]'")
-    page.save(run, analysis.of_record(run, name), path)
+    page.save(run, analysis.of_record(run, name), path, linked=linked)
 
 
 def _merge(chosen: argparse.Namespace) -> Iterator[str]:
@@ -126,6 +152,23 @@ def _merge(chosen: argparse.Namespace) -> Iterator[str]:
         history.learn(run.tests)
         history.save(chosen.history)
     yield from _section(run, chosen)
+
+
+def _formatted(run: records.RunRecord, chosen: argparse.Namespace) -> Iterator[str]:
+    from pytest_gpumem.reports import annotations as remarks
+    from pytest_gpumem.reports import digest, sections
+
+    if chosen.base is not None and chosen.format != "markdown":
+        raise ValueError("--base: only --format markdown shows it; gpumem compare takes any two")
+    if chosen.format == "markdown":
+        base = None if chosen.base is None else records.load_run(chosen.base)
+        yield from sections.markdown(digest.sections(run, chosen.top, base))
+    elif chosen.format == "github":
+        yield from remarks.github(remarks.of_run(run))
+    elif chosen.format == "gitlab":
+        yield remarks.gitlab(remarks.of_run(run, every=True))
+    else:
+        yield from _section(run, chosen) or ["no test touched a card"]
 
 
 def _section(run: records.RunRecord, chosen: argparse.Namespace) -> list[str]:

@@ -89,7 +89,7 @@ def _interval(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0.05 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is no interval; allowed is 0.05 to 3600")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval; allowed is 0.05 to 3600")
     return seconds
 
 

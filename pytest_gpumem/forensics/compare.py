@@ -96,7 +96,7 @@ def percent(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage; allowed is 0 to 100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage; allowed is 0 to 100")
     return value
 
 
@@ -109,7 +109,7 @@ def growth(text: str) -> Growth:
         return Growth(None, parse_bytes(text))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no growth; allowed is a percentage like 10% or a size like 64MiB"
+            f"{text!r} is not a growth; allowed is a percentage like 10% or a size like 64MiB"
         ) from None
 
 

@@ -42,7 +42,7 @@ def _place() -> Path:
     """
     if named := os.environ.get("GPUMEM_RUN_DIR"):
         if not Path(named).is_absolute():
-            raise LeaseError(f"GPUMEM_RUN_DIR={named} is no absolute path")
+            raise LeaseError(f"GPUMEM_RUN_DIR={named} is not an absolute path")
         return Path(named)
     memory = Path("/dev/shm")  # noqa: S108  # the owner of our directory there is looked at
     with suppress(OSError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem.plugin import consolidate, marks, route
+from pytest_gpumem.plugin.option import GROUPS
 from pytest_gpumem.plugin.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
 from pytest_gpumem.plugin.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State, is_worker
 from pytest_gpumem.units import format_bytes
@@ -30,8 +31,9 @@ SIMULATED_AS = "GPUMEM_SIMULATED_AS"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register every option with its ini twin."""
-    group = parser.getgroup("gpumem", "GPU memory (pytest-gpumem)")
+    groups = {key: parser.getgroup(f"gpumem-{key}", title) for key, title in GROUPS.items()}
     for option in OPTIONS:
+        group = groups[option.group]
         text = option.help.replace("%", "%%")  # argparse formats it
         # Defaults are None, so that the environment and the ini file can be told from "not given".
         if option.metavar is None:
@@ -101,6 +103,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _measure(config: pytest.Config) -> None:
+    from pytest_gpumem.plugin import scopes
     from pytest_gpumem.plugin.measure import Measuring
 
     state = config.stash[STATE]
@@ -109,6 +112,8 @@ def _measure(config: pytest.Config) -> None:
         from pytest_gpumem.plugin import budget
 
         budget.judge_tests(config)
+    if scopes.wanted(config):
+        config.pluginmanager.register(scopes, scopes.NAME)
 
 
 def _share(config: pytest.Config) -> None:

@@ -36,7 +36,7 @@ def gpu(
     if not isinstance(exclusive, bool):
         raise ValueError(f"exclusive={exclusive!r} is neither True nor False")
     if fallback not in (None, "cpu"):
-        raise ValueError(f"fallback={fallback!r} is no device to fall back to; allowed is 'cpu'")
+        raise ValueError(f"fallback={fallback!r} is not a device to fall back to; allowed is 'cpu'")
     return Need(None if vram is None else _size("vram", vram), count, exclusive, fallback)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpumem import devices, records
 from pytest_gpumem.devices.processes import others
-from pytest_gpumem.plugin import children
+from pytest_gpumem.plugin import children, scopes
 from pytest_gpumem.plugin.announce import Watched
 from pytest_gpumem.plugin.state import (
     CARDS,
@@ -28,7 +28,7 @@ from pytest_gpumem.plugin.state import (
 )
 from pytest_gpumem.records import properties
 from pytest_gpumem.tracking import release
-from pytest_gpumem.tracking.accounts import NOTHING_USED, Fixture, Usage
+from pytest_gpumem.tracking.accounts import NOTHING_USED, Fixture, Scope, Usage
 from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.meter import release_when_shared
 from pytest_gpumem.tracking.tracker import Tracker
@@ -66,7 +66,7 @@ class Limiting:
 class Measuring:
     """Measures the tests that this process runs."""
 
-    NAME = "gpumem-measuring"
+    NAME = scopes.MEASURING
 
     def __init__(self, config: pytest.Config, state: State) -> None:
         self._settings = state.settings
@@ -78,6 +78,9 @@ class Measuring:
         left = LeftBehind(put_back=on, fractions=settings.fraction is None)
         self.tracker = Tracker(*rules, left=left, stacks=settings.stacks, root=config.rootpath)
         self._item: pytest.Item | None = None
+        """The test that is measured."""
+        self.running: pytest.Item | None = None
+        """The test that began last, measured or not."""
         self._marks = ItemMarks()
         """Its marks."""
         self._tearing_down = False
@@ -99,7 +102,7 @@ class Measuring:
         self.noting: Callable[[pytest.Item, pytest.CallInfo[Any]], None] = lambda _item, _call: None
         """Called with each phase that failed and with each set-up, before its report is made: a
         hook more would cost every test that passes."""
-        self._late: list[tuple[str, Any, Any, dict[str, int]]] = []
+        self._late: list[tuple[str, Any, Any, Any, dict[str, int]]] = []
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing of that behind."""
@@ -111,16 +114,21 @@ class Measuring:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """See to the limits of peaks, if there are any."""
+        """See to the limits of peaks, and to calls that do not count, if there are any."""
         suite = self._settings.vram_limit
         if suite is not None or any(
             marks_of(item).vram_limit is not None for item in session.items
         ):
             self._plugins.register(Limiting(self.tracker, suite), Limiting.NAME)
+        if times := self._settings.leak_warmups:
+            from pytest_gpumem.plugin.warmups import WarmingUp
+
+            self._plugins.register(WarmingUp(self.tracker, times), WarmingUp.NAME)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
+        self.running = item
         self._monitors.look(item.nodeid)
         self.beginning(item)
         self._marks = marks_of(item)
@@ -199,6 +207,8 @@ class Measuring:
         self, fixturedef: pytest.FixtureDef[Any]
     ) -> Generator[None, object, object]:
         """Charge a fixture's set-up to the fixture."""
+        if fixturedef.argname in scopes.NAMES:  # they take nothing
+            return (yield)
         fixture = self.tracker.begin_fixture(fixturedef.argname, fixturedef.scope)
         try:
             value = yield
@@ -219,6 +229,20 @@ class Measuring:
             _drop_arguments(item)
         self.tracker.begin_teardown(fixture)
 
+    def end_scope(self, scope: Scope) -> None:
+        """Judge a module or the session; fail the teardown of a module that left too much."""
+        item = self._item if self._tearing_down else None
+        errors = self._errors if not self._pdb else ()
+        left = self.tracker.scopes.end(
+            scope, errors, lambda: {} if item is None else _drop_arguments(item)
+        )
+        limit = self._settings.module_leak_limit
+        for each in left if limit is not None and scope.scope == "module" else ():
+            if each.left > (limit or 0):
+                allowed = f"module {scope.name} is allowed to leave {format_bytes(limit or 0)}"
+                held = f", held by {each.holders[0].where}" if each.holders else ""
+                pytest.fail(f"{allowed}, left {format_bytes(each.left)}{held}", pytrace=False)
+
     @contextmanager
     def late_teardowns(self, nodeid: str) -> Iterator[None]:
         """Measure teardowns of wider fixtures after the report of the test ``nodeid`` was made."""
@@ -230,8 +254,9 @@ class Measuring:
         finally:
             self._tearing_down = False
             usage = self.tracker.end_test()
-            if usage.fixtures or usage.children or self.tracker.meters.reserved != before:
-                plain = map(records.to_plain, (usage.fixtures, usage.children))
+            told = usage.fixtures, usage.children, usage.scopes
+            if any(told) or self.tracker.meters.reserved != before:
+                plain = map(records.to_plain, told)
                 self._late.append((nodeid, *plain, self.tracker.meters.reserved))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -314,6 +339,13 @@ def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
     grant = stashed(item, GRANT)
     beside = item.stash.get(BESIDE, []) if oom else []
     told = properties.Told(
-        usage.cards, usage.fixtures, oom, grant, usage.left, usage.children, tuple(beside)
+        usage.cards,
+        usage.fixtures,
+        oom,
+        grant,
+        usage.left,
+        usage.children,
+        tuple(beside),
+        usage.scopes,
     )
     properties.tell_usage(item.user_properties, told)

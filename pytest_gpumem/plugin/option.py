@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+GROUPS = {
+    "measure": "GPU memory: measuring and limits",
+    "report": "GPU memory: what a run leaves",
+    "share": "GPU memory: sharing cards",
+    "place": "GPU memory: archives, and where tasks run",
+    "simulate": "GPU memory: the simulated card",
+}
+"""In the order of ``pytest --help``."""
+
+
 class Option(NamedTuple):
     """One option: how it is written and read."""
 
@@ -27,6 +37,8 @@ class Option(NamedTuple):
     """As a user would write it, or in words where there is no value."""
     needs_on: bool
     """Whether it is about sharing a card, and has no effect in another mode."""
+    group: str
+    """A key of ``GROUPS``, under which ``pytest --help`` shows it."""
 
     @property
     def suffix(self) -> str:
@@ -62,6 +74,7 @@ def declared(
     default: str | None = None,
     otherwise: str = "",
     needs_on: bool = False,
+    group: str = "measure",
 ) -> Any:
     """Declare a field of ``Settings`` and the option that sets it.
 
@@ -72,10 +85,11 @@ def declared(
         default: the text whose value holds where the option is not given; None: ``None`` holds.
         otherwise: what ``None`` means, in words.
         needs_on: whether it has an effect with ``--gpumem=on`` only.
+        group: a key of ``GROUPS``.
 
     """
     value = False if metavar is None else None if default is None else parse(default)
-    rest = (parse, what, metavar, default or otherwise, needs_on)
+    rest = (parse, what, metavar, default or otherwise, needs_on, group)
     return dataclasses.field(default=value, metadata={"option": rest})
 
 
@@ -110,11 +124,15 @@ def flag(text: str | bool) -> bool:
     return flags[text.lower()]
 
 
-def count(text: str) -> int:
-    """Return a number of lines."""
-    if not text.isdecimal():
-        raise ValueError(f"{text!r} is not a number of lines; allowed is 0 or more")
-    return int(text)
+def count(what: str) -> Callable[[str], int]:
+    """Return a parser of a number of ``what``."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()):
+            raise ValueError(f"{text!r} is not a number of {what}; allowed is 0 or more")
+        return int(text)
+
+    return parse
 
 
 def seconds(text: str) -> float:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpumem import devices, records
 from pytest_gpumem.plugin import attempts, budget
+from pytest_gpumem.plugin.commit import commit_of
 from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, USAGE_ERROR, State
 from pytest_gpumem.records import properties
 from pytest_gpumem.units import format_mib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 
 class _Phases:
@@ -37,6 +40,7 @@ class _Late:
     def __init__(self) -> None:
         self.fixtures: list[records.FixtureUsage] = []
         self.children: list[records.ChildUsage] = []
+        self.scopes: list[records.ScopeUsage] = []
         self.reserved: dict[str, int] = {}
         """Bytes that were reserved then, by card."""
 
@@ -67,6 +71,10 @@ class Reporting:
         self._notes: list[str] = []
         self._failures: list[str] = []
         self._usage_error = ""
+        settings = state.settings
+        self._github = settings.github == "auto" and _in_github_actions()
+        told = settings.json or settings.html or self._github
+        self._commit = commit_of(config.rootpath) if told else ""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -155,10 +163,11 @@ class Reporting:
         for plain in output.get(CARDS, ()):
             card = records.from_plain(records.Card, plain)._replace(host=self._host(worker))
             self._cards.setdefault((card.host, card.uuid), card)
-        for nodeid, fixtures, children, reserved in output.get(LATE, ()):
+        for nodeid, fixtures, children, scopes, reserved in output.get(LATE, ()):
             late = self._late.setdefault((nodeid, worker), _Late())
             late.fixtures += [records.from_plain(records.FixtureUsage, each) for each in fixtures]
             late.children += [records.from_plain(records.ChildUsage, each) for each in children]
+            late.scopes += [records.from_plain(records.ScopeUsage, each) for each in scopes]
             late.reserved.update(reserved)
         self._notes += [note for note in output.get(NOTES, ()) if note not in self._notes]
 
@@ -184,6 +193,8 @@ class Reporting:
             tests=tuple(map(self._whole, tests) if late else tests),
             notes=tuple(dict.fromkeys([*simulated, *devices.notes(), *state.notes, *self._notes])),
             context=settings.context_cost if settings.mode == "on" else 0,
+            command=shlex.join(["pytest", *self._config.invocation_params.args]),
+            commit=self._commit,
         )
         budgets = budget.of(self._config)
         return run if budgets is None else budgets.compared(run)
@@ -199,6 +210,7 @@ class Reporting:
             test = test._replace(
                 fixtures=(*test.fixtures, *late.fixtures),
                 children=(*test.children, *late.children),
+                scopes=(*test.scopes, *late.scopes),
                 cards=tuple(cards),
             )
         return test._replace(host=host) if host else test
@@ -221,11 +233,20 @@ class Reporting:
 
             self._write("--gpumem-trace", settings.trace, lambda path: trace.save(run, path))
         if settings.html is not None:
-            self._write("--gpumem-html", settings.html, lambda path: _save_page(run, path))
+            self._write("--gpumem-html", settings.html, lambda path: self._save_page(run, path))
+        if self._github and (path := os.environ.get("GITHUB_STEP_SUMMARY")):
+            self._add_to_summary(Path(path), run)
         if settings.mode == "on":
             self._learn(run)
         if self._failures and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+    def _save_page(self, run: records.RunRecord, path: Path) -> None:
+        from pytest_gpumem.forensics import analysis
+        from pytest_gpumem.reports import page
+
+        linked = self._state.settings.html_library == "linked"
+        page.save(run, analysis.of_record(run), path, linked=linked)
 
     def _write(self, option: str, path: Path, save: Callable[[Path], None]) -> None:
         try:
@@ -234,6 +255,17 @@ class Reporting:
             self._failures.append(f"{option}: cannot write {str(path)!r}: {error.strerror}")
         except ValueError as error:  # what stands there is not to be replaced
             self._failures.append(f"{option}: {error}")
+
+    def _add_to_summary(self, path: Path, run: records.RunRecord) -> None:
+        from pytest_gpumem.plugin import github
+
+        settings = self._state.settings
+        try:
+            problem = github.add_to_summary(path, run, settings.base, settings.top)
+        except OSError as error:
+            problem = f"the job summary cannot be written: {error.strerror}: {str(path)!r}"
+        if problem:
+            self._state.notes.append(problem)
 
     def _learn(self, run: records.RunRecord) -> None:
         from pytest_gpumem.plugin import share
@@ -258,6 +290,15 @@ class Reporting:
             terminalreporter.write_line(line.text, **({line.colour: True} if line.colour else {}))
         for failure in self._failures:
             terminalreporter.write_line(failure, red=True)
+        if self._github:
+            for command in self._annotations(run):
+                terminalreporter.write_line(command)
+
+    def _annotations(self, run: records.RunRecord) -> Iterator[str]:
+        from pytest_gpumem.plugin import github
+        from pytest_gpumem.reports.annotations import of_run
+
+        return github.commands(of_run(run), self._config.rootpath)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_table_header(self, cells: list[str]) -> None:
@@ -284,11 +325,9 @@ class Reruns:
         return ("rerun", "R", ("RERUN", {"yellow": True})) if outcome == "rerun" else None
 
 
-def _save_page(run: records.RunRecord, path: Path) -> None:
-    from pytest_gpumem.forensics import analysis
-    from pytest_gpumem.reports import page
-
-    page.save(run, analysis.of_record(run), path)
+def _in_github_actions() -> bool:
+    """Return whether this is a job of GitHub Actions, and no run within one of its tests."""
+    return os.environ.get("GITHUB_ACTIONS") == "true" and "PYTEST_CURRENT_TEST" not in os.environ
 
 
 def _outcome(report: pytest.TestReport, before: str) -> str:
@@ -305,9 +344,16 @@ def _outcome(report: pytest.TestReport, before: str) -> str:
 def _record(
     nodeid: str, worker: str, report: pytest.TestReport, phases: _Phases
 ) -> records.RecordedTest:
-    place = vars(report).get("item_index", -1)  # which xdist adds
+    file, line, _ = report.location
     own = records.RecordedTest(
-        nodeid, phases.outcome, phases.duration, worker, start=phases.start, place=place
+        nodeid,
+        phases.outcome,
+        phases.duration,
+        worker,
+        start=phases.start,
+        place=vars(report).get("item_index", -1),  # which xdist adds
+        file=file,
+        line=0 if line is None else line + 1,
     )
     if not report.user_properties:
         return own

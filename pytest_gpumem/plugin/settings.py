@@ -49,24 +49,39 @@ class Settings:
         "Give the suite a simulated CUDA card of this size, shared by all workers, such as "
         "3.81GiB.",
         "SIZE",
+        group="simulate",
     )
     simulate_context: int = declared(
         parse_bytes,
-        "What each process costs on the simulated card once it uses it.",
+        "VRAM that each process costs once it uses the simulated card.",
         "SIZE",
         default="384MiB",
+        group="simulate",
     )
-    simulate_anyway: bool = declared(flag, "Simulate a card even though a real one is visible.")
+    simulate_anyway: bool = declared(
+        flag,
+        "Simulate a card even though a real one is visible.",
+        group="simulate",
+    )
     simulate_card: Path | None = declared(
-        Path, "Use the simulated card that another run made, named by its file.", "FILE"
+        Path,
+        "Use the simulated card that another run made, named by its file.",
+        "FILE",
+        group="simulate",
     )
-    json: Path | None = declared(file, "Write the run's records to this file.", "FILE")
+    json: Path | None = declared(
+        file,
+        "Write the run's records to this file.",
+        "FILE",
+        group="report",
+    )
     stacks: bool = declared(flag, "Record where leaked tensors were allocated (slower).")
     top: int = declared(
-        count,
+        count("lines"),
         "Entries shown of each list of the report: peaks, leaks, causes; 0: all.",
         "N",
         default="10",
+        group="report",
     )
     vram_limit: int | None = declared(
         parse_bytes,
@@ -97,6 +112,19 @@ class Settings:
         "TOLERANCE",
         default="2%",
     )
+    leak_warmups: int = declared(
+        count("calls"),
+        "Call each test this many times before the call whose leak counts, for caches that fill "
+        "once.",
+        "N",
+        default="0",
+    )
+    module_leak_limit: int | None = declared(
+        parse_bytes,
+        "Fail the teardown of each module that leaves more than this size on a card when its own "
+        "fixtures are gone.",
+        "SIZE",
+    )
     children: str = declared(
         one_of(("watch", "off"), "a way to treat child processes"),
         "watch: charge the processes that tests start to them, and give those of a simulated run "
@@ -116,48 +144,62 @@ class Settings:
         "The store of archived model state.",
         "DIR",
         otherwise="gpumem/archive in the user's data directory",
+        group="place",
     )
     archive_key_file: Path | None = declared(
         user_path,
         "The key file of the archives.",
         "FILE",
         otherwise="gpumem/archive.key in the user's config directory",
+        group="place",
     )
     archive_quota: int | None = declared(
-        parse_bytes, "Most that the archives may take on the disk.", "SIZE"
+        parse_bytes,
+        "The most that the archives may take on the disk.",
+        "SIZE",
+        group="place",
     )
     consolidate_above: float = declared(
         share,
         "Consolidate registered models when more than this part of a card is used.",
         "PERCENT",
         default="85%",
+        group="place",
     )
     route_full: float = declared(
         share,
         "Send tasks to the CPU when more than this part of a card is used.",
         "PERCENT",
         default="85%",
+        group="place",
     )
     route_busy: float = declared(
         share,
         "Send large tasks to the CPU when more than this part is used.",
         "PERCENT",
         default="70%",
+        group="place",
     )
     route_large: int = declared(
-        parse_bytes, "What a large task wants more than.", "SIZE", default="200MiB"
+        parse_bytes,
+        "A task that needs more than this is a large one.",
+        "SIZE",
+        default="200MiB",
+        group="place",
     )
     route_transformers: float = declared(
         share,
         "Send sentence transformers to the CPU when more than this part is reserved.",
         "PERCENT",
         default="80%",
+        group="place",
     )
     embedding_model: str = declared(
         str,
         "Name or path of the model of the fixture embedding_model.",
         "MODEL",
         default="all-MiniLM-L6-v2",
+        group="place",
     )
     schedule: str = declared(
         one_of(("careful", "optimistic", "off"), "a way to schedule"),
@@ -167,15 +209,22 @@ class Settings:
         "HOW",
         default="careful",
         needs_on=True,
+        group="share",
     )
     headroom: int = declared(
-        parse_bytes, "What is never given out of a card.", "SIZE", default="64MiB", needs_on=True
+        parse_bytes,
+        "VRAM of each card that is never handed out.",
+        "SIZE",
+        default="64MiB",
+        needs_on=True,
+        group="share",
     )
     context: int = declared(
         parse_bytes,
-        "What a process is taken to cost once it uses a real card.",
+        "VRAM that each process is assumed to cost once it uses a real card.",
         "SIZE",
         default="512MiB",
+        group="share",
     )
     too_large: str = declared(
         one_of(("fail", "skip"), "an outcome"),
@@ -183,6 +232,7 @@ class Settings:
         "OUTCOME",
         default="fail",
         needs_on=True,
+        group="share",
     )
     oom: str = declared(
         one_of(("fail", "retry", "cpu"), "an answer"),
@@ -192,6 +242,7 @@ class Settings:
         "ANSWER",
         default="cpu",
         needs_on=True,
+        group="share",
     )
     lease_timeout: float | None = declared(
         seconds,
@@ -199,6 +250,7 @@ class Settings:
         "SECONDS",
         otherwise="wait",
         needs_on=True,
+        group="share",
     )
     history: Path | None = declared(
         file,
@@ -206,6 +258,7 @@ class Settings:
         "FILE",
         otherwise="pytest's cache",
         needs_on=True,
+        group="share",
     )
     fraction: float | None = declared(
         fraction,
@@ -214,10 +267,43 @@ class Settings:
         "PART",
         otherwise="no cap",
         needs_on=True,
+        group="share",
     )
     """0 means by the number of workers."""
-    trace: Path | None = declared(file, "Write a trace of the run that opens in Perfetto.", "FILE")
-    html: Path | None = declared(file, "Write a report of the run as one page.", "FILE")
+    trace: Path | None = declared(
+        file,
+        "Write a trace of the run that opens in Perfetto.",
+        "FILE",
+        group="report",
+    )
+    html: Path | None = declared(
+        file,
+        "Write a report of the run as one page.",
+        "FILE",
+        group="report",
+    )
+    html_library: str = declared(
+        one_of(("inside", "linked"), "a place for the page's library"),
+        "inside: the page has all that it needs, 5 MB; linked: it loads what draws its timeline "
+        "from Plotly's server.",
+        "WHERE",
+        default="inside",
+        group="report",
+    )
+    github: str = declared(
+        one_of(("auto", "off"), "a way to speak to GitHub"),
+        "auto: in GitHub Actions, annotate leaks and tests that ran out of memory, and write a job "
+        "summary; off: do neither.",
+        "HOW",
+        default="auto",
+        group="report",
+    )
+    base: Path | None = declared(
+        file,
+        "Set the job summary against this earlier run, a file of --gpumem-json.",
+        "FILE",
+        group="report",
+    )
     without_effect: tuple[str, ...] = ()
     """Options that were given and need another mode, each with where it stands."""
 

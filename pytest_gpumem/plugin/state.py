@@ -92,7 +92,7 @@ NOTES = "gpumem_notes"
 LATE = "gpumem_late"
 """Keys under which a worker leaves things for the controller when it ends: ``LATE`` is what
 was torn down after its test was reported: the test, the fixtures, what became known of children,
-the bytes reserved since by card."""
+what modules and the run left, the bytes reserved since by card."""
 GONE = "gpumem_gone"
 """Key under which a worker tells the budgets that have no test any more."""
 HISTORY = "gpumem_history"

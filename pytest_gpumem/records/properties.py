@@ -17,6 +17,7 @@ from pytest_gpumem.records.run import (
     Left,
     Process,
     Route,
+    ScopeUsage,
     from_plain,
     to_plain,
 )
@@ -47,12 +48,13 @@ class Told(NamedTuple):
     left: tuple[Left, ...] = ()
     children: tuple[ChildUsage, ...] = ()
     beside: tuple[Process, ...] = ()
+    scopes: tuple[ScopeUsage, ...] = ()
     routes: tuple[Route, ...] = ()
     step: str = ""
     broke: str = ""
 
 
-_IN_RECORD = ("cards", "fixtures", "oom", "lease", "left", "children", "beside")
+_IN_RECORD = ("cards", "fixtures", "oom", "lease", "left", "children", "beside", "scopes")
 
 
 def tell_usage(properties: Properties, usage: Told) -> None:

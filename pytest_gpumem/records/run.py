@@ -16,6 +16,7 @@ from pytest_gpumem import files
 from pytest_gpumem.units import format_bytes
 
 if typing.TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 SCHEMA = 1
@@ -178,6 +179,22 @@ class FixtureUsage(NamedTuple):
     """The part of ``leaked`` that processes hold which it started, and which still run."""
 
 
+class ScopeUsage(NamedTuple):
+    """What a module, or the whole run, left on one card when all of its own fixtures were gone."""
+
+    scope: str
+    """``module`` or ``session``."""
+    name: str
+    """The module's nodeid; empty for the run."""
+    card: str
+    """UUID of the card."""
+    left: int
+    """Bytes of its tests and fixtures that stayed, and were confirmed as a leak."""
+    holders: tuple[Holder, ...] = ()
+    note: str = ""
+    """Why more than that stayed."""
+
+
 class Grant(NamedTuple):
     """Permission to use bytes of a card, as one test had it."""
 
@@ -242,6 +259,12 @@ class RecordedTest(NamedTuple):
     """Processes that it started, and those of others of which something became known in it."""
     place: int = -1
     """Its index in the collection; -1 where that is the order of ``start``."""
+    file: str = ""
+    """Where it is defined, from pytest's rootdir."""
+    line: int = 0
+    """Of that file, counted from 1; 0 where that is not known."""
+    scopes: tuple[ScopeUsage, ...] = ()
+    """What the module and the run left that ended with it."""
 
     @property
     def fell_back(self) -> bool:
@@ -286,6 +309,11 @@ class RunRecord(NamedTuple):
     """What a process was taken to cost once it uses a card; 0 where nothing was shared."""
     budgets: tuple[BudgetVerdict, ...] = ()
     """How the tests stand to the budgets that are kept for them, if there are any."""
+    command: str = ""
+    """By which it was started, as for a shell."""
+    commit: str = ""
+    """Of the repository that it ran in, with ``-dirty`` where files differed from it; empty where
+    that is not known."""
 
 
 R = TypeVar("R")
@@ -427,7 +455,15 @@ def merge(runs: dict[str, RunRecord]) -> RunRecord:
         notes=tuple(dict.fromkeys(note for run in shards for note in run.notes)),
         context=max(run.context for run in shards),
         budgets=tuple(verdict for run in shards for verdict in run.budgets),
+        command=_common(run.command for run in shards),
+        commit=_common(run.commit for run in shards),
     )
+
+
+def _common(texts: Iterable[str]) -> str:
+    """Return what all of them are, "" where they differ."""
+    found = set(texts)
+    return found.pop() if len(found) == 1 else ""
 
 
 def _of_shard(name: str, run: RunRecord) -> RunRecord:

@@ -16,7 +16,14 @@ from pytest_gpumem.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
+    from pytest_gpumem.records import (
+        CardUsage,
+        FixtureUsage,
+        Holder,
+        RecordedTest,
+        RunRecord,
+        ScopeUsage,
+    )
 
 
 class Leak(NamedTuple):
@@ -53,7 +60,13 @@ def count_up(run: RunRecord) -> Counted:
     touched = tuple(
         test
         for test in run.tests
-        if test.cards or test.fixtures or test.oom or test.broke or test.left or test.children
+        if test.cards
+        or test.fixtures
+        or test.oom
+        or test.broke
+        or test.left
+        or test.children
+        or test.scopes
     )
     leaks = tuple(sorted(_leaks(touched), key=lambda leak: -leak.size))
     felled = tuple(test for test in touched if test.oom and test.outcome in ("failed", "error"))
@@ -152,6 +165,41 @@ def _leaks(tests: Sequence[RecordedTest]) -> Iterator[Leak]:
                 name = f"fixture {fixture.name!r} ({fixture.scope})"
                 left = children.orphans(test, fixture.card, name, ended)
                 yield Leak(fixture.leaked, by, test, fixture.holders, left)
+
+
+class LeftByScope(NamedTuple):
+    """What all passes through a module, in all processes, left on the cards; or all of the run."""
+
+    name: str
+    """The module's nodeid; ``the whole run``."""
+    size: int
+    where: str
+    """Who holds most of it, in words; empty where that is not known."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the run's."""
+        return self.name == _WHOLE
+
+
+_WHOLE = "the whole run"
+
+
+def left_by_scopes(run: RunRecord) -> list[LeftByScope]:
+    """Return what modules left, the most first, and at last what the run left as a whole."""
+    found: dict[tuple[str, str], list[ScopeUsage]] = {}
+    for test in run.tests:
+        for each in test.scopes:
+            found.setdefault((each.scope, each.name), []).append(each)
+    rows = [
+        LeftByScope(
+            name or _WHOLE,
+            sum(each.left for each in several),
+            next((each.holders[0].where for each in several if each.holders), ""),
+        )
+        for (_, name), several in found.items()
+    ]
+    return sorted(rows, key=lambda row: (row.whole, -row.size))
 
 
 def by_kind(leaks: Iterable[Leak]) -> list[list[Leak]]:

@@ -161,7 +161,7 @@ def _where(event: OomEvent) -> str:
         event.worker or "",
         f"test {event.position} of its worker" if event.position else "",
         event.phase if event.phase != "call" else "",
-        f"{event.file}:{event.line}" if event.line else event.file,
+        f"{event.file}:{event.line}" if event.file and event.line else event.file,
     ]
     return f" ({', '.join(filter(None, parts))})"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html as markup
 import io
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,52 +102,6 @@ def markdown(sections: Iterable[Section]) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     """Escape what Markdown would take for its own."""
-    for special in "\\`*_[]<>|":
+    for special in "\\`*_~#&[]<>|":
         text = text.replace(special, f"\\{special}")
     return text.replace("\n", " ")
-
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
-  color: #1c2024; background: #fff }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; width: 100% } td, th { padding: .25rem .6rem; text-align: left;
-  border-bottom: 1px solid #e4e6ea; vertical-align: top; overflow-wrap: anywhere }
-th { color: #666; font-weight: 500 } .n { text-align: right; white-space: nowrap }
-pre { background: #f4f6f8; padding: .7rem; overflow-x: auto } p { margin: .2rem 0 }
-.cause { color: #b3261e; font-weight: 600 }
-@media (prefers-color-scheme: dark) { body { color: #e4e6ea; background: #14171a }
-  td, th { border-color: #333 } pre { background: #1f2428 } .cause { color: #ff897d } }
-"""
-
-
-def html(sections: Iterable[Section], title: str) -> Iterator[str]:
-    """Return them as one page that needs nothing else."""
-    escape = markup.escape
-    yield "<!DOCTYPE html>"
-    yield f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-    yield '<meta name="viewport" content="width=device-width">'
-    yield f"<style>{_STYLE}</style></head><body>"
-    for number, section in enumerate(sections):
-        level = "h1" if number == 0 else "h2"
-        yield f"<{level}>{escape(section.title)}</{level}>"
-        for sentence in section.sentences:
-            kind = ' class="cause"' if sentence.startswith("cause:") else ""
-            yield f"<p{kind}>{escape(sentence)}</p>"
-        if section.rows:
-            numbers = [' class="n"' if column[:1] == ">" else "" for column in section.columns]
-            heads = (
-                f"<th{kind}>{escape(column.lstrip('>'))}</th>"
-                for kind, column in zip(numbers, section.columns, strict=True)
-            )
-            yield f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>"
-            for row in section.rows:
-                cells = (
-                    f"<td{kind}>{escape(cell)}</td>"
-                    for kind, cell in zip(numbers, row, strict=True)
-                )
-                yield f"<tr>{''.join(cells)}</tr>"
-            yield "</tbody></table>"
-        if section.code:
-            yield f"<pre>{escape(chr(10).join(section.code))}</pre>"
-    yield "</body></html>"

@@ -13,10 +13,12 @@ from pytest_gpumem.reports import budgets, children, timeline
 from pytest_gpumem.reports.counted import (
     Counted,
     Leak,
+    LeftByScope,
     by_cause,
     by_kind,
     count_up,
     instances,
+    left_by_scopes,
     own,
     peaks,
     place,
@@ -74,6 +76,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _fixtures(touched, shown)
     yield from _section("leaked", _leaked(leaks, shown, verbosity), "yellow")
     yield from _section("budgets", budgets.lines(run.budgets, shown))
+    yield from _scopes(left_by_scopes(run), shown)
     yield from _section("out of memory", _ooms(counted, shown, verbosity), "red")
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))
@@ -138,6 +141,22 @@ def _fixtures(tests: Sequence[RecordedTest], shown: int) -> Iterator[Line]:
             f"{name} ({scope}{times})"
         )
     yield from _more(len(rows) - shown, "fixtures")
+
+
+def _scopes(rows: Sequence[LeftByScope], shown: int) -> Iterator[Line]:
+    """Show what modules left on the cards when their own fixtures were gone, and the run."""
+    if not rows:
+        return
+    modules = [row for row in rows if not row.whole]
+    yield Line("")
+    yield Line(f"{'left':>11}  by module, its fixtures gone")
+    for row in modules[:shown]:
+        held = f", held by {row.where}" if row.where else ""
+        yield Line(f"{format_bytes(row.size):>11}  {row.name}{held}")
+    yield from _more(len(modules) - shown, "modules")
+    for row in rows:
+        if row.whole and [each.size for each in modules] != [row.size]:
+            yield Line(f"{format_bytes(row.size):>11}  {row.name}")
 
 
 def _section(title: str, found: Iterable[str], colour: str = "") -> Iterator[Line]:
@@ -239,7 +258,7 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
         who = plural(run.workers, "worker")
         if ran < run.workers:
             who = f"{ran} of {who} ran tests"
-        yield f"  {who}, without a test for {idle:.0%} of the time"
+        yield f"  {who}, idle for {idle:.0%} of the time"
     yield f"  {plural(len(leases), 'lease')}, {len(waited)} of them waited for"
     if waited:
         longest, test = max(waited, key=lambda each: each[0])

@@ -73,7 +73,7 @@ def worker_count(
     if not free or not on_card:
         return None
     peak = max(test.peak for test in on_card)
-    limits = [(max(1, wanted), "as xdist counts"), (host.cpus, _plural(host.cpus, "CPU"))]
+    limits = [(max(1, wanted), "as xdist would start"), (host.cpus, _plural(host.cpus, "CPU"))]
     if host.ram is not None:
         limits.append(
             (max(1, host.ram // WORKER_RAM), f"{format_bytes(host.ram)} of main memory left")

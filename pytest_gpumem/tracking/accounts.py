@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage, Left
+from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage, Left, ScopeUsage
 from pytest_gpumem.tracking.verdict import Verdict, Verdicts
 
 if TYPE_CHECKING:
@@ -75,6 +75,23 @@ class Owner:
         }
 
 
+_WIDTH = {"function": 0, "class": 1, "module": 2, "package": 3, "session": 4}
+
+
+class Scope(Owner):
+    """A module (its name is its nodeid) or the session (which has none) while it is set up.
+
+    It is charged for its tests and for the fixtures that end with it.
+    """
+
+    since = 0
+    """Number of the newest tensor that was there when it began."""
+
+    def outlives(self, owner: Owner) -> bool:
+        """Whether the fixtures of ``owner`` are gone before it ends."""
+        return _WIDTH[owner.scope] <= _WIDTH[self.scope]
+
+
 class Fixture(Owner):
     """A fixture between its set-up and its teardown."""
 
@@ -132,10 +149,11 @@ class Test(Owner):
         used = [fixture for fixture in (*self.found, *self.set_up) if fixture.name in names]
         return held(used, uuid)
 
-    def pay_back(self) -> None:
+    def pay_back(self) -> Iterator[tuple[Fixture, str, int]]:
         """Credit the fixtures torn down in the test with what came back after their teardown.
 
-        A reference cycle is collected only when the test is charged again.
+        A reference cycle is collected only when the test is charged again. Yields each of them
+        with the card and the bytes.
         """
         for uuid, account in self.accounts.items():
             for fixture in self.fixtures:
@@ -144,6 +162,7 @@ class Test(Owner):
                 if fixture.wide and fixture.torn_down and late > 0:
                     account.delta += late
                     owed.delta -= late
+                    yield fixture, uuid, late
 
     def stayed(self) -> dict[tuple[str, str], int]:
         """Return what the test kept, and what the wider fixtures torn down in it kept."""
@@ -167,6 +186,7 @@ class Usage(NamedTuple):
     fixtures: tuple[FixtureUsage, ...] = ()
     left: tuple[Left, ...] = ()
     children: tuple[ChildUsage, ...] = ()
+    scopes: tuple[ScopeUsage, ...] = ()
 
 
 NOTHING_USED = Usage()

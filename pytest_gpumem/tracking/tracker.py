@@ -27,6 +27,7 @@ from pytest_gpumem.tracking.accounts import (
 )
 from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.meter import Meters, ReleaseCache
+from pytest_gpumem.tracking.scopes import Scopes
 from pytest_gpumem.tracking.turns import Turns
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
 
@@ -61,6 +62,8 @@ class Tracker:
         self.children: Children | None = None
         """What tests start; whoever has a place for their book gives it before the first test."""
         self._stacks_wanted = stacks
+        ledger, turns = self._tensors, self._turns
+        self.scopes = Scopes(turns, self.meters, ledger, self._end_teardowns, self._remember)
 
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
@@ -155,7 +158,7 @@ class Tracker:
         test = self._turns.test
         if test is None or not (test.accounts or test.fixtures):
             return False
-        test.pay_back()
+        self._turns.pay_back(test)
         return bool(test.stayed())
 
     def end_test(
@@ -200,7 +203,8 @@ class Tracker:
         self._look()
         left = self._left.settle()
         self._turns.end_test()
-        return used._replace(left=left) if left else used
+        scopes = self.scopes.report() if self.scopes.told else ()
+        return used._replace(left=left, scopes=scopes) if left or scopes else used
 
     def _second_look(
         self,
@@ -214,7 +218,7 @@ class Tracker:
             release.give_back(errors, self.anything_stayed)
             if self.anything_stayed():
                 self.meters.settle()
-                test.pay_back()
+                self._turns.pay_back(test)
                 cards = self.meters.uuids()
                 stayed = test.stayed()
                 verdicts = self._tensors.judge(stayed, cards, keepers, passing, test.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.tracking.accounts import Fixture, Owner, Test
+from pytest_gpumem.tracking.accounts import Fixture, Owner, Scope, Test
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,6 +29,8 @@ class Turns:
         """Wider fixtures that are set up, whether or not they hold anything."""
         self.standing: list[Fixture] = []
         """Those that hold something."""
+        self.scopes: list[Scope] = []
+        """The session and the module that are set up."""
         self.moved: list[Fixture] = []
         """Those that were set up or torn down since the last test ended."""
 
@@ -44,9 +46,21 @@ class Turns:
         """Charge what an allocator did between two boundaries."""
         for owner in self.charged:
             owner.account(meter.card.uuid).charge(before, now)
+        runs = self._owners[-1]
+        if runs is not self._outside:
+            for scope in self.scopes:
+                if scope.outlives(runs):
+                    scope.account(meter.card.uuid).charge(before, now)
         if self.test is not None:
             highest, uuid = self.test.reserved_peak, meter.card.uuid
             highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
+
+    def pay_back(self, test: Test) -> None:
+        """Credit fixtures that were torn down in the test with what came back late of them."""
+        for fixture, uuid, late in test.pay_back():
+            for scope in self.scopes:
+                if not scope.outlives(fixture):  # it was credited with what is not its own
+                    scope.account(uuid).delta += late
 
     @property
     def number(self) -> int:
@@ -101,10 +115,14 @@ class Turns:
         if fixture.wide and holds:
             test.set_up.append(fixture)
         if fixture.wide:
-            # What is there and is not the test's own is what it starts from.
+            self.rebase(meters)
+
+    def rebase(self, meters: Iterable[Meter]) -> None:
+        """Let what is there and is not the test's own be what it starts from."""
+        if self.test is not None:
             for meter in meters:
                 uuid = meter.card.uuid
-                test.baselines[uuid] = meter.last.allocated - test.account(uuid).delta
+                self.test.baselines[uuid] = meter.last.allocated - self.test.account(uuid).delta
 
     def begin_teardown(self, fixture: Fixture) -> None:
         """Let a fixture run, which is torn down."""

@@ -56,9 +56,11 @@ Verdicts = dict[Owned, Verdict]
 class _Known(weakref.ref["UntypedStorage"]):
     """A living storage: whose doing it is, and what it takes in the allocator."""
 
-    __slots__ = ("owner", "size")
+    __slots__ = ("number", "owner", "size")
     owner: str
     size: int
+    number: int
+    """In the order in which they were met."""
 
 
 class TensorLedger:
@@ -75,6 +77,8 @@ class TensorLedger:
         """Labels of living wider fixtures, by the identity of their values and code."""
         self._known: dict[int, _Known] = {}
         """By address, which may be used again when the storage is dead."""
+        self.newest = 0
+        """Number of the storage that was met last."""
         self.freed = 0
         """Bytes of known storages that died since they were met or set aside."""
         self.aside: frozenset[tuple[int, int]] = frozenset()
@@ -131,7 +135,8 @@ class TensorLedger:
 
     def _meet(self, storage: UntypedStorage, owner: str) -> _Known:
         known = _Known(storage, self._note_death)
-        known.owner, known.size = owner, _block(storage.nbytes())
+        self.newest += 1
+        known.owner, known.size, known.number = owner, _block(storage.nbytes()), self.newest
         return known
 
     def _note_death(self, known: _Known) -> None:
@@ -160,8 +165,7 @@ class TensorLedger:
 
         verdicts = {}
         stacks = devices.allocation_stacks()
-        rightful = self._fixtures | self._suspended_fixtures() | _last_errors()
-        rightful |= {key: label for key, label in passing.items() if key not in rightful}
+        rightful = self._rightful(passing)
         for owner in {name for name, _ in stayed}:
             made = find_holders(
                 self._made_by(owner, test),
@@ -173,6 +177,36 @@ class TensorLedger:
                     here = [each for each in made if cards.get(each.storages[0].device) == uuid]
                     verdicts[name, uuid] = _verdict(size, here, stacks, set(rightful.values()))
         return verdicts
+
+    def judge_since(
+        self,
+        number: int,
+        stayed: Mapping[str, int],
+        cards: Mapping[str, str],
+        passing: Mapping[int, str],
+    ) -> dict[str, Verdict]:
+        """Return the verdict by card on what was met after the storage of this ``number``.
+
+        All that lives has been met. The other arguments as for ``judge``; sizes by card.
+        """
+        from pytest_gpumem.tracking.holders import find_holders
+
+        def made(tensor: Tensor) -> bool:
+            known = self._find(tensor) if _on_card(tensor) else None
+            return known is not None and known.number > number
+
+        rightful = self._rightful(passing)
+        found = find_holders(made, fixtures=rightful, root=self._root)
+        verdicts = {}
+        for uuid, size in stayed.items():
+            here = [each for each in found if cards.get(each.storages[0].device) == uuid]
+            verdicts[uuid] = _verdict(size, here, {}, set(rightful.values()))
+        return verdicts
+
+    def _rightful(self, passing: Mapping[int, str]) -> dict[int, str]:
+        """Return the labels of all that may hold memory."""
+        rightful = self._fixtures | self._suspended_fixtures() | _last_errors()
+        return rightful | {key: label for key, label in passing.items() if key not in rightful}
 
     def _suspended_fixtures(self) -> dict[int, str]:
         """Return the living generators of wider fixtures, and their frames."""

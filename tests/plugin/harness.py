@@ -79,7 +79,8 @@ def run_pytest(
         for name, value in os.environ.items()
         # Where leases lie may be told from outside: two runs of these tests at once, each with a
         # directory of its own, do not wait for one another.
-        if name == "GPUMEM_RUN_DIR" or not name.startswith(("GPUMEM", "PYTEST_", "CUDA_", "HF_"))
+        if name == "GPUMEM_RUN_DIR"
+        or not name.startswith(("GPUMEM", "PYTEST_", "CUDA_", "HF_", "GITHUB_"))
     }
     cache = directory.with_name(f"{directory.name}-cache")
     command = [sys.executable, "-m", "pytest", "--color=no", "-o", f"cache_dir={cache}", *arguments]

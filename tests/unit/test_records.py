@@ -17,6 +17,7 @@ from pytest_gpumem.records import (
     RecordedTest,
     Route,
     RunRecord,
+    ScopeUsage,
     properties,
 )
 
@@ -78,6 +79,7 @@ TOLD = properties.Told(
     (Left("default device", "cpu", "cuda:0"),),
     (ChildUsage(7, "python", "GPU-1", "test_x.py::test_a"),),
     (Process(7, "python", None),),
+    (ScopeUsage("module", "test_x.py", "GPU-1", 5),),
     (Route("encode", 5, "cpu", "the card is full"), Route("encode", 5, "cuda", "there is room")),
     "alone",
 )

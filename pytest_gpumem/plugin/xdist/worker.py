@@ -246,8 +246,8 @@ Told = tuple[tuple[str, str, int | None], ...]
 def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int]]:
     """Return which fixtures of a wider scope the tests use: every set once, each test's place.
 
-    What a test asks for as late as it runs is not known. pytest's own fixtures hold nothing that
-    others could wait for.
+    What a test asks for as late as it runs is not known. pytest's own fixtures, and those that
+    judge scopes, hold nothing that others could wait for.
     """
     known: dict[int, list[pytest.FixtureDef[Any]]] = {}
     sets: dict[Told, int] = {}
@@ -265,12 +265,16 @@ def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int]]:
     return [*sets], places
 
 
+_HOLD_NOTHING = ("_pytest.", "pytest_gpumem.plugin.scopes")
+"""Modules of fixtures."""
+
+
 def _wide(info: Any) -> Iterator[pytest.FixtureDef[Any]]:
     for name in info.names_closure:
         definitions = [*info.name2fixturedefs.get(name, ())]
         while definitions:
             last = definitions.pop()
-            own = last.func.__module__.startswith("_pytest.") and not name.startswith("_")
+            own = last.func.__module__.startswith(_HOLD_NOTHING) and not name.startswith("_")
             if last.scope != "function" and not own:  # setup_module and the like begin with "_"
                 yield last
             if name not in last.argnames:  # it overrides the one before without using it

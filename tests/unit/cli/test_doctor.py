@@ -38,7 +38,7 @@ def test_a_machine_where_all_is_well_has_nothing_to_mend(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "A card (GPU-1), 4.00 GiB, 4.00 GiB free" in told
     assert "CUDA 13.0, CUDA usable: true" in told
-    assert told.endswith("\nnothing to mend\n")
+    assert told.endswith("\nnothing to fix\n")
 
 
 def test_a_full_card_is_told_with_who_fills_it(monkeypatch):
@@ -67,7 +67,7 @@ def test_a_torch_that_cannot_be_imported_is_told(monkeypatch):
     [
         ("CUDA_VISIBLE_DEVICES", "", "it hides every card"),
         ("CUDA_VISIBLE_DEVICES", "0", ""),
-        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments=True", "is no setting"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments=True", "is not a setting"),
         ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:64", ""),
         ("PYTORCH_CUDA_ALLOC_CONF", "roundup_power2_divisions:[256:1,512:2,>:8]", ""),
         ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "no peaks are told"),

@@ -110,7 +110,7 @@ def test_groups_are_listed(suite, capsys):
         ("[tool.gpumem.groups.x]\npath = 'a'", "'path' is unknown; allowed are paths, args, mode"),
         ("[tool.gpumem.groups.x]\npaths = 'a'", "paths = 'a'; allowed is a list of texts"),
         ("[tool.gpumem.groups.x]\nworkers = true", "workers = True; allowed are 'auto' and"),
-        ("[tool.gpumem.groups]\nx = 1", "[tool.gpumem.groups.x] is no table"),
+        ("[tool.gpumem.groups]\nx = 1", "[tool.gpumem.groups.x] is not a table"),
         ("[tool.gpumem.groups.'../x']\n", "allowed in a name are letters, digits"),
     ],
 )

@@ -60,14 +60,14 @@ def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("workers", "said"), [(2, "2 workers, without"), (4, "2 of 4 workers ran tests, without")]
+    ("workers", "said"), [(2, "2 workers, idle"), (4, "2 of 4 workers ran tests, idle")]
 )
 def test_workers_that_ran_no_test_are_told(tmp_path, capsys, workers, said):
     tests = tuple(RUN.tests[0]._replace(worker=worker) for worker in ("gw0", "gw1"))
     records.save(RUN._replace(workers=workers, tests=tests), tmp_path / "run.json")
 
     assert cli.main(["report", str(tmp_path / "run.json")]) == 0
-    assert f"  {said} a test for " in capsys.readouterr().out
+    assert f"  {said} for " in capsys.readouterr().out
 
 
 def test_a_run_that_touched_no_card_says_so(tmp_path, capsys):

@@ -226,4 +226,4 @@ def test_a_bad_interval_is_one_sentence(capsys, text):
         cli.main(["monitor", f"--interval={text}"])
 
     assert stopped.value.code == 2
-    assert f"{text!r} is no interval; allowed is 0.05 to 3600" in capsys.readouterr().err
+    assert f"{text!r} is not an interval; allowed is 0.05 to 3600" in capsys.readouterr().err

@@ -212,7 +212,7 @@ def test_a_bad_threshold_is_one_sentence(log, capsys):
         cli.main(["compare", str(log), str(log), "--max-peak-growth", "lots"])
 
     assert stopped.value.code == 2
-    assert "'lots' is no growth; allowed is a percentage like 10%" in capsys.readouterr().err
+    assert "'lots' is not a growth; allowed is a percentage like 10%" in capsys.readouterr().err
 
 
 def test_every_field_and_cause_is_in_the_document():

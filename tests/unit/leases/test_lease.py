@@ -951,7 +951,7 @@ def test_the_directory_is_the_users_own_in_memory_or_where_it_is_named(tmp_path,
 
 def test_a_directory_named_by_a_relative_path_is_refused(monkeypatch):
     monkeypatch.setenv("GPUMEM_RUN_DIR", "run")
-    with pytest.raises(LeaseError, match="GPUMEM_RUN_DIR=run is no absolute path"):
+    with pytest.raises(LeaseError, match="GPUMEM_RUN_DIR=run is not an absolute path"):
         place.run_directory()
 
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from html import escape
 from pathlib import Path
 
@@ -11,7 +12,15 @@ import pytest
 
 from pytest_gpumem import records
 from pytest_gpumem.cli import main as cli
-from pytest_gpumem.records import Card, CardUsage, Grant, Holder, RecordedTest, RunRecord
+from pytest_gpumem.records import (
+    Card,
+    CardUsage,
+    Grant,
+    Holder,
+    RecordedTest,
+    RunRecord,
+    ScopeUsage,
+)
 
 pytest.importorskip("plotly")
 
@@ -61,6 +70,21 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(page):
     assert " src=" not in own
     assert "A &lt;card&gt;" in text
     assert "held by <code>test_a.py: module global CACHE[&#x27;&lt;i&gt;&#x27;]" in own
+
+
+def test_the_page_says_when_it_ran_and_how_and_is_small_when_its_library_is_linked(tmp_path):
+    told = run()._replace(command="pytest -k '<a>'", commit="abc123-dirty")
+    scope = ScopeUsage("module", "test_a.py", "GPU-1", 3 * MIB)
+    tests = (told.tests[0]._replace(scopes=(scope,)), *told.tests[1:])
+    records.save(told._replace(tests=tests), tmp_path / "run.json")
+    command = ["report", str(tmp_path / "run.json"), "--html", str(tmp_path / "p.html")]
+
+    assert cli.main([*command, "--linked"]) == 0
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert len(text) < 100_000
+    assert "<p>1970-01-01 00:00 UTC, commit abc123-dirty</p>" in text
+    assert "<code>pytest -k &#x27;&lt;a&gt;&#x27;</code>" in text
+    assert '<td class="n">3.00 MiB</td><td>test_a.py</td>' in text
 
 
 def test_many_that_ran_out_are_ranked_by_cause_as_forensics_ranks_them(tmp_path, capsys):
@@ -145,7 +169,33 @@ def test_the_page_works_in_a_browser(page, browser):
             "arguments[0].click()", browser.find_element("css selector", selector)
         )
 
+    def back():
+        return browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    def ink():
+        return browser.execute_script(
+            "return getComputedStyle(document.querySelector('#timeline .ytick text')).fill"
+        )
+
+    def scheme(name):
+        feature = {"name": "prefers-color-scheme", "value": name}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        time.sleep(0.2)
+
     browser.get(page.as_uri())
+    scheme("light")
+    assert (back(), ink()) == ("rgb(255, 255, 255)", "rgb(28, 32, 36)")
+    scheme("dark")
+    assert (back(), ink()) == ("rgb(20, 23, 26)", "rgb(228, 230, 234)")
+    click("#tests tbody tr:first-child a")
+    time.sleep(0.2)
+    begin, end = browser.execute_script(
+        "return document.getElementById('timeline').layout.xaxis.range"
+    )
+    # test_leak, whose lease it waited for, ran from 0.75 to 1.75 s
+    assert begin < 0.75
+    assert end > 1.75
+    assert end - begin < 6
 
     assert browser.title == "GPU memory"
     assert browser.find_elements("css selector", "#timeline svg .scatterlayer path.js-line")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_gpumem.forensics import analysis, compare
-from pytest_gpumem.reports import forensics, sections
+from pytest_gpumem.reports import forensics, html, sections
 
 OOM = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3.81 GiB of "
@@ -40,7 +40,7 @@ def test_every_form_has_every_title_cause_and_row(found):
     told = list(forensics.sections(found, 20))
     text = "\n".join(sections.text(told))
     markdown = "\n".join(sections.markdown(told))
-    page = "\n".join(sections.html(told, "What <happened>"))
+    page = "\n".join(html.page(told, "What <happened>"))
 
     assert "4 tests in 1 run: 1 passed, 2 failed, 1 errors, pass rate 25.0 %, 1 min 2 s" in text
     for form in (text, markdown, page):

@@ -82,7 +82,7 @@ def test_workers_without_a_context_run_the_tests_without_a_card():
 def test_it_never_starts_more_than_xdist_would():
     found = count(wanted=3)
 
-    assert (found.workers, found.reason) == (3, "3 workers: as xdist counts")
+    assert (found.workers, found.reason) == (3, "3 workers: as xdist would start")
 
 
 def test_processors_and_main_memory_limit_as_well():

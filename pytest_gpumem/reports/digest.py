@@ -1,0 +1,115 @@
+"""A run as sections: what a job's summary or a comment in a pull request tells of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.forensics import analysis
+from pytest_gpumem.forensics.compare import Limits, compare
+from pytest_gpumem.reports import budgets, forensics, timeline
+from pytest_gpumem.reports.counted import (
+    by_kind,
+    count_up,
+    left_by_scopes,
+    own,
+    peaks,
+    place,
+    plural,
+)
+from pytest_gpumem.reports.sections import Section
+from pytest_gpumem.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pytest_gpumem.records import RunRecord
+
+
+def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterator[Section]:
+    """Return the sections: own peaks, changes, leaks, and what ran out of memory, by cause.
+
+    Args:
+        run: what happened.
+        top: how many rows each table has, all of them where it is 0.
+        base: an earlier run to set it against.
+
+    """
+    counted, shown = count_up(run), top or len(run.tests)
+    yield Section("GPU memory", (counted.headline, *_facts(run)))
+    found = analysis.of_record(run)
+    if found.events:
+        yield from forensics.ranked(found)
+    if counted.leaks:
+        yield _table(
+            "Leaks",
+            (">size", "leaked by", "held by", ">likewise"),
+            [
+                (
+                    format_bytes(first.size),
+                    first.by,
+                    first.holders[0].where if first.holders else "; ".join(first.orphans),
+                    plural(len(others), "leak") if others else "",
+                )
+                for first, *others in by_kind(counted.leaks)
+            ],
+            shown,
+        )
+    left = left_by_scopes(run)
+    if left:
+        rows = [(format_bytes(each.size), each.name, each.where) for each in left]
+        yield _table("Left by module", (">left", "by", "held by"), rows, shown)
+    if told := tuple(line[2:] for line in budgets.lines(run.budgets, shown)):
+        yield Section("Budgets", told)
+    if base is not None and base.tests and run.tests:
+        before = analysis.of_record(base, _name(base))
+        yield from _against(
+            _name(base), *forensics.compared(compare(before, found, Limits()), shown)
+        )
+    highest = peaks(run)
+    if highest:
+        yield _table(
+            "Own peaks",
+            (">own peak", ">of card", ">peak", ">leftover", "test"),
+            [
+                (
+                    format_bytes(own(usage)),
+                    part,
+                    format_bytes(usage.peak),
+                    format_bytes(usage.leftover),
+                    place(test),
+                )
+                for usage, test, part in highest
+            ],
+            shown,
+        )
+
+
+def _against(name: str, counts: Section, *changes: Section) -> Iterator[Section]:
+    """Return the sections of a comparison, of its counts those that differ."""
+    leaks = tuple(each for each in counts.sentences if each.startswith("leaks: "))
+    rows = tuple(row for row in counts.rows if row[1] != row[2])
+    yield counts._replace(title=f"Against {name}", sentences=leaks, rows=rows)
+    for change in changes:
+        own = change.title == "Own peaks"  # which is a section of the run itself, too
+        yield change._replace(title="Own peaks that changed") if own else change
+
+
+def _facts(run: RunRecord) -> Iterator[str]:
+    begin, end = timeline.window(run.tests)
+    took = f" in {end - begin:.1f} s" if end > begin else ""
+    workers = plural(run.workers, "worker") if run.workers else "one process"
+    for card in run.cards:
+        yield f"{card.name}, {format_bytes(card.total)}; {workers}{took}"
+    if run.command:
+        yield run.command + (f" at commit {run.commit}" if run.commit else "")
+
+
+def _name(run: RunRecord) -> str:
+    return f"commit {run.commit}" if run.commit else "the base run"
+
+
+def _table(
+    title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], shown: int
+) -> Section:
+    more = (f"{len(rows) - shown:,} more",) if len(rows) > shown else ()
+    return Section(title, more, columns, tuple(rows[:shown]))

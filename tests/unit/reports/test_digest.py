@@ -1,0 +1,83 @@
+"""A run as Markdown: read by a Markdown parser, as a reader would see it."""
+
+from __future__ import annotations
+
+import re
+
+from markdown_it import MarkdownIt
+
+from pytest_gpumem import records
+from pytest_gpumem.cli import main as cli
+from pytest_gpumem.records import Card, CardUsage, Holder, RecordedTest, RunRecord
+
+MIB = 2**20
+HOSTILE = "test_a.py::test_x[a|b*c*`d`<script>&amp;_e_\n# no heading]"
+
+
+def usage(peak: int, leaked: int = 0, where: str = "") -> CardUsage:
+    holders = (Holder(where, (4,), "float32", leaked),) if where else ()
+    return CardUsage(
+        "GPU-1", 0, peak * MIB, leaked * MIB, 0, 0, 0, 0, None, leaked * MIB, holders
+    )  # fmt: skip
+
+
+def run(*tests: RecordedTest, commit: str = "") -> RunRecord:
+    card = Card("GPU-1", "A card", 1000 * MIB)
+    return RunRecord(
+        records.SCHEMA, "on", (card,), False, 2, tests, command="pytest -n 2", commit=commit
+    )
+
+
+def rendered(tmp_path, capsys, after: RunRecord, *arguments: str) -> str:
+    records.save(after, tmp_path / "run.json")
+    command = ["report", str(tmp_path / "run.json"), "--format", "markdown", *arguments]
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    return str(MarkdownIt("gfm-like", {"linkify": False}).render(text))
+
+
+def cells(page: str, title: str) -> list[list[str]]:
+    """Return the body of the table below a heading."""
+    table = page.partition(f"<h2>{title}</h2>")[2].partition("</table>")[0]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+
+
+def test_what_names_of_tests_contain_stays_text(tmp_path, capsys):
+    test = RecordedTest(HOSTILE, "passed", 0.5, "", (usage(3, 3, "a.py: CACHE['|']"),))
+    page = rendered(tmp_path, capsys, run(test))
+
+    shown = "test_a.py::test_x[a|b*c*`d`&lt;script&gt;&amp;amp;_e_ # no heading]"
+    assert cells(page, "Own peaks") == [["3.00 MiB", "0%", "3.00 MiB", "3.00 MiB", shown]]
+    assert cells(page, "Leaks") == [["3.00 MiB", shown, "a.py: CACHE['|']", ""]]
+
+
+def test_tables_are_bounded_and_say_by_how_much(tmp_path, capsys):
+    page = rendered(
+        tmp_path,
+        capsys,
+        run(*(RecordedTest(f"t{n}", "passed", 0.5, "", (usage(n + 1),)) for n in range(30))),
+        "--top=4",
+    )
+    assert len(cells(page, "Own peaks")) == 4
+    assert "<li>26 more</li>" in page
+
+
+def test_what_ran_out_is_told_by_cause_and_changes_against_the_base(tmp_path, capsys):
+    oom = "CUDA out of memory. Tried to allocate 5.00 GiB"
+    felled = RecordedTest("t", "failed", 0.5, "", (usage(20),), oom=oom)
+    before = (RecordedTest("t", "passed", 0.5, "", (usage(2),)),)
+    records.save(run(*before, commit="abc"), tmp_path / "base.json")
+    page = rendered(tmp_path, capsys, run(felled), "--base", str(tmp_path / "base.json"))
+
+    assert "<h2>1 test: one request larger than the card (larger_than_card)</h2>" in page
+    assert ["oom", "0", "1", "+1"] in cells(page, "Against commit abc")
+    assert cells(page, "Worse") == [["t", "passed", "out of memory"]]
+    assert cells(page, "Own peaks that changed") == [["t", "2.00 MiB", "20.00 MiB"]]
+
+
+def test_a_base_without_markdown_is_refused(tmp_path, capsys):
+    records.save(run(), tmp_path / "run.json")
+    path = str(tmp_path / "run.json")
+
+    assert cli.main(["report", path, "--base", path]) == 2
+    assert "--base: only --format markdown shows it" in capsys.readouterr().err
