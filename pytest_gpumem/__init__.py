@@ -35,7 +35,8 @@ _HOMES = {
     "forensics.analysis": ("analyze_oom_sequence",),
     "leases.api": ("gpu_lease",),
     "leases.store": ("Lease",),
-    "records.run": ("RunRecord", "load_run"),
+    "records.plain": ("load_run",),
+    "records.run": ("RunRecord",),
     "routing.model_pool": ("ModelPool",),
     "routing.placing": ("load_sentence_transformer",),
     "routing.resource_manager": (

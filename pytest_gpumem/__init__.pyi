@@ -69,11 +69,11 @@ from pytest_gpumem.leases.api import (
 from pytest_gpumem.leases.store import (
     Lease as Lease,
 )
-from pytest_gpumem.records.run import (
-    RunRecord as RunRecord,
+from pytest_gpumem.records.plain import (
+    load_run as load_run,
 )
 from pytest_gpumem.records.run import (
-    load_run as load_run,
+    RunRecord as RunRecord,
 )
 from pytest_gpumem.routing.model_pool import (
     ModelPool as ModelPool,

@@ -1,5 +1,13 @@
 """What a run leaves behind."""
 
+from pytest_gpumem.records.plain import (
+    from_plain,
+    load_run,
+    parse,
+    save,
+    to_plain,
+    write_json,
+)
 from pytest_gpumem.records.run import (
     SCHEMA,
     BudgetVerdict,
@@ -15,13 +23,7 @@ from pytest_gpumem.records.run import (
     Route,
     RunRecord,
     ScopeUsage,
-    from_plain,
-    load_run,
     merge,
-    parse,
-    save,
-    to_plain,
-    write_json,
 )
 
 __all__ = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.records.plain import from_plain, to_plain
 from pytest_gpumem.records.run import (
     CardUsage,
     ChildUsage,
@@ -18,8 +19,6 @@ from pytest_gpumem.records.run import (
     Process,
     Route,
     ScopeUsage,
-    from_plain,
-    to_plain,
 )
 
 if TYPE_CHECKING:

@@ -69,7 +69,7 @@ RUN = RunRecord(
 @pytest.mark.parametrize(
     ("verbosity", "told"),
     [
-        (0, "  2 of 3 workers ran tests, without a test for"),
+        (0, "  2 of 3 workers ran tests, idle for"),
         (0, "  5 leases, 5 of them waited for"),
         (0, "      2.5 s in all, longest 0.5 s: a.py::test_0 [gw1]"),
         (0, "  5 tests ran out of memory beside others and ran again with no other test"),
