@@ -151,7 +151,7 @@ def _merge(chosen: argparse.Namespace) -> Iterator[str]:
         history = load_history(chosen.history, new=True)
         history.learn(run.tests)
         history.save(chosen.history)
-    yield from _section(run, chosen)
+    yield from _formatted(run, chosen)
 
 
 def _formatted(run: records.RunRecord, chosen: argparse.Namespace) -> Iterator[str]:
