@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_gpumem import records
+from pytest_gpumem.units import parse_bytes
 
 SUITES = Path(__file__).parent / "suites"
 TAKE = """
@@ -21,6 +23,22 @@ KEPT = []
 def take(kib=64):
     return torch.zeros(kib * 1024, dtype=torch.uint8, device="cuda")
 """
+TAKE_WITHOUT_TORCH = """
+import os, signal, time
+import pytest
+from without_torch import ALLOCATOR
+
+class take:
+    def __init__(self, kib=64):
+        self.size = kib * 1024
+        ALLOCATOR.take(self.size)
+
+    def __del__(self):
+        if ALLOCATOR.shared.joined:
+            ALLOCATOR.give(self.size)
+
+"""
+CARD = parse_bytes("3.81GiB")
 SIMULATE = ("-p", "gpumem", "--gpumem-simulate", "3.81GiB")
 MODES = {
     "plain": (),
@@ -71,9 +89,17 @@ class Run:
 
 
 def run_pytest(
-    directory: Path, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
+    directory: Path,
+    *arguments: str,
+    beside: Sequence[str] | None = ("xdist",),
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
 ) -> Run:
-    """Run pytest in ``directory``; its own plugins only, so that ours is what differs."""
+    """Run pytest in ``directory`` with our plugin, if the arguments name it, and those ``beside``.
+
+    With None, all that are installed are there, ours too, as a user finds them; starting them is
+    then most of the time of a small run, in each worker again.
+    """
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -83,9 +109,16 @@ def run_pytest(
         or not name.startswith(("GPUMEM", "PYTEST_", "CUDA_", "HF_", "GITHUB_"))
     }
     cache = directory.with_name(f"{directory.name}-cache")
-    command = [sys.executable, "-m", "pytest", "--color=no", "-o", f"cache_dir={cache}", *arguments]
+    command = [sys.executable, "-m", "pytest", "--color=no", "-o", f"cache_dir={cache}"]
+    if beside is None or "asyncio" in beside:  # which warns of its absence
+        command += ["-o", "asyncio_default_fixture_loop_scope=function"]
+    if beside is not None:
+        clean["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        command += [
+            word for name in beside if f"no:{name}" not in arguments for word in ("-p", name)
+        ]
     done = subprocess.run(
-        command,
+        [*command, *arguments],
         cwd=directory,
         env=clean | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | (env or {}),
         capture_output=True,
@@ -99,8 +132,7 @@ def run_pytest(
 def write_suite(directory: Path, **files: str) -> Path:
     """Write the files (``test_x="..."`` becomes ``test_x.py``) and an ini file that keeps quiet."""
     (directory / "pytest.ini").write_text(
-        "[pytest]\nasyncio_default_fixture_loop_scope = function\n"
-        "markers = asyncio\n    anyio\nfilterwarnings = error\n"
+        "[pytest]\nmarkers = asyncio\n    anyio\nfilterwarnings = error\n"
     )
     for name, text in files.items():
         (directory / f"{name}.py").write_text(text)

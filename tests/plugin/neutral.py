@@ -230,6 +230,7 @@ def run_outcomes(
         "--junitxml",
         str(xml),
         *arguments,
+        beside=None,
         env=dict(env or {}),
         timeout=1800,
     )

@@ -48,7 +48,7 @@ def error_of(finished):
 )
 def test_a_bad_option_is_one_sentence(tmp_path, arguments, sentence):
     write_suite(tmp_path, test_it=SUITE)
-    assert sentence in error_of(run_pytest(tmp_path, *arguments))
+    assert sentence in error_of(run_pytest(tmp_path, "-p", "gpumem", *arguments))
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")])
@@ -66,28 +66,29 @@ def test_a_bad_ini_value_names_the_ini_file(tmp_path):
     ini = tmp_path / "pytest.ini"
     ini.write_text(ini.read_text() + "gpumem_vram_limit = much\n")
 
-    assert "gpumem_vram_limit in the ini file: 'much'" in error_of(run_pytest(tmp_path))
+    assert "gpumem_vram_limit in the ini file: 'much'" in error_of(
+        run_pytest(tmp_path, "-p", "gpumem")
+    )
 
 
 def test_a_bad_variable_names_the_environment(tmp_path):
     write_suite(tmp_path, test_it=SUITE)
-    finished = run_pytest(tmp_path, env={"GPUMEM_SIMULATE": "big"})
+    finished = run_pytest(tmp_path, "-p", "gpumem", env={"GPUMEM_SIMULATE": "big"})
 
     assert "GPUMEM_SIMULATE in the environment: 'big'" in error_of(finished)
 
 
 @pytest.mark.parametrize(
-    ("mark", "sentence"),
+    ("mark", "sentence", "mode"),
     [
-        ('vram_limit("2 potatoes")', "'2 potatoes' is not a size"),
-        ("vram_limit(-1)", "-1 is negative"),
-        ("vram_limit()", "missing a required argument"),
-        ('gpu(memory="2GiB")', "unexpected keyword argument 'memory'"),
-        ('gpu(vram="2 potatoes")', "'2 potatoes' is not a size"),
-        ("gpu(count=0)", "count=0 is not a number of cards"),
+        *(('vram_limit("2 potatoes")', "'2 potatoes' is not a size", mode) for mode in MODES),
+        ("vram_limit(-1)", "-1 is negative", "plain"),
+        ("vram_limit()", "missing a required argument", "plain"),
+        ('gpu(memory="2GiB")', "unexpected keyword argument 'memory'", "plain"),
+        ('gpu(vram="2 potatoes")', "'2 potatoes' is not a size", "n2"),
+        ("gpu(count=0)", "count=0 is not a number of cards", "plain"),
     ],
 )
-@pytest.mark.parametrize("mode", list(MODES))
 def test_a_bad_mark_is_one_sentence_with_file_and_line(tmp_path, mark, sentence, mode):
     write_suite(tmp_path, test_it=f"{SUITE}\n@pytest.mark.{mark}\ndef test_bad(): pass\n")
     error = error_of(run_pytest(tmp_path, "-p", "gpumem", *MODES[mode]))
@@ -102,14 +103,16 @@ def test_a_json_file_in_a_directory_without_permission_is_refused_at_the_start(t
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
 
-    assert "is not writable" in error_of(run_pytest(tmp_path, f"--gpumem-json={locked}/run.json"))
+    assert "is not writable" in error_of(
+        run_pytest(tmp_path, "-p", "gpumem", f"--gpumem-json={locked}/run.json")
+    )
 
 
 def test_a_json_file_that_cannot_be_written_at_the_end_loses_nothing_else(tmp_path):
     suite = "import shutil\n\ndef test_a(): shutil.rmtree('out')\n"
     write_suite(tmp_path, test_it=suite)
     (tmp_path / "out").mkdir()
-    finished = run_pytest(tmp_path, "--gpumem-json=out/run.json")
+    finished = run_pytest(tmp_path, "-p", "gpumem", "--gpumem-json=out/run.json")
 
     assert "1 passed" in finished.output
     assert "--gpumem-json: cannot write" in finished.output

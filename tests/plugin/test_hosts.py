@@ -137,7 +137,7 @@ def test_each_machine_packs_its_own_card(tmp_path, suite, machines, schedule):
         gateways.append(f"--tx=2*popen//python={python}")
     finished = run_pytest(
         suite,
-        *("-p", "xdist", "-p", "gpumem", "--gpumem-json=run.json"),
+        *("-p", "gpumem", "--gpumem-json=run.json"),
         *gateways,
         *("--dist=load", f"--gpumem-schedule={schedule}"),
         env=environment(suite),
@@ -232,7 +232,7 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 def test_workers_are_reached_by_ssh(suite, servers):
     finished = run_pytest(
         suite,
-        *("-p", "xdist", "-p", "gpumem", "--gpumem-json=run.json", "--dist=load"),
+        *("-p", "gpumem", "--gpumem-json=run.json", "--dist=load"),
         *(server.gateways for server in servers),
         env=environment(suite),
     )

@@ -19,6 +19,7 @@ def run(request, tmp_path_factory) -> Run:
         "--gpumem-json=run.json",
         "--junit-xml=junit.xml",
         "--doctest-modules",
+        beside=("xdist", "asyncio", "anyio"),
     )
 
 

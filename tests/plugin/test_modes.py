@@ -37,7 +37,7 @@ def header(finished):
     ],
 )
 def test_without_a_card_there_is_one_header_line_and_nothing_else(tmp_path, arguments, mode):
-    finished = run_pytest(write_suite(tmp_path, test_it=SUITE), *arguments)
+    finished = run_pytest(write_suite(tmp_path, test_it=SUITE), *arguments, beside=None)
 
     assert finished.status == 0, finished.output
     (line,) = header(finished)
@@ -50,7 +50,7 @@ def test_switched_off_it_only_says_so(tmp_path):
         tmp_path,
         test_it=SUITE + "\nimport pytest\n@pytest.mark.vram_limit('what')\ndef test_b(): pass",
     )
-    finished = run_pytest(tmp_path, "--gpumem=off")
+    finished = run_pytest(tmp_path, "--gpumem=off", beside=None)
 
     assert finished.status == 0
     assert header(finished) == ["gpumem: off"]
@@ -62,7 +62,7 @@ def test_the_ini_file_can_ask_for_everything(tmp_path):
     ini.write_text(
         ini.read_text() + "gpumem = on\ngpumem_simulate = 1GiB\ngpumem_json = run.json\n"
     )
-    finished = run_pytest(tmp_path)
+    finished = run_pytest(tmp_path, beside=None)
 
     assert finished.status == 0, finished.output
     assert finished.record.mode == "on"
@@ -121,7 +121,8 @@ def test_b():
 """
     write_suite(tmp_path, test_it=suite)
 
-    assert run_pytest(tmp_path, "--gpumem-simulate=1.5GiB").outcomes == {"passed": 2}
+    finished = run_pytest(tmp_path, *SIMULATE, "--gpumem=track", "--gpumem-simulate=1.5GiB")
+    assert finished.outcomes == {"passed": 2}
 
 
 def test_asked_for_it_gives_a_large_unused_cache_back(tmp_path):
@@ -148,7 +149,7 @@ def test_outer():
     mine = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
     card = os.environ["GPUMEM_SIMULATE_CARD"]
     inner = subprocess.run(
-        [sys.executable, "-m", "pytest", "inner", "--gpumem-simulate-card", card],
+        [sys.executable, "-m", "pytest", "inner", "-p", "gpumem", "--gpumem-simulate-card", card],
         capture_output=True, text=True,
     )
     assert "1 failed" in inner.stdout, inner.stdout
@@ -165,8 +166,8 @@ def test_outer():
 
 
 def test_marks_and_options_explain_themselves(tmp_path):
-    marks = run_pytest(tmp_path, "--markers").output
-    options = run_pytest(tmp_path, "--help").output
+    marks = run_pytest(tmp_path, "-p", "gpumem", "--markers").output
+    options = run_pytest(tmp_path, "-p", "gpumem", "--help").output
 
     assert (
         "@pytest.mark.gpu(vram=None, count=1, exclusive=False, fallback=None): Say that the test"
@@ -180,7 +181,7 @@ def test_the_fixture_reads_zero_where_there_is_no_card(tmp_path):
     suite = (
         "def test_a(gpumem): assert (gpumem.allocated, gpumem.peak, gpumem.usage()) == (0, 0, ())"
     )
-    assert run_pytest(write_suite(tmp_path, test_it=suite)).status == 0
+    assert run_pytest(write_suite(tmp_path, test_it=suite), "-p", "gpumem").status == 0
 
 
 def test_a_cpu_only_suite_with_torch_is_left_alone(tmp_path):

@@ -30,10 +30,10 @@ def test_a_suite_that_ships_in_a_package_ends_the_same(tmp_path):
 
 
 def test_an_argument_that_does_not_exist_is_told_as_xdist_tells_it(tmp_path):
-    plugins = ["-p", "xdist", "-n", "2", "nowhere.py"]
+    plugins = ["-n", "2", "nowhere.py"]
     write_habits(tmp_path)
-    bare = run_pytest(tmp_path, "-p", "no:gpumem", *plugins, env=NO_AUTOLOAD)
-    ours = run_pytest(tmp_path, *SIMULATE, *plugins, env=NO_AUTOLOAD)
+    bare = run_pytest(tmp_path, "-p", "no:gpumem", *plugins)
+    ours = run_pytest(tmp_path, *SIMULATE, *plugins)
 
     assert ours.status == bare.status, ours.output
     assert "INTERNALERROR" not in ours.output

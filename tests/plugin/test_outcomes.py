@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
-from harness import run_pytest, write_suite
-from neutral import NO_AUTOLOAD
-from outcomes import CARD, CONTEXT, WITHOUT_TORCH, Case, difference
-
-from pytest_gpumem.simulator.card import SharedCard
+from outcomes import Case, difference
 
 FORKING = """
 import json, os
@@ -57,37 +52,18 @@ def gpu_device(request):
 SUITE = (
     HEAD
     + """
-def test_runs_out(): ALLOCATOR.take(2**31)
+def test_runs_out(): ALLOCATOR.take(2**32)
 
 @pytest.mark.gpu(fallback="cpu")
 def test_falls_back(gpu_device):
-    if gpu_device == "cuda": ALLOCATOR.take(2**31)
+    if gpu_device == "cuda": ALLOCATOR.take(2**32)
 
 @pytest.mark.gpu(fallback="cpu")
-def test_once(gpu_device): ALLOCATOR.take(2**31)
+def test_once(gpu_device): ALLOCATOR.take(2**32)
 
 def test_passes(): pass
 """
 )
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Run a suite on a card without torch, whose import would be most of the time."""
-
-    def _run(source, *arguments, **files):
-        SharedCard.create(tmp_path / "card", total=CARD, context=CONTEXT).close()
-        write_suite(tmp_path, test_it=source, **files)
-        (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
-        shutil.copy(WITHOUT_TORCH, tmp_path)
-        return run_pytest(
-            tmp_path,
-            *("-p", "xdist", "-p", "gpumem", f"--gpumem-simulate-card={tmp_path / 'card'}"),
-            *("--gpumem-json=run.json", *arguments),
-            env=NO_AUTOLOAD | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")},
-        )
-
-    return _run
 
 
 def last_failed(finished):
@@ -103,8 +79,8 @@ def attempts(finished):
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "2")], ids=["plain", "n2"])
-def test_no_attempt_is_a_rerun_unless_another_one_follows(run, arguments):
-    finished = run(SUITE, *arguments, conftest=FORKING)
+def test_no_attempt_is_a_rerun_unless_another_one_follows(run_without_torch, arguments):
+    finished = run_without_torch(SUITE, *arguments, conftest=FORKING)
 
     assert attempts(finished) == {
         "test_runs_out": [("failed", "")],
@@ -117,10 +93,10 @@ def test_no_attempt_is_a_rerun_unless_another_one_follows(run, arguments):
     assert last_failed(finished) == {"test_it.py::test_runs_out", "test_it.py::test_once"}
 
 
-def test_an_interrupt_before_the_next_attempt_has_ended_leaves_the_failure(run):
+def test_an_interrupt_before_the_next_attempt_has_ended_leaves_the_failure(run_without_torch):
     source = SUITE.replace("(gpu_device):\n", "(gpu_device):\n    STOP(gpu_device)\n", 1)
     source += "\ndef STOP(device):\n    if device == 'cpu': raise KeyboardInterrupt\n"
-    finished = run(source, "--junitxml=junit.xml", "-k", "falls_back")
+    finished = run_without_torch(source, "--junitxml=junit.xml", "-k", "falls_back")
 
     assert finished.status == pytest.ExitCode.INTERRUPTED
     assert attempts(finished) == {"test_falls_back": [("failed", "")]}
@@ -140,18 +116,18 @@ def pytest_runtest_logreport(report):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("option", ["-x", "--stepwise", HTML])
-def test_who_counts_failures_counts_the_last_attempts(run, option, fails):
+def test_who_counts_failures_counts_the_last_attempts(run_without_torch, option, fails):
     source = (
         HEAD
         + """
 @pytest.mark.gpu(fallback="cpu")
 def test_falls_back(gpu_device):
-    if gpu_device == "cuda": ALLOCATOR.take(2**31)
+    if gpu_device == "cuda": ALLOCATOR.take(2**32)
 """
     )
     source += "    assert 0\n" if fails else ""
     source += "\ndef test_after(): pass\n"
-    finished = run(source, *option.split(), conftest=LOOKING)
+    finished = run_without_torch(source, *option.split(), conftest=LOOKING)
 
     stops = fails and option in ("-x", "--stepwise")
     assert attempts(finished) == {

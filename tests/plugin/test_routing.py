@@ -117,7 +117,7 @@ def attempts(done):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_runs_out_of_memory_takes_the_cpu_if_it_asked_where_to_work(run, mode):
-    done = run(LADDER, "-x", *MODES[mode])
+    done = run(LADDER, "-x", *MODES[mode], beside=["xdist", "asyncio"])
 
     made = attempts(done)
     assert {name: tried[-1] for name, tried in made.items()} == {
@@ -300,6 +300,7 @@ def test_has_no_room():
     fill("cuda")
 """,
         "--reruns=1",
+        beside=["rerunfailures"],
     )
 
     assert attempts(done) == {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
-from harness import MODES, SIMULATE, run_pytest, write_suite
+from harness import MODES, SIMULATE, TAKE, run_pytest, write_suite
 
 
 def outcomes(finished):
@@ -15,7 +16,7 @@ def outcomes(finished):
 
 
 @pytest.mark.parametrize("mode", ["plain", "n2"])
-def test_stopping_at_the_first_failure_keeps_what_was_measured(run, mode):
+def test_stopping_at_the_first_failure_keeps_what_was_measured(run_without_torch, mode):
     source = """
 def test_a(): take()
 def test_b():
@@ -23,7 +24,7 @@ def test_b():
     assert 0
 def test_c(): take()
 """
-    finished = run(source, "-x", *MODES[mode])
+    finished = run_without_torch(source, "-x", *MODES[mode])
 
     assert finished.status in (1, 2)
     assert outcomes(finished)["test_b"] == "failed"
@@ -31,20 +32,20 @@ def test_c(): take()
     assert "GPU memory" in finished.output
 
 
-def test_maxfail_and_last_failed_work_as_without_the_plugin(run):
+def test_maxfail_and_last_failed_work_as_without_the_plugin(run_without_torch):
     source = """
 def test_a(): take(); assert 0
 def test_b(): take(); assert 0
 def test_c(): take()
 """
-    first = run(source, "--maxfail=1")
-    second = run(source, "--lf")
+    first = run_without_torch(source, "--maxfail=1")
+    second = run_without_torch(source, "--lf")
 
     assert outcomes(first) == {"test_a": "failed"}
     assert outcomes(second) == {"test_a": "failed"}
 
 
-def test_a_crashed_worker_loses_only_the_test_it_was_running(run):
+def test_a_crashed_worker_loses_only_the_test_it_was_running(run_without_torch):
     source = """
 @pytest.mark.parametrize("i", range(6))
 def test_good(i): take()
@@ -53,7 +54,7 @@ def test_crash():
     x = take()
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    finished = run(source, "-n", "2")
+    finished = run_without_torch(source, "-n", "2")
 
     assert finished.outcomes == {"passed": 6, "failed": 1}
     assert outcomes(finished)["test_crash"] == "crashed"
@@ -87,16 +88,16 @@ def test_both_at_once(i, tmp_path_factory):
     assert oom.cards[0].ooms == 1
 
 
-def test_the_card_of_a_killed_worker_is_free_for_the_next_test(run):
+def test_the_card_of_a_killed_worker_is_free_for_the_next_test(run_without_torch):
     source = """
 def test_1_crash():
-    x = torch.zeros(3 * 2**30, dtype=torch.uint8, device="cuda")
+    x = take(3 * 2**20)
     os.kill(os.getpid(), signal.SIGKILL)
 
 def test_2_takes_it_all():
-    torch.zeros(3 * 2**30, dtype=torch.uint8, device="cuda")
+    take(3 * 2**20)
 """
-    finished = run(source, "-n", "1")
+    finished = run_without_torch(source, "-n", "1")
 
     assert outcomes(finished) == {"test_1_crash": "crashed", "test_2_takes_it_all": "passed"}
 
@@ -111,7 +112,7 @@ def test_a():
     x = take(64 * len(TRIES))
     assert len(TRIES) == 3
 """
-    finished = run(source)
+    finished = run(source, beside=["rerunfailures"])
     peaks = [each.cards[0].peak for each in finished.record.tests]
 
     assert [each.outcome for each in finished.record.tests] == ["rerun", "rerun", "passed"]
@@ -145,7 +146,8 @@ def test_a():
 
 
 def test_pytest_html_gets_a_column(run):
-    finished = run("def test_a(): take(2048)", "--html=report.html", "--self-contained-html")
+    page = ("-Wdefault", "--html=report.html", "--self-contained-html")
+    finished = run("def test_a(): take(2048)", *page, beside=["metadata", "html"])
     html = (finished.directory / "report.html").read_text()
 
     assert "VRAM peak (MiB)" in html
@@ -160,25 +162,27 @@ def test_allocation_stacks_name_the_line(run):
     assert "allocated at" in finished.section
 
 
-def test_a_fixture_that_keeps_memory_is_named(run):
-    source = """
+STORIES = {
+    "test_0_peak": """
+def test_resets_the_peak():
+    take(512)
+    torch.cuda.reset_peak_memory_stats()
+    take(64)
+""",
+    "test_1_keeps": """
 @pytest.fixture(scope="module")
 def model():
     KEPT.append(take(2048))
     yield take(1024)
 
-def test_a(model): pass
-"""
-    finished = run(source)
-    (fixture,) = [each for each in finished.test("test_a").fixtures if each.released is not None]
-
-    assert (fixture.allocated, fixture.released, fixture.leaked) == (3 * 2**20, 2**20, 2**21)
-    assert fixture.holders[0].where == "test_it.py: module global KEPT[0]"
-    assert "by fixture model (module), torn down after test_it.py::test_a" in finished.section
-
-
-def test_a_session_fixture_with_a_cycle_is_no_leak(run):
-    source = """
+def test_keeps(model): pass
+""",
+    "test_2_import": """
+KEPT.append(take())
+def test_takes(): take()
+def test_leaks(): KEPT.append(take())
+""",
+    "test_3_cycle": """
 class Model:
     def __init__(self):
         self.weights, self.self = take(2048), self
@@ -186,45 +190,68 @@ class Model:
 @pytest.fixture(scope="session")
 def model(): return Model()
 
-def test_a(model): pass
-"""
-    finished = run(source)
-    (fixture,) = [each for each in finished.test("test_a").fixtures if each.released is not None]
+def test_cycle(model): pass
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """Run suites that do not mind one another in one process: torch takes seconds to start."""
+    directory = tmp_path_factory.mktemp("stories")
+    write_suite(directory, **{name: TAKE + source for name, source in STORIES.items()})
+    return run_pytest(directory, *SIMULATE, "--gpumem-json=run.json")
+
+
+def torn_down(finished, scope):
+    (fixture,) = [
+        each
+        for test in finished.record.tests
+        for each in test.fixtures
+        if each.scope == scope and each.released is not None
+    ]
+    return fixture
+
+
+def test_a_fixture_that_keeps_memory_is_named(stories):
+    fixture = torn_down(stories, "module")
+
+    assert (fixture.allocated, fixture.released, fixture.leaked) == (3 * 2**20, 2**20, 2**21)
+    assert fixture.holders[0].where == "test_1_keeps.py: module global KEPT[0]"
+    told = "by fixture model (module), torn down after test_1_keeps.py::test_keeps"
+    assert told in stories.section
+
+
+def test_a_session_fixture_with_a_cycle_is_no_leak(stories):
+    fixture = torn_down(stories, "session")
 
     assert (fixture.released, fixture.leaked) == (2**21, 0)
 
 
-def test_the_first_test_may_reset_the_peak_itself(run):
-    source = """
-def test_a():
-    take(512)
-    torch.cuda.reset_peak_memory_stats()
-    take(64)
-"""
-    assert run(source).card("test_a").peak == 512 * 1024
+def test_the_first_test_may_reset_the_peak_itself(stories):
+    card = stories.card("test_resets_the_peak")
+    assert card.peak - card.baseline == 512 * 1024
 
 
-def test_memory_taken_at_import_is_nobodys_leak(run):
-    finished = run("KEPT.append(take())\ndef test_a(): take()\ndef test_b(): KEPT.append(take())")
-
-    assert finished.card("test_a").leaked == 0
-    assert finished.card("test_b").leaked == 64 * 1024
-    assert len(finished.card("test_b").holders) == 1
+def test_memory_taken_at_import_is_nobodys_leak(stories):
+    assert stories.card("test_takes").leaked == 0
+    assert stories.card("test_leaks").leaked == 64 * 1024
+    assert len(stories.card("test_leaks").holders) == 1
 
 
-def test_quiet_is_one_line_and_loud_is_every_test(run):
+def test_quiet_is_one_line_and_loud_is_every_test(run_without_torch):
     source = """
 @pytest.mark.parametrize("i", range(12))
 def test_a(i): take()
 """
-    assert len(run(source, "-q").section.strip().splitlines()) == 1
-    assert run(source).section.count("test_it.py::test_a") == 10
-    assert run(source, "-vv").section.count("test_it.py::test_a") == 12
-    assert run(source, "--gpumem-top=3").section.count("test_it.py::test_a") == 3
+    assert len(run_without_torch(source, "-q").section.strip().splitlines()) == 1
+    assert run_without_torch(source).section.count("test_it.py::test_a") == 10
+    assert run_without_torch(source, "-vv").section.count("test_it.py::test_a") == 12
+    assert run_without_torch(source, "--gpumem-top=3").section.count("test_it.py::test_a") == 3
 
 
-def test_a_run_that_touched_no_card_shows_no_section(run):
-    finished = run("def test_a(): pass")
+def test_a_run_that_touched_no_card_shows_no_section(run_without_torch):
+    finished = run_without_torch("def test_a(): pass")
 
     assert "GPU memory =" not in finished.output
     assert outcomes(finished) == {"test_a": "passed"}
@@ -259,7 +286,7 @@ def test_it(i):
 """
     write_suite(tmp_path, test_it=source)
     arguments = ["--gpumem-simulate-card", card, "--gpumem-json=run.json"]
-    finished = run_pytest(tmp_path, "-p", "gpumem", "-p", "xdist", "-n2", *arguments)
+    finished = run_pytest(tmp_path, "-p", "gpumem", "-n2", *arguments)
     hog.communicate()
 
     assert finished.outcomes == {"passed": 2}, finished.output
@@ -284,8 +311,7 @@ def test_inner():
 def test_outer(pytester, plugin):
     kept = take()
     pytester.makepyfile(INNER)
-    quiet = ("-p", "no:asyncio")  # it warns without a setting of its own
-    pytester.runpytest_inprocess("-p", plugin, *quiet).assert_outcomes(passed=1)
+    pytester.runpytest_inprocess("-p", plugin).assert_outcomes(passed=1)
     assert torch.cuda.memory_allocated() == kept.nbytes
 
 def test_after():
@@ -305,7 +331,12 @@ def test_a_second_simulated_run_in_one_process_is_refused_in_a_sentence(tmp_path
     write_suite(tmp_path, test_it="import torch\ndef test_it(): torch.ones(1, device='cuda')")
     twice = f"import pytest\nfor _ in '12': print(pytest.main({list(SIMULATE)}))"
     done = subprocess.run(
-        [sys.executable, "-c", twice], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", twice],
+        cwd=tmp_path,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
     assert "1 passed" in done.stdout

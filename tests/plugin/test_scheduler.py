@@ -96,7 +96,7 @@ def pytest_configure(config):
 """
 
 # Starting every installed plugin in every worker would be most of the time.
-PLUGINS = ("-p", "xdist", "-p", "rerunfailures")
+PLUGINS = ("xdist", "rerunfailures")
 OURS = ("-p", "gpumem", "--gpumem-headroom=0B")
 NO_OTHERS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 WITHOUT_TORCH = Path(__file__).parents[2] / "scripts" / "bench" / "without_torch.py"
@@ -118,9 +118,9 @@ def run(tmp_path):
             (tmp_path / name).unlink(missing_ok=True)
         SharedCard.create(tmp_path / "card", total=CARD, context=CONTEXT).close()
         (tmp_path / "log").touch()
-        environment = NO_OTHERS | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")} | (env or {})
-        plugins = PLUGINS if plain else (*PLUGINS, *OURS)
-        return run_pytest(tmp_path, *plugins, f"-n{workers}", *arguments, env=environment)
+        environment = {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")} | (env or {})
+        arguments = (*(() if plain else OURS), f"-n{workers}", *arguments)
+        return run_pytest(tmp_path, *arguments, beside=PLUGINS, env=environment)
 
     return _run
 
@@ -781,7 +781,7 @@ def test_heavy(vram, i):
     # Ignored in background jobs of a shell, and by what these start.
     heeds = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{heeds}; sys.exit(pytest.main())", *PLUGINS, *OURS, "-n2"],
+        [sys.executable, "-c", f"{heeds}; sys.exit(pytest.main())", "-p", "xdist", *OURS, "-n2"],
         cwd=tmp_path,
         env=os.environ | NO_OTHERS | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")},
         stdout=subprocess.PIPE,
@@ -876,9 +876,9 @@ def test_a_large_test_runs_at_a_worker_whose_first_card_is_large(tmp_path, argum
     (tmp_path / "fake_driver.py").write_text(FAKE_DRIVER)
     finished = run_pytest(
         tmp_path,
-        *("-p", "fake_driver", "-p", "xdist", "-p", "gpumem"),
+        *("-p", "fake_driver", "-p", "gpumem"),
         *arguments,
-        env=NO_OTHERS | {"PYTHONPATH": str(tmp_path)},
+        env={"PYTHONPATH": str(tmp_path)},
     )
 
     assert finished.outcomes == {"passed": 4}, finished.output
@@ -969,7 +969,7 @@ def test_workers_tell_which_wide_fixtures_tests_use_and_where_they_end(tmp_path)
     package.mkdir()
     (package / "__init__.py").touch()
     write_suite(package, conftest=WIDE, test_it=USERS)
-    run_pytest(tmp_path, "-p", "xdist", "-n0", "--collect-only", "--rootdir=.", env=NO_OTHERS)
+    run_pytest(tmp_path, "-n0", "--collect-only", "--rootdir=.")
 
     it, inside = "p/test_it.py", "p/test_it.py::TestIn"
     database = ("", "database", None)

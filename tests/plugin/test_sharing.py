@@ -14,15 +14,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from harness import MODES, SIMULATE, run_pytest, write_suite
+from harness import CARD, MODES, SIMULATE, run_pytest, write_suite
+from harness import TAKE_WITHOUT_TORCH as TAKE
 
 from pytest_gpumem.leases.request import HOPE
 from pytest_gpumem.scheduling.history import History
 from pytest_gpumem.simulator.card import SharedCard
-from pytest_gpumem.units import parse_bytes
 
 MIB = 2**20
-CARD = parse_bytes("3.81GiB")
 HEAVY = """
 import time
 
@@ -34,46 +33,11 @@ def test_heavy(i):
 """
 BY_FILE = ("-n", "2", "--dist", "loadfile")
 WITHOUT_TORCH = Path(__file__).parents[2] / "scripts" / "bench" / "without_torch.py"
-PLUGINS = ("-p", "xdist", "-p", "timeout")
-NO_OTHERS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-TAKE = """
-import os, time
-import pytest
-from without_torch import ALLOCATOR
-
-class take:
-    def __init__(self, kib=64):
-        self.size = kib * 1024
-        ALLOCATOR.take(self.size)
-
-    def __del__(self):
-        if ALLOCATOR.shared.joined:
-            ALLOCATOR.give(self.size)
-
-"""
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run a suite on a card without torch, whose import would be most of the time."""
-
-    def _run(source, *arguments, **files):
-        for name in ("card", "card.lock"):
-            (tmp_path / name).unlink(missing_ok=True)
-        SharedCard.create(tmp_path / "card", total=CARD, context=384 * MIB).close()
-        write_suite(tmp_path, test_it=TAKE + source, **files)
-        (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
-        shutil.copy(WITHOUT_TORCH, tmp_path)
-        card = f"--gpumem-simulate-card={tmp_path / 'card'}"
-        return run_pytest(
-            tmp_path,
-            *PLUGINS,
-            *("-p", "gpumem", card, "--gpumem-json=run.json"),
-            *arguments,
-            env=NO_OTHERS | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")},
-        )
-
-    return _run
+def run(run_without_torch):
+    return run_without_torch
 
 
 @pytest.fixture
@@ -83,7 +47,11 @@ def run_torch(tmp_path):
     def _run(source, *arguments):
         take = "def take(kib=64): return torch.zeros(kib * 1024, dtype=torch.uint8, device='cuda')"
         write_suite(tmp_path, test_it=f"import pytest, torch\n\n{take}\n{source}")
-        return run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json", *arguments)
+        return run_pytest(
+            tmp_path,
+            *(*SIMULATE, "--gpumem-json=run.json", *arguments),
+            beside=("xdist", "rerunfailures"),
+        )
 
     return _run
 
@@ -425,7 +393,7 @@ def test_what_is_waited_for_is_told_at_once(tmp_path, held_card, source, who, ar
 def test_pytest_timeout_ends_a_wait(tmp_path, held_card, method):
     write_suite(tmp_path, test_it=WAITS + "\ndef test_b(): pass\n")
     arguments = (f"--gpumem-simulate-card={held_card}", "--timeout=1", f"--timeout-method={method}")
-    finished = run_pytest(tmp_path, "-p", "gpumem", *arguments)
+    finished = run_pytest(tmp_path, "-p", "gpumem", *arguments, beside=["timeout"])
 
     assert "gpumem: test_it.py::test_a waits for 1.38 GiB" in finished.output
     if method == "signal":  # the other one ends the process

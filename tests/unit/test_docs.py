@@ -19,8 +19,12 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STORIES = {"tutorial.md"}
 """Documents whose sections go on where the last one ended; elsewhere each begins anew."""
-COMMANDS = {"pytest": "pytest", "gpumem": "pytest_gpumem.cli.main"}
+COMMANDS = {
+    "pytest": ["pytest", "-p", "xdist"],
+    "gpumem": ["pytest_gpumem.cli.main"],
+}
 """What the examples call, and the module that it runs."""
+NO_OTHERS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 BLOCK = re.compile(r"^```(?P<info>[^\n]+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
 
@@ -58,6 +62,8 @@ def comparable(lines):
 @pytest.mark.parametrize("blocks", list(sections()))
 def test_examples_print_what_the_documents_show(blocks, tmp_path):
     environment = {name: value for name, value in os.environ.items() if "PYTEST_" not in name}
+    # Keys and archives of the examples are not the user's.
+    environment |= {"COLUMNS": "100", "XDG_CONFIG_HOME": str(tmp_path / "config")}
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     for info, body in blocks:
         language, _, name = info.partition(" ")
@@ -65,10 +71,11 @@ def test_examples_print_what_the_documents_show(blocks, tmp_path):
             (tmp_path / name).write_text(body)
         for (program, *arguments), shown in examples(info, body):
             done = subprocess.run(
-                [sys.executable, "-m", COMMANDS[program], *arguments],
+                [sys.executable, "-m", *COMMANDS[program], *arguments],
                 cwd=tmp_path,
-                # Keys and archives of the examples are not the user's.
-                env=environment | {"COLUMNS": "100", "XDG_CONFIG_HOME": str(tmp_path / "config")},
+                # An example that asks for our plugin is shown without others: starting all that
+                # are installed here would be most of the time, in each worker again.
+                env=environment | (NO_OTHERS if "gpumem" in arguments else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -118,6 +125,7 @@ def test_every_field_of_the_records_is_in_the_json_document():
     assert sorted(name for name in fields if f"`{name}`" not in document) == []
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_readme_shows_what_the_demo_prints():
     done = subprocess.run(
