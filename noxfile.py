@@ -10,8 +10,6 @@ their folders of ``bin`` on the PATH. What stands behind ``--`` goes to pytest.
 
 from __future__ import annotations
 
-import re
-
 import nox
 
 PROJECT = nox.project.load_toml("pyproject.toml")
@@ -23,14 +21,16 @@ CORE = [
     *(f"tests/unit/{room}" for room in ("routing", "scheduling", "tracking", "test_house.py")),
     *(f"tests/plugin/test_{name}.py" for name in ("scheduler", "sharing")),
 ]
-"""What needs no other plugin."""
+"""What needs no plugins but those of ``BESIDE``."""
+BESIDE = ("hypothesis", "plotly", "pytest-rerunfailures", "pytest-timeout", "pyyaml")
 # As `make` has it: nothing may import the source tree beside the installed wheel.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def floor(requirement: str) -> str:
-    """Return ``requirement`` for the oldest release that it allows: ``a>=1.2`` as ``a==1.2.*``."""
-    return re.sub(r">=([\d.]+).*", r"==\1.*", requirement)
+    """Return ``requirement`` for the oldest that it allows: ``a>=1.2`` as ``a~=1.2.0``."""
+    name, oldest = requirement.split(">=")
+    return f"{name}~={oldest}{'.0' * (2 - oldest.count('.'))}"
 
 
 @nox.session(python=PYTHONS)
@@ -38,15 +38,21 @@ def newest(session: nox.Session) -> None:
     """Run the suite on the newest of everything."""
     group = nox.project.dependency_groups(PROJECT, "test")
     session.install(".", *(name.replace("torch==", "torch>=") for name in group))
-    session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2"]), env=ENVIRONMENT)
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        *(session.posargs or ["-n", "2", "-m", "not slow"]),
+        env=ENVIRONMENT,
+    )
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
-    """Run what needs no other plugin on the oldest of what the package says that it works with."""
+    """Run what needs few other plugins on the oldest of what the package claims to work with."""
     extras = PROJECT["project"]["optional-dependencies"]
     claimed = [*PROJECT["project"]["dependencies"], *extras["torch"], *extras["xdist"]]
-    session.install(".", *map(floor, claimed), "hypothesis", "plotly", "pyyaml")
+    session.install(".", *map(floor, claimed), *BESIDE)
     # Our own settings are for the newest pytest and for plugins that need one.
     session.run(
         *("python", "-m", "pytest", "-o", "addopts=-ra", "-m", "not newest"),
