@@ -1009,11 +1009,13 @@ from pathlib import Path
 from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
 store = LeaseStore(Path(sys.argv[1]))
 with store.acquire({"GPU-a": Want(1)}, {"GPU-a": 1}, "label"):
     print(store.holders("GPU-a")[0].label)
 print(store.holders("GPU-a"))
+resource.setrlimit(resource.RLIMIT_FSIZE, before)  # coverage writes at the end
 """
 
 
