@@ -23,7 +23,7 @@ from harness import run_pytest, write_suite
 from xdist.remote import WorkerInteractor
 
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
-from pytest_gpumem.plugin.xdist.told import Taken, cards_of, taken
+from pytest_gpumem.plugin.xdist.messages import Taken, cards_of, taken
 from pytest_gpumem.records import CardUsage, properties
 from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.history import History

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_gpumem.plugin.xdist.told import Taken
+from pytest_gpumem.plugin.xdist.messages import Taken
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -16,8 +16,8 @@ import pytest
 
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
+from pytest_gpumem.plugin.xdist.messages import Taken, cards_of, taken
 from pytest_gpumem.plugin.xdist.nodes import LOOK_AGAIN, Node, StallClock, Worker
-from pytest_gpumem.plugin.xdist.told import Taken, cards_of, taken
 from pytest_gpumem.scheduling import commands
 from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.planner import Planner
