@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-ON_PYTEST8 = PYTHONPATH=$(abspath $(VENV)/pytest8) $(BIN)/python -m pytest -n 2
+ON_PYTEST8 = PYTHONPATH=$(abspath $(VENV)/pytest8) $(BIN)/python -m pytest -n 3
 # What touches most of pytest, in two of the four modes; everything runs on pytest 8 in `make soak`.
 CORE = kinds.py
 PIP := $(BIN)/python -m pip install -qq
@@ -43,7 +43,8 @@ quick: lint
 test: coverage test-rest test-pytest8
 
 # Stealing: the slowest tests stand together, and one worker would have a quarter of all of them.
-ON_PYTEST9 = -m pytest -n 2 --dist worksteal -m "not slow"
+# Three workers keep two cores busy: many tests wait for processes, or for time to pass.
+ON_PYTEST9 = -m pytest -n 3 --dist worksteal -m "not slow"
 
 test-rest: $(VENV)/.wheel
 	HF_HUB_OFFLINE=1 $(BIN)/python $(ON_PYTEST9) $(addprefix --ignore=,$(COVERED)) $(ARGS)

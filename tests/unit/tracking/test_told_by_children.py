@@ -1,0 +1,133 @@
+"""What children tell in the run's book of what torch allocated, by processes that write there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from pytest_gpumem import devices
+from pytest_gpumem.devices import family
+from pytest_gpumem.devices.book import Book
+from pytest_gpumem.records import Card, CardUsage
+from pytest_gpumem.tracking import children as module
+from pytest_gpumem.tracking.children import Children
+from pytest_gpumem.tracking.starters import Starters
+
+CARD = Card("GPU-told", "fake", 1000)
+CONTEXT = 5
+CHILD = """
+import os, sys
+from pathlib import Path
+from pytest_gpumem.devices import family
+from pytest_gpumem.devices.allocator import AllocatorReading
+from pytest_gpumem.devices.book import Book
+
+(link,) = family.links(os.environ["GPUMEM_FAMILY"])
+page = None
+print(flush=True)
+for line in sys.stdin:
+    now, most, ooms = map(int, line.split())
+    page = page or Book(Path(link.book)).join(link.owner, link.name)
+    page.tell(0, "GPU-told", AllocatorReading(now, most, now, most, 0, ooms))
+    print(flush=True)
+"""
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    seen: dict[int, int] = {}
+    monkeypatch.setattr(devices, "others_bytes", lambda card: dict(seen))
+    monkeypatch.setattr(module, "RECENT", 0.0)
+    return seen
+
+
+@pytest.fixture
+def children(driver, tmp_path, monkeypatch):
+    monkeypatch.delenv(family.VARIABLE, raising=False)
+    starters = Starters(lambda: Book.create(tmp_path / "families", CONTEXT))
+    found = Children(starters, lambda: (CARD,), CONTEXT)
+    yield found
+    found.close()
+
+
+@contextmanager
+def child():
+    """Start a child; called with bytes allocated now and at most, and its errors, it tells them."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", CHILD], text=True, **pipes) as process:
+        process.stdout.readline()
+
+        def tell(*figures):
+            print(*figures, file=process.stdin, flush=True)
+            process.stdout.readline()
+
+        yield SimpleNamespace(tell=tell, pid=process.pid)
+
+
+def owner(number):
+    return SimpleNamespace(number=number, name="", scope="module", torn_down=True)
+
+
+def usage_of(children, number):
+    empty = CardUsage(CARD.uuid, 0, 0, 0, 0, 0, 0, 0, None)
+    (usage,) = children.widen((), owner(number), (), lambda _: empty)
+    return usage
+
+
+def test_what_a_child_allocated_is_its_starters(children):
+    number = children.enter("test_a")
+    with child() as one:
+        one.tell(30, 70, 0)
+        children.look()
+        assert children.living() == {CARD.uuid: 30 + CONTEXT}
+    children.settle([owner(number)])
+    assert usage_of(children, number).children_peak == 70
+    (told,) = children.report()
+    assert (told.started_by, told.peak, told.leaked) == ("test_a", 70, 0)
+    assert told.end > 0
+    assert children.living() == {}
+
+
+def test_a_child_that_the_driver_saw_first_is_the_same_one(children, driver):
+    number = children.enter("test_a")
+    with child() as one:
+        driver[one.pid] = 90
+        children.look()
+        (before,) = children.report()
+        one.tell(30, 70, 0)
+        children.look()
+        (after,) = children.report()
+    assert before.pid == after.pid == one.pid
+    assert (before.peak, after.peak, after.used_peak) == (None, 70, 90)
+    children.settle([owner(number)])
+    assert usage_of(children, number).children_peak == 70
+
+
+def test_what_a_failed_set_up_started_is_handed_over_with_what_it_told(children):
+    test = children.enter("test_asks")
+    fixture = children.enter("fixture 'engine' (module)")
+    with child() as one:
+        one.tell(10, 40, 0)
+        children.look()
+        children.hand_over(owner(fixture), owner(test))
+        one.tell(10, 60, 0)
+        children.look()
+        assert {each.started_by for each in children.report()} == {"test_asks"}
+    children.settle([owner(test)])
+    assert usage_of(children, test).children_peak >= 60
+
+
+def test_an_oom_of_a_child_is_told_until_the_test_is_over(children):
+    children.enter("test_a")
+    with child() as one:
+        one.tell(1, 1, 0)
+        assert children.oom() == ""
+        one.tell(1, 1, 2)
+        assert children.oom().startswith(f"CUDA out of memory in process {one.pid} (")
+        assert list(children.ooms().values()) == [2]
+        children.report()
+        assert children.oom() == ""
