@@ -59,11 +59,13 @@ class Capping:
 
     def _cap(self, cuda: Any, index: int) -> None:
         wanted = self._fraction(index)
-        found = cuda.get_per_process_memory_fraction(index)
+        # Older versions of torch can set it, but not tell it.
+        tell = getattr(cuda, "get_per_process_memory_fraction", None)
+        found = None if tell is None else tell(index)
         if found == wanted:
             return
         cuda.set_per_process_memory_fraction(wanted, index)
-        if index in self._capped:
+        if index in self._capped and found is not None:
             self._notes.append(
                 f"{self._last} changed the memory fraction to {found:g}; "
                 f"it was set to {wanted:g} again"
