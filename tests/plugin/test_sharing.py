@@ -78,7 +78,8 @@ def test_what_does_not_fit_together_does_not_run_together(run, arguments):
 
     assert finished.outcomes == {"passed": 4}, finished.output
     spans = sorted((test.start, test.start + test.duration) for test in finished.record.tests)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    # A lease is given back a moment before its test's time is over; each sleeps for 0.3 s.
+    assert all(end - 0.1 <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert "out of memory" not in finished.section.replace("0 failures out of memory", "")
 
 
