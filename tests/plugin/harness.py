@@ -95,11 +95,13 @@ def run_pytest(
     env: dict[str, str] | None = None,
     timeout: float = 300,
 ) -> Run:
-    """Run pytest in ``directory`` with our plugin, if the arguments name it, and those ``beside``.
+    """Run pytest in ``directory`` with our plugin and those ``beside`` it.
 
-    With None, all that are installed are there, ours too, as a user finds them; starting them is
-    then most of the time of a small run, in each worker again.
+    With None, or where the arguments do not name ours, all that are installed are there, as a user
+    finds them; starting them is then most of the time of a small run, in each worker again.
     """
+    if not {"gpumem", "no:gpumem"} & set(arguments):
+        beside = None
     clean = {
         name: value
         for name, value in os.environ.items()

@@ -56,7 +56,7 @@ def test_budgets_that_git_could_not_merge_are_one_sentence(tmp_path, workers):
     write_suite(tmp_path, test_it=SUITE)
     line = '"test_it.py::test_a" = {"A card" = 1}\n'
     (tmp_path / "b.toml").write_text(f"[peaks]\n<<<<<<< HEAD\n{line}=======\n>>>>>>> main\n")
-    error = error_of(run_pytest(tmp_path, "--gpumem-budget=b.toml", *workers))
+    error = error_of(run_pytest(tmp_path, "-p", "gpumem", "--gpumem-budget=b.toml", *workers))
 
     assert "b.toml' has a conflict of git at line 2: keep one line for each test" in error
 

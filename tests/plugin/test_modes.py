@@ -50,7 +50,7 @@ def test_switched_off_it_only_says_so(tmp_path):
         tmp_path,
         test_it=SUITE + "\nimport pytest\n@pytest.mark.vram_limit('what')\ndef test_b(): pass",
     )
-    finished = run_pytest(tmp_path, "--gpumem=off", beside=None)
+    finished = run_pytest(tmp_path, "--gpumem=off")
 
     assert finished.status == 0
     assert header(finished) == ["gpumem: off"]
@@ -62,7 +62,7 @@ def test_the_ini_file_can_ask_for_everything(tmp_path):
     ini.write_text(
         ini.read_text() + "gpumem = on\ngpumem_simulate = 1GiB\ngpumem_json = run.json\n"
     )
-    finished = run_pytest(tmp_path, beside=None)
+    finished = run_pytest(tmp_path)
 
     assert finished.status == 0, finished.output
     assert finished.record.mode == "on"

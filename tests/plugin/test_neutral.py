@@ -254,7 +254,7 @@ def test_a(): pass
 """
     write_suite(tmp_path, test_it=source)
 
-    assert run_pytest(tmp_path, beside=None).outcomes == {"passed": 1}
+    assert run_pytest(tmp_path).outcomes == {"passed": 1}
     assert "num_gpus" in run_pytest(tmp_path, *SIMULATE).output
 
 

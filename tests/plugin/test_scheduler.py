@@ -119,7 +119,7 @@ def run(tmp_path):
         SharedCard.create(tmp_path / "card", total=CARD, context=CONTEXT).close()
         (tmp_path / "log").touch()
         environment = {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")} | (env or {})
-        arguments = (*(() if plain else OURS), f"-n{workers}", *arguments)
+        arguments = (*(("-p", "no:gpumem") if plain else OURS), f"-n{workers}", *arguments)
         return run_pytest(tmp_path, *arguments, beside=PLUGINS, env=environment)
 
     return _run
@@ -969,7 +969,7 @@ def test_workers_tell_which_wide_fixtures_tests_use_and_where_they_end(tmp_path)
     package.mkdir()
     (package / "__init__.py").touch()
     write_suite(package, conftest=WIDE, test_it=USERS)
-    run_pytest(tmp_path, "-n0", "--collect-only", "--rootdir=.")
+    run_pytest(tmp_path, "-p", "no:gpumem", "-n0", "--collect-only", "--rootdir=.")
 
     it, inside = "p/test_it.py", "p/test_it.py::TestIn"
     database = ("", "database", None)
