@@ -23,7 +23,8 @@ CORE = [
 ]
 """What needs no plugins but those of ``BESIDE``."""
 BESIDE = ("hypothesis", "plotly", "pytest-rerunfailures", "pytest-timeout", "pyyaml")
-# As `make` has it: nothing may import the source tree beside the installed wheel.
+# As `make` has it: nothing may import the source tree beside the installed wheel. Python 3.10 does
+# not know the variable; pytest's own command, unlike `python -m pytest`, has no need of it.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -39,8 +40,6 @@ def newest(session: nox.Session) -> None:
     group = nox.project.dependency_groups(PROJECT, "test")
     session.install(".", *(name.replace("torch==", "torch>=") for name in group))
     session.run(
-        "python",
-        "-m",
         "pytest",
         *(session.posargs or ["-n", "2", "-m", "not slow"]),
         env=ENVIRONMENT,
@@ -55,7 +54,7 @@ def oldest(session: nox.Session) -> None:
     session.install(".", *map(floor, claimed), *BESIDE)
     # Our own settings are for the newest pytest and for plugins that need one.
     session.run(
-        *("python", "-m", "pytest", "-o", "addopts=-ra", "-m", "not newest"),
+        *("pytest", "-o", "addopts=-ra", "-m", "not newest"),
         *("-W", "ignore::pytest.PytestConfigWarning"),
         *(session.posargs or CORE),
         env=ENVIRONMENT,
