@@ -16,6 +16,7 @@ from pytest_gpumem.records import Card, CardUsage
 from pytest_gpumem.tracking import children as module
 from pytest_gpumem.tracking.children import Children
 from pytest_gpumem.tracking.starters import Starters
+from pytest_gpumem.tracking.tracker import Tracker
 
 CARD = Card("GPU-told", "fake", 1000)
 CONTEXT = 5
@@ -131,3 +132,42 @@ def test_an_oom_of_a_child_is_told_until_the_test_is_over(children):
         assert list(children.ooms().values()) == [2]
         children.report()
         assert children.oom() == ""
+
+
+@pytest.fixture
+def tracker(children, monkeypatch):
+    monkeypatch.setattr(devices, "allocators", lambda: ())
+    found = Tracker()
+    found.children = children
+    return found
+
+
+def test_a_test_has_what_its_child_took_and_a_fixture_what_its_own_keeps(tracker, driver):
+    engine = tracker.begin_fixture("engine", "module")
+    with child() as served:
+        driver[served.pid] = 50
+        tracker.end_fixture(engine)
+        tracker.begin_test("test_a")
+        tracker.children.look()
+        assert tracker.standing() == tracker.engines(["engine"]) == {CARD.uuid: 50}
+        with child() as own:
+            own.tell(20, 30, 1)
+            assert tracker.child_oom().startswith("CUDA out of memory in process")
+            assert [card.children_peak for card in tracker.usage()] == [30]
+        used = tracker.end_test(fixtures=["engine"])
+    assert {each.started_by for each in used.children} >= {"fixture 'engine' (module)"}
+    (card,) = used.cards
+    assert card.card == CARD.uuid
+    tracker.close()
+
+
+def test_what_a_failed_wide_set_up_started_is_the_tests(tracker, driver):
+    tracker.begin_test("test_a")
+    fixture = tracker.begin_fixture("engine", "session")
+    with child() as started:
+        driver[started.pid] = 70
+        tracker.children.look()
+        tracker.fail_fixture(fixture)
+        used = tracker.end_test()
+    assert [each.started_by for each in used.children] == ["test_a"]
+    tracker.close()
