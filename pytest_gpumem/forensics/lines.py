@@ -11,24 +11,16 @@ import functools
 import html
 import json
 import re
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.forensics import grammars
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from concurrent.futures import Future
-
-    _Hit = tuple[int, int, int, int]
-    """Where a line starts and ends, and where its anchor does."""
 
 WINDOW = 1 << 16
 """Bytes on either side of an anchor that can be read as its context."""
 _REGION = 1 << 22
-_SEARCHED = 2
-"""Regions that are searched at a time."""
 _LONG = 1 << 14
 """Longer lines are read in part, from a little before the anchor."""
 
@@ -100,42 +92,20 @@ def scan(chunks: Iterable[bytes]) -> Iterator[Line]:
     """Return the lines that hold an anchor, the same ones however ``chunks`` are cut.
 
     An empty chunk says that more is not there yet: the lines so far are returned. Memory stays
-    that of a few regions and their windows.
+    that of a region and its windows.
     """
     number, position = 1, 0
-    for region, hits in _ahead(_regions(chunks)):
-        buffer, begin, limit, base, _ = region
+    for region in _regions(chunks):
+        buffer, begin, limit, base = region
         counted = begin
-        # It may begin within a line too long for the last region, of which a part was told.
-        told = position - base > begin
-        for start, end, at, reach in _hits(buffer, position - base, limit) if told else hits:
+        # A region may begin within a line too long for the last one, of which a part was told.
+        for start, end, at, reach in _hits(buffer, max(begin, position - base), limit):
             number += buffer.count(b"\n", counted, start)
             counted = max(start, counted)
             raw = buffer[max(start, position - base) : end]
             yield Line(number, raw, buffer, end, at + WINDOW, reach)
             position = base + max(end, at + 1)
         number += buffer.count(b"\n", counted, limit)
-
-
-def _ahead(regions: Iterable[_Region]) -> Iterator[tuple[_Region, Iterable[_Hit]]]:
-    """Return the regions with their hits, which are searched for while earlier ones are read.
-
-    The engine works outside of Python's lock, so that reading and searching share the cores.
-    """
-    waiting: deque[tuple[_Region, Future[list[_Hit]]]] = deque()
-    with ThreadPoolExecutor(_SEARCHED) as pool:
-        for region in regions:
-            small = region.limit - region.begin < _REGION // 2
-            if not small:
-                waiting.append((region, pool.submit(_all_hits, region)))
-            while waiting and (small or region.pause or len(waiting) > _SEARCHED):
-                earlier, found = waiting.popleft()
-                yield earlier, found.result()
-            if small:
-                yield region, _hits(region.buffer, region.begin, region.limit)
-        while waiting:
-            earlier, found = waiting.popleft()
-            yield earlier, found.result()
 
 
 class _Region(NamedTuple):
@@ -146,8 +116,6 @@ class _Region(NamedTuple):
     limit: int
     base: int
     """Where the buffer begins in the log."""
-    pause: bool
-    """Whether what follows is not there yet."""
 
 
 def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
@@ -161,16 +129,12 @@ def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
             whole = buffer.rfind(b"\n", begin, max(limit, begin)) + 1
             limit = whole or (limit if window else begin)
         if limit > begin:
-            yield _Region(buffer, begin, limit, base, not window)
+            yield _Region(buffer, begin, limit, base)
             cut = max(0, limit - WINDOW)
             buffer, begin, base = buffer[cut:], limit - cut, base + cut
 
 
-def _all_hits(region: _Region) -> list[_Hit]:
-    return list(_hits(region.buffer, region.begin, region.limit))
-
-
-def _hits(buffer: bytes, position: int, limit: int) -> Iterator[_Hit]:
+def _hits(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
     """Return where each line with an anchor starts and ends, and where its anchor does."""
     search = _anchors(grammars.needles()).search
     while position < limit:
