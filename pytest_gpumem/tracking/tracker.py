@@ -62,8 +62,8 @@ class Tracker:
         self.children: Children | None = None
         """What tests start; whoever has a place for their book gives it before the first test."""
         self._stacks_wanted = stacks
-        ledger, turns = self._tensors, self._turns
-        self.scopes = Scopes(turns, self.meters, ledger, self._end_teardowns, self._remember)
+        known = self._turns, self.meters, self._tensors
+        self.scopes = Scopes(*known, self._end_teardowns, self._remember)
 
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
@@ -219,8 +219,7 @@ class Tracker:
             if self.anything_stayed():
                 self.meters.settle()
                 self._turns.pay_back(test)
-                cards = self.meters.uuids()
-                stayed = test.stayed()
+                stayed, cards = test.stayed(), self.meters.uuids()
                 verdicts = self._tensors.judge(stayed, cards, keepers, passing, test.name)
                 self._remember()
                 return verdicts

@@ -12,9 +12,12 @@ from pytest_gpumem.tracking.memory import GpuMemory
 CARDS = tuple(CardUsage(f"GPU-{peak}", 0, peak, *(0,) * 5, process=None) for peak in (3, 4))
 
 
+TRACKER = SimpleNamespace(usage=lambda: CARDS, meters=SimpleNamespace(allocated=5))
+
+
 @pytest.mark.parametrize(
     ("tracker", "usage", "allocated", "peak"),
-    [(None, (), 0, 0), (SimpleNamespace(usage=lambda: CARDS, allocated=5), CARDS, 5, 7)],
+    [(None, (), 0, 0), (TRACKER, CARDS, 5, 7)],
     ids=["no card", "two cards"],
 )
 def test_it_sums_over_the_cards(tracker, usage, allocated, peak):

@@ -158,7 +158,7 @@ def test_a_test_has_what_its_child_took_and_a_fixture_what_its_own_keeps(tracker
     assert {each.started_by for each in used.children} >= {"fixture 'engine' (module)"}
     (card,) = used.cards
     assert card.card == CARD.uuid
-    tracker.close()
+    tracker.meters.close()
 
 
 def test_what_a_failed_wide_set_up_started_is_the_tests(tracker, driver):
@@ -170,4 +170,4 @@ def test_what_a_failed_wide_set_up_started_is_the_tests(tracker, driver):
         tracker.fail_fixture(fixture)
         used = tracker.end_test()
     assert [each.started_by for each in used.children] == ["test_a"]
-    tracker.close()
+    tracker.meters.close()
