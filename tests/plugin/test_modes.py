@@ -174,7 +174,7 @@ def test_marks_and_options_explain_themselves(tmp_path):
         in marks
     )
     assert "--gpumem-simulate=SIZE" in options
-    assert "GPU memory (pytest-gpumem)" in options
+    assert "GPU memory: measuring and limits" in options
 
 
 def test_the_fixture_reads_zero_where_there_is_no_card(tmp_path):

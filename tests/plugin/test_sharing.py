@@ -100,7 +100,11 @@ def test_two_runs_share_a_card(tmp_path):
         subprocess.Popen(
             [*command, f"--gpumem-json={name}.json"],
             cwd=tmp_path,
-            env=os.environ | {"GPUMEM_SIMULATE_CARD": str(tmp_path / "card")},
+            env=os.environ
+            | {
+                "GPUMEM_SIMULATE_CARD": str(tmp_path / "card"),
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
