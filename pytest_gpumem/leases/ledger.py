@@ -22,7 +22,7 @@ from pytest_gpumem.leases.alive import Alive
 from pytest_gpumem.leases.entries import Entry, claim_in, entry_named, entry_of
 from pytest_gpumem.leases.locks import FileLock, LockBusyError, prepare
 from pytest_gpumem.leases.page import Page
-from pytest_gpumem.leases.place import is_plain, make_own, unusable
+from pytest_gpumem.leases.place import is_plain, make_own, run_directory, unusable
 from pytest_gpumem.units import printable
 
 _LABEL = 500
@@ -199,12 +199,12 @@ class Ledger:
         return Page(names, self.alive.family.kin)
 
     def strange(self) -> list[str]:
-        """Return the files of its directories that are none of its own; they are left alone."""
+        """Return the paths of files in it that are none of its own; they are left alone."""
         with suppress(OSError):
             names = set(os.listdir(self._queue))  # noqa: PTH208  # as page
             others = {*Page(names).strange, *(self._ignored & names)}
-            found = [f"{self._queue.name}/{name}" for name in sorted(others)]
-            return found + [f"{self.alive.folder.name}/{name}" for name in self.alive.strange()]
+            found = [f"{self._queue}/{name}" for name in sorted(others)]
+            return found + [f"{self.alive.folder}/{name}" for name in self.alive.strange()]
         return []
 
     def mend(self) -> None:
@@ -370,6 +370,21 @@ def _limit(deadline: float | None) -> float:
 
 
 _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+_own: list[Ledger] = []
+
+
+def own_ledger() -> Ledger:
+    """Return the ledger of this user's run directory, as all of this process keeps it.
+
+    Whoever only takes part needs no store, most tests' processes never more than that.
+
+    Raises:
+        LeaseError: when GPUMEM_RUN_DIR is not absolute.
+
+    """
+    if not _own:
+        _own.append(Ledger(run_directory()))
+    return _own[0]  # the same for all, also if two threads came first
 
 
 def _forget_in_child() -> None:

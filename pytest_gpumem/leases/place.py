@@ -28,10 +28,15 @@ def run_directory() -> Path:
         LeaseError: when GPUMEM_RUN_DIR is not absolute.
 
     """
+    return _place() / f"gpumem-{_user()}"
+
+
+def _user() -> int | str:
+    if hasattr(os, "getuid"):
+        return os.getuid()
     import getpass
 
-    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-    return _place() / f"gpumem-{user}"
+    return getpass.getuser()
 
 
 def _place() -> Path:

@@ -21,10 +21,10 @@ from pytest_gpumem.leases.entries import (
     card_key,
     entry_named,
 )
-from pytest_gpumem.leases.ledger import Ledger, LedgerBusyError
+from pytest_gpumem.leases.ledger import Ledger, LedgerBusyError, own_ledger
 from pytest_gpumem.leases.locks import POLL
 from pytest_gpumem.leases.outside import Driver, Lookout, Outside
-from pytest_gpumem.leases.place import Vanished, run_directory
+from pytest_gpumem.leases.place import Vanished
 from pytest_gpumem.leases.queue import Grant, Queue
 from pytest_gpumem.leases.request import HOPE, Asking, Want, check_seconds, check_size, claims_of
 from pytest_gpumem.leases.view import Known
@@ -105,8 +105,8 @@ class LeaseStore:
         headroom: int = 0,
         driver: Driver | None = None,
     ) -> None:
-        self._ledger = Ledger(directory or run_directory())
-        self._queue = Queue(self._ledger, None if driver is None else Lookout(driver))
+        self.ledger = own_ledger() if directory is None else Ledger(directory)
+        self._queue = Queue(self.ledger, None if driver is None else Lookout(driver))
         self._waited: dict[str, float] = {}
         """By lease that is held, the seconds that it was waited for; those that were not are left
         out."""
@@ -172,33 +172,16 @@ class LeaseStore:
                 if isinstance(error, LedgerBusyError) or not tries:
                     raise
                 time.sleep(POLL)
-                self._ledger.mend()
-
-    def join(self) -> None:
-        """Let processes that this one starts find it, if that can be without waiting.
-
-        Raises:
-            LeaseError: when the directory cannot be used, or somebody has its lock.
-
-        """
-        self._ledger.join(time.monotonic())
-
-    def strange_files(self) -> list[str]:
-        """Return the paths of files in the directory that are none of a ledger's."""
-        return [f"{self._ledger.directory}/{name}" for name in self._ledger.strange()]
+                self.ledger.mend()
 
     def is_shared(self, uuid: str) -> bool:
         """Return whether another process, which lives, has a lease of a card or keeps some of it.
 
         What a forked child kept, say, is in the ledger until somebody tidies up.
         """
-        key, taken = card_key(uuid), self._ledger.read().taken
-        others = {entry.process for entry in taken if key in entry.claims} - {self._ledger.process}
-        return len(self._ledger.dead(others)) < len(others)
-
-    def held_here(self) -> set[str]:
-        """Return the names of the leases that this thread holds, of tests apart."""
-        return {entry.name for entry in self._ledger.taken_here() if not entry.test}
+        key, taken = card_key(uuid), self.ledger.read().taken
+        others = {entry.process for entry in taken if key in entry.claims} - {self.ledger.process}
+        return len(self.ledger.dead(others)) < len(others)
 
     def waited(self, lease: str) -> float:
         """Return the seconds that others made this process wait for a lease that it holds."""
@@ -206,17 +189,17 @@ class LeaseStore:
 
     def has_test(self) -> bool:
         """Return whether this process holds the lease of a test."""
-        taken = filter(None, map(entry_named, list(self._ledger.leases)))
+        taken = filter(None, map(entry_named, list(self.ledger.leases)))
         return any(entry.test for entry in taken)
 
     def ancestors(self) -> Mapping[str, int | None]:
         """Return the processes that started this one and take leases, see ``telling.Waiting``."""
-        return self._ledger.alive.family.ancestors()
+        return self.ledger.alive.family.ancestors()
 
     def granted_here(self, uuid: str) -> int | None:
         """Return the bytes of a card that this thread's leases are for; None: the whole card."""
-        key, size, here = card_key(uuid), 0, self._ledger.taken_here()
-        counted = self._ledger.read().claims[key] if here else {}
+        key, size, here = card_key(uuid), 0, self.ledger.taken_here()
+        counted = self.ledger.read().claims[key] if here else {}
         for entry in here:
             claim = entry.claims.get(key)
             if claim is not None:
@@ -227,28 +210,26 @@ class LeaseStore:
 
     def resident(self, uuid: str) -> int:
         """Return the bytes of a card that this process said it keeps without a lease."""
-        told = self._ledger.residents.get(card_key(uuid))
+        told = self.ledger.residents.get(card_key(uuid))
         return told.claims[card_key(uuid)].resident if told is not None else 0
 
     def give_back(self, entry: Entry) -> None:
         """End a lease that this process holds; ``Lease.release`` calls it."""
         self._waited.pop(entry.name, None)
-        if self._ledger.drop(entry):
+        if self.ledger.drop(entry):
             with suppress(Vanished):  # and with it all that waited
-                self._queue.nudge_first(self._ledger.read())
+                self._queue.nudge_first(self.ledger.read())
 
     def holders(self, uuid: str) -> list[HolderInfo]:
         """Return who has leases of a card, and who waits for some, in the order of arrival."""
-        dead = self._ledger.dead(None)
+        dead = self.ledger.dead(None)
         # Whoever keeps the lock keeps nobody from looking.
-        with suppress(LedgerBusyError), self._ledger.alone(time.monotonic()):
-            self._ledger.bury(dead)
-        page = self._ledger.read()
+        with suppress(LedgerBusyError), self.ledger.alone(time.monotonic()):
+            self.ledger.bury(dead)
+        page = self.ledger.read()
         self._queue.nudge_first(page)
         return [
-            HolderInfo(
-                entry.pid, self._ledger.label(entry), *Want.of(claim), entry.state == WAITING
-            )
+            HolderInfo(entry.pid, self.ledger.label(entry), *Want.of(claim), entry.state == WAITING)
             for entry in page.entries
             for key, claim in entry.claims.items()
             if key == card_key(uuid)
@@ -263,16 +244,16 @@ class LeaseStore:
         None: as before.
         """
         check_size(size, f"what is kept of card {uuid}")
-        key, residents = card_key(uuid), self._ledger.residents
+        key, residents = card_key(uuid), self.ledger.residents
         before = residents.get(key)
         if spare is None:
             spare = before is not None and before.state == SPARE
         state = SPARE if spare else RESIDENT
-        if before is None if not size else before == self._ledger.kept(state, key, size):
+        if before is None if not size else before == self.ledger.kept(state, key, size):
             return
-        with self._ledger.alone():
-            self._ledger.tell(residents, state, key, size)
-        self._queue.nudge_first(self._ledger.read())
+        with self.ledger.alone():
+            self.ledger.tell(residents, state, key, size)
+        self._queue.nudge_first(self.ledger.read())
 
     def is_wanted(self, uuid: str, total: int) -> bool:
         """Return whether others wait for bytes that processes keep without a lease.
@@ -280,7 +261,7 @@ class LeaseStore:
         Those waits do not count that end when leases do, nor those behind one of this process.
         ``total`` is the card's capacity.
         """
-        key, own, page = card_key(uuid), self._ledger.process, self._ledger.read()
+        key, own, page = card_key(uuid), self.ledger.process, self.ledger.read()
         kept = sum(claim.resident for claim in page.claims[key].values())
         for entry in page.waiting:
             if entry.process == own:
@@ -315,6 +296,6 @@ class LeaseStore:
 
     def close(self) -> None:
         """Give everything of this process back."""
-        if self._ledger.close():
+        if self.ledger.close():
             with suppress(OSError):  # not ``read``, which takes part again
-                self._queue.nudge_first(self._ledger.page())
+                self._queue.nudge_first(self.ledger.page())

@@ -15,7 +15,6 @@ from pytest_gpumem.plugin import attempts, retry
 from pytest_gpumem.plugin.lease import Leases, registered
 from pytest_gpumem.plugin.route import may_fall_back
 from pytest_gpumem.plugin.state import USAGE, State, stashed
-from pytest_gpumem.plugin.xdist.worker import tear_down
 from pytest_gpumem.records import properties
 from pytest_gpumem.scheduling.history import DURATION
 from pytest_gpumem.scheduling.workers import VISIBLE
@@ -137,9 +136,12 @@ class Ladder:
 
     def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Run a test again, on the next step of the ladder."""
-        report = tear_down(item, None) if self.spoiled else None
-        if report is not None:
-            item.ihook.pytest_runtest_logreport(report=report)
+        if self.spoiled:
+            from pytest_gpumem.plugin.xdist.worker import tear_down
+
+            report = tear_down(item, None)
+            if report is not None:
+                item.ihook.pytest_runtest_logreport(report=report)
         consolidator = registered()
         if consolidator is not None:
             done = consolidator.consolidate_gpu_memory(process_context=item.name)

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem import admission, devices
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
-from pytest_gpumem.leases.api import store
-from pytest_gpumem.leases.ask import SOMETHING, Need, Place, want_of
-from pytest_gpumem.leases.request import HOPE, Want
+from pytest_gpumem.leases.ledger import own_ledger
 from pytest_gpumem.plugin import marks, retry
 from pytest_gpumem.plugin.state import GRANT, State, marks_of
 from pytest_gpumem.records import Grant
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpumem.archive.consolidator import GpuConsolidator
+    from pytest_gpumem.leases.ask import Need
+    from pytest_gpumem.leases.request import Want
     from pytest_gpumem.leases.store import Lease, LeaseStore
     from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.records import Card
@@ -94,9 +94,9 @@ class Leases:
     def join(self) -> None:
         """Let what tests start find this process, whether or not these ever take a lease."""
         with suppress(LeaseError):  # whoever takes one says so
-            opened = self._open()
-            opened.join()
-            if strange := opened.strange_files():
+            ledger = own_ledger()
+            ledger.join(time.monotonic())  # unless somebody has its lock
+            if strange := ledger.strange():
                 self._notes.append(f"left alone, for they are no leases: {', '.join(strange[:3])}")
 
     def note_others(self) -> None:
@@ -149,10 +149,11 @@ class Leases:
     def held_here(self) -> set[str]:
         """Return the names of the leases that this thread holds, of tests apart."""
         try:
-            return set() if self._without else self._open().held_here()
+            taken = () if self._without else own_ledger().taken_here()
         except LeaseError as error:
             self._do_without(error)
-            return set()
+            taken = ()
+        return {entry.name for entry in taken if not entry.test}
 
     def _acquire(self, item: pytest.Item, need: Need) -> None:
         cards = self._cards[: need.cards]
@@ -195,6 +196,8 @@ class Leases:
         A test that the scheduler sent does not hope for models to be spared: idle workers are the
         scheduler's to ask, and do not look themselves.
         """
+        from pytest_gpumem.leases.request import HOPE
+
         totals = {card.uuid: card.total for card in self._cards}
         hope = HOPE if self._granted is None else 0.0
         timeout = self._settings.lease_timeout
@@ -274,6 +277,8 @@ class Leases:
         self._notes.append(f"tests ran without leases: {error}")
 
     def _open(self) -> LeaseStore:
+        from pytest_gpumem.leases.api import store
+
         opened = store()
         opened.headroom = self._settings.headroom
         return opened
@@ -287,20 +292,19 @@ class Leases:
         if self._step == retry.CPU:
             return None
         if self._step:
+            from pytest_gpumem.leases.ask import Need
+
             return Need(None, asked.cards)
         if self._granted is not None:
             return self._granted()
         expected = self._history.expect(item.nodeid, asked.vram)
         self.expected = expected if asked.vram is None else None
-        if expected.peak is not None:
-            return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
-        if expected.gpu or marked.need is not None:
-            careful = asked.exclusive or self._settings.schedule != "optimistic"
-            return Need(None if careful else SOMETHING, asked.cards)
-        unknown = expected.source == "guess" and "torch" in sys.modules
-        return Need(SOMETHING) if unknown else None
+        return _need_of(expected, marked.need, self._settings)
 
     def _want(self, need: Need, card: Card, held: Mapping[str, int]) -> Want:
+        from pytest_gpumem.leases.ask import SOMETHING, Place, want_of
+        from pytest_gpumem.leases.request import Want
+
         if self._step and self._granted is None:
             # Others are to spare what they keep, if they can.
             kept = held.get(card.uuid, 0)
@@ -331,6 +335,20 @@ def registered() -> GpuConsolidator | None:
     module = sys.modules.get("pytest_gpumem.archive.consolidator")
     here = module.get_gpu_consolidator() if module is not None else None
     return None if here is None or here.idle else here
+
+
+def _need_of(expected: Expectation, mark: marks.Need | None, settings: Settings) -> Need | None:
+    """Return what to grant a test of which this is known, None for one that uses no card."""
+    known = expected.peak is not None or expected.gpu or mark is not None
+    if not known and (expected.source != "guess" or "torch" not in sys.modules):
+        return None
+    from pytest_gpumem.leases.ask import SOMETHING, Need  # many runs never ask for a lease
+
+    asked = mark or ANY
+    if expected.peak is not None:
+        return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
+    careful = asked.exclusive or settings.schedule != "optimistic"
+    return Need(None if known and careful else SOMETHING, asked.cards)
 
 
 def _too_large(item: pytest.Item, need: Need, cards: Sequence[Card], settings: Settings) -> str:

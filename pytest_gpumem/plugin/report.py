@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import devices, records
-from pytest_gpumem.plugin import attempts, budget
+from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.commit import commit_of
 from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, USAGE_ERROR, State
 from pytest_gpumem.records import properties
@@ -19,6 +19,8 @@ from pytest_gpumem.units import format_mib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from pytest_gpumem.plugin.budget import Budgets
 
 
 class _Phases:
@@ -182,8 +184,9 @@ class Reporting:
         state, settings = self._state, self._state.settings
         late = self._late or self._hosts
         told = self._tests or late or any(each.user_properties for each in self._reports)
+        shown = told or self._files or self._github
         tests = self._recorded() if told or self._files else []
-        simulated = [state.simulation.NOT_SIMULATED] if state.simulation else []
+        simulated = [state.simulation.NOT_SIMULATED] if state.simulation and shown else []
         run = records.RunRecord(
             schema=records.SCHEMA,
             mode=settings.mode,
@@ -196,8 +199,15 @@ class Reporting:
             command=shlex.join(["pytest", *self._config.invocation_params.args]),
             commit=self._commit,
         )
-        budgets = budget.of(self._config)
+        budgets = self._budgets()
         return run if budgets is None else budgets.compared(run)
+
+    def _budgets(self) -> Budgets | None:
+        if self._state.settings.budget is None:
+            return None
+        from pytest_gpumem.plugin import budget
+
+        return budget.of(self._config)
 
     def _whole(self, test: records.RecordedTest) -> records.RecordedTest:
         """Return a test's record with what became known after its report."""
@@ -220,7 +230,7 @@ class Reporting:
         """Write the files, whatever becomes of the terminal."""
         if self._usage_error:
             raise pytest.UsageError(self._usage_error)
-        settings, budgets = self._state.settings, budget.of(self._config)
+        settings, budgets = self._state.settings, self._budgets()
         if budgets is not None and settings.budget is not None:
             self._write(
                 "--gpumem-budget", settings.budget, lambda _: budgets.update(self.run_record())

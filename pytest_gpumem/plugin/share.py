@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.leases.ask import Need
 from pytest_gpumem.plugin.ladder import Ladder
 from pytest_gpumem.plugin.measure import Measuring
 from pytest_gpumem.plugin.state import HISTORY, State, marks_of
-from pytest_gpumem.plugin.worker_exit import Replacing
-from pytest_gpumem.plugin.xdist import worker as xdist_worker
 from pytest_gpumem.scheduling import workers
 from pytest_gpumem.scheduling.history import History
 
@@ -126,18 +123,31 @@ def share(config: pytest.Config, state: State) -> None:
     tracker = None if measuring is None else measuring.tracker
     if given is None:
         ladder = Ladder(config, state, load_history(config, state), tracker)
-    elif xdist_worker.ASKED in given:
-        ladder = _scheduled(config, state, tracker)
     else:
-        known = given.get(HISTORY)
-        history = History.read(known) if known else History()
-        ladder = Ladder(config, state, history, tracker, replacing=Replacing())
+        ladder = _in_worker(config, state, tracker, given)
     if measuring is not None:
         measuring.beginning, measuring.noting = ladder.begin, ladder.note
     config.pluginmanager.register(ladder, Ladder.NAME)
 
 
+def _in_worker(
+    config: pytest.Config, state: State, tracker: Tracker | None, given: dict[str, Any]
+) -> Ladder:
+    from pytest_gpumem.plugin.worker_exit import Replacing
+    from pytest_gpumem.plugin.xdist.worker import ASKED
+
+    if ASKED in given:
+        return _scheduled(config, state, tracker)
+    known = given.get(HISTORY)
+    history = History.read(known) if known else History()
+    return Ladder(config, state, history, tracker, replacing=Replacing())
+
+
 def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> Ladder:
+    from pytest_gpumem.leases.ask import Need
+    from pytest_gpumem.plugin.worker_exit import Replacing
+    from pytest_gpumem.plugin.xdist import worker as xdist_worker
+
     def granted() -> Need | None:
         grant = worker.granted()
         return None if grant is None else Need(*grant)
@@ -220,4 +230,6 @@ class Sharing:
         if self._controller.why_not:
             node.workerinput[HISTORY] = self._history.text()
         else:
-            node.workerinput[xdist_worker.ASKED] = True
+            from pytest_gpumem.plugin.xdist.worker import ASKED
+
+            node.workerinput[ASKED] = True

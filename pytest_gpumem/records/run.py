@@ -4,15 +4,12 @@ Every size is in bytes, every duration in seconds. The JSON form is described in
 ``SCHEMA`` changes with it, see ``plain``.
 """
 
-from __future__ import annotations
+# Annotations are no text here: typing would compile that of each field at every run's start.
 
-import typing
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pytest_gpumem.units import format_bytes
-
-if typing.TYPE_CHECKING:
-    from collections.abc import Iterable
 
 SCHEMA = 1
 """Version of the JSON form of a ``RunRecord``."""

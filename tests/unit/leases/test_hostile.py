@@ -150,7 +150,7 @@ def test_a_foreign_file_costs_nobody_a_lease(run, kind, place, tmp_path):
     assert os.path.lexists(path) == stays
     store = LeaseStore(run)
     store.holders(A)
-    named = {Path(each) for each in store.strange_files()}
+    named = {Path(each) for each in store.ledger.strange()}
     assert named == ({path} if stays and place != "other" else set())
 
 

@@ -243,13 +243,13 @@ def test_a_thread_that_holds_a_lease_is_not_let_wait_for_another(store):
         store.acquire({A: Want(400)}, TOTALS, "fits").release()
         with pytest.raises(LeaseError, match="this thread holds a lease and would wait"):
             store.acquire({A: Want(500)}, TOTALS, "inner")
-        assert store.held_here()
+        assert store.ledger.taken_here()
         elsewhere = []
-        thread = threading.Thread(target=lambda: elsewhere.append(store.held_here()))
+        thread = threading.Thread(target=lambda: elsewhere.append(store.ledger.taken_here()))
         thread.start()
         thread.join(PATIENCE)
-        assert elsewhere == [set()]
-    assert not store.held_here()
+        assert elsewhere == [[]]
+    assert not store.ledger.taken_here()
     assert store.holders(A) == []
 
 
@@ -1251,7 +1251,7 @@ class LeaseMachine(RuleBasedStateMachine):
         # Threads that wait would live on; real processes are killed while they wait elsewhere.
         if any(each.owner == owner and not each.held for each in self.asked):
             return
-        standing = self.stores[owner]._ledger.standing
+        standing = self.stores[owner].ledger.standing
         standing.alive.close()
         standing.guard.close()
         self.stores[owner] = LeaseStore(self.directory / "run")
