@@ -9,6 +9,8 @@ from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage, Left, Sco
 from pytest_gpumem.tracking.verdict import Verdict, Verdicts
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from pytest_gpumem.devices import AllocatorReading
     from pytest_gpumem.tracking.meter import Meter
 
@@ -149,17 +151,19 @@ class Test(Owner):
         used = [fixture for fixture in (*self.found, *self.set_up) if fixture.name in names]
         return held(used, uuid)
 
-    def pay_back(self) -> Iterator[tuple[Fixture, str, int]]:
+    def pay_back(self, seen: Counter[str]) -> Iterator[tuple[Fixture, str, int]]:
         """Credit the fixtures torn down in the test with what came back after their teardown.
 
-        A reference cycle is collected only when the test is charged again. Yields each of them
-        with the card and the bytes.
+        A reference cycle is collected only when the test is charged again. What was ``seen`` to
+        die, by owner, is credited also where the test kept as much as came back, and then taken
+        off. Yields each of them with the card and the bytes.
         """
         for uuid, account in self.accounts.items():
             for fixture in self.fixtures:
                 owed = fixture.account(uuid)
-                late = min(-account.delta, owed.delta)
+                late = min(max(-account.delta, seen[fixture.name]), owed.delta)
                 if fixture.wide and fixture.torn_down and late > 0:
+                    seen[fixture.name] -= late
                     account.delta += late
                     owed.delta -= late
                     yield fixture, uuid, late

@@ -158,7 +158,7 @@ class Tracker:
         test = self._turns.test
         if test is None or not (test.accounts or test.fixtures):
             return False
-        self._turns.pay_back(test)
+        self._turns.pay_back(test, self._tensors.late)
         return bool(test.stayed())
 
     def end_test(
@@ -218,7 +218,7 @@ class Tracker:
             release.give_back(errors, self.anything_stayed)
             if self.anything_stayed():
                 self.meters.settle()
-                self._turns.pay_back(test)
+                self._turns.pay_back(test, self._tensors.late)
                 stayed, cards = test.stayed(), self.meters.uuids()
                 verdicts = self._tensors.judge(stayed, cards, keepers, passing, test.name)
                 self._remember()
@@ -322,6 +322,8 @@ class Tracker:
         """
         self._end_teardowns()
         self._look()
+        if self._turns.test is not None:
+            self._turns.pay_back(self._turns.test, self._tensors.late)
         self._turns.begin_teardown(fixture)
         self._resume()
         self._tensors.drop_fixture(fixture.roots)
@@ -335,3 +337,4 @@ class Tracker:
         if self._turns.torn_down():
             self._look()
             self._turns.leave_teardowns()
+            self._tensors.late.clear()  # what died until now was credited

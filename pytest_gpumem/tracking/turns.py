@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.tracking.accounts import Fixture, Owner, Scope, Test
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Iterable
 
     from pytest_gpumem.devices import AllocatorReading
@@ -55,9 +56,9 @@ class Turns:
             highest, uuid = self.test.reserved_peak, meter.card.uuid
             highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
 
-    def pay_back(self, test: Test) -> None:
+    def pay_back(self, test: Test, seen: Counter[str]) -> None:
         """Credit fixtures that were torn down in the test with what came back late of them."""
-        for fixture, uuid, late in test.pay_back():
+        for fixture, uuid, late in test.pay_back(seen):
             for scope in self.scopes:
                 if not scope.outlives(fixture):  # it was credited with what is not its own
                     scope.account(uuid).delta += late

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections import deque
+from collections import Counter, deque
 from types import FrameType, FunctionType, GeneratorType, ModuleType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -81,6 +81,8 @@ class TensorLedger:
         """Number of the storage that was met last."""
         self.freed = 0
         """Bytes of known storages that died since they were met or set aside."""
+        self.late: Counter[str] = Counter()
+        """By owner, the most that came back by storages which died after its teardown."""
         self.aside: frozenset[tuple[int, int]] = frozenset()
         """Address and bytes of what was there when a test left nothing and replaced something.
 
@@ -141,6 +143,7 @@ class TensorLedger:
 
     def _note_death(self, known: _Known) -> None:
         self.freed += known.size
+        self.late[known.owner] += known.size + (_SLACK if known.size > _SLACK else 0)
 
     def judge(
         self,
@@ -243,11 +246,12 @@ def _last_errors() -> dict[int, str]:
     return {id(each): "sys.last_value, until the next test" for each in errors if each is not None}
 
 
-def holds_memory(value: object) -> bool:
+def holds_memory(value: object, behind: tuple[type, ...] = ()) -> bool | None:
     """Tell whether ``value`` leads to a tensor on a card within some ten thousand objects.
 
-    The way goes through what functions close over, but not into modules and classes, behind
-    which lies all of the program; a class may be where it starts.
+    The way goes through what functions close over, but not into modules, classes and the kinds
+    ``behind``, behind which lies all of the program; a class may be where it starts. None: there
+    is no tensor on this side of one of ``behind``, to which the way leads.
     """
     if "torch" not in sys.modules:
         return False
@@ -255,12 +259,16 @@ def holds_memory(value: object) -> bool:
 
     from pytest_gpumem.tracking.torch_heap import is_a
 
+    found: bool | None = False
     seen: set[int] = set()
     waiting = deque([value, *(vars(value).values() if isinstance(value, type) else ())])
     while waiting and len(seen) < _LOOKED_AT:
         each = waiting.popleft()
         # By type: isinstance would wake lazy proxies.
         if id(each) in seen or issubclass(type(each), ModuleType | FrameType | type):
+            continue
+        if issubclass(type(each), behind):
+            found = None
             continue
         seen.add(id(each))
         if is_a(each, torch.Tensor) and _on_card(cast("Tensor", each)):
@@ -270,7 +278,7 @@ def holds_memory(value: object) -> bool:
         else:
             # Numbers and texts lead nowhere: a tokenizer has tens of thousands of them.
             waiting.extend(filter(gc.is_tracked, gc.get_referents(each)))
-    return False
+    return found
 
 
 def _on_card(tensor: Tensor) -> bool:

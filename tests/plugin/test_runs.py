@@ -190,7 +190,7 @@ class Model:
 @pytest.fixture(scope="session")
 def model(): return Model()
 
-def test_cycle(model): pass
+def test_cycle(model): KEPT.append(take(2048))
 """,
 }
 
@@ -226,6 +226,12 @@ def test_a_session_fixture_with_a_cycle_is_no_leak(stories):
     fixture = torn_down(stories, "session")
 
     assert (fixture.released, fixture.leaked) == (2**21, 0)
+
+
+def test_what_the_last_test_keeps_is_not_laid_at_a_cycle_that_is_collected_with_it(stories):
+    card = stories.card("test_cycle")
+
+    assert (card.leftover, card.leaked) == (2**21, 2**21)
 
 
 def test_the_first_test_may_reset_the_peak_itself(stories):
