@@ -343,6 +343,8 @@ def _shards(suite: Suite, count: int, output: Path, context: int) -> Iterator[st
     if count < 1:
         raise ValueError(f"--shards: {count} is not a number of shards; allowed is 1 or more")
     shards = shards_of(suite.tests, count)
+    if empty := shards.count([]):  # pytest, given an empty file, runs all tests
+        raise ValueError(f"--shards: of {count}, {empty} would have no test; ask for fewer")
     output.mkdir(parents=True, exist_ok=True)
     yield f"{'shard':<16} {'tests':>6} {'time':>12} {'VRAM':>11}"
     for number, shard in enumerate(shards, 1):

@@ -19,6 +19,7 @@ from pytest_gpumem.plugin.state import (
     HOST,
     LATE,
     NOTES,
+    PID,
     STATE,
     USAGE,
     ItemMarks,
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 BESIDE: pytest.StashKey[list[records.Process]] = pytest.StashKey()
 """Who else was on the cards when a test ran out of memory."""
+
+_RUN = (pytest.FixtureRequest, pytest.Config, pytest.Item, pytest.Collector)
+"""What leads to all of the run: a model of the session, by way of another test."""
 
 
 class Limiting:
@@ -267,6 +271,7 @@ class Measuring:
             cards = self._cards or devices.find_cards().cards
             output[CARDS] = [records.to_plain(card) for card in cards]
             output[HOST] = platform.node()
+            output[PID] = os.getpid()
             output[NOTES] = [*self._state.notes, *devices.notes()]
             output[LATE] = self._late
 
@@ -290,14 +295,16 @@ def _drop_arguments(item: pytest.Item) -> dict[int, str]:
 
     Judged a moment earlier than that, they would look like a leftover. Only those that hold
     memory of a card are let go, and their names stay: other plugins read values, a browser's
-    page say, when they make the teardown's report. Returns the identities of all that is left.
+    page say, when they make the teardown's report. ``request``, and what has it, leads to all of
+    the run, which goes on. Returns the identities of all else that is left.
     """
     arguments = getattr(item, "funcargs", None)
     if not isinstance(arguments, dict):
         return {}
-    for name in [name for name, value in arguments.items() if holds_memory(value)]:
-        arguments[name] = None
-    return {id(value): "the test's arguments" for value in arguments.values()}
+    found = {name: holds_memory(value, _RUN) for name, value in arguments.items()}
+    arguments.update((name, None) for name, holds in found.items() if holds)
+    left = (arguments[name] for name, holds in found.items() if holds is False)
+    return {id(value): "the test's arguments" for value in left}
 
 
 def _limit(marked: int | None, suite: int | None) -> int | None:

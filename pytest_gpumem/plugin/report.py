@@ -13,7 +13,7 @@ import pytest
 from pytest_gpumem import devices, records
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.commit import commit_of
-from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, USAGE_ERROR, State
+from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, PID, USAGE_ERROR, State
 from pytest_gpumem.records import properties
 from pytest_gpumem.units import format_mib
 
@@ -66,6 +66,8 @@ class Reporting:
         """Those that have ended."""
         self._hosts: dict[str, str] = {}
         """By worker, where that is another machine."""
+        self._pids: dict[tuple[str, int], str] = {}
+        """The workers, by machine and number of process."""
         self._late: dict[tuple[str, str], _Late] = {}
         """By test and worker."""
         settings = state.settings
@@ -162,6 +164,8 @@ class Reporting:
         host = output.get(HOST, "")
         if host != platform.node():
             self._hosts[worker] = host
+        if PID in output:  # not where the worker crashed
+            self._pids[self._host(worker), output[PID]] = worker
         for plain in output.get(CARDS, ()):
             card = records.from_plain(records.Card, plain)._replace(host=self._host(worker))
             self._cards.setdefault((card.host, card.uuid), card)
@@ -182,7 +186,7 @@ class Reporting:
         Unless a file is asked for, which names all.
         """
         state, settings = self._state, self._state.settings
-        late = self._late or self._hosts
+        late = self._late or self._pids
         told = self._tests or late or any(each.user_properties for each in self._reports)
         shown = told or self._files or self._github
         tests = self._recorded() if told or self._files else []
@@ -223,6 +227,11 @@ class Reporting:
                 scopes=(*test.scopes, *late.scopes),
                 cards=tuple(cards),
             )
+        if test.beside:
+            beside = (
+                each._replace(worker=self._pids.get((host, each.pid), "")) for each in test.beside
+            )
+            test = test._replace(beside=tuple(beside))
         return test._replace(host=host) if host else test
 
     @pytest.hookimpl(trylast=True)

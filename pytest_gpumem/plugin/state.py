@@ -88,6 +88,7 @@ def marks_of(item: pytest.Item) -> ItemMarks:
 USAGE_ERROR = "gpumem_usage_error"
 CARDS = "gpumem_cards"
 HOST = "gpumem_host"
+PID = "gpumem_pid"
 NOTES = "gpumem_notes"
 LATE = "gpumem_late"
 """Keys under which a worker leaves things for the controller when it ends: ``LATE`` is what

@@ -108,12 +108,16 @@ class Process(NamedTuple):
     """Empty where the system does not tell it."""
     size: int | None
     """Bytes of the card; None where the driver does not tell."""
+    worker: str = ""
+    """The worker of the same run that it is."""
 
     @property
     def text(self) -> str:
         """Return it in words."""
-        command = f" ({self.command})" if self.command else ""
         size = "memory" if self.size is None else format_bytes(self.size)
+        if self.worker:
+            return f"worker {self.worker} of this run holds {size}"
+        command = f" ({self.command})" if self.command else ""
         return f"process {self.pid}{command} holds {size}"
 
 

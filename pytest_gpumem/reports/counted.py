@@ -212,11 +212,15 @@ def by_kind(leaks: Iterable[Leak]) -> list[list[Leak]]:
 
 
 def by_cause(counted: Counted) -> list[tuple[list[str], list[RecordedTest]]]:
-    """Return the tests felled, grouped by what the card said, and who had set limits for them."""
+    """Return the tests felled, grouped by what the card said, and who had set limits for them.
+
+    And by whether a stranger was there: another worker of the run is or is not by chance.
+    """
     culprits = _limits(counted.touched)
     causes: dict[tuple[object, ...], list[RecordedTest]] = {}
     for test in counted.felled:
-        cause = re.sub(r"\d[\d.]*", "N", test.oom), *culprits.get(test, ()), bool(test.beside)
+        stranger = any(not each.worker for each in test.beside)
+        cause = re.sub(r"\d[\d.]*", "N", test.oom), *culprits.get(test, ()), stranger
         causes.setdefault(cause, []).append(test)
     groups = sorted(causes.values(), key=lambda group: -len(group))
     return [(culprits.get(group[0], []), group) for group in groups]

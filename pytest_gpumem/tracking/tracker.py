@@ -79,9 +79,8 @@ class Tracker:
 
     def engines(self, names: Collection[str]) -> Mapping[str, int]:
         """Return what that holds, by card, which the wider fixtures among ``names`` started."""
-        if self.children is None:
-            return {}
-        return self.children.held_by(each for each in self._turns.wide if each.name in names)
+        used = (each for each in self._turns.wide if each.name in names)
+        return {} if self.children is None else self.children.held_by(used)
 
     # Boundaries
 
@@ -140,10 +139,9 @@ class Tracker:
         Unless ``ask``, of its children only what was told or seen already.
         """
         self.boundary()
-        test = self._turns.test
+        test, here = self._turns.test, self.children
         if test is None:
             return ()
-        here = self.children
         if here is not None and (here.met or (ask and here.stirred())):
             here.look()
         return self._card_usages(test, {}, ())
@@ -158,7 +156,7 @@ class Tracker:
         test = self._turns.test
         if test is None or not (test.accounts or test.fixtures):
             return False
-        self._turns.pay_back(test, self._tensors.late)
+        self._turns.pay_back(self._tensors.late)
         return bool(test.stayed())
 
     def end_test(
@@ -218,7 +216,7 @@ class Tracker:
             release.give_back(errors, self.anything_stayed)
             if self.anything_stayed():
                 self.meters.settle()
-                self._turns.pay_back(test, self._tensors.late)
+                self._turns.pay_back(self._tensors.late)
                 stayed, cards = test.stayed(), self.meters.uuids()
                 verdicts = self._tensors.judge(stayed, cards, keepers, passing, test.name)
                 self._remember()
@@ -322,8 +320,7 @@ class Tracker:
         """
         self._end_teardowns()
         self._look()
-        if self._turns.test is not None:
-            self._turns.pay_back(self._turns.test, self._tensors.late)
+        self._turns.pay_back(self._tensors.late)
         self._turns.begin_teardown(fixture)
         self._resume()
         self._tensors.drop_fixture(fixture.roots)

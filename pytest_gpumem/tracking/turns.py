@@ -56,9 +56,9 @@ class Turns:
             highest, uuid = self.test.reserved_peak, meter.card.uuid
             highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)
 
-    def pay_back(self, test: Test, seen: Counter[str]) -> None:
+    def pay_back(self, seen: Counter[str]) -> None:
         """Credit fixtures that were torn down in the test with what came back late of them."""
-        for fixture, uuid, late in test.pay_back(seen):
+        for fixture, uuid, late in () if self.test is None else self.test.pay_back(seen):
             for scope in self.scopes:
                 if not scope.outlives(fixture):  # it was credited with what is not its own
                     scope.account(uuid).delta += late

@@ -196,6 +196,8 @@ def pytest_runtest_makereport(item, call):
     if call.when == "teardown":
         assert item.funcargs["page"] == {"url": "about:blank"}
         assert "model" in item.funcargs
+        assert item.funcargs["request"].node is item
+        assert item.funcargs["capsys"] is not None
     return report
 """
     source = """
@@ -205,7 +207,7 @@ def page(): return {"url": "about:blank"}
 @pytest.fixture
 def model(): return {"weights": [take()]}
 
-def test_a(page, model): take()
+def test_a(page, model, request, capsys): take()
 """
     finished = run(source, conftest=conftest)
 

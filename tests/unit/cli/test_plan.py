@@ -157,6 +157,7 @@ def test_the_history_of_a_suite_will_do(tmp_path, capsys, monkeypatch):
         (["--context=big"], "--context: 'big' is not a size"),
         (["--headroom=-1"], "--headroom: '-1' is not a size"),
         (["--shards=0"], "--shards: 0 is not a number of shards"),
+        (["--shards=90"], "would have no test; ask for fewer"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, sentence):

@@ -136,6 +136,8 @@ def test_what_ran_out_is_grouped_by_cause():
     stranger = recorded(
         "beside", outcome="failed", oom=oom.format(7), beside=(Process(7, "vllm", 9 * MIB),)
     )
+    sibling = Process(8, "python -c import sys", 9 * MIB, worker="gw1")
+    felled[0] = felled[0]._replace(beside=(sibling,))
     lines = shown(*felled, stranger)
 
     assert "151 failures out of memory" in lines[0]
@@ -143,6 +145,7 @@ def test_what_ran_out_is_grouped_by_cause():
         "out of memory",
         "  t0",
         "      CUDA out of memory. Tried to allocate 20.00 MiB",
+        "      beside it: worker gw1 of this run holds 9.00 MiB",
         "      likewise 149 tests",
         "          t1",
         "          t2",
