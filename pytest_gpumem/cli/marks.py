@@ -277,7 +277,7 @@ def _marks(chosen: argparse.Namespace) -> int:
         marks, paths = "s" * (found != 1), "s" * (written != 1)
         sys.stdout.write(f"corrected: {found} mark{marks} in {written} file{paths}\n")
     elif not found:
-        sys.stdout.write("every mark holds\n")
+        sys.stdout.write("every other mark holds\n" if alone else "every mark holds\n")
     return 1 if found and not chosen.write else 0
 
 

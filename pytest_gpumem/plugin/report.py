@@ -197,7 +197,7 @@ class Reporting:
             cards=tuple(self._cards.values()) or devices.find_cards().cards,
             simulated=settings.simulated,
             workers=len((self._workers | {test.worker for test in tests}) - {""}),
-            tests=tuple(map(self._whole, tests) if late else tests),
+            tests=tuple(self._whole(tests) if late else tests),
             notes=tuple(dict.fromkeys([*simulated, *devices.notes(), *state.notes, *self._notes])),
             context=settings.context_cost if settings.mode == "on" else 0,
             command=shlex.join(["pytest", *self._config.invocation_params.args]),
@@ -213,9 +213,20 @@ class Reporting:
 
         return budget.of(self._config)
 
-    def _whole(self, test: records.RecordedTest) -> records.RecordedTest:
-        """Return a test's record with what became known after its report."""
-        late, host = self._late.get((test.nodeid, test.worker)), self._host(test.worker)
+    def _whole(self, tests: list[records.RecordedTest]) -> list[records.RecordedTest]:
+        """Return the tests' records with what became known after their reports.
+
+        Of a test that ran again, the last one has it.
+        """
+        late = dict(self._late)
+        last_first = [
+            self._completed(test, late.pop((test.nodeid, test.worker), None))
+            for test in reversed(tests)
+        ]
+        return last_first[::-1]
+
+    def _completed(self, test: records.RecordedTest, late: _Late | None) -> records.RecordedTest:
+        host = self._host(test.worker)
         if late is not None:
             cards = [
                 card._replace(reserved=late.reserved.get(card.card, card.reserved))

@@ -102,6 +102,41 @@ def test_2_takes_it_all():
     assert outcomes(finished) == {"test_1_crash": "crashed", "test_2_takes_it_all": "passed"}
 
 
+def test_workers_are_told_of_one_another_and_their_last_teardowns_once(run):
+    source = """
+import pathlib, time
+
+@pytest.fixture(scope="session")
+def model(): return [take()]
+
+@pytest.mark.gpu(vram="1MiB")
+@pytest.mark.parametrize("i", range(2))
+def test_oom(model, i):
+    pathlib.Path(f"here-{i}").touch()
+    ends = time.monotonic() + 30
+    while not pathlib.Path(f"here-{1 - i}").exists() and time.monotonic() < ends: time.sleep(0.01)
+    take(4 * 2**20)
+"""
+    arguments = "-n2", "--reruns=1", "--gpumem-oom=fail"
+    finished = run(source, *arguments, beside=("xdist", "rerunfailures"))
+
+    tests = finished.record.tests
+    assert [test.outcome for test in tests].count("rerun") == 2, finished.output
+    last = [test for test in tests if test.outcome == "failed"]
+    assert len({test.worker for test in last}) == 2
+    torn_down = [
+        (test.outcome, test.worker)
+        for test in tests
+        for each in test.fixtures
+        if each.scope == "session" and each.released is not None
+    ]
+    assert sorted(torn_down) == sorted((test.outcome, test.worker) for test in last)
+    assert any(test.beside for test in tests)
+    assert all(each.worker not in ("", test.worker) for test in tests for each in test.beside), (
+        finished.output
+    )
+
+
 def test_reruns_are_recorded_one_by_one(run):
     source = """
 TRIES = []

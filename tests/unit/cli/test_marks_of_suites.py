@@ -132,6 +132,7 @@ def test_what_is_no_plain_size_is_left_alone_and_named(suite, capsys, text, show
 
     assert status == 0
     assert f"left alone, for their sizes do not stand there in words\n  test_it.py:{shown}\n" in out
+    assert out.endswith("\nevery other mark holds\n")
     assert path.read_text() == HEAD + text
 
 
