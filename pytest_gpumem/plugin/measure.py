@@ -83,8 +83,6 @@ class Measuring:
         self.tracker = Tracker(*rules, left=left, stacks=settings.stacks, root=config.rootpath)
         self._item: pytest.Item | None = None
         """The test that is measured."""
-        self.running: pytest.Item | None = None
-        """The test that began last, measured or not."""
         self._marks = ItemMarks()
         """Its marks."""
         self._tearing_down = False
@@ -132,7 +130,6 @@ class Measuring:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
-        self.running = item
         self._monitors.look(item.nodeid)
         self.beginning(item)
         self._marks = marks_of(item)

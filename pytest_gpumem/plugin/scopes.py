@@ -1,14 +1,13 @@
 """The fixtures that judge what a module, and the whole run, leave on the card.
 
-They are set up before all others of their scope and torn down after them. Registered only where
-there is a card, and not in a run within a test: what is tried there is somebody's plugin, which
-may count fixtures.
+They are set up before all others of their scope, by its first test, and torn down after them.
+Registered only where there is a card, and not in a run within a test: what is tried there is
+somebody's plugin, which may count fixtures.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from pytest_gpumem.tracking.accounts import Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator
 
 NAME = "gpumem-scopes"
 NAMES = ("gpumem_module", "gpumem_session")
@@ -25,8 +24,8 @@ MEASURING = "gpumem-measuring"
 _SHOWS_PLANS = ("setuponly", "setupplan", "setupshow", "show_fixtures_per_test")
 
 
-_NAMED: pytest.StashKey[dict[pytest.Collector, dict[int, list[str]]]] = pytest.StashKey()
-"""The names of fixtures of the tests below a node, by identity: parametrised tests share a list."""
+_ASKED: pytest.StashKey[set[pytest.Collector]] = pytest.StashKey()
+"""The modules, and the session, whose fixture stands, or was asked for in vain."""
 
 
 def wanted(config: pytest.Config) -> bool:
@@ -35,48 +34,40 @@ def wanted(config: pytest.Config) -> bool:
     return not shows and "PYTEST_CURRENT_TEST" not in os.environ
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Note which tests name the fixtures, by the node with which these end.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    """Let the first test of a module, and of the run, ask for the fixture of that scope.
 
-    Tests that are in no module are spared: pytest cannot set up a fixture of a module for them.
+    If each test named them, as it does with autouse fixtures, pytest would look them up for each:
+    80 us a test.
     """
-    named: dict[pytest.Collector, dict[int, list[str]]] = {session: {}}
-    for item in session.items:
-        names: list[str] = getattr(item, "fixturenames", [])
-        if "gpumem_session" in names:
-            named[session][id(names)] = names
-        if "gpumem_module" in names:
-            module = item.getparent(pytest.Module)
-            if module is None:
-                names.remove("gpumem_module")
-            else:
-                named.setdefault(module, {})[id(names)] = names
-    session.config.stash[_NAMED] = named
+    names: list[str] | None = getattr(item, "fixturenames", None)
+    if names is None:
+        return (yield)
+    asked, module = item.config.stash.setdefault(_ASKED, set()), item.getparent(pytest.Module)
+    if module in asked or (module is None and item.session in asked):
+        return (yield)
+    nodes: dict[str, pytest.Collector | None]
+    nodes = {"gpumem_session": item.session, "gpumem_module": module}
+    new = [name for name, node in nodes.items() if node is not None and node not in asked]
+    names[:0] = new
+    try:
+        result = yield
+        asked.update(node for node in nodes.values() if node is not None)
+        return result
+    finally:
+        # Parametrised tests share the list.
+        for name in new:
+            names.remove(name)
 
 
-@contextmanager
-def _standing(request: pytest.FixtureRequest, name: str, own: Sequence[str]) -> Iterator[None]:
-    """Let no test but the one whose names are ``own`` ask for a fixture of ours while it stands.
-
-    pytest looks up each fixture that a test names, also one that is set up, which takes some 50 us
-    for both. Its walk through the names of the running test must not be disturbed.
-    """
-    lists = request.config.stash[_NAMED].get(request.node, {}).values()
-    others = [names for names in lists if names is not own and name in names]
-    for names in others:
-        names.remove(name)
-    yield
-    for names in others:
-        names.insert(0, name)
-
-
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def gpumem_session(request: pytest.FixtureRequest) -> Iterator[None]:
     """Judge what the run leaves on the card; override it in a conftest to switch that off."""
     yield from _judged(request, Scope("", "session"))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def gpumem_module(request: pytest.FixtureRequest) -> Iterator[None]:
     """Judge what a module leaves on the card; override it in a conftest to switch that off."""
     yield from _judged(request, Scope(request.node.nodeid, "module"))
@@ -87,8 +78,9 @@ def _judged(request: pytest.FixtureRequest, scope: Scope) -> Iterator[None]:
     if measuring is None:  # a suite that asks for the fixture where nothing is measured
         yield
         return
-    own = getattr(measuring.running, "fixturenames", ())
+    asked = request.config.stash.setdefault(_ASKED, set())
     measuring.tracker.scopes.begin(scope)
-    with _standing(request, f"gpumem_{scope.scope}", own):
-        yield
+    asked.add(request.node)
+    yield
+    asked.discard(request.node)
     measuring.end_scope(scope)

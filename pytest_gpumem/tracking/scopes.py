@@ -77,7 +77,8 @@ class Scopes:
             self._remember()
             stayed = {uuid: size for (_, uuid), size in scope.kept().items()}
             cards = self._meters.uuids()
-            verdicts = self._tensors.judge_since(scope.since, stayed, cards, passing)
+            wider = {each.name for each in self._turns.standing if not scope.outlives(each)}
+            verdicts = self._tensors.judge_since(scope.since, stayed, cards, passing, wider)
             left = tuple(
                 ScopeUsage(scope.scope, scope.name, uuid, each.leaked, each.holders, each.note)
                 for uuid, each in verdicts.items()

@@ -13,7 +13,7 @@ from pytest_gpumem import devices
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, UntypedStorage
@@ -187,16 +187,18 @@ class TensorLedger:
         stayed: Mapping[str, int],
         cards: Mapping[str, str],
         passing: Mapping[int, str],
+        others: Collection[str] = (),
     ) -> dict[str, Verdict]:
         """Return the verdict by card on what was met after the storage of this ``number``.
 
-        All that lives has been met. The other arguments as for ``judge``; sizes by card.
+        All that lives has been met. What owners of the names ``others`` made is not judged. The
+        other arguments as for ``judge``; sizes by card.
         """
         from pytest_gpumem.tracking.holders import find_holders
 
         def made(tensor: Tensor) -> bool:
             known = self._find(tensor) if _on_card(tensor) else None
-            return known is not None and known.number > number
+            return known is not None and known.number > number and known.owner not in others
 
         rightful = self._rightful(passing)
         found = find_holders(made, fixtures=rightful, root=self._root)
