@@ -135,7 +135,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs of one suite showed; for tests, how they ended without the plugin and with."""
+    """What the runs of one suite showed; for tests, how they ended without the plugin and with.
+
+    What differed ``once`` ended alike when its file ran again: a busy machine's doing, or of what
+    other files left in the process. Many of a kind are no accident.
+    """
 
     compared: int
     different: dict[str, tuple[list[str], ...]]
@@ -173,8 +177,8 @@ def main() -> int:
             show(f"{place.source.name} on pytest {on}", verdict)
             found += len(verdict.different)
             rows.append(row(place.source.name, installed(python, "pytest"), verdict))
-    print("\n| suite | pytest | results | that differ | unstable | seconds without | with |")
-    print("|---|---|---:|---:|---:|---:|---:|")
+    print("\n| suite | pytest | results | differ | once | unstable | seconds without | with |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     print("\n".join(rows))
     return 1 if found else 0
 
@@ -276,7 +280,7 @@ def show(name: str, verdict: Verdict) -> None:
 
 def row(suite: str, pytest: str, verdict: Verdict) -> str:
     """Return a row of the table of figures."""
-    counts = (verdict.compared, len(verdict.different), len(verdict.unstable))
+    counts = (verdict.compared, *map(len, (verdict.different, verdict.once, verdict.unstable)))
     cells = (suite, pytest, *counts, *(f"{each:.0f}" for each in verdict.seconds))
     return f"| {' | '.join(map(str, cells))} |"
 
