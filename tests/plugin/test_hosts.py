@@ -118,7 +118,8 @@ def check(finished) -> None:
     }
     assert all(spans.values())
     for own in spans.values():
-        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(own))
+        # What the plugin does before it waits is the test's time: a few milliseconds.
+        assert all(end <= start + 0.05 for (_, end), (start, _) in itertools.pairwise(own))
     overlap = any(a < d and c < b for a, b in spans["one"] for c, d in spans["two"])
     assert overlap, spans
 

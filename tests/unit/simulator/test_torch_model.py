@@ -36,6 +36,7 @@ simulation.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_minilm_on_the_card_gives_the_embeddings_of_the_cpu_bit_for_bit():
     done = subprocess.run(
