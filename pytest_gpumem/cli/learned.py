@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from pytest_gpumem.scheduling.history import History
@@ -23,3 +24,14 @@ def load_history(path: Path, *, new: bool = False) -> History:
     if history.problem:
         raise ValueError(history.problem)
     return history
+
+
+def ask_where(parser: argparse.ArgumentParser) -> None:
+    """Let a command be told a run, or else the history, to go by."""
+    parser.add_argument(
+        "run", type=Path, nargs="?", metavar="RUN.json", help="Written by --gpumem-json."
+    )
+    parser.add_argument(
+        "--history", type=Path, default=HISTORY, metavar="FILE",
+        help="What was learned, where no run is given. Default: the file in pytest's cache here.",
+    )  # fmt: skip

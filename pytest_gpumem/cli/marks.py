@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import files, records
-from pytest_gpumem.cli.learned import HISTORY, load_history
+from pytest_gpumem.cli.learned import ask_where, load_history
 from pytest_gpumem.scheduling.history import MARGIN, PEAKS, History, module, with_margin
 from pytest_gpumem.units import format_bytes, parse_bytes
 
@@ -228,13 +228,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="Say which marks gpu(vram=...) do not hold, by what their tests took; correct them.",
         epilog="Exit status: 0; 1 when marks do not hold and were not corrected; 2 for bad input.",
     )
-    parser.add_argument(
-        "run", type=Path, nargs="?", metavar="RUN.json", help="Written by --gpumem-json."
-    )
-    parser.add_argument(
-        "--history", type=Path, default=HISTORY, metavar="FILE",
-        help="What was learned, where no run is given. Default: the file in pytest's cache here.",
-    )  # fmt: skip
+    ask_where(parser)
     parser.add_argument(
         "--root", type=Path, default=Path(), metavar="DIR",
         help="Where the paths of node ids begin: pytest's rootdir. Default: here.",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import files, records
-from pytest_gpumem.cli.learned import HISTORY, load_history
+from pytest_gpumem.cli.learned import ask_where, load_history
 from pytest_gpumem.devices.models import find_model
 from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.history import History, module
@@ -71,13 +71,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="Say what a suite would do on other cards, with other numbers of workers, in shards.",
         epilog="Times are those of the tests, without the start of pytest and of its workers.",
     )
-    parser.add_argument(
-        "run", type=Path, nargs="?", metavar="RUN.json", help="Written by --gpumem-json."
-    )
-    parser.add_argument(
-        "--history", type=Path, default=HISTORY, metavar="FILE",
-        help="What was learned, where no run is given. Default: the file in pytest's cache here.",
-    )  # fmt: skip
+    ask_where(parser)
     parser.add_argument(
         "--card", action="append", default=[], metavar="CARD", dest="cards",
         help="Name or size, such as L4, 'H100 1g.10gb', 18GB; may be given several times. "

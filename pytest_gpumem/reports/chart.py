@@ -11,7 +11,7 @@ from pytest_gpumem.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_gpumem.records import RecordedTest, RunRecord
+    from pytest_gpumem.records import Card, RecordedTest, RunRecord
 
 COLOURS = {
     "passed": "#3d8b62",
@@ -37,10 +37,8 @@ def draw(run: RunRecord, *, linked: bool) -> str:
     tests = [test for test in run.tests if test.start]
     if not tests:
         return "<p>No test has a time.</p>"
-    from plotly.graph_objects import Bar, Scatter
     from plotly.subplots import make_subplots
 
-    begin, end = timeline.window(tests)
     levels = timeline.levels(run)
     cards = [card for card in run.cards if levels.get((card.host, card.uuid))]
     lanes = sorted({lane(test) for test in tests}, key=lambda lane: (len(lane), lane))
@@ -55,71 +53,8 @@ def draw(run: RunRecord, *, linked: bool) -> str:
         + ["Tests by worker"],
     )
     for row, card in enumerate(cards, 1):
-        steps = levels[card.host, card.uuid]
-        figure.add_trace(
-            Scatter(
-                x=[step.time - begin for step in steps] + [end - begin],
-                y=[step.size / _GIB for step in steps] + [steps[-1].size / _GIB],
-                mode="lines",
-                line={"shape": "hv", "width": 1.5, "color": "#2f6fb3"},
-                fill="tozeroy",
-                fillcolor="rgba(47,111,179,.18)",
-                name="held",
-                showlegend=False,
-                hovertemplate="%{y:.2f} GiB at %{x:.2f} s<extra></extra>",
-            ),
-            row=row,
-            col=1,
-        )
-        if card.total:
-            figure.add_hline(
-                y=card.total / _GIB,
-                line={"dash": "dot", "color": "#888", "width": 1},
-                row=row,
-                col=1,
-            )
-            figure.update_yaxes(range=[0, card.total / _GIB * 1.08], row=row, col=1)
-        figure.update_yaxes(title_text="GiB", row=row, col=1)
-        own = [
-            test
-            for test in tests
-            if test.oom
-            and test.host == card.host
-            and (not test.cards or any(usage.card == card.uuid for usage in test.cards))
-        ]
-        if own:
-            figure.add_trace(_marks(own, begin, [card.total / _GIB] * len(own)), row=row, col=1)
-    last = len(cards) + 1
-    for outcome in dict.fromkeys(test.outcome for test in tests):
-        some = [test for test in tests if test.outcome == outcome]
-        figure.add_trace(
-            Bar(
-                x=[max(test.duration, (end - begin) / 2000) for test in some],
-                base=[test.start - begin for test in some],
-                y=[lane(test) for test in some],
-                orientation="h",
-                width=0.7,
-                name=outcome,
-                marker={
-                    "color": COLOURS.get(outcome, "#555"),
-                    "line": {"width": 0.5, "color": "#fff"},
-                },
-                text=[_hover(test) for test in some],
-                textposition="none",
-                hovertemplate="%{text}<extra></extra>",
-            ),
-            row=last,
-            col=1,
-        )
-    felled = [test for test in tests if test.oom]
-    if felled:
-        marks = _marks(felled, begin, [lane(test) for test in felled])
-        marks.showlegend = True
-        figure.add_trace(marks, row=last, col=1)
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=lanes[::-1], type="category", row=last, col=1
-    )
-    figure.update_xaxes(title_text="seconds", row=last, col=1)
+        _draw_card(figure, row, card, levels[card.host, card.uuid], tests)
+    _draw_lanes(figure, len(cards) + 1, lanes, tests)
     figure.update_layout(
         template="plotly_white",
         # The colours of the text and the lines are the page's: see the script.
@@ -139,6 +74,94 @@ def draw(run: RunRecord, *, linked: bool) -> str:
         config={"displaylogo": False, "responsive": True},
     )
     return drawn
+
+
+def _draw_card(
+    figure: Any,
+    row: int,
+    card: Card,
+    steps: Sequence[timeline.Level],
+    tests: Sequence[RecordedTest],
+) -> None:
+    """Draw what was held of a card, its size, and where tests ran out of it."""
+    from plotly.graph_objects import Scatter
+
+    begin, end = timeline.window(tests)
+    figure.add_trace(
+        Scatter(
+            x=[step.time - begin for step in steps] + [end - begin],
+            y=[step.size / _GIB for step in steps] + [steps[-1].size / _GIB],
+            mode="lines",
+            line={"shape": "hv", "width": 1.5, "color": "#2f6fb3"},
+            fill="tozeroy",
+            fillcolor="rgba(47,111,179,.18)",
+            name="held",
+            showlegend=False,
+            hovertemplate="%{y:.2f} GiB at %{x:.2f} s<extra></extra>",
+        ),
+        row=row,
+        col=1,
+    )
+    if card.total:
+        figure.add_hline(
+            y=card.total / _GIB,
+            line={"dash": "dot", "color": "#888", "width": 1},
+            row=row,
+            col=1,
+        )
+        figure.update_yaxes(range=[0, card.total / _GIB * 1.08], row=row, col=1)
+    figure.update_yaxes(title_text="GiB", row=row, col=1)
+    own = [
+        test
+        for test in tests
+        if test.oom
+        and test.host == card.host
+        and (not test.cards or any(usage.card == card.uuid for usage in test.cards))
+    ]
+    if own:
+        figure.add_trace(_marks(own, begin, [card.total / _GIB] * len(own)), row=row, col=1)
+
+
+def _draw_lanes(
+    figure: Any,
+    row: int,
+    lanes: Sequence[str],
+    tests: Sequence[RecordedTest],
+) -> None:
+    """Draw which test each worker ran, coloured by outcome."""
+    from plotly.graph_objects import Bar
+
+    begin, end = timeline.window(tests)
+    for outcome in dict.fromkeys(test.outcome for test in tests):
+        some = [test for test in tests if test.outcome == outcome]
+        figure.add_trace(
+            Bar(
+                x=[max(test.duration, (end - begin) / 2000) for test in some],
+                base=[test.start - begin for test in some],
+                y=[lane(test) for test in some],
+                orientation="h",
+                width=0.7,
+                name=outcome,
+                marker={
+                    "color": COLOURS.get(outcome, "#555"),
+                    "line": {"width": 0.5, "color": "#fff"},
+                },
+                text=[_hover(test) for test in some],
+                textposition="none",
+                hovertemplate="%{text}<extra></extra>",
+            ),
+            row=row,
+            col=1,
+        )
+    felled = [test for test in tests if test.oom]
+    if felled:
+        marks = _marks(felled, begin, [lane(test) for test in felled])
+        marks.showlegend = True
+        figure.add_trace(marks, row=row, col=1)
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=lanes[::-1], type="category", row=row, col=1
+    )
+    figure.update_xaxes(title_text="seconds", row=row, col=1)
 
 
 def _marks(tests: Sequence[RecordedTest], begin: float, heights: Sequence[Any]) -> Any:
