@@ -179,10 +179,12 @@ class OldFile:
         view = memoryview(into if into is not None else scratch(aligned or 1))
         done = 0
         while done < wanted:
+            # Another thread may end direct reading while this one is refused for it.
+            direct = self._direct
             try:
                 count = os.preadv(self._file, [view[done:aligned]], start + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
+                if error.errno != errno.EINVAL or not direct:
                     raise
                 self._direct = _set_direct(self._file, on=False)
                 continue

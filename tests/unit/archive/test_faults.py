@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,35 @@ def test_short_writes_and_reads_lose_nothing(tmp_path, monkeypatch, most):
     store = ArchiveStore(tmp_path, key=KEY)
 
     same(store.get(store.put(state(1, 1_500_000))), state(1, 1_500_000))
+
+
+def test_threads_that_are_refused_direct_reading_at_once_all_go_on_without_it(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "big"
+    data = os.urandom(5 * 2**20)
+    path.write_bytes(data)
+    preadv, readers = os.preadv, 4
+    together = threading.Barrier(readers)
+    refusals = itertools.count()
+
+    def refuses(file, views, at):
+        if next(refusals) < readers:
+            together.wait(30)
+            raise OSError(errno.EINVAL, "not aligned")
+        return preadv(file, views, at)
+
+    monkeypatch.setattr(disk, "_set_direct", lambda file, on: on)
+    monkeypatch.setattr(disk.os, "preadv", refuses)
+    file = disk.OldFile(path)
+    try:
+        with ThreadPoolExecutor(readers) as pool:
+            pieces = list(
+                pool.map(lambda at: bytes(file.read(at, 2**20)), range(0, 5 * 2**20, 2**20))
+            )
+    finally:
+        file.close()
+    assert b"".join(pieces) == data
 
 
 def test_a_write_that_does_nothing_is_an_error(tmp_path, monkeypatch):
