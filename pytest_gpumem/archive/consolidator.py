@@ -383,6 +383,12 @@ def get_gpu_consolidator() -> GpuConsolidator:
         return _the_one
 
 
+def registered() -> GpuConsolidator | None:
+    """Return the process's consolidator, if anything is registered that it could consolidate."""
+    here = _the_one  # asked for with each test: nobody is made for that
+    return None if here is None or here.idle else here
+
+
 def configure(**options: Any) -> None:
     """Set the arguments of the process's consolidator, which begins anew."""
     global _the_one  # noqa: PLW0603  # see above

@@ -40,26 +40,22 @@ class Owed:
     """
 
     def __init__(self) -> None:
-        self._failures: dict[str, pytest.TestReport] = {}
-
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._failures)
+        self.failures: dict[str, pytest.TestReport] = {}
 
     def promise(self, report: pytest.TestReport) -> None:
         """Call a failure a rerun, because another attempt of the test follows."""
-        self._failures[report.nodeid] = failure = copy.copy(report)
+        self.failures[report.nodeid] = failure = copy.copy(report)
         vars(failure).pop(UNDECIDED, None)
         report.outcome = "rerun"  # type: ignore[assignment]  # as rerunfailures calls it
 
     def settle(self, report: pytest.TestReport) -> None:
         """Forget the failure of a test whose next attempt has an outcome of its own."""
         if report.failed or report.skipped or (report.passed and report.when == "call"):
-            self._failures.pop(report.nodeid, None)
+            self.failures.pop(report.nodeid, None)
 
     def publish(self, hook: pluggy.HookRelay) -> bool:
         """Report the failures whose next attempt did not come; return whether there were any."""
-        failures, self._failures = list(self._failures.values()), {}
+        failures, self.failures = list(self.failures.values()), {}
         for report in failures:
             setattr(report, OWED, True)
             hook.pytest_runtest_logreport(report=report)

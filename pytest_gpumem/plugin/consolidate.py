@@ -54,8 +54,8 @@ def consolidate_gpu_memory(request: pytest.FixtureRequest) -> Iterator[GpuConsol
 
 def consolidate_if_needed(item: pytest.Item) -> None:
     """Consolidate after the teardown of a test, when needed, what is registered."""
-    here = consolidator.get_gpu_consolidator()
-    if not here.idle and here.should_consolidate():
+    here = consolidator.registered()
+    if here is not None and here.should_consolidate():
         from pytest_gpumem.records import properties
 
         done = here.consolidate_gpu_memory(process_context=item.name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_gpumem.archive.consolidator import registered
 from pytest_gpumem.plugin import consolidate, marks, route
 from pytest_gpumem.plugin.option import GROUPS
 from pytest_gpumem.plugin.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
@@ -90,6 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Measure other makers' cards too: that there is one shows when the suite has loaded torch."""
+    route.tests_begin()
     config = session.config
     state = config.stash[STATE]
     if state.settings.mode == "off" or state.found.cards or _is_controller(config):
@@ -107,13 +109,15 @@ def _measure(config: pytest.Config) -> None:
     from pytest_gpumem.plugin.measure import Measuring
 
     state = config.stash[STATE]
-    config.pluginmanager.register(Measuring(config, state), Measuring.NAME)
+    measuring = Measuring(config, state)
+    config.pluginmanager.register(measuring, Measuring.NAME)
     if state.settings.budget is not None:
         from pytest_gpumem.plugin import budget
 
         budget.judge_tests(config)
     if scopes.wanted(config):
-        config.pluginmanager.register(scopes, scopes.NAME)
+        judging = scopes.Judging(measuring.tracker.scopes.begin, measuring.end_scope)
+        scopes.register(config.pluginmanager, judging)
 
 
 def _share(config: pytest.Config) -> None:
@@ -335,18 +339,12 @@ def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
         setattr(found, mark.name, meaning)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Begin the routing of a test."""
-    route.test_begins(item)
-
-
 # One hook for what each test's teardown ends with: a hook of each part would cost every test.
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """End the routing of a test, and consolidate when needed, after its own teardown."""
     route.test_ended(item)
-    if item.config.stash[STATE].settings.mode == "on":
+    if registered() is not None and item.config.stash[STATE].settings.mode == "on":
         consolidate.consolidate_if_needed(item)
 
 

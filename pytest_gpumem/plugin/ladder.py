@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import devices
+from pytest_gpumem.archive.consolidator import registered
 from pytest_gpumem.leases import telling
 from pytest_gpumem.plugin import attempts, retry
-from pytest_gpumem.plugin.lease import Leases, registered
+from pytest_gpumem.plugin.lease import Leases
 from pytest_gpumem.plugin.route import may_fall_back
-from pytest_gpumem.plugin.state import USAGE, State, stashed
+from pytest_gpumem.plugin.state import USAGE, ItemMarks, State, stashed
 from pytest_gpumem.records import properties
 from pytest_gpumem.scheduling.history import DURATION
 from pytest_gpumem.scheduling.workers import VISIBLE
@@ -130,7 +131,7 @@ class Ladder:
                     self._step = before
                     self._tried.clear()
         finally:
-            if self._owed:
+            if self._owed.failures:
                 self._owed.publish(item.ihook)
         return result
 
@@ -154,9 +155,9 @@ class Ladder:
         with banned:
             item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
 
-    def begin(self, item: pytest.Item) -> None:
+    def begin(self, item: pytest.Item, marked: ItemMarks) -> None:
         """Take a lease as the set-up of a test begins; fail or skip a test that can have none."""
-        refusal = self.leases.take(item, self._step)
+        refusal = self.leases.take(item, marked, self._step)
         if refusal and self._settings.too_large == "skip":
             pytest.skip(refusal)
         if refusal:

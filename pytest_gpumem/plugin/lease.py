@@ -9,11 +9,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import admission, devices
+from pytest_gpumem.archive.consolidator import registered
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
 from pytest_gpumem.leases.ledger import own_ledger
 from pytest_gpumem.plugin import marks, retry
-from pytest_gpumem.plugin.state import GRANT, State, marks_of
+from pytest_gpumem.plugin.state import GRANT, ItemMarks, State, marks_of
 from pytest_gpumem.records import Grant
 from pytest_gpumem.scheduling.workers import Holdings
 from pytest_gpumem.units import format_bytes
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from pytest_gpumem.archive.consolidator import GpuConsolidator
     from pytest_gpumem.leases.ask import Need
     from pytest_gpumem.leases.request import Want
     from pytest_gpumem.leases.store import Lease, LeaseStore
@@ -110,7 +110,7 @@ class Leases:
                 self._fixtures[lease] = fixture
                 self.waited += self._open().waited(lease)
 
-    def take(self, item: pytest.Item, step: str) -> str:
+    def take(self, item: pytest.Item, marked: ItemMarks, step: str) -> str:
         """Take a lease for the test; return why it can have none, "" otherwise.
 
         ``step`` is the one that is being taken with it, see ``retry``.
@@ -120,7 +120,7 @@ class Leases:
             return ""
         if GRANT in item.stash:  # an earlier attempt's
             del item.stash[GRANT]
-        need = self._need(item)
+        need = self._need(item, marked)
         if need is None or self._without:
             return ""
         try:
@@ -283,9 +283,9 @@ class Leases:
         opened.headroom = self._settings.headroom
         return opened
 
-    def _need(self, item: pytest.Item) -> Need | None:
+    def _need(self, item: pytest.Item, marked: ItemMarks) -> Need | None:
         """Return what a test is to be granted, None for one that uses no card."""
-        self.expected, marked = None, marks_of(item)
+        self.expected = None
         if marked.off:
             return None
         asked = marked.need or ANY
@@ -328,13 +328,6 @@ class Leases:
         except LeaseError as error:
             self._do_without(error)
             return False
-
-
-def registered() -> GpuConsolidator | None:
-    """Return the process's consolidator, if anything is registered that it could consolidate."""
-    module = sys.modules.get("pytest_gpumem.archive.consolidator")
-    here = module.get_gpu_consolidator() if module is not None else None
-    return None if here is None or here.idle else here
 
 
 def _need_of(expected: Expectation, mark: marks.Need | None, settings: Settings) -> Need | None:

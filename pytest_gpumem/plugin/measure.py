@@ -70,7 +70,7 @@ class Limiting:
 class Measuring:
     """Measures the tests that this process runs."""
 
-    NAME = scopes.MEASURING
+    NAME = "gpumem-measuring"
 
     def __init__(self, config: pytest.Config, state: State) -> None:
         self._settings = state.settings
@@ -98,7 +98,7 @@ class Measuring:
             self.tracker.children, self._sampler = watched
         self._plugins = config.pluginmanager
         self._monitors = Watched(config.pluginmanager)
-        self.beginning: Callable[[pytest.Item], None] = lambda _item: None
+        self.beginning: Callable[[pytest.Item, ItemMarks], None] = lambda _item, _marks: None
         """Called as the set-up of a test begins: whatever ends a test then ends its wait for a
         lease, and a report is made. It fails or skips a test that can have none."""
         self.noting: Callable[[pytest.Item, pytest.CallInfo[Any]], None] = lambda _item, _call: None
@@ -131,9 +131,9 @@ class Measuring:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
         self._monitors.look(item.nodeid)
-        self.beginning(item)
-        self._marks = marks_of(item)
-        if not self._marks.off:
+        self._marks = marked = marks_of(item)
+        self.beginning(item, marked)
+        if not marked.off:
             self._errors.clear()
             self._oom = ""
             self._item = item
@@ -281,6 +281,8 @@ def _shared(cards: Sequence[records.Card]) -> bool:
 
 def _keepers(item: pytest.Item) -> dict[int, str]:
     """Return what pytest itself keeps of a test that ran: the instance of its class."""
+    if type(item.parent) is pytest.Module:  # as most: no question to ask of pytest
+        return {}
     instance = getattr(item, "instance", None)
     if instance is None:
         return {}

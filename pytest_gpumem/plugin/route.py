@@ -77,10 +77,8 @@ def unconfigure(config: pytest.Config) -> None:
         thresholds.context, thresholds.in_force = config.stash[_BEFORE]
 
 
-def test_begins(item: pytest.Item) -> None:
-    """Leave nothing of an earlier attempt in the test's report."""
-    if item.user_properties:
-        _tell(item, ())
+def tests_begin() -> None:
+    """Lay what was routed while tests were collected at no test's door."""
     if _MANAGER in sys.modules:
         sys.modules[_MANAGER].shared.take_routes()
 
@@ -90,7 +88,8 @@ def test_ended(item: pytest.Item) -> None:
     if _MANAGER in sys.modules:
         shared = sys.modules[_MANAGER].shared
         shared.give_back()
-        if routes := shared.take_routes():
+        routes = shared.take_routes()
+        if routes or item.user_properties:  # which may be of an earlier attempt
             _tell(item, routes)
 
 

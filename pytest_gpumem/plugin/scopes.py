@@ -8,24 +8,18 @@ somebody's plugin, which may count fixtures.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from pytest_gpumem.tracking.accounts import Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
-NAME = "gpumem-scopes"
 NAMES = ("gpumem_module", "gpumem_session")
-MEASURING = "gpumem-measuring"
-"""Name of the plugin that measures."""
 _SHOWS_PLANS = ("setuponly", "setupplan", "setupshow", "show_fixtures_per_test")
-
-
-_ASKED: pytest.StashKey[set[pytest.Collector]] = pytest.StashKey()
-"""The modules, and the session, whose fixture stands, or was asked for in vain."""
 
 
 def wanted(config: pytest.Config) -> bool:
@@ -34,53 +28,70 @@ def wanted(config: pytest.Config) -> bool:
     return not shows and "PYTEST_CURRENT_TEST" not in os.environ
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
-    """Let the first test of a module, and of the run, ask for the fixture of that scope.
+class Judging:
+    """Has the first test of each scope ask for its fixture."""
 
-    If each test named them, as it does with autouse fixtures, pytest would look them up for each:
-    80 us a test.
-    """
-    names: list[str] | None = getattr(item, "fixturenames", None)
-    if names is None:
-        return (yield)
-    asked, module = item.config.stash.setdefault(_ASKED, set()), item.getparent(pytest.Module)
-    if module in asked or (module is None and item.session in asked):
-        return (yield)
-    nodes: dict[str, pytest.Collector | None]
-    nodes = {"gpumem_session": item.session, "gpumem_module": module}
-    new = [name for name, node in nodes.items() if node is not None and node not in asked]
-    names[:0] = new
-    try:
-        result = yield
-        asked.update(node for node in nodes.values() if node is not None)
-        return result
-    finally:
-        # Parametrised tests share the list.
-        for name in new:
-            names.remove(name)
+    NAME = "gpumem-judging"
+
+    def __init__(self, begin: Callable[[Scope], None], end: Callable[[Scope], None]) -> None:
+        self._begin, self._end = begin, end
+        self._asked: set[pytest.Collector | None] = set()
+        """The modules, and the session, whose fixture stands, or was asked for in vain."""
+        self._last: pytest.Collector | None = None
+        """A collector all of whose tests have nothing to ask for: that of the last test."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Let the first test of a module, and of the run, ask for the fixture of that scope.
+
+        If each test named them, as it does with autouse fixtures, pytest would look them up for
+        each: 80 us a test.
+        """
+        names: list[str] | None = getattr(item, "fixturenames", None)
+        if item.parent is self._last or names is None:
+            return (yield)
+        module = item.getparent(pytest.Module)
+        nodes: dict[str, pytest.Collector | None]
+        nodes = {"gpumem_session": item.session, "gpumem_module": module}
+        new = [name for name, node in nodes.items() if node is not None and node not in self._asked]
+        names[:0] = new
+        try:
+            result = yield
+            self._asked.update(nodes.values())
+            self._last = item.parent
+            return result
+        finally:
+            # Parametrised tests share the list.
+            for name in new:
+                names.remove(name)
+
+    def around(self, request: pytest.FixtureRequest, scope: Scope) -> Iterator[None]:
+        """Judge what is left when all that was set up after this is gone."""
+        self._begin(scope)
+        self._asked.add(request.node)
+        yield
+        self._asked.discard(request.node)
+        self._last = None
+        self._end(scope)
 
 
 @pytest.fixture(scope="session")
 def gpumem_session(request: pytest.FixtureRequest) -> Iterator[None]:
     """Judge what the run leaves on the card; override it in a conftest to switch that off."""
-    yield from _judged(request, Scope("", "session"))
+    yield from _judging(request).around(request, Scope("", "session"))
 
 
 @pytest.fixture(scope="module")
 def gpumem_module(request: pytest.FixtureRequest) -> Iterator[None]:
     """Judge what a module leaves on the card; override it in a conftest to switch that off."""
-    yield from _judged(request, Scope(request.node.nodeid, "module"))
+    yield from _judging(request).around(request, Scope(request.node.nodeid, "module"))
 
 
-def _judged(request: pytest.FixtureRequest, scope: Scope) -> Iterator[None]:
-    measuring = request.config.pluginmanager.get_plugin(MEASURING)
-    if measuring is None:  # a suite that asks for the fixture where nothing is measured
-        yield
-        return
-    asked = request.config.stash.setdefault(_ASKED, set())
-    measuring.tracker.scopes.begin(scope)
-    asked.add(request.node)
-    yield
-    asked.discard(request.node)
-    measuring.end_scope(scope)
+def _judging(request: pytest.FixtureRequest) -> Judging:
+    return cast("Judging", request.config.pluginmanager.get_plugin(Judging.NAME))
+
+
+def register(manager: pytest.PytestPluginManager, judging: Judging) -> None:
+    """Let there be the fixtures, and tests that ask for them."""
+    manager.register(sys.modules[__name__], "gpumem-scopes")
+    manager.register(judging, Judging.NAME)

@@ -82,7 +82,9 @@ def stashed(item: pytest.Item, key: pytest.StashKey[T]) -> T | None:
 
 def marks_of(item: pytest.Item) -> ItemMarks:
     """Return what the marks of a test mean."""
-    return stashed(item, ITEM_MARKS) or _NO_MARKS
+    if ITEM_MARKS in item.stash:
+        return item.stash[ITEM_MARKS]
+    return _NO_MARKS
 
 
 USAGE_ERROR = "gpumem_usage_error"

@@ -266,7 +266,7 @@ class Holdings:
                 # request failed has none; the context stays.
                 if now.reserved_peak or now.ooms or card.uuid in self._read:
                     self._update(card, now.reserved)
-        return {uuid: kept for uuid, (kept, _) in self._read.items()}
+        return {uuid: kept for uuid, (kept, _) in self._read.items()} if self._read else {}
 
     def _update(self, card: Card, reserved: int) -> None:
         # The driver takes a millisecond to answer, so it is asked only when something changed.

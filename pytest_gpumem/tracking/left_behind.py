@@ -6,6 +6,7 @@ What wider fixtures and the suite's hooks between tests set is meant to last, an
 from __future__ import annotations
 
 import os
+import sys
 
 from pytest_gpumem.devices import process_state
 from pytest_gpumem.records import Left
@@ -23,15 +24,21 @@ class LeftBehind:
     def __init__(self, *, put_back: bool = False, fractions: bool = True) -> None:
         self._put_back = put_back
         self._fractions = fractions
+        self._variables: tuple[object, ...] = ()
+        """Those of the environment when ``_last`` was read."""
         self._last: process_state.Settings | None = None
         self._before: dict[str, object] = {}
         """What the running test changed, and the value before its first change."""
 
     def look(self, *, by_test: bool) -> None:
         """Charge what changed since the last look to the test, or to nobody."""
-        now, before = process_state.read(fractions=self._fractions), self._last
+        variables = process_state.variables()
+        if variables == self._variables and "torch" not in sys.modules:
+            return  # as in most tests
+        now, before = process_state.read(variables, fractions=self._fractions), self._last
         if now == before:
             return
+        self._variables = variables
         self._last = now
         changed = {} if before is None else process_state.changes(before, now)
         for what, (old, _) in changed.items():
@@ -44,7 +51,8 @@ class LeftBehind:
         """Return what the test that ends changed and left, put back where that is wanted."""
         if not self._before:
             return ()
-        now, self._last = self._last or {}, None  # what is put back is read again
+        # What is put back is read again.
+        now, self._last, self._variables = self._last or {}, None, ()
         left = tuple(
             Left(what, _text(old), _text(now[what]), self._set_back(what, old))
             for what, old in self._before.items()

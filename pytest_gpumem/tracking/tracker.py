@@ -134,10 +134,7 @@ class Tracker:
             test.reserved_before[meter.card.uuid] = meter.last.reserved
 
     def usage(self, *, ask: bool = True) -> tuple[CardUsage, ...]:
-        """Return what the running test did so far; nothing is judged or cleaned.
-
-        Unless ``ask``, of its children only what was told or seen already.
-        """
+        """Return what the running test did so far; of its children, unless ``ask``, as known."""
         self.boundary()
         test, here = self._turns.test, self.children
         if test is None:
@@ -198,7 +195,7 @@ class Tracker:
             self._leave_teardowns()
             verdicts = self._second_look(test, errors, keepers or {}, passing) if judge else {}
             used = self._settle(test, verdicts, fixtures, stirred=stirred)
-        self._look()
+        self._left.look(by_test=True)  # its fixtures' teardowns are over
         left = self._left.settle()
         self._turns.end_test()
         scopes = self.scopes.report() if self.scopes.told else ()
@@ -252,7 +249,8 @@ class Tracker:
         self, test: Test, verdicts: Verdicts, fixtures: Collection[str]
     ) -> tuple[CardUsage, ...]:
         """Return what a test did to each card, and what its children did."""
-        usages = card_usages(test, self.meters, verdicts, fixtures)
+        touched = test.accounts or test.fixtures
+        usages = card_usages(test, self.meters, verdicts, fixtures) if touched else ()
         if self.children is None or not self.children.known:
             return usages
         used = [each for each in {*self._turns.wide, *self._turns.moved} if each.name in fixtures]

@@ -37,7 +37,8 @@ def test_who_left_what(
     left: list[tuple[str, str, str]],
 ) -> None:
     now: dict[str, object] = {"x": 0}
-    monkeypatch.setattr(process_state, "read", lambda fractions: dict(now))
+    monkeypatch.setattr(process_state, "variables", lambda: tuple(now.items()))
+    monkeypatch.setattr(process_state, "read", lambda _variables, fractions: dict(now))
     watch = LeftBehind()
     watch.look(by_test=False)
     for who, after in steps:
@@ -54,7 +55,7 @@ def test_looking_makes_no_context_and_no_tensor(monkeypatch: pytest.MonkeyPatch)
     torch.set_default_device("meta")
     monkeypatch.setattr(torch, "tensor", lambda *_: pytest.fail("a tensor was made"))
     try:
-        assert process_state.read()["default device"] == "meta"
+        assert process_state.read(process_state.variables())["default device"] == "meta"
     finally:
         torch.set_default_device(None)
     assert not torch.cuda.is_initialized()
@@ -62,7 +63,7 @@ def test_looking_makes_no_context_and_no_tensor(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_mock_of_torch_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
-    assert set(process_state.read()) == set(process_state.VARIABLES)
+    assert set(process_state.read(process_state.variables())) == set(process_state.VARIABLES)
 
 
 @pytest.mark.parametrize("replaced", [False, True])
