@@ -209,7 +209,7 @@ class Leases:
     def give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
         self._spare()
-        self.keep()
+        self._tell_kept()
         if self._lease is not None:
             try:
                 self._lease.release()
@@ -222,16 +222,19 @@ class Leases:
 
         With them, as the second of each pair, come the bytes of them that wider fixtures hold.
         """
+        held = self._tell_kept()
+        standing = self._standing() if held else {}
+        return {uuid: (kept, standing.get(uuid, 0)) for uuid, kept in held.items()}
+
+    def _tell_kept(self) -> dict[str, int]:
+        """Tell others what the process keeps on each card; return it."""
         held = self._kept()
-        if not held:
-            return {}
-        standing = self._standing()
         try:
             for uuid, resident in () if self._without else held.items():
                 self._open().set_resident(uuid, resident, spare=self._can_spare())
         except LeaseError as error:
             self._do_without(error)
-        return {uuid: (kept, standing.get(uuid, 0)) for uuid, kept in held.items()}
+        return held
 
     def _kept(self) -> dict[str, int]:
         """Return by card what this process keeps, and what those keep that it started."""

@@ -152,8 +152,9 @@ class Measuring:
             self.noting(item, call)
         if when == "call" and self._item is not None:
             self._keepers = _keepers(item)
-            cards = self.tracker.usage(ask=False)
-            _attach(item, Usage(cards) if cards else NOTHING_USED, self._oom)
+            if call.excinfo is not None:  # its report may be the last one
+                cards = self.tracker.usage(ask=False)
+                _attach(item, Usage(cards) if cards else NOTHING_USED, self._oom)
 
     def _note(self, error: BaseException) -> None:
         """Keep what ended a phase.
