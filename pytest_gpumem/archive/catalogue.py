@@ -183,11 +183,15 @@ class Catalogue:
 
     def foreign(self) -> list[str]:
         """Return the names of what is no entry."""
-        return disk.foreign(self.folder, self._names())
+        return disk.foreign(self.folder, _may_be_entry)
 
     def _names(self) -> set[str]:
         """Return the ids, also of what is no file and may stand in the place of an entry."""
-        return {each.name for each in disk.listed(self.folder) if _ID.fullmatch(each.name)}
+        return {each.name for each in disk.listed(self.folder) if _may_be_entry(each)}
+
+
+def _may_be_entry(found: os.DirEntry[str]) -> bool:
+    return _ID.fullmatch(found.name) is not None
 
 
 def stats_of(entries: Sequence[Entry], sizes: Mapping[str, int]) -> dict[str | None, Stats]:

@@ -72,7 +72,7 @@ class Checkup:
         key = self._place.vault.keys.file
         beside = {key.name, f".{key.name}.lock", f".{key.name}.new"} if key else set()
         return [
-            *disk.foreign(self._place.vault.folder, _OURS | beside),
+            *disk.foreign(self._place.vault.folder, lambda each: each.name in _OURS | beside),
             *(f"states/{name}" for name in self._place.states.foreign()),
             *(f"entries/{name}" for name in self._place.catalogue.foreign()),
             *(f"asleep/{name}" for name in self._place.needs.foreign()),

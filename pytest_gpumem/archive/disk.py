@@ -15,7 +15,7 @@ from pytest_gpumem import files
 from pytest_gpumem.errors import DiskError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator
+    from collections.abc import Callable, Generator
 
 TEMPORARY: Final = ".new-"
 """How the names of unfinished files begin."""
@@ -229,10 +229,13 @@ def listed(folder: Path) -> list[os.DirEntry[str]]:
         return list(found)
 
 
-def foreign(folder: Path, own: Collection[str]) -> list[str]:
-    """Return the names in a directory that are neither its own nor unfinished files'."""
-    there = listed(folder)
-    return sorted(each.name for each in there if each.name not in own and not _is_unfinished(each))
+def foreign(folder: Path, is_own: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+    """Return the names in a directory that are neither its own nor unfinished files'.
+
+    All is judged by one listing: what comes or goes meanwhile is nobody else's for that.
+    """
+    found = (each for each in listed(folder) if not is_own(each) and not _is_unfinished(each))
+    return sorted(each.name for each in found if os.path.lexists(each.path))
 
 
 def unfinished(folder: Path) -> list[Path]:

@@ -66,14 +66,14 @@ class Needs:
 
     def foreign(self) -> list[str]:
         """Return the names of what is no mark."""
-        return disk.foreign(self.folder, self._marks())
+        return disk.foreign(self.folder, _is_mark)
 
     def _marks(self) -> set[str]:
-        return {
-            each.name
-            for each in disk.listed(self.folder)
-            if _MARK.fullmatch(each.name) and each.is_file(follow_symlinks=False)
-        }
+        return {each.name for each in disk.listed(self.folder) if _is_mark(each)}
+
+
+def _is_mark(found: os.DirEntry[str]) -> bool:
+    return bool(_MARK.fullmatch(found.name)) and found.is_file(follow_symlinks=False)
 
 
 def _is_held(path: Path) -> bool:

@@ -12,6 +12,7 @@ from pytest_gpumem.errors import DamagedError, DiskError, QuotaError
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Collection, Generator, Iterable
     from pathlib import Path
 
@@ -90,11 +91,7 @@ class States:
 
     def names(self) -> set[str]:
         """Return the contents of all states."""
-        return {
-            each.name
-            for each in disk.listed(self.folder)
-            if _CONTENT.fullmatch(each.name) and each.is_file(follow_symlinks=False)
-        }
+        return {each.name for each in disk.listed(self.folder) if _is_state(each)}
 
     def sizes(self, contents: Iterable[str]) -> dict[str, int]:
         """Return the bytes of the states' files; 0 for one that is missing."""
@@ -128,7 +125,11 @@ class States:
 
     def foreign(self) -> list[str]:
         """Return the names of what is no state."""
-        return disk.foreign(self.folder, self.names())
+        return disk.foreign(self.folder, _is_state)
+
+
+def _is_state(found: os.DirEntry[str]) -> bool:
+    return bool(_CONTENT.fullmatch(found.name)) and found.is_file(follow_symlinks=False)
 
 
 @contextmanager

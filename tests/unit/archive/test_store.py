@@ -238,6 +238,29 @@ def test_a_state_that_is_damaged_later_is_not_taken_for_archived(store, folder):
         same(store.get(name), state())
 
 
+def test_what_others_put_and_delete_while_verify_looks_is_no_problem(store, folder, monkeypatch):
+    other = ArchiveStore(folder, key=KEY)
+    last, listings = other.put(state(0)), []
+    needed = other.need(last)
+
+    def listed(place, really=disk.listed):
+        nonlocal last, needed
+        found = really(place)
+        listings.append(place)
+        with monkeypatch.context() as inner:
+            inner.setattr(disk, "listed", really)
+            needed()
+            other.delete(last)
+            last = other.put(state(len(listings)))
+            needed = other.need(last)
+        return found
+
+    monkeypatch.setattr(disk, "listed", listed)
+    assert store.verify() == ()
+    needed()
+    assert {place.name for place in listings} == {"store", "states", "entries", "asleep"}
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_verify_builds_what_it_reads(store, monkeypatch):
     class Odd(torch.Tensor):
