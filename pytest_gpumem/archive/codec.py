@@ -70,7 +70,6 @@ class Coder:
         self._halves = (np.empty(CHUNK // 2, np.uint16), np.empty(CHUNK // 2, np.uint16))
         self._spare = np.empty(CHUNK // 2, np.uint16)
         self._nibbles = np.empty(CHUNK, np.uint8)
-        self._outside = np.empty(CHUNK // 8, np.uint64)
         self._paired = np.empty(CHUNK // 2, np.uint8)
 
     def encode(self, chunk: Bytes, kind: str, out: Bytes) -> int:
@@ -80,22 +79,21 @@ class Coder:
         """
         width = KINDS[kind]
         size = len(chunk)
-        if width == 1:
-            planes = [chunk]
-        else:
-            planes = list(self._planes[:size].reshape(width, -1))
-            self._split(chunk, kind, planes)
-        coded = [self._shrink(plane) for plane in planes]
         at = 1 + _PLANE.size * width
-        if at + sum(len(part) for _, part in coded) > size:
+        # Where they lie if none is coded: most of them need not be moved any more.
+        planes = out[at : at + size].reshape(width, -1)
+        self._split(chunk, kind, planes)
+        out[0] = _PLANES
+        for number, plane in enumerate(planes):
+            how, part = self._shrink(plane)
+            _PLANE.pack_into(out, 1 + _PLANE.size * number, how, len(part))
+            if how != _STORED or at != 1 + _PLANE.size * width + len(plane) * number:
+                out[at : at + len(part)] = np.frombuffer(part, np.uint8)
+            at += len(part)
+        if at > size:
             out[0] = _STORED
             out[1 : 1 + size] = chunk
             return 1 + size
-        out[0] = _PLANES
-        for number, (how, part) in enumerate(coded):
-            _PLANE.pack_into(out, 1 + _PLANE.size * number, how, len(part))
-            out[at : at + len(part)] = np.frombuffer(part, np.uint8)
-            at += len(part)
         return at
 
     def _shrink(self, plane: Bytes) -> tuple[int, Bytes]:
@@ -132,22 +130,23 @@ class Coder:
             return None
         nibbles = self._nibbles[:size]
         np.subtract(plane, np.uint8(base), out=nibbles)
-        words = nibbles.view(np.uint64)
-        # Eight at a time, and then within the few words that have one.
-        upper = np.bitwise_and(words, ~_NIBBLES, out=self._outside[: len(words)])
-        suspects = np.flatnonzero(upper != 0)
+        lower, upper = nibbles.view(np.uint64).reshape(2, -1)
+        paired: Bytes = self._paired[: size // 2]
+        pairs = paired.view(np.uint64)
+        # Sixteen at a time, and then within the few words that have one.
+        np.bitwise_or(lower, upper, out=pairs)
+        np.bitwise_and(pairs, ~_NIBBLES, out=pairs)
+        suspects = np.flatnonzero(pairs != 0)
         if len(suspects) > size // _FEW:
             return None
         near = (suspects[:, None] * 8 + np.arange(8)).ravel()
+        near = np.concatenate((near, near + size // 2))
         places = near[nibbles[near] > 15]
         if len(places) > size // _FEW:
             return None
-        paired: Bytes = self._paired[: size // 2]
-        half = len(words) // 2
-        np.bitwise_and(words, _NIBBLES, out=words)
-        pairs = paired.view(np.uint64)
-        np.left_shift(words[half:], _FOUR, out=pairs)
-        np.bitwise_or(pairs, words[:half], out=pairs)
+        nibbles[places] &= 15
+        np.left_shift(upper, _FOUR, out=pairs)
+        np.bitwise_or(pairs, lower, out=pairs)
         listed = places.astype("<u4").tobytes() + plane[places].tobytes()
         coded = _PAIR.pack(base, len(places)) + listed + self._entropy.compress(paired)
         return coded if len(coded) < size else None
@@ -225,11 +224,9 @@ class Coder:
             pass
         raise DamagedError("a plane does not decode")
 
-    def _split(self, chunk: Bytes, kind: str, planes: list[Bytes]) -> None:
-        if kind == "8":
-            planes_of = chunk.reshape(-1, 8)
-            for number, plane in enumerate(planes):
-                plane[:] = planes_of[:, number]
+    def _split(self, chunk: Bytes, kind: str, planes: Bytes) -> None:
+        if kind in {"1", "8"}:
+            planes[:] = chunk.reshape(-1, len(planes)).T
         elif kind in {"2", "r2"}:
             self._split_half(chunk.view(np.uint16), planes, rotate=kind == "r2")
         else:
@@ -242,17 +239,19 @@ class Coder:
             self._split_half(low, planes[:2], rotate=False)
             self._split_half(high, planes[2:], rotate=kind == "r4")
 
-    def _split_half(self, words: Any, planes: list[Bytes], *, rotate: bool) -> None:
+    def _split_half(self, words: Any, planes: Bytes, *, rotate: bool) -> None:
         """Split 16-bit words into their lower and upper bytes."""
+        low, high = planes
         spare = self._spare[: len(words)]
+        np.copyto(low, words, casting="unsafe")
         if rotate:
-            turned = self._halves[1][: len(words)]  # may be ``words`` itself
-            np.right_shift(words, 15, out=spare)
-            np.left_shift(words, 1, out=turned)
-            words = np.bitwise_or(turned, spare, out=turned)
-        np.copyto(planes[0], words, casting="unsafe")
-        np.right_shift(words, 8, out=spare)
-        np.copyto(planes[1], spare, casting="unsafe")
+            # What is rotated out at the top, the sign, comes in below; a comparison is a byte.
+            sign = self._nibbles[: len(words)]
+            np.less(words.view(np.int16), 0, out=sign.view(np.bool_))
+            np.add(low, low, out=low)
+            np.bitwise_or(low, sign, out=low)
+        np.right_shift(words, 7 if rotate else 8, out=spare)
+        np.copyto(high, spare, casting="unsafe")
 
     def _merge(self, planes: list[Bytes], kind: str, out: Bytes) -> None:
         if kind == "8":
