@@ -104,8 +104,16 @@ class NewFile:
         rest = self._filled - _SLAB
         empty[:rest] = full[_SLAB : self._filled]
         at, self._on_disk, self._filled = self._on_disk, self._on_disk + _SLAB, rest
-        self._writing = self._writer.submit(self._write_ahead, memoryview(full)[:_SLAB], at)
         self._slabs = [empty, full]
+        slab = memoryview(full)[:_SLAB]
+        try:
+            self._writing = self._writer.submit(self._write_ahead, slab, at)
+        except RuntimeError:
+            # No thread is to be had as the process ends, or at the limit of its threads. None may
+            # come later and write what is then in the slab.
+            self._writer.shutdown(cancel_futures=True)
+            self._writing = None
+            self._write_ahead(slab, at)
 
     def _write_ahead(self, view: memoryview, at: int) -> None:
         self._write(view, at)

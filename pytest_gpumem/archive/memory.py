@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -19,6 +20,7 @@ from pytest_gpumem.errors import DamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Future
 
 
 _Task = TypeVar("_Task")
@@ -229,13 +231,15 @@ def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Resu
             raise
 
     others = threads(len(tasks)) - 1
-    if others <= 0:
+    with ThreadPoolExecutor(max(1, others), "gpumem-archive") as pool:
+        helping: list[Future[None]] = []
+        # As the process ends, or at the limit of its threads, this one does what they would.
+        with contextlib.suppress(RuntimeError):
+            for _ in range(others):
+                helping.append(pool.submit(take))
         take()
-    else:
-        with ThreadPoolExecutor(others, "gpumem-archive") as pool:
-            helping = pool.map(lambda _: take(), range(others))
-            take()
-            list(helping)
+        while helping:
+            helping.pop().result()
     return [found[at] for at in range(len(tasks))]
 
 

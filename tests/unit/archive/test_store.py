@@ -10,7 +10,7 @@ import pytest
 import torch
 from states import same
 
-from pytest_gpumem.archive import disk, keys, subclasses, vault
+from pytest_gpumem.archive import disk, keys, memory, subclasses, vault
 from pytest_gpumem.archive.retention import Forgotten
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import (
@@ -518,6 +518,26 @@ def test_threads_write_and_read_and_delete_at_once(store, writers):
     assert failures == []
     assert len(store.entries()) == writers * 20
     assert store.verify(read_data=True) == ()
+
+
+@pytest.mark.parametrize("few", [0, 2])
+def test_without_threads_to_be_had_all_is_done_by_one(store, folder, monkeypatch, few):
+    """As in a function of ``atexit``, or at the limit of a container."""
+    started = []
+
+    def start(thread, really=threading.Thread.start):
+        started.append(thread)
+        if len(started) > few and len(started) != few + 3:
+            raise RuntimeError("can't start new thread")
+        really(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(memory, "_cpus", lambda: 4)
+    large = state(elements=3_000_000)
+    name = store.put(large)
+    assert store.verify(read_data=True) == ()
+    same(store.get(name), large)
+    assert len(started) > few + 3
 
 
 def test_fifty_operations_leave_no_open_file_and_no_other_file(store, folder):
