@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,21 @@ from pytest_gpumem.errors import ArgumentError
 
 
 def text(name: str, value: Any) -> str:
-    """Return ``value``, which must be a string."""
+    """Return ``value``, which must be a string, as one of no class of its own."""
     if not isinstance(value, str):
         raise _refused(name, value, "a string")
-    return value
+    return str.__str__(value)
 
 
 def words(name: str, value: Any) -> tuple[str, ...]:
     """Return the strings of ``value``, any iterable of them but a string."""
-    try:
-        found = (value,) if isinstance(value, (str, bytes)) else tuple(value)
-    except TypeError:
-        found = (value,)
-    if isinstance(value, (str, bytes)) or not all(isinstance(each, str) for each in found):
-        raise _refused(name, value, "a list of strings")
-    return found
+    found = []
+    # Looked at as they come: what is no list of strings need not end.
+    for each in value if isinstance(value, Iterable) and not isinstance(value, str) else (None,):
+        if not isinstance(each, str):
+            raise _refused(name, value, "a list of strings")
+        found.append(str.__str__(each))
+    return tuple(found)
 
 
 def mapping(name: str, value: Any) -> dict[Any, Any]:
@@ -41,9 +43,17 @@ def whole(name: str, value: Any) -> int | None:
     return value
 
 
+def places(name: str, value: Any) -> list[int]:
+    """Return ``value``, which must be a list of whole numbers of 0 or more."""
+    fine = isinstance(value, (list, tuple))
+    if not fine or not all(type(each) is int and each >= 0 for each in value):
+        raise _refused(name, value, "a list of whole numbers, 0 or more")
+    return list(value)
+
+
 def seconds(name: str, value: Any) -> float | None:
     """Return ``value``, which must be a number of 0 or more, or None."""
-    fine = type(value) in {int, float} and math.isfinite(value) and value >= 0
+    fine = type(value) in {int, float} and 0 <= value <= sys.float_info.max  # nor nan
     if value is not None and not fine:
         raise _refused(name, value, "a number of seconds, 0 or more")
     return value  # type: ignore[no-any-return]
@@ -69,7 +79,14 @@ def device(name: str, value: Any) -> str:
     return str(found)
 
 
+def shown(value: Any) -> str:
+    """Return what a message calls ``value``."""
+    # Of an int of 5,000 digits there is no repr, nor of some objects.
+    with contextlib.suppress(Exception):
+        if len(told := repr(value)) <= 60:
+            return told
+    return f"<{type(value).__name__}>"
+
+
 def _refused(name: str, value: Any, wanted: str) -> ArgumentError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else f"a {type(value).__name__}"
-    return ArgumentError(f"{name}={shown} is not {wanted}")
+    return ArgumentError(f"{name}={shown(value)} is not {wanted}")

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pytest_gpumem import files
-from pytest_gpumem.archive import disk, sealing, tree
+from pytest_gpumem.archive import arguments, disk, sealing, tree
 from pytest_gpumem.archive.disk import explained
 from pytest_gpumem.errors import (
     ArchiveError,
@@ -128,7 +128,9 @@ class Catalogue:
 
         """
         if not (isinstance(name, str) and _ID.fullmatch(name)):
-            raise NotFoundError(f"{name!r} is not an id: those are 16 hexadecimal digits")
+            raise NotFoundError(
+                f"{arguments.shown(name)} is not an id: those are 16 hexadecimal digits"
+            )
         path = self.folder / name
         try:
             with explained("read", path):

@@ -262,10 +262,14 @@ class Reader:
         """Return tensors by their places in ``tree.leaves``, in new memory on ``device``.
 
         They share memory where they did.
+
+        Raises:
+            IndexError: there are not so many.
+
         """
         with checked():
             leaves = list(tree.leaves(self.tree))
-            node = ["l", *(leaves[place] for place in which)]
+        node = ["l", *(leaves[place] for place in which)]
         return self._restored(node, device)  # type: ignore[no-any-return]
 
     def _restored(self, node: Any, device: str) -> Any:

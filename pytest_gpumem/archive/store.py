@@ -190,9 +190,12 @@ class ArchiveStore:
 
     def get_tensors(self, id: str, which: Sequence[int], device: str = "cpu") -> list[Any]:  # noqa: A002
         """Return some of a state's tensors, by their places in ``tensors(id)``; see ``get``."""
-        where = arguments.device("device", device)
+        where, places = arguments.device("device", device), arguments.places("which", which)
         with self._place.reading(id) as reader:
-            return reader.get_tensors(which, where)
+            try:
+                return reader.get_tensors(places, where)
+            except IndexError:
+                raise NotFoundError(f"the state {id} has no tensor {max(places)}") from None
 
     def entry(self, id: str) -> Entry:  # noqa: A002  # what put returned
         """Return what is kept beside the state of an id.

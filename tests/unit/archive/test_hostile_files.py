@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -16,7 +17,14 @@ import torch
 from pytest_gpumem.archive import keys
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.cli import main as cli
-from pytest_gpumem.errors import ArchiveError, ArgumentError, DiskError, InUseError, KeyRefusedError
+from pytest_gpumem.errors import (
+    ArchiveError,
+    ArgumentError,
+    DiskError,
+    InUseError,
+    KeyRefusedError,
+    NotFoundError,
+)
 
 SLOTS = (
     "key",
@@ -261,11 +269,16 @@ def test_looking_makes_neither_a_key_nor_a_store(tmp_path, monkeypatch, capsys, 
     assert [each.name for each in tmp_path.iterdir()] == ["store"]
 
 
+class Word(str):
+    __slots__ = ()
+
+
 BAD = [
     ("put", {"type": b"x"}, "type=b'x' is not a string"),
     ("put", {"type": None}, "type=None is not a string"),
     ("put", {"context": 3}, "context=3 is not a string"),
     ("put", {"tags": 5}, "tags=5 is not a list of strings"),
+    ("put", {"tags": itertools.repeat(5)}, r"tags=repeat\(5\) is not a list"),
     ("put", {"tags": "fast"}, "tags='fast' is not a list of strings"),
     ("put", {"tags": ["a", 1]}, r"tags=\['a', 1\] is not a list"),
     ("put", {"metadata": [1]}, r"metadata=\[1\] is not a dict"),
@@ -279,6 +292,12 @@ BAD = [
     ("forget", {"max_stored": -1}, "max_stored=-1 is not"),
     ("forget", {"max_stored": float("nan")}, "max_stored=nan is not"),
     ("forget", {"type": 3}, "type=3 is not a string"),
+    ("forget", {"older_than": 10**400}, "older_than=<int> is not"),
+    ("find", {"until": 10**5000}, "until=<int> is not"),
+    ("get_tensors", {"which": [-1]}, r"which=\[-1\] is not a list of whole numbers, 0 or more"),
+    ("get_tensors", {"which": [True]}, r"which=\[True\] is not"),
+    ("get_tensors", {"which": "0"}, "which='0' is not"),
+    ("get_tensors", {"which": None}, "which=None is not"),
     ("find", {"since": "yesterday"}, "since='yesterday' is not"),
     ("find", {"tag": ["x"]}, r"tag=\['x'\] is not a string"),
     ("verify", {"since": "x"}, "'x' is not an anchor"),
@@ -292,10 +311,16 @@ BAD = [
 def test_arguments_are_looked_at_before_anything_is_done(tmp_path):
     store = ArchiveStore(tmp_path / "store", key=b"k" * 32)
     name = store.put([torch.ones(2)])
-    first = {"put": [[1]], "get": [name]}
+    first = {"put": [[1]], "get": [name], "get_tensors": [name]}
     for method, arguments, sentence in BAD:
         with pytest.raises(ArgumentError, match=sentence):
             getattr(store, method)(*first.get(method, []), **arguments)
+    with pytest.raises(NotFoundError, match=f"the state {name} has no tensor 7"):
+        store.get_tensors(name, [0, 7])
+    with pytest.raises(NotFoundError, match="<str> is not an id"):
+        store.get("0" * 1000)
+    assert type(store.entry(store.put([1], type=Word("x"), tags=[Word("y")])).type) is str
+    store.forget(type="x", keep_last=0)
     for quota in (-1, float("nan"), "1GiB", 2.0, True):
         with pytest.raises(ArgumentError, match=r"quota=.* is not a whole number"):
             ArchiveStore(tmp_path / "other", key=b"k" * 32, quota=quota)
