@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ class States:
         self.folder = folder
         self.quota = quota
         self._secret = secret
+        self._mutex = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._sizes_at: int | None = None
 
@@ -69,8 +71,9 @@ class States:
         finally:
             new.close()
         if self.quota is not None:
-            self._sizes[content] = new.size
-            self._sizes_at = self.folder.stat().st_mtime_ns
+            with self._mutex:
+                self._sizes[content] = new.size
+                self._sizes_at = self.folder.stat().st_mtime_ns
 
     def _full(self, used: int, more: int) -> QuotaError:
         return QuotaError(
@@ -81,13 +84,14 @@ class States:
 
     def used(self) -> int:
         """Return the bytes of all states; others who write at this moment may be missed."""
-        changed = self.folder.stat().st_mtime_ns
-        if changed != self._sizes_at:
-            names = self.names()
-            known = {name: size for name, size in self._sizes.items() if name in names}
-            self._sizes = known | self.sizes(names - set(known))
-            self._sizes_at = changed
-        return sum(self._sizes.values())
+        with self._mutex:
+            changed = self.folder.stat().st_mtime_ns
+            if changed != self._sizes_at:
+                names = self.names()
+                known = {name: size for name, size in self._sizes.items() if name in names}
+                self._sizes = known | self.sizes(names - set(known))
+                self._sizes_at = changed
+            return sum(self._sizes.values())
 
     def names(self) -> set[str]:
         """Return the contents of all states."""

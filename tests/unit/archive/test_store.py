@@ -178,6 +178,27 @@ def test_the_quota_refuses_clearly_and_room_can_be_made(folder):
     same(store.get(store.put(state(3))), state(3))
 
 
+def test_a_thread_that_puts_is_waited_for_where_another_one_counts_for_the_quota(folder):
+    store = ArchiveStore(folder, key=KEY, quota=10**9)
+    states = store._place.states
+    store.put(state(1)), store.put(state(2))
+    putting = threading.Thread(target=store.put, args=[state(3)])
+
+    class Names(set):
+        def __contains__(self, name):
+            if putting.ident is None:
+                states._sizes_at = counted
+                putting.start()
+                putting.join(1)
+            return super().__contains__(name)
+
+    used, counted, really = states.used(), states._sizes_at, states.names
+    states._sizes_at, states.names = None, lambda: Names(really())
+    assert states.used() == used
+    putting.join()
+    assert states.used() > used
+
+
 def test_verify_and_health_name_what_is_wrong(store, folder):
     good, bad, gone = (store.put(state(number)) for number in range(3))
     assert store.verify(read_data=True) == ()
