@@ -19,7 +19,7 @@ from pytest_gpumem.archive.builder import Builder
 from pytest_gpumem.archive.disk import NewFile, OldFile
 from pytest_gpumem.archive.nodes import checked
 from pytest_gpumem.archive.sealing import CHUNK, HEADER, INDEX, STATE, TAG, Seal
-from pytest_gpumem.errors import DamagedError, StateRefusedError
+from pytest_gpumem.errors import DamagedError, NotFoundError, StateRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -264,11 +264,13 @@ class Reader:
         They share memory where they did.
 
         Raises:
-            IndexError: there are not so many.
+            NotFoundError: there are not so many.
 
         """
         with checked():
             leaves = list(tree.leaves(self.tree))
+        if beyond := [place for place in which if place >= len(leaves)]:
+            raise NotFoundError(f"the state has no tensor {beyond[0]}, but {len(leaves)} of them")
         node = ["l", *(leaves[place] for place in which)]
         return self._restored(node, device)  # type: ignore[no-any-return]
 

@@ -192,10 +192,7 @@ class ArchiveStore:
         """Return some of a state's tensors, by their places in ``tensors(id)``; see ``get``."""
         where, places = arguments.device("device", device), arguments.places("which", which)
         with self._place.reading(id) as reader:
-            try:
-                return reader.get_tensors(places, where)
-            except IndexError:
-                raise NotFoundError(f"the state {id} has no tensor {max(places)}") from None
+            return reader.get_tensors(places, where)
 
     def entry(self, id: str) -> Entry:  # noqa: A002  # what put returned
         """Return what is kept beside the state of an id.
