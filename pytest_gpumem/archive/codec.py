@@ -11,7 +11,6 @@ that is half as much to code, at the same size; the few others are listed.
 from __future__ import annotations
 
 import struct
-import threading
 from typing import Any, Final
 
 import numpy as np
@@ -47,7 +46,7 @@ _WORTH = 0.97
 
 
 class Coder:
-    """Codes chunks; for one thread at a time."""
+    """Codes chunks; one at a time."""
 
     def __init__(self) -> None:
         import zstandard
@@ -279,14 +278,3 @@ class Coder:
             np.left_shift(words, 15, out=spare)
             np.right_shift(words, 1, out=words)
             np.bitwise_or(words, spare, out=words)
-
-
-_local = threading.local()
-
-
-def coder() -> Coder:
-    """Return this thread's coder."""
-    found: Coder | None = getattr(_local, "coder", None)
-    if found is None:
-        found = _local.coder = Coder()
-    return found

@@ -7,15 +7,14 @@ import functools
 import hmac
 import itertools
 import json
-import mmap
 import struct
-import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pytest_gpumem.archive import codec, disk, memory, sealing, taker, tree
+from pytest_gpumem.archive import codec, memory, sealing, taker, tree
 from pytest_gpumem.archive.builder import Builder
+from pytest_gpumem.archive.desk import lent
 from pytest_gpumem.archive.disk import NewFile, OldFile
 from pytest_gpumem.archive.nodes import checked
 from pytest_gpumem.archive.sealing import CHUNK, HEADER, INDEX, STATE, TAG, Seal
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
     from pathlib import Path
 
+    from pytest_gpumem.archive.desk import Desk
     from pytest_gpumem.archive.memory import Chunk
 
 _TRAILER = struct.Struct("<Q8s")
@@ -77,7 +77,8 @@ class Packed:
         nonce = bytes(12)
 
         def tag(chunk: Chunk) -> bytes:
-            return mac.encrypt(nonce, b"", memoryview(self.memory.gather(chunk)))
+            with lent() as desk:
+                return mac.encrypt(nonce, b"", memoryview(self.memory.gather(chunk, desk)))
 
         whole = hmac.new(key, digestmod="sha256")
         whole.update(struct.pack("<Q", len(self.description)) + self.description)
@@ -115,9 +116,10 @@ def write_and_read_back(new: NewFile, secret: bytes, packed: Packed, name: str) 
         def read_on(size: int) -> None:
             """Read the chunks that are on the disk, while later ones are coded."""
             nonlocal read
-            while read + 1 < len(places) and places[read + 1] <= size:
-                _open_chunk(old, seal, read, places[read], places[read + 1])
-                read += 1
+            with lent() as desk:
+                while read + 1 < len(places) and places[read + 1] <= size:
+                    _open_chunk(old, seal, read, places, desk)
+                    read += 1
 
         new.on_disk = read_on
         try:
@@ -150,7 +152,9 @@ class _Writer:
 
     def _code(self, chunk: Chunk) -> tuple[codec.Bytes, int]:
         out = self._spare.pop()
-        return out, codec.coder().encode(self._packed.memory.gather(chunk), chunk.kind, out)
+        with lent() as desk:
+            content = self._packed.memory.gather(chunk, desk)
+            return out, desk.coder.encode(content, chunk.kind, out)
 
     def _close(self, chunk: Chunk, coded: tuple[codec.Bytes, int]) -> None:
         out, length = coded
@@ -224,15 +228,18 @@ class Reader:
         """Bytes of the state."""
         return sum(self.layout.sizes)
 
-    def _opened(self, chunk: Chunk) -> codec.Bytes:
-        """Return a chunk, authenticated and still coded, in this thread's scratch memory."""
-        number = chunk.number
-        start, end = self._places[number], self._places[number + 1]
-        return _open_chunk(self._file, self._seal, number, start, end)
+    def _opened(self, chunk: Chunk, desk: Desk) -> codec.Bytes:
+        """Return a chunk, authenticated and still coded, on ``desk``."""
+        return _open_chunk(self._file, self._seal, chunk.number, self._places, desk)
 
     def authenticate(self, first: int = 0) -> None:
         """Read all chunks from the ``first`` on and make sure that they are what was written."""
-        memory.each(lambda chunk: len(self._opened(chunk)), self.layout.chunks[first:])
+
+        def authenticate_one(chunk: Chunk) -> None:
+            with lent() as desk:
+                self._opened(chunk, desk)
+
+        memory.each(authenticate_one, self.layout.chunks[first:])
 
     def _fill(self, storages: dict[int, Any]) -> None:
         """Read the content of blocks into these storages."""
@@ -243,9 +250,10 @@ class Reader:
         filled = memory.Memory(self.layout, places)
 
         def fill_one(chunk: Chunk) -> None:
-            coded = self._opened(chunk)
-            decode = functools.partial(codec.coder().decode, coded, chunk.kind)
-            filled.scatter(chunk, decode)
+            with lent() as desk:
+                coded = self._opened(chunk, desk)
+                decode = functools.partial(desk.coder.decode, coded, chunk.kind)
+                filled.scatter(chunk, decode, desk)
 
         memory.each(fill_one, self.layout.chunks_of(storages))
 
@@ -296,13 +304,15 @@ class Reader:
         return Builder(self.records, self.layout.sizes, places, device=device).build(node)
 
 
-def _open_chunk(old: OldFile, seal: Seal, number: int, start: int, end: int) -> codec.Bytes:
-    """Return a chunk, authenticated and still coded, in this thread's scratch memory."""
-    scratch = _scratch()
-    sealed = old.read(start, end - start, scratch.sealed)
+def _open_chunk(
+    old: OldFile, seal: Seal, number: int, places: Sequence[int], desk: Desk
+) -> codec.Bytes:
+    """Return a chunk, authenticated and still coded, on ``desk``; ``places`` are their starts."""
+    start, end = places[number], places[number + 1]
+    sealed = old.read(start, end - start, desk.sealed)
     if len(sealed) != end - start:
         raise DamagedError("it is truncated")
-    out = scratch.coded[: end - start - TAG]
+    out = desk.coded[: end - start - TAG]
     seal.open(CHUNK, number, sealed, out)
     return out
 
@@ -325,15 +335,3 @@ def _read_index(index: bytearray) -> tuple[dict[str, Any], tuple[int, ...]]:
     if len(text) != size or set(described) != {"tree", "tensors", "blocks"}:
         raise DamagedError("its index is not one")
     return described, lengths
-
-
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        longest = codec.CHUNK + codec.SLACK + TAG
-        self.sealed = disk.scratch(longest + 3 * mmap.PAGESIZE)
-        self.coded = np.empty(longest, np.uint8)
-
-
-@functools.cache
-def _scratch() -> _Scratch:
-    return _Scratch()

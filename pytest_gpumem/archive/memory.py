@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
+    from pytest_gpumem.archive.desk import Desk
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -143,12 +144,12 @@ class Memory:
         self._places = places
         self._pinned = any(place is not None and place.bytes is not None for place in places)
 
-    def gather(self, chunk: Chunk) -> Bytes:
-        """Return the bytes of a chunk: the memory itself, or this thread's copy of it."""
+    def gather(self, chunk: Chunk, desk: Desk) -> Bytes:
+        """Return the bytes of a chunk: the memory itself, or a copy of it on ``desk``."""
         pieces = list(self.layout.pieces(chunk))
         if (whole := self._whole(pieces, chunk)) is not None:
             return whole
-        staging, out = _staging(pinned=self._pinned)
+        staging, out = desk.staging(pinned=self._pinned)
         end = 0
         for block, at, to, size in pieces:
             place = self._places[block]
@@ -162,14 +163,14 @@ class Memory:
         out[end : chunk.size] = 0
         return out[: chunk.size]
 
-    def scatter(self, chunk: Chunk, decode: Callable[[Bytes], None]) -> None:
+    def scatter(self, chunk: Chunk, decode: Callable[[Bytes], None], desk: Desk) -> None:
         """Have ``decode`` write the bytes of a chunk, and bring them to their places."""
         pieces = list(self.layout.pieces(chunk))
         if (whole := self._whole(pieces, chunk)) is not None:
             _populate(whole.ctypes.data, chunk.size)
             decode(whole)
             return
-        staging, out = _staging(pinned=self._pinned)
+        staging, out = desk.staging(pinned=self._pinned)
         decode(out[: chunk.size])
         for block, at, to, size in pieces:
             place = self._places[block]
@@ -188,25 +189,6 @@ class Memory:
             return None
         view: Any = (ctypes.c_uint8 * size).from_address(place.address + at)
         return np.frombuffer(view, np.uint8)
-
-
-_local = threading.local()
-
-
-def _staging(*, pinned: bool) -> tuple[Any, Bytes]:
-    """Return this thread's buffer for a chunk, as a tensor and as an array.
-
-    Page-locked where cards are involved: they copy from other memory at half the speed.
-    """
-    import torch
-
-    name = "pinned" if pinned and torch.cuda.is_available() else "pageable"
-    found = getattr(_local, name, None)
-    if found is None:
-        tensor = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=name == "pinned")
-        found = tensor, tensor.numpy()
-        setattr(_local, name, found)
-    return found
 
 
 def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Result]:

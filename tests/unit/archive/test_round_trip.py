@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from states import DTYPES, QUANTIZED, same, shared, tensors_of
 
-from pytest_gpumem.archive import disk, file, subclasses
+from pytest_gpumem.archive import codec, disk, file, subclasses
+from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import StateRefusedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -370,3 +371,24 @@ def test_a_part_of_a_state_is_read_alone(keep, path):
 def test_a_path_that_leads_nowhere_is_a_key_error(keep, path):
     with pytest.raises(KeyError):
         keep({"b": [1, 2], "c": 1}, path=path)
+
+
+@pytest.mark.parametrize("step", ["_split_half", "_merge_half"])
+def test_a_finaliser_that_wakes_another_state_in_the_middle_of_a_chunk_disturbs_neither(
+    tmp_path, monkeypatch, step
+):
+    store = ArchiveStore(tmp_path, key=b"k" * 32)
+    first, second = ({"w": torch.randn(3, 100_001)} for _ in range(2))
+    other = store.put(second)
+    real, woken = getattr(codec.Coder, step), []
+
+    def interrupted(*arguments, **options):
+        if not woken:  # as the collector would, in the thread that asks for memory
+            woken.append(None)
+            woken[0] = store.get(other)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(codec.Coder, step, interrupted)
+    name = store.put(first)
+    same(store.get(name), first)
+    same(woken[0], second)
