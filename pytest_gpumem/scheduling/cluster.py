@@ -140,8 +140,11 @@ class Worker:
 
     @property
     def owes(self) -> bool:
-        """Whether it can be asked to give something back."""
-        return self.given_back < 2 and self.owed > 0
+        """Whether something comes back from it: it is giving back, or can be asked to.
+
+        Once told to, it has what it keeps until it says so; a test sent before would lack it.
+        """
+        return (self.waiting or self.given_back < 2) and self.owed > 0
 
     @property
     def idle(self) -> bool:

@@ -466,6 +466,18 @@ def test_idle_workers_give_back_fixtures_module_first_before_a_test_runs_alone()
     assert ("w0", 1) in runs(planner)
 
 
+def test_a_test_is_not_sent_while_what_it_needs_is_being_given_back() -> None:
+    planner = planner_of([gpu("a", 60, group="a.py"), gpu("b", 60, group="b.py")])
+    assert runs(planner) == [("w0", 0)]
+    planner.resident("w0", 70)
+    planner.finished("w0", 0, duration=1.0, peak=60)
+    for step in (Flush, Reset):
+        assert planner.commands() == [step("w0")]
+        planner.resident("w0", 70 if step is Flush else CONTEXT)
+        planner.flushed("w0")
+    assert Run("w0", 1, Grant(60, 1, alone=False)) in planner.commands()
+
+
 def given_back(planner: Planner, kept: dict[str, int]) -> list[str]:
     """Let workers do what they are told to give back; return who was told, in order."""
     told = []
