@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpumem.leases.entries import HELD
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     from pytest_gpumem.leases.entries import Entry
     from pytest_gpumem.leases.family import Families
@@ -44,6 +44,16 @@ class Lent(NamedTuple):
     """Of those among them who have slept for so long that it may well be for ever."""
 
 
+class Nap(NamedTuple):
+    """The sleep of a process that has a lease, as far as it was seen."""
+
+    since: float
+    looked: float
+    """When it was looked at last; both of ``time.monotonic``."""
+    seconds: float
+    """Of CPU that it had used then."""
+
+
 class Lending:
     """Tells, again and again, which leases are lent to a request that waits.
 
@@ -51,15 +61,21 @@ class Lending:
         request: the entry that waits.
         family: tells who its siblings are, and who sleeps.
         worker: whether ``request`` is of a test in a worker of a run.
+        naps: by lease, what requests of this process saw before; whoever slept a moment ago sleeps
+            on for this one, or each fixture of a module would wait for the same sleeper anew.
 
     """
 
-    def __init__(self, request: Entry, family: Families, *, worker: bool) -> None:
+    def __init__(
+        self, request: Entry, family: Families, naps: dict[str, Nap], *, worker: bool
+    ) -> None:
         self._request = request
         self._family = family
         self._worker = worker
-        self._naps: Mapping[str, tuple[float, float, float]] = {}
-        """By process: when it fell asleep, when it was looked at last, its CPU seconds then."""
+        self._naps = naps
+        moment = time.monotonic() - NAP
+        for name in [name for name, nap in naps.items() if nap.looked < moment]:
+            del naps[name]
 
     def look(self, page: Page) -> Lent | None:
         """Return which leases are lent; None where none is ever."""
@@ -67,13 +83,14 @@ class Lending:
         if not lenders:
             return None
         now = time.monotonic()
-        self._naps = {each.process: self._nap(each.process, now) for each in lenders}
-        asleep = {each.name for each in lenders if now - self._naps[each.process][0] >= SLEEP}
+        for each in lenders:
+            self._naps[each.name] = self._nap(each, now)
+        asleep = {each.name for each in lenders if now - self._naps[each.name].since >= SLEEP}
         unused = {
             each.name
             for each in lenders
             if each.test != self._request.test
-            and now - self._naps[each.process][0] >= NAP
+            and now - self._naps[each.name].since >= NAP
             and self._family.is_sibling(each.process)
         }
         return Lent(asleep | unused, asleep)
@@ -82,13 +99,13 @@ class Lending:
         sibling = self._worker and self._family.is_sibling(lease.process)
         return may_lend(lease, self._request, page, sibling=sibling)
 
-    def _nap(self, process: str, now: float) -> tuple[float, float, float]:
-        seconds = self._family.seconds_of_sleeper(process)
+    def _nap(self, lease: Entry, now: float) -> Nap:
+        seconds = self._family.seconds_of_sleeper(lease.process)
         if seconds is None:
-            return now, now, 0.0
-        since, last, before = self._naps.get(process, (now, now, seconds))
-        slept = seconds - before <= _BUSY * (now - last)
-        return since if slept else now, now, seconds
+            return Nap(now, now, 0.0)
+        before = self._naps.get(lease.name, Nap(now, now, seconds))
+        slept = seconds - before.seconds <= _BUSY * (now - before.looked)
+        return Nap(before.since if slept else now, now, seconds)
 
 
 def may_lend(lease: Entry, request: Entry, page: Page, *, sibling: bool) -> bool:

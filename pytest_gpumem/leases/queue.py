@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.admission import Claim
     from pytest_gpumem.leases.ledger import Ledger
-    from pytest_gpumem.leases.lending import Lent
+    from pytest_gpumem.leases.lending import Lent, Nap
     from pytest_gpumem.leases.outside import Lookout, Outside
     from pytest_gpumem.leases.page import Page
     from pytest_gpumem.leases.request import Asking, Hope
@@ -54,6 +54,7 @@ class Queue:
         self.headroom = 0
         self.cards: dict[str, Known] = {}
         """By key, those that this process asked for."""
+        self._naps: dict[str, Nap] = {}
 
     def take(self, claims: dict[str, Claim], asking: Asking) -> Grant:
         """Return an entry that holds ``claims``."""
@@ -87,7 +88,7 @@ class Queue:
         """Block until ``request`` is held; return what that was decided by."""
         begun, said = time.monotonic(), ""
         worker = asking.test and asking.worker
-        lending = Lending(request, self._ledger.alive.family, worker=worker)
+        lending = Lending(request, self._ledger.alive.family, self._naps, worker=worker)
         news = self._missed(request, view.page)
         while True:
             waited = time.monotonic() - begun

@@ -16,15 +16,13 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.scheduling.commands import CardKey
 
-STALL = 0.1
+STALL = 0.05
 """Seconds after which a test of which nothing was heard may wait for what an idle worker keeps; or
 as many as that worker's slowest set-up took, so that giving back at most doubles a wait..."""
 LONGEST_STALL = 10.0
 """... but no more than these."""
-_LOOK = 0.05
-"""Seconds between two looks, at first: then a quarter of the silence so far..."""
-_LONGEST_LOOK = 1.0
-"""... up to here."""
+_SOON = 0.01
+"""Seconds between two looks, at least."""
 LOOK_AGAIN: Mapping[str, Any] = {}
 """A message of nobody's: by it the clock's thread has the controller look for such tests."""
 
@@ -99,34 +97,43 @@ class StallClock:
 
     def __init__(self) -> None:
         self._timer: threading.Timer | None = None
-        self._silence = 0.0
-        """Seconds for which nothing was heard of a test when it was looked last."""
+        self._strikes = 0.0
+        """When the timer will have the controller look, of ``time.monotonic``."""
         self.gave_way = 0.0
         """When an idle worker was last told to give its fixtures back for such a test."""
 
-    @property
-    def runs(self) -> bool:
-        """Whether it will strike."""
-        return self._timer is not None
+    def start(self, node: Node, workers: Collection[Worker], keeping: Collection[str]) -> None:
+        """Have the controller look when the first of those ``keeping`` fixtures may have to yield.
 
-    def start(self, node: Node) -> None:
-        """Have the controller look for stalls in a while, by a message in the name of ``node``."""
+        It is told so by a message in the name of ``node``.
+        """
+        now = time.monotonic()
+        due = max(now + _SOON, min(_due(workers, keeping, now).values()))
+        if self._timer is not None:
+            if self._strikes <= due:
+                return  # then it begins anew, if a test went on meanwhile
+            self._timer.cancel()
+        self._strikes = due
         message = {"node": node, "indices": LOOK_AGAIN}
-        pause = min(_LONGEST_LOOK, max(_LOOK, self._silence / 4))
-        self._timer = threading.Timer(pause, node.notify_inproc, ("unscheduled",), message)
+        self._timer = threading.Timer(due - now, node.notify_inproc, ("unscheduled",), message)
         self._timer.daemon = True
         self._timer.start()
 
     def strike(self, workers: Collection[Worker], keeping: Collection[str]) -> list[str]:
         """Return those ``keeping`` fixtures beside which a test has been silent for too long."""
+        if self._timer is not None:
+            self._timer.cancel()  # one that was replaced may have struck all the same
         self._timer, now = None, time.monotonic()
-        silent = min((each.moved for each in workers if each.busy), default=now)
-        self._silence = now - silent
-        found = [
-            each.name
-            for each in workers
-            if each.name in keeping
-            and now - max(silent, each.moved) >= min(LONGEST_STALL, max(STALL, each.setup))
-        ]
+        found = [name for name, due in _due(workers, keeping, now).items() if due <= now]
         self.gave_way = now if found else self.gave_way
         return found
+
+
+def _due(workers: Collection[Worker], keeping: Collection[str], now: float) -> dict[str, float]:
+    """Return when each of those ``keeping`` fixtures has to yield if nothing is heard till then."""
+    silent = min((each.moved for each in workers if each.busy), default=now)
+    return {
+        each.name: max(silent, each.moved) + min(LONGEST_STALL, max(STALL, each.setup))
+        for each in workers
+        if each.name in keeping
+    }

@@ -313,8 +313,8 @@ class GpumemScheduling:
                 worker.sent.extend(indexes)
                 worker.node.send_runtest_some(indexes)
                 worker.moved = time.monotonic()
-        if not self._clock.runs and self._planner.keeping():
-            self._clock.start(next(iter(self._workers)))
+        if keeping := self._planner.keeping():
+            self._clock.start(next(iter(self._workers)), self._workers.values(), keeping)
 
     def _look_for_stalls(self) -> None:
         assert self._planner is not None  # noqa: S101  # it started the clock

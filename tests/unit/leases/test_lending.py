@@ -81,7 +81,7 @@ def test_a_lease_is_lent_after_a_nap_and_more_so_after_a_sleep(
     told, first, second, monkeypatch
 ) -> None:
     lease, request = entry(HELD, 1, "1.a", test=True), entry(WAITING, 2, "3.c")
-    lender = Lending(request, Families(told, sibling=True), worker=False)
+    lender = Lending(request, Families(told, sibling=True), {}, worker=False)
     clock = iter([place / 8 for place in range(12)])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(lending, "NAP", 0.25)
@@ -98,7 +98,7 @@ def test_a_lease_is_lent_after_a_nap_and_more_so_after_a_sleep(
 @pytest.mark.parametrize(("test", "sibling"), [(True, True), (False, False)])
 def test_tests_and_other_runs_lend_only_after_long(test, sibling, monkeypatch) -> None:
     lease, request = entry(HELD, 1, "1.a", test=True), entry(WAITING, 2, "3.c", test=test)
-    lender = Lending(request, Families([5.0] * 12, sibling=sibling), worker=test)
+    lender = Lending(request, Families([5.0] * 12, sibling=sibling), {}, worker=test)
     clock = iter(range(12))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(lending, "SLEEP", 9.0)
@@ -106,11 +106,29 @@ def test_tests_and_other_runs_lend_only_after_long(test, sibling, monkeypatch) -
     assert [bool(each.unused) for each in looks] == [False] * 9 + [True] * 3
 
 
+@pytest.mark.parametrize(
+    ("begins", "number", "lends"),
+    [(1.2, 1, True), (1.5, 1, False), (1.2, 9, False)],  # at once; after a while; another lease
+)
+def test_whose_sleep_was_just_seen_lends_to_the_next_request_at_once(
+    begins, number, lends, monkeypatch
+) -> None:
+    naps: dict[str, lending.Nap] = {}
+    for place, (at, holds) in enumerate([(0.0, 1), (begins, number)], 5):
+        lease = entry(HELD, holds, "1.a", test=True)
+        request = entry(WAITING, place, "3.c")
+        clock = iter([at, at, at + 1])
+        monkeypatch.setattr(time, "monotonic", lambda clock=clock: next(clock))
+        lender = Lending(request, Families([5.0, 5.0], sibling=True), naps, worker=False)
+        looks = [lender.look(page(lease, request)) for _ in range(1 + (at == 0.0))]
+    assert bool(looks[0].unused) is lends
+
+
 def test_where_nothing_is_ever_lent_nobody_looks() -> None:
     lease, request = entry(HELD, 1, "1.a"), entry(WAITING, 2, "3.c")
-    assert Lending(request, Families([]), worker=False).look(page(lease, request)) is None
+    assert Lending(request, Families([]), {}, worker=False).look(page(lease, request)) is None
     held = entry(HELD, 1, "1.a", test=True)
-    assert Lending(request, Families([1.0]), worker=False).look(page(held, request)) is not None
+    assert Lending(request, Families([1.0]), {}, worker=False).look(page(held, request)) is not None
 
 
 @needs_proc
