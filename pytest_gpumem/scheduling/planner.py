@@ -128,6 +128,7 @@ class Planner:
         peak: int | None,
         fixtures: int = 0,
         oom: bool = False,
+        felled: bool = False,
     ) -> None:
         """Take note that ``test`` ended.
 
@@ -138,13 +139,15 @@ class Planner:
             peak: highest bytes beyond what the process kept before it; None when not known.
             fixtures: bytes that the wider fixtures it uses hold.
             oom: whether it ran out of memory and ``retries`` said so: it is planned again, alone.
+            felled: whether it ran out of memory and is not tried again.
 
         """
         ran, seen = self._cluster.workers[worker], self._seen
         gpu = bool(ran.using)
         self._state.until_replan -= 1
-        if oom:
-            # What was expected was too little, for its relatives too.
+        if oom or felled:
+            # What was expected was too little, for its relatives too. When it ended, and what it
+            # had by then, tells nothing of them.
             seen.used_card(test, seen.need(test), seen.fixtures(test))
         else:
             seen.took(test, duration, gpu=gpu)

@@ -218,6 +218,7 @@ def simulate(
             peak=0 if oom else took.peak,
             fixtures=host.kept(worker)[1] if took.gpu else 0,
             oom=again,
+            felled=oom and not again,
         )
     return Result(host.now, host.ooms, tuple(felled), tuple(refused), host.setups, tuple(ended))
 

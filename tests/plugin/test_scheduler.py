@@ -1038,5 +1038,7 @@ def test_what_a_test_took_is_read_from_its_report():
     told: list[tuple[str, object]] = []
     properties.tell_usage(told, properties.Told((usage, usage._replace(extra=2, fixture_bytes=4))))
 
-    assert taken(told) == Taken(7, 4)
+    assert taken(told) == Taken(7, 4, oom=False)
+    properties.tell_usage(told, properties.Told(oom="CUDA out of memory"))
+    assert taken(told) == Taken(0, 0, oom=True)
     assert taken([("other", 1)]) == Taken(0, 0)

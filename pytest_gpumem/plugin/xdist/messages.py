@@ -19,6 +19,8 @@ class Taken(NamedTuple):
     """Beyond what its process kept before it."""
     fixtures: int = 0
     """What the wider fixtures that it uses hold."""
+    oom: bool = False
+    """Whether it ran out of memory."""
 
 
 def cards_of(
@@ -40,8 +42,9 @@ def cards_of(
 
 def taken(told: Iterable[tuple[str, object]]) -> Taken:
     """Return what a test took, from its report."""
-    cards = properties.read(told).cards
+    usage = properties.read(told)
     return Taken(
-        max((usage.extra for usage in cards), default=0),
-        max((usage.fixture_bytes for usage in cards), default=0),
+        max((card.extra for card in usage.cards), default=0),
+        max((card.fixture_bytes for card in usage.cards), default=0),
+        bool(usage.oom),
     )

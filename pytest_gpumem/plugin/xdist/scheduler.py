@@ -160,6 +160,7 @@ class GpumemScheduling:
                 peak=took.peak,
                 fixtures=took.fixtures,
                 oom=worker.oom,
+                felled=took.oom and not worker.oom,
             )
             worker.last, worker.taken = index, Taken()
             worker.oom = False

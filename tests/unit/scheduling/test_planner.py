@@ -276,6 +276,16 @@ def test_a_retry_disturbed_by_a_test_never_seen_runs_again_when_no_such_test_is_
     assert [test for _, test in workers.order].count(0) == 3
 
 
+def test_a_test_felled_out_of_memory_teaches_neither_its_peak_nor_its_time() -> None:
+    tests = [gpu(f"a[{n}]", None, 10.0) for n in range(3)]
+    planner = planner_of(tests, workers=1)
+    for test in range(2):
+        assert planner.commands() == [Run("w0", test, Grant(None, 1, alone=True))]
+        planner.finished("w0", test, duration=0.01, peak=5, felled=True)
+    assert planner.commands() == [Run("w0", 2, Grant(None, 1, alone=True))]
+    assert planner._seen.pace(gpu=True) == 1.0
+
+
 def test_a_retry_beside_tests_that_ran_before_is_the_last() -> None:
     tests = [gpu("g", None)] + [cpu(f"c{n}", 5.0) for n in range(6)]
     workers = Workers(tests, planner_of(tests, workers=2))
