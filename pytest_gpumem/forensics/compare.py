@@ -7,10 +7,11 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.records.budget import Own, Tolerance, judge
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.records.findings import Findings, Totals
 
@@ -166,7 +167,7 @@ def compare(before: Findings, after: Findings, limits: Limits) -> Comparison:
     changes: dict[str, list[Change]] = defaultdict(list)
     for kind, change in (*_tests(before, after, names), *_signatures(before, after)):
         changes[kind].append(change)
-    grown = _sizes(before.own_peaks, after.own_peaks, names)
+    grown = _sizes(before.own_peaks, after.own_peaks, names, differs=_of_own(before, after))
     leaks = _sizes(before.leaks, after.leaks, names, absent=0)
     missed = tuple(_missed(after, limits, grown))
     return Comparison(
@@ -218,8 +219,28 @@ def _paired(before: Findings, after: Findings) -> dict[str, str]:
     return names
 
 
+def _of_own(before: Findings, after: Findings) -> Callable[[str, str], bool]:
+    """Return what tells whether a test's own peak differs by more than by what it left behind.
+
+    What a process keeps, such as a model that is loaded once, is taken by the first test that needs
+    it: another one in each run. It is judged as a budget is.
+    """
+
+    def differs(old: str, new: str) -> bool:
+        one = Own(before.own_peaks[old], before.kept.get(old, 0))
+        two = Own(after.own_peaks[new], after.kept.get(new, 0))
+        return "above" in {judge(one, two, Tolerance()), judge(two, one, Tolerance())}
+
+    return differs
+
+
 def _sizes(
-    before: dict[str, int], after: dict[str, int], names: dict[str, str], absent: int | None = None
+    before: dict[str, int],
+    after: dict[str, int],
+    names: dict[str, str],
+    *,
+    absent: int | None = None,
+    differs: Callable[[str, str], bool] = lambda *_: True,
 ) -> list[tuple[str, int, int]]:
     """Return the tests whose size differs, the most grown first."""
     pairs = {old: new for old, new in names.items() if old in before or new in after}
@@ -228,7 +249,7 @@ def _sizes(
     rows = []
     for old, new in pairs.items():
         one, two = before.get(old, absent), after.get(new, absent)
-        if one is not None and two is not None and one != two:
+        if one is not None and two is not None and one != two and differs(old, new):
             rows.append((_renamed(old, new), one, two))
     return sorted(rows, key=lambda row: row[1] - row[2])
 

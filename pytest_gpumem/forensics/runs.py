@@ -145,6 +145,7 @@ class Run:
         self.subjects: defaultdict[str, set[str]] = defaultdict(set)
         self.peaks: dict[str, int] = {}
         self.own_peaks: dict[str, int] = {}
+        self.kept: dict[str, int] = {}
         self.leftovers: defaultdict[str | None, list[Leftover]] = defaultdict(list)
         """By worker."""
         self.leaks: dict[str, int] = {}

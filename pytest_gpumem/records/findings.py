@@ -190,6 +190,8 @@ class Findings(NamedTuple):
     deaths: tuple[Death, ...] = ()
     own_peaks: dict[str, int] = {}  # noqa: RUF012 - never written to
     """By test, the most that it allocated beyond what was there when it began."""
+    kept: dict[str, int] = {}  # noqa: RUF012 - never written to
+    """By test, the part of that which was still there at its end: leaked, or for later tests."""
     leaks: dict[str, int] = {}  # noqa: RUF012 - never written to
     """What tests left behind, in bytes, where the input has it."""
     recovered: tuple[str, ...] = ()

@@ -45,8 +45,9 @@ def of_record(recorded: records.RunRecord) -> Run:
         if each.cards:
             run.peaks[each.nodeid] = max(card.peak for card in each.cards)
             # What others left there before it, or a wider fixture holds, is not its own.
-            own = max(card.peak - card.baseline for card in each.cards)
-            run.own_peaks[each.nodeid] = max(own, run.own_peaks.get(each.nodeid, 0))
+            own, kept = max((card.peak - card.baseline, card.leftover) for card in each.cards)
+            if own >= run.own_peaks.get(each.nodeid, 0):
+                run.own_peaks[each.nodeid], run.kept[each.nodeid] = own, kept
         leaked = sum(card.leaked for card in each.cards) + sum(f.leaked for f in each.fixtures)
         if leaked:
             run.leftovers[worker].append(Leftover(each.nodeid, leaked))

@@ -18,12 +18,13 @@ MIB = 2**20
 
 
 def record(*tests):
-    """Return a run of tests, each with its baseline, peak and leak in MiB."""
+    """Return a run of tests, each with its baseline, peak, leak and what it keeps in MiB."""
     made = []
-    for nodeid, outcome, baseline, peak, leaked in tests:
+    for nodeid, outcome, baseline, peak, leaked, *kept in tests:
         each = copy.deepcopy(RECORD["tests"][0])
         each |= {"nodeid": nodeid, "outcome": outcome, "oom": "", "fixtures": []}
         each["cards"][0] |= {"baseline": baseline * MIB, "peak": peak * MIB, "leaked": leaked * MIB}
+        each["cards"][0]["leftover"] = sum(kept, leaked) * MIB
         made.append(each)
     return RECORD | {"tests": made}
 
@@ -61,6 +62,23 @@ def test_another_order_is_no_growth(compare):
     assert (status, told["peaks"], told["verdict"]) == (
         0, [], "the threshold is kept; nothing changed",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("taken", "peaks"),
+    [
+        (300, []),
+        (330, []),  # for a moment it was there twice
+        (640, ["t.py::test_b", "t.py::test_a"]),
+    ],
+)
+def test_who_loads_what_the_process_keeps_has_not_grown(compare, taken, peaks):
+    before = (("t.py::test_a", "passed", 0, taken, 0, 290), ("t.py::test_b", "passed", 290, 300, 0))
+    after = (("t.py::test_b", "passed", 0, taken, 0, 290), ("t.py::test_a", "passed", 290, 300, 0))
+
+    status, told = compare(record(*before), record(*after), "--max-peak-growth", "64MiB")
+
+    assert (status, [each["name"] for each in told["peaks"]]) == (bool(peaks), peaks)
 
 
 def test_own_growth_is_missed(compare):
