@@ -76,8 +76,8 @@ class Card:
 
     @property
     def idle(self) -> bool:
-        """Whether all its workers are idle and have given back what they can."""
-        return all(each.idle and not each.owes for each in self.workers)
+        """Whether nobody uses it, and its workers are idle and have given back what they can."""
+        return not self.users and all(each.idle and not each.owes for each in self.workers)
 
     @property
     def owed(self) -> bool:
@@ -341,7 +341,7 @@ class Cluster:
             if card not in other.ring or card is self._nothing:
                 continue
             alone = card.exclusive and worker in card.users
-            kept = other.owes if alone else other.name in card.claims
+            kept = other.owes if alone else other.name in card.claims or other in card.users
             if kept or any(not self._tests[test].seen for test in other.given):
                 return True
         return False
@@ -368,15 +368,16 @@ class Cluster:
 
         Contexts stay: a test that does not fit beside those there are would wait in vain.
         """
-        if test in self._seen.ooms and worker.card.owed:
+        cards = self.cards_for(worker, test)
+        owed = any(card.owed for card in cards)
+        if test in self._seen.ooms and owed:
             return False  # it gets all the room that there can be
         if self.fits(worker, test):
             return True
-        cards = self.cards_for(worker, test)
         if busy(cards) or len(cards) < self._tests[test].cards:
             return False
         # What other programs use may be theirs for good: the lease waits for it, not for ever.
-        return not worker.card.owed
+        return not owed
 
     def would_go(self, card: Card, test: int) -> bool:
         """Return whether ``test``, which must run alone, could if no test ran on ``card``."""

@@ -35,7 +35,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.scheduling import lanes
-from pytest_gpumem.scheduling.cluster import Reservation, busy
+from pytest_gpumem.scheduling.cluster import Reservation
 from pytest_gpumem.scheduling.commands import Flush, Grant, Reset, Run, Stop
 from pytest_gpumem.scheduling.contexts import may_use
 
@@ -135,12 +135,16 @@ def last_resort(state: State, worker: Worker) -> bool:
     if not able or not worker.card.idle:
         return False
     reserved = worker.card.own_reservation
-    if reserved and not busy(reserved.cards) and _in_order(state, worker, reserved.test):
+    if (
+        reserved
+        and all(card.idle for card in reserved.cards)
+        and _in_order(state, worker, reserved.test)
+    ):
         return _launch(state, worker, reserved.end(), alone=True)
     for portion in _lanes(state, worker):
         for test in list(itertools.islice(portion.tests, LOOK)):
             cards = state.cluster.cards_for(worker, test)
-            free = state.cluster.possible(cards, test) and not busy(cards)
+            free = state.cluster.possible(cards, test) and all(card.idle for card in cards)
             if free and _in_order(state, worker, test):
                 return _launch(state, worker, state.backlog.take(portion, test), alone=True)
             if not state.cluster.possible_anywhere(test):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -488,6 +488,21 @@ def test_a_test_is_not_sent_while_what_it_needs_is_being_given_back() -> None:
     assert Run("w0", 1, Grant(60, 1, alone=False)) in planner.commands()
 
 
+def test_a_test_on_two_cards_waits_for_what_is_given_back_on_the_other() -> None:
+    tests = [gpu("a", 60, group="a.py"), gpu("b", 60, group="b.py"), gpu("wide", 80)]
+    tests[2] = tests[2]._replace(cards=2, exclusive=True)
+    planner = planner_of(tests, cards=2)
+    assert sorted(runs(planner)) == [("w0", 0), ("w1", 1)]
+    planner.resident("w1", 70)
+    planner.finished("w1", 1, duration=1.0, peak=60)
+    planner.finished("w0", 0, duration=1.0, peak=60)
+    for step in (Flush, Reset):
+        assert planner.commands() == [step("w1")]
+        planner.resident("w1", 70 if step is Flush else CONTEXT)
+        planner.flushed("w1")
+    assert any(isinstance(each, Run) and each.test == 2 for each in planner.commands())
+
+
 def given_back(planner: Planner, kept: dict[str, int]) -> list[str]:
     """Let workers do what they are told to give back; return who was told, in order."""
     told = []
@@ -914,6 +929,8 @@ class Room(RuleBasedStateMachine):
         self.resident: dict[tuple[str, CardKey], int] = {}
         self.given_back: Counter[str] = Counter()
         self.flushing: set[str] = set()
+        self.stays: defaultdict[str, int] = defaultdict(lambda: CONTEXT)
+        """What each cannot give back of its own card."""
         self.started: Counter[int] = Counter()
         self.ended: Counter[int] = Counter()
         self.ooms: Counter[int] = Counter()
@@ -1022,10 +1039,10 @@ class Room(RuleBasedStateMachine):
 
     def check_room(self, worker: str, test: int, card: CardKey, grant: Grant) -> None:
         running = self.on_card(card)
-        need = grant.size
-        if not running:
+        if not running and not self.comes_back(card):
             return  # The card is its own; it may be a last resort.
-        assert need is not None
+        need = grant.size or 0
+        assert grant.size is not None or not running
         claims = [
             Claim(size, self.granted(name, card), self.is_exclusive(running.get(name)))
             for (name, place), size in self.resident.items()
@@ -1034,6 +1051,14 @@ class Room(RuleBasedStateMachine):
         own = max(CONTEXT, self.resident.get((worker, card), 0))
         new = Claim(own, need, grant.alone)
         assert fits(self.totals[card], self.others[card], HEADROOM, claims, new)
+
+    def comes_back(self, card: CardKey) -> bool:
+        """Return whether a worker is giving back what it keeps of its card."""
+        return any(
+            self.resident.get((worker, card), 0) > self.stays[worker]
+            for worker in self.flushing
+            if self.rings[worker][:1] == [card]
+        )
 
     def granted(self, worker: str, card: CardKey) -> int:
         test = self.on_card(card).get(worker)
@@ -1125,6 +1150,8 @@ class Room(RuleBasedStateMachine):
         if self.rings[worker]:
             card = data.draw(st.sampled_from(self.rings[worker]))
             self.resident[worker, card] = size
+            if card == self.rings[worker][0]:
+                self.stays[worker] = max(CONTEXT, min(self.stays[worker], size))
             self.planner.resident(worker, size, card, fixtures)
             self.obey()
 
@@ -1159,8 +1186,22 @@ class Room(RuleBasedStateMachine):
     @rule(data=st.data())
     def give_back(self, data) -> None:
         worker = data.draw(st.sampled_from(sorted(self.flushing)))
+        self.flushed(worker)
+        self.obey()
+
+    def flushed(self, worker: str) -> None:
         self.flushing.remove(worker)
+        if self.given_back[worker] > 1 and self.rings[worker]:
+            kept = self.resident.get((worker, self.rings[worker][0]), 0)
+            self.stays[worker] = max(CONTEXT, kept)
         self.planner.flushed(worker)
+
+    @precondition(lambda self: self.planner.keeping())
+    @rule(data=st.data())
+    def stall(self, data) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.planner.keeping())))
+        assert worker in self.queues
+        self.planner.stalled(worker)
         self.obey()
 
     @precondition(lambda self: self.leaving() and not self.planner.done)
@@ -1200,8 +1241,7 @@ class Room(RuleBasedStateMachine):
             for worker in self.leaving():
                 self.goes(worker)
             for worker in sorted(self.flushing):
-                self.flushing.discard(worker)
-                self.planner.flushed(worker)
+                self.flushed(worker)
             for worker in self.busy():
                 test = self.queues[worker].pop(0)
                 self.ended[test] += 1
