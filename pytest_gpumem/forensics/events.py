@@ -229,7 +229,8 @@ def _one_event(before: Draft, after: Draft) -> bool:
         return False
     if before.worker != after.worker and before.worker and after.worker:
         return False
-    if (one.backend in causes.HOST) != (two.backend in causes.HOST):
+    host = one.backend in causes.HOST, two.backend in causes.HOST
+    if "unsaid" not in {one.kind, two.kind} and host[0] != host[1]:
         return False
     if after.line - before.last > (_FAR if one.backend == two.backend else _NEAR):
         return False
@@ -253,7 +254,7 @@ def _asks_again(one: Message, two: Message, apart: int) -> bool:
 def _fuller(one: Message | None, two: Message) -> Message:
     if one is None:
         return two
-    if len(two.sizes) > len(one.sizes) or two.backend == "jax":
+    if len(two.sizes) > len(one.sizes) or two.backend == "jax" or one.kind == "unsaid":
         # XLA's allocator prints TensorFlow's words before JAX's own.
         one, two = two, one
     return one._replace(

@@ -8,7 +8,7 @@ them it needs a context that says error, unless nobody but a framework writes su
 that is prose. What is code or prose says ``spoken.py``.
 
 Where no grammar finds its words, the class of an exception, or a beginning that was cut short, may
-still say whose they were.
+still say whose they were; and what is said in nobody's words is judged by ``unforeseen.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.forensics import grammars, spoken
+from pytest_gpumem.forensics import grammars, spoken, unforeseen
 from pytest_gpumem.forensics.grammars.language import compile_figures, size
 from pytest_gpumem.records.findings import GpuProcess
 
@@ -31,7 +31,7 @@ _CLASS = re.compile(
 _OOM_CLASS = re.compile(
     r"(?<![\w.])(?P<module>(?:[A-Za-z_]\w{0,80}(?:\.|::)){0,12})OutOfMemoryError\b(?![.(]\w)"
 )
-_CALL = re.compile(r"\w\([^()\"']*$|\bfunction [\"']$")
+_CALL = re.compile(r"\w\([^()\"']*$|\bis(?:instance|subclass)\(|\bfunction [\"']$")
 """A name among the arguments of a call, or of a function, is code."""
 _SEPARATED = re.compile(r"(?:^|[:=>|\]})\"'`(,.;!*-]|\\n)\s*$")
 _BLANKS = re.compile(r"\s{2,}")
@@ -67,6 +67,8 @@ class Message(NamedTuple):
 
     backend: str
     kind: str
+    """Of its grammar; ``unforeseen`` where none has its words, ``unsaid`` where these do not even
+    say whose memory it was."""
     limit: bool
     named: bool
     """Whether its context says that it is an error, or its words are nobody else's."""
@@ -85,6 +87,11 @@ class Message(NamedTuple):
     def figures(self) -> int:
         """How much it tells."""
         return len(self.sizes) + len(self.processes)
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether a grammar has its words."""
+        return self.kind not in ("unforeseen", "unsaid")
 
     @property
     def complete(self) -> bool:
@@ -107,16 +114,19 @@ def parse(text: str, *, raised: bool = False) -> Message | None:
         match = grammar.head.search(text)
         if match is None or "cudaErrorIllegal" in text:
             continue
-        found = _message(grammar, text, match)
+        found = _stated(_message(grammar, text, match))
         if spoken.reports(text, match.span(), found.kind, found.figures, raised=raised):
             return found
         words = True
-    return None if words else _by_class(text, raised=raised) or _cut_short(text)
+    if words:
+        return None
+    return _by_class(text, raised=raised) or _cut_short(text) or _unforeseen(text, raised=raised)
 
 
 def worded(text: str) -> bool:
     """Tell whether ``text`` has the words of a message, reported or only spoken of."""
-    return any(each.head.search(text) for each in grammars.speaking(text))
+    known = any(each.head.search(text) for each in grammars.speaking(text))
+    return known or unforeseen.find(text) is not None
 
 
 def _named(head: str, tail: str) -> bool:
@@ -136,6 +146,8 @@ def _by_class(text: str, *, raised: bool) -> Message | None:
     head, tail = text[: match.start()], text[match.end() : match.end() + 1]
     if grammar is None or not _SEPARATED.search(head) or tail.isalnum() or _CALL.search(head):
         return None
+    if unforeseen.DEFINED.match(text, match.end()):
+        return None
     found = _message(grammar, text, match)._replace(named=True)
     span = match.span()
     return found if spoken.reports(text, span, "error", found.figures, raised=raised) else None
@@ -151,6 +163,47 @@ def _cut_short(text: str) -> Message | None:
     words = start[max((match.end() for match in _CLASS.finditer(start)), default=len(start)) :]
     grammar = next((each for each in grammars.GRAMMARS if each.words.startswith(words)), None)
     return _message(grammar, text, None) if grammar and len(words) >= _CUT_WORDS else None
+
+
+def _stated(message: Message) -> Message:
+    """Return a message whose words need a context, with what the text around them tells."""
+    if message.named or message.figures:
+        return message
+    found = unforeseen.find(message.text)
+    if found is None or not unforeseen.stated(message.text, found):
+        return message
+    tried = size(found.tried)
+    if tried is None:
+        return message._replace(named=True)
+    told = {"tried": tried}, {"tried": found.tried}
+    return message._replace(named=True, sizes=told[0], printed=told[1], whole=False)
+
+
+def _unforeseen(text: str, *, raised: bool) -> Message | None:
+    """Recognise words that no grammar has, where a program states them."""
+    found = unforeseen.find(text)
+    if found is None:
+        return None
+    tried = size(found.tried)
+    span = found.start, found.end
+    if not spoken.reports(text, span, "error", 0, raised=raised):
+        return None
+    if not unforeseen.stated(text, found):
+        return None
+    return Message(
+        backend="host" if found.memory == "host" else "unknown",
+        kind="unforeseen" if found.memory else "unsaid",
+        limit=False,
+        named=True,
+        sizes={} if tried is None else {"tried": tried},
+        printed={} if tried is None else {"tried": found.tried},
+        device=None,
+        processes=(),
+        pid=None,
+        whole=False,
+        text=text,
+        start=found.start,
+    )
 
 
 def _message(grammar: Grammar, text: str, match: re.Match[str] | None) -> Message:

@@ -26,7 +26,7 @@ _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 _CODE = re.compile(
     r"\s*(?:>\s+|\d+\s+)?(?:(?:raise|return|def|class|import|case|throw|grep|echo)\s"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
-    r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|with\s+[\w.]+\("
+    r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?:\s|[^\W\d])|//|/\*"
     r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$"
     r"|(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
@@ -55,27 +55,33 @@ QUOTING = re.compile(
 """An assertion about a message: it quotes one, and what follows it compares."""
 _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|avoid\w*|prevent\w*|you|your|in case of|to fix|how to|see also|"
-    r"hint|note|tip|e\.g\.|may|might|can|would|likely|"
-    r"sometimes|often|usually|typically)\b[^:\]]{0,80}$"
+    r"hint|note|tip|e\.g\.|such as|may|might|can|would|likely|"
+    r"sometimes|often|usually|typically)\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
 )
 _ASIDE = re.compile(r"\([^()]*\)")
 _PROSE_TAIL = re.compile(
-    r"(?i)[\"'`*]*\s*(?:,? ?(?:errors?|issues?|problems?|exceptions?|conditions?|handling|handler|"
-    r"situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will|should|is|are|"
-    r"try|consider)\b|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
+    r"(?i)[\"'`*]*\s*(?:,? ?(?:errors?|issues?|problems?|exceptions?|conditions?|handling|"
+    r"handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will"
+    r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
+    r"|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
     r"| [\u0400-\ud7ff])"
 )
+_EXPLAINED = re.compile(r".{0,16}?[,(] ?which (?:is|means?|usually|often|indicates?|typically)\b")
+_MENTIONED = re.compile(r"[A-Za-z]{2,}, $")
+"""What stands before a quotation in somebody's sentence."""
 _GOES_ON = re.compile(r"[.,;)]| [a-z]")
 HANDLED = re.compile(
     r"(?i)\b(?:retrying|retried|will retry|fall(?:ing|s)?[ -]?back|recover(?:ed|ing|y)?|"
     r"(?<!\d )skipped|skipping|reducing|halving|will try|trying again|not a failure|handled|"
     r"(?<!\d )ignored|ignoring|moving to cpu|using cpu|switching to cpu|on cpu instead|"
-    r"clearing (?:the )?cache|caught (?:an? )?(?:cuda )?(?:oom|out)|oom caught|caught:|"
-    r"as expected|expected error)"
+    r"clearing (?:the )?cache|caught (?:an? )?(?:cuda )?(?:oom|out)|oom caught|"
+    r"(?<!unhandled exception )caught:|as expected|expected error"
+    r"|(?:use|using|reading) .{1,40}\binstead\b)"
 )
 _BELOW_ERROR = re.compile(
     r"(?<![=\w])(?:WARN(?:ING)?|INFO|DEBUG|TRACE|NOTICE)\b(?![=/.])|(?i:level\W{1,4}(?:warn|info|debug|"
-    r"trace|notice))|\b\w*Warning: |^\[[WI]\d{3,4} |\[[WI]:onnxruntime|^I[ \d][\w/. :]{3,80}\]"
+    r"trace|notice))|\b\w*Warning: |^\[[WI]\d{3,4} |\[[WI]\] |\[[WI]:onnxruntime"
+    r"|^I[ \d][\w/. :]{3,80}\]"
 )
 _ERROR_LEVEL = re.compile(r"\b(?:ERROR|CRITICAL|FATAL|[\w.]+(?:Error|Exception))\b|(?i:level\W{1,4}"
                           r"(?:error|fatal|crit))")  # fmt: skip
@@ -100,7 +106,8 @@ def reports(
         return False
     if kind == "kill":
         # At whatever level somebody logs it.
-        return not (HANDLED.search(head) or HANDLED.search(tail) or _prose(head, tail, figures))
+        handled = HANDLED.search(head) or HANDLED.search(tail)
+        return not (handled or _prose(head, tail, figures) or _EXPLAINED.match(tail))
     if not raised and _survived(text, end, head):
         return False
     return figures > 0 or not (_named_only(text, span, head) or _prose(head, tail, 0))
@@ -120,7 +127,7 @@ def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
     """Tell whether a name without figures is one of a list, of a comment or of a definition."""
     alone = " " not in text[slice(*span)]
     if alone and (
-        _DEFINED.match(text, span[1]) or (head.endswith(" = ") and text[span[1] :] == ";")
+        _DEFINED.match(text, span[1]) or (head.endswith(" = ") and text[span[1] :] in ("", ";"))
     ):
         return True
     if ERROR.search(head):
@@ -136,7 +143,11 @@ def _prose(head: str, tail: str, figures: int) -> bool:
 
 
 def _quoted(head: str, tail: str) -> bool:
-    """Tell whether words are shown as code within a sentence."""
+    """Tell whether words are shown as a quotation, or as code, within a sentence."""
+    head, tail = head.replace("``", "`"), tail.replace("``", "`")
+    said, mark, _ = head.rpartition('"')
+    if mark and head.count('"') % 2 and _MENTIONED.search(said):
+        return True
     before = head.rpartition("`")[0]
     if "`" not in head or before.count("`") % 2 or tail.count("`") % 2 == 0:
         return False

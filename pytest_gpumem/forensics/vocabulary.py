@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from pytest_gpumem.forensics.messages import Message
 
 _HINT = re.compile(
-    r"(?i)memory|alloc|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|KV cache|cache blocks"
-    r"|INSUFFICIENT_RESOURCES|OUT_OF_RESOURCES|That was not possible|mem-fraction-static"
+    r"(?i)memory|alloc|vram|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|KV cache"
+    r"|cache blocks|INSUFFICIENT_RESOURCES|OUT_OF_RESOURCES|That was not possible"
+    r"|mem-fraction-static"
 )
-"""Lines without any of these are in no grammar; the grammars are loaded only for one that has."""
+"""Lines without any of these say nothing of memory; grammars are loaded only for one that has."""
 _LINES = 100
 """Lines with a hint that are looked at: an error may carry a whole log."""
 _LENGTH = 2_000
@@ -90,8 +91,10 @@ def _line(line: str, *, raised: bool) -> Said | None:
             return Said(
                 message.text[message.start :],
                 host=message.backend in ("cpu", "host") or _OF_HOST.search(line) is not None,
-                # ONNX Runtime's arena may be the host's.
-                weak=message.kind == "weak" or message.backend == "onnxruntime",
+                # ONNX Runtime's arena may be the host's; nobody vouches for unforeseen words.
+                weak=message.kind == "weak"
+                or not message.foreseen
+                or message.backend == "onnxruntime",
                 tried=message.sizes.get("tried", 0),
                 allowed=message.printed.get("allowed", ""),
                 limit=message.sizes.get("allowed"),

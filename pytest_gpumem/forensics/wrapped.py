@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.forensics import grammars, lines, messages, spoken
+from pytest_gpumem.forensics import grammars, lines, messages, spoken, unforeseen
 from pytest_gpumem.forensics.cursor import FILE
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ _UNENDED = re.compile(
 _NARROW = 55
 """Characters: who wraps lines leaves none much shorter than a narrow terminal's."""
 _LIST = 12
+_ABOVE, _BELOW = 20, 4
+"""Lines that are searched for whose memory ran out, where the message does not say it."""
 _TEXT = re.compile(r"\s*[rbfu]{0,2}[\"']")
 _JSON_OPENS = re.compile(r"\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
@@ -65,8 +67,16 @@ def listed(at: Cursor, line: Line, body: str) -> bool:
 
 
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
-    """Parse a message, with the lines that it was wrapped onto."""
-    body = body.strip()
+    """Parse a message, with the lines that it was wrapped onto; others may say whose it is."""
+    found = _read(at, line, body.strip(), raised=raised)
+    if found is None or found.kind != "unsaid":
+        return found
+    around = (*preceding(line, _ABOVE, at.carrier), *following(line, _BELOW, at.carrier))
+    card = any(unforeseen.whose(text.body) == "card" for text in around)
+    return found._replace(backend="unknown" if card else "host")
+
+
+def _read(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
     if spoken.LITERAL.match(body):
         return None
     found = messages.parse(body, raised=raised)
@@ -90,9 +100,11 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
 
 def _knows_more(other: Message, found: Message | None) -> bool:
     """Tell whether the whole says more than its first line: a figure, or whose memory it was."""
-    if found is None or other.figures != found.figures:
-        return found is None or other.figures > found.figures
-    return other.backend != found.backend
+    if found is None or found.foreseen != other.foreseen:
+        return found is None or other.foreseen
+    if other.figures != found.figures:
+        return other.figures > found.figures
+    return other.backend != found.backend and not (found.figures and found.whole)
 
 
 def _begun_above(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:

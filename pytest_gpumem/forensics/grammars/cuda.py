@@ -115,8 +115,8 @@ GRAMMARS = (
         r"|\bcudaErrorMemoryAllocation\b(?::? out of memory)?|\bCUDA_OUT_OF_MEMORY\b",
         r"allocate \S+ \(<tried>\)",
         r"allocate <tried>",
-        r"Requested memory: <tried>",
-        r"Free memory: <free>",
+        r"Requested memory: <tried#>",
+        r"Free memory: <free#>",
         distinct=True,
     ),
     grammar(

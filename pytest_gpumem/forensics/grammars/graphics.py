@@ -89,6 +89,14 @@ GRAMMARS = (
     grammar(
         "unknown", "GL_OUT_OF_MEMORY", r"\bGL_OUT_OF_MEMORY\b(?: error generated)?", distinct=True
     ),
+    # Tenstorrent, of a core's or the card's memory.
+    grammar(
+        "unknown",
+        "space to allocate",
+        r"Not enough space to allocate \d+ B (?:L1|DRAM)",
+        r"to allocate <tried>",
+        distinct=True,
+    ),
     grammar("cuda", "EncodeSessionEx failed", r"EncodeSessionEx failed: out of memory"),
     grammar("cuda", "ALLOCATOR_FAILURE", r"\bNVJPEG_STATUS_ALLOCATOR_FAILURE", distinct=True),
     grammar("cuda", "DEVICE_OUT_OF_MEMORY", r"\bOPTIX_ERROR_DEVICE_OUT_OF_MEMORY", distinct=True),

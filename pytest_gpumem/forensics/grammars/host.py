@@ -39,7 +39,9 @@ GRAMMARS = (
     ),
     grammar("host", "Out of Host Memory", "", distinct=True),
     grammar("host", "MemoryError", r"^(?:\w+\.)*_?(?:Array)?MemoryError:?$", distinct=True),
-    grammar("host", "std::bad_alloc", r"std::bad_alloc(?=\W*$)", distinct=True),
+    # What Microsoft's runtime calls the same.
+    grammar("host", "bad allocation", r"\bbad allocation(?=['\"`!.)]*$)"),
+    grammar("host", "std::bad_alloc", r"std::bad_alloc(?=['\"`!.)]*$)", distinct=True),
     grammar(
         "host",
         "ut of memory: Kill|illed process",
@@ -77,6 +79,24 @@ GRAMMARS = (
         distinct=True,
         kind="kill",
     ),
+    # A Java machine's last words, which it writes as a warning.
+    grammar(
+        "host",
+        "memory for the Java Runtime|os::commit_memory(|Native memory allocation (",
+        r"insufficient memory for the Java Runtime|os::commit_memory\([^()]{1,80}\) failed"
+        r"|Native memory allocation \(\w+\) failed",
+        r"commit_memory\(\w+, <tried#>",
+        r"failed to (?:map|allocate) <tried>",
+        distinct=True,
+        kind="kill",
+    ),
+    grammar(
+        "host",
+        "systemd-oomd killed|due to memory pressure for",
+        r"systemd-oomd killed [1-9]|\bKilled \S+ due to memory pressure for",
+        distinct=True,
+        kind="kill",
+    ),
     # Those who watch memory themselves: Dask, YARN, AWS Batch, Slurm, LSF, PBS.
     grammar(
         "host",
@@ -109,10 +129,11 @@ PROBABLE_KILL = re.compile(
     r"(?:\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b.*|\[\d+\]\+? +(?:\d+ )?Killed\b.*"
     r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
     r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|exit)|code){0,2})"
-    r"[\"']? ?[:=]? *[\"']?137\b.*|.*\bKilled signal terminated program .*"
+    r"[\"']? ?[:=]? *[\"'(]?137\b.*|.*\bKilled signal terminated program .*"
     # torchrun, torch's and Python's own multiprocessing, subprocess, joblib, Celery, Dask,
     # gunicorn, time, cargo.
-    r"| *exitcode +: -9\b.*|.{0,200}(?:\(exitcode: -9\)|\bSignal 9 \(SIGKILL\) received"
+    r"| *exitcode +: -9\b.*"
+    r"|.{0,200}(?:\(exitcode: -9\)|\breturn code = -9\b|\bSignal 9 \(SIGKILL\) received"
     r"|\bdied with <Signals\.SIGKILL: 9>|\bprematurely: signal 9 \(SIGKILL\)"
     r"|\bexit codes of the workers are \{.{0,80}SIGKILL\(-9\)|\bwas killed by signal 9\b"
     r"|\b(?:died|killed|terminated|ended|exited)\b.{0,30}\bsignal:? (?:9\b|(?:SIG)?KILL\b)"

@@ -1,0 +1,179 @@
+"""Says that memory ran out in words that no grammar has.
+
+A program says so in one of four ways, whatever its words: memory is lacking ("not enough device
+memory"), a request is refused ("failed to allocate 12 bytes"), an allocation fails ("malloc of 12
+bytes failed"), or more is asked for than there is ("exceeds the available memory"). A request or an
+allocation must be one of memory: a size or a noun of memory stands beside it. Since nobody has
+vouched for these words, they count only where a program states them: not in code, which has quotes
+or placeholders around them, and not within a longer sentence, unless that tells a size or an error.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from pytest_gpumem.forensics.grammars.language import compile_figures, size
+from pytest_gpumem.forensics.spoken import ERROR
+
+_BETWEEN = r"(?:[a-z]{1,14}[ _-]?){0,3}?"
+_STORE = r"(?:memory|v?ram\b|mem\b)"
+_ENOUGH = r"(?:insufficient|(?:not|n't) (?:have )?(?:sufficient|enough)|too little|lack(?:s|ing)?)"
+_REFUSED = (
+    r"(?:fail(?:ed|ure|s)? to|unable to|not able to|impossible to|(?:could|can) ?n[o']t"
+    r"|cannot|errors? (?:when|while|in)|error:?|failed) "
+)
+_ALLOCATE = r"(?<![a-z])(?:(?:pre|re)-?|m|c)?alloc(?:at(?:e|ing|ions?))?"
+_CALL = r"(?<![a-z])(?:[a-z]{0,12}(?:[mc]alloc|allocatememory|memalloc)\w{0,12}|alloc_\w{1,20})"
+_GOES_ON = (
+    r"(?! (?!in|at|on|for|to|while|when|during|by|with|of|left|available|resources|or|and|from"
+    r"|after|because|due|is|was|errors?|condition|exception|as|[a-z]+ing)[a-z])(?![:=] ?0\b)"
+)
+"""No other noun follows: a pool may be out of memory pages. Nor that it happened 0 times."""
+_LACKING = (
+    rf"(?:out(?:[ _-]of[ _-]{_BETWEEN}memory\b|of[a-z]{{0,12}}memory(?!error|exception))"
+    rf"|{_ENOUGH} ?{_BETWEEN}{_STORE}){_GOES_ON}"
+    rf"|{_STORE} (?:is |was |has been )?(?:exhausted|insufficient)\b"
+    r"|(?:the )?paging file is too small"
+)
+_REFUSAL = (
+    rf"{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?{_ALLOCATE}\b"
+    rf"|{_REFUSED}(?:reserve|map|commit|grow)\b(?=.{{0,40}}\d\s?(?:bytes|[kmg]i?b)\b)"
+)
+_FAILURE = (
+    rf"(?:{_CALL}|{_ALLOCATE}(?![a-z]))(?:_|(?:[^.;!?]|\.\d){{0,60}}?\b)fail(?:ed|ure|s)?(?![a-z])"
+)
+_EXCESS = (
+    rf"\b(?:requested|requires?|needs?|wants?) more {_BETWEEN}{_STORE}"
+    r"(?:[^.;!?]|\.\d){0,40}?\bthan\b(?: (?:is|are)\b)?"
+    rf"|\bexceed(?:s|ed|ing)? (?:the )?{_BETWEEN}{_STORE}"
+)
+_SAID = re.compile(rf"{_LACKING}|(?P<request>{_REFUSAL}|{_FAILURE})|{_EXCESS}", re.IGNORECASE)
+_OF_MEMORY = re.compile(
+    r"(?i)memory|v?ram\b|(?<![a-z])[dgv]?mem(?![a-z])|buffer|tensor|texture|surface|\bdag\b|workspace"
+    r"|\bheap|[mc]alloc|\d\s?bytes\b"
+)
+_OF_NOTHING = re.compile(
+    r"(?i)static TLS|shared[ _]memory|\bsmem\b|illegal|leak|\bdisk\b|descriptor|invalid argument"
+    r"|not (?:currently )?supported|unsupported|\bport\b|\btty\b|permission|no such"
+    r"|version is|no \w+ memory pool|memory (?:address|info|access|clock|pressure limit)"
+    r"|constant memory|\bstack\b|within provided limit|of pinned memory"
+)
+_HOSTS = re.compile(r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b")
+_HOST = re.compile(
+    r"(?i)\bhost\b|(?<![a-z])cpu(?![a-z])|\bram\b|heap|virtual memory|paging|mmap|java|jvm|errno"
+    r"|error=12|\bswap|opencv|numpy|\bmalloc\b"
+)
+_CARD = re.compile(
+    r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
+    r"|accelerator|(?<![a-z])[nx]pu(?![a-z])|\bdrm\b|nvidia|nvenc|(?<![a-z])d3d|dderr|dxvk|texture"
+    r"|\.cuh?\b|\bgl_|cublas|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
+)
+_PLACEHOLDER = re.compile(
+    r"%[-+ #\d.]*(?:l|ll|z|h)?[dsufxpgi](?![a-z%])|%\d%|\$?\{[^{}\s]{0,40}\}|\\n[\"']|\\[01]\b"
+)
+"""What a program fills in before it prints: a text that has it was never printed."""
+_KEY = re.compile(
+    r"(?:(?i:err|message|msg|reason|log|text|detail|status|what|description|stderr|output)[\"']?"
+    r"(?:=|: ?)|(?i:error|exception)[\"']?(?:=|: ?| )|[\w)\]]: ?)[\"'`(]*$"
+)
+"""What stands before a text that a record or an error quotes."""
+_CALLED = re.compile(
+    r"(?:(?<!:): ?|\w(?:Error|Exception)\(|\b(?i:error|exception) )[\"']?(?:\w+ )?\w*$"
+)
+DEFINED = re.compile(r"\w*[\"']?\s*(?:=|[,)\]}]+:?(?:\s*\\)?$|, \w+,)")
+"""What follows a name in code: where it is assigned, listed, or an argument."""
+_LISTED = re.compile(
+    r"\s*(?:[-*|#>]|\d+[.)])\s*\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|(?i:error)): )"
+)
+"""An item of a list, a comment or a heading, unless it names an error."""
+_COMMENT = re.compile(r"/\*|\*/")
+_BREAK = re.compile(r"[:;\])>!=,(|]|\. |\s-+\s|\"|'(?![a-z]\b)")
+_TOLD = re.compile(
+    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|(?P<plain>to|of|by|from|and|or|with|for|as"
+    r"|is|are|be|was|were)) $"
+)
+"""The last word before words that somebody's sentence tells of; with an error before, some may."""
+_ON = re.compile(r"(?i).{0,60}?\b(?:or if|in which case|otherwise|because|is about to|unless)\b")
+_SUBJECT = 3
+"""Words that a program puts before its own: who it is, or for whom it asked."""
+_NEAR, _BEHIND = 60, 100
+_AFTER = 200
+_SIZE = compile_figures(r"<tried>|(?i:\b(?:size|bytes)\W{1,3})<other#>")
+_NOT_ASKED = re.compile(
+    r"(?i)(?:free|available|only|have|has|left|used?|total|capacity|limit|budget)\W{0,3}(?:is\W)?$"
+)
+_NOT_ASKED_AFTER = re.compile(r"(?i)\)?,? (?:is |are )?(?:free|available|left|remain|in use|total)")
+
+
+class Unforeseen(NamedTuple):
+    """What a text in nobody's words says."""
+
+    start: int
+    end: int
+    memory: str
+    """``card``, ``host``, or empty where it does not say whose."""
+    tried: str
+    """The size that was asked for, as printed; empty where none is told."""
+
+
+def find(text: str) -> Unforeseen | None:
+    """Return what ``text`` says of memory that ran out; None if it says nothing of the kind."""
+    for match in _SAID.finditer(text):
+        start, end = match.span()
+        around = text[max(0, start - _NEAR) : end + _BEHIND]
+        if _OF_NOTHING.search(around):
+            return None
+        if match["request"] and not _OF_MEMORY.search(around):
+            continue
+        return Unforeseen(start, end, whose(around), _asked(text, start))
+    return None
+
+
+def whose(text: str) -> str:
+    """Tell whose memory a text is about: ``card``, ``host``, or empty."""
+    if _HOSTS.search(text):
+        return "host"
+    return "card" if _CARD.search(text) else "host" if _HOST.search(text) else ""
+
+
+def _asked(text: str, start: int) -> str:
+    """Return the first size behind the words that is not one of what there is."""
+    for match in _SIZE.finditer(text, start, start + _AFTER):
+        before, after = text[start : match.start()], text[match.end() :]
+        if not _NOT_ASKED.search(before) and not _NOT_ASKED_AFTER.match(after):
+            return match["tried"] or match["other"]
+    return ""
+
+
+def stated(text: str, found: Unforeseen) -> bool:
+    """Tell whether a program states the words, rather than holds them as text or is described."""
+    head, tail = text[: found.start], text[found.end :]
+    if _PLACEHOLDER.search(text) or _COMMENT.search(text) or _in_text(head):
+        return False
+    if _named(text, found) or (_LISTED.match(text)):
+        return False
+    told, error = _TOLD.search(head), ERROR.search(head)
+    if size(found.tried) is not None:
+        return told is None or told["plain"] is not None
+    if head.endswith("(") and not (error and tail.startswith(")")):
+        return False
+    if error:
+        return told is None or told["plain"] is not None
+    return told is None and not _ON.match(tail) and len(_BREAK.split(head)[-1].split()) <= _SUBJECT
+
+
+def _named(text: str, found: Unforeseen) -> bool:
+    """Tell whether the words are a name in code, rather than one that an error is called by."""
+    if " " in text[found.start : found.end]:
+        return False
+    return not _CALLED.search(text, 0, found.start) or DEFINED.match(text, found.end) is not None
+
+
+def _in_text(head: str) -> bool:
+    """Tell whether the words are within quotation marks that no key stands before."""
+    for mark in '"`':
+        before, found, _ = head.rpartition(mark)
+        if found and head.count(mark) % 2 and not _KEY.search(before):
+            return True
+    return False

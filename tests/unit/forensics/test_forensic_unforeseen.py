@@ -1,0 +1,149 @@
+"""Words that no grammar has: in which orders they count, whose memory they mean, and where not."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+
+from pytest_gpumem.forensics import analysis, lines, messages
+from pytest_gpumem.forensics.causes import HOST
+from pytest_gpumem.forensics.sequence import Follower
+from pytest_gpumem.forensics.vocabulary import classify
+
+
+def events(text):
+    return analysis.findings([("log", Follower().follow(lines.scan([text.encode()])))]).events
+
+
+LACKING = [
+    f"{lack} {whose}memory"
+    for lack, whose in itertools.product(
+        ("Insufficient", "not enough", "Too little", "out of"), ("", "GPU ", "free device ")
+    )
+]
+REFUSED = [
+    f"{refused} {verb} {what}"
+    for refused, verb, what in itertools.product(
+        ("Failed to", "unable to", "Could not", "cannot"),
+        ("allocate", "re-allocate"),
+        ("memory for the pool", "a buffer of 4096 bytes", "the texture"),
+    )
+]
+FAILED = [
+    f"{what} {failed}"
+    for what, failed in itertools.product(
+        ("Memory allocation", "arenaMalloc(&ptr, 512)", "alloc_gmem", "Allocation of 64 bytes"),
+        ("failed", "FAILED with code 3", "failure"),
+    )
+]
+EXCESS = [
+    "tile requires more memory than is available",
+    "Requested workspace exceeds the device memory limit",
+    "job needs more GPU memory than the card has",
+]
+SAID = [*LACKING, *REFUSED, *FAILED, *EXCESS]
+HEADS = ["{}", "ERROR: {}", "[engine] {}!", "worker 3: {}.", "RuntimeError: {} (code 7)"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_words_in_any_order_count_where_a_program_states_them(head):
+    lost = [text for text in SAID if len(events(f"start\n{head.format(text)}\nstop\n")) != 1]
+
+    assert lost == []
+
+
+CODE = [
+    'printf("{}\\n");',
+    '    throw Failure("{}")',
+    '        "{}",',
+    "# {}",
+    "/* {} */",
+    " * {}",
+    '    log.error("{} of %d", n)',
+    "assert '{}' in out",
+    "raise Refused(f'{} for {{name}}')",
+]
+PROSE = [
+    "If the tool says {}, lower the batch size.",
+    "- You may see that the second run has {}",
+    "This happens when {}",
+    "to avoid {} set the limit",
+    "### {}",
+    "The note says that a {} is no bug here",
+    "In the older release we saw that the {}",
+]
+
+
+@pytest.mark.parametrize("around", [*CODE, *PROSE])
+def test_the_same_words_in_code_and_in_prose_are_none(around):
+    plain = [text for text in SAID if "512)" not in text]
+    told = [text for text in plain if events(f"start\n{around.format(text)}\nstop\n")]
+
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ImportError: libgomp.so.1: cannot allocate memory in static TLS block",
+        "Error: maximum shared memory exceeded",
+        "bind: failed to allocate port 8080",
+        "Failed to allocate a file descriptor for the log buffer",
+        "error: not enough disk space; memory is fine",
+        "CUDA driver version is insufficient for CUDA runtime version",
+        "Buffer pool: out of memory pages",
+        "Killed processes: 0, out of memory: 0",
+        "Failed to allocate GPU memory, falling back to the CPU",
+        "Unable to allocate a device buffer, use unified memory instead",
+        "memory: 0, processing: 1",
+        "0 allocations failed",
+    ],
+)
+def test_what_lacks_something_else_or_goes_on_is_none(text):
+    assert events(f"start\n{text}\nstop\n") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "memory", "tried"),
+    [
+        ("Failed to allocate device memory for d_A (12.00 MB) - code 2", "card", 12 << 20),
+        ("insufficient VRAM: need ~2.50GiB but only 1.00GiB free", "card", 5 << 29),
+        ("RBXCRASH: OutOfMemoryGraphics (Failed to allocate. size = 3979776)", "card", 3979776),
+        ("Call rtMalloc fail, purpose: cache, size:4096, device_id:0", "card", 4096),
+        ("Error: model requires more system memory (3.0 GiB) than is there", "host", 3 << 30),
+        ("ERROR: Failed to allocate 512 bytes for array x (memory.cpp:64)", "host", 512),
+        ("opening the card\nERROR: tile 7: out of memory\nclosing /dev/nvidia0", "card", None),
+        ("ERROR: tile 7: out of memory", "host", None),
+    ],
+)
+def test_whose_memory_and_how_much_is_read_where_it_is_said(text, memory, tried):
+    (event,) = events(f"{text}\n")
+
+    assert ("host" if event.backend in HOST else "card") == memory
+    assert event.tried_bytes == tried
+
+
+def test_a_message_of_a_framework_is_not_told_twice_by_the_words_after_it():
+    text = (
+        "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 64.00 MiB on device 0: cudaMalloc "
+        "failed: out of memory\nmake_context: failed to allocate compute buffers\n"
+    )
+
+    (event,) = events(text)
+
+    assert (event.backend, event.tried_bytes) == ("ggml", 64 << 20)
+
+
+def test_nobody_vouches_for_such_words_when_a_test_is_judged_by_them():
+    said = classify("RuntimeError: allocation of the texture failed")
+    assert said is not None
+    assert said.weak
+
+
+@pytest.mark.parametrize("noise", ["allocation of ", "memory ", "cannot ", "out of a b ", '"'])
+def test_a_long_line_takes_little_time(noise):
+    before = time.process_time()
+    assert messages.parse(noise * (16_000 // len(noise))) is None
+    assert time.process_time() - before < 1
