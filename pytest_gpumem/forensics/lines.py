@@ -66,13 +66,13 @@ _ALLOCATE = rb"alloc(?:at(?:e|ing|ions?))?\b"
 _UNFORESEEN = rb"(?i:" + rb"|".join(
     (
         _ENOUGH + rb"(?:\w+ ){0,3}(?:memory|v?ram\b)",
-        rb"(?:memory|vram|ram) (?:is |was |has been )?(?:exhausted|insufficient)",
+        rb"(?:memory|vram|ram) (?:is |was |has been )?(?:exhausted|insufficient|full)",
         rb"file is too small|out of (?:\w+ ){1,2}memory|outof\w{0,12}memory",
         rb"(?: to|[\"'( ]not|n't|annot|error|when|while|failed) (?:\w+ ){0,2}(?:(?:pre|re)-?|m|c)?"
         + _ALLOCATE,
         rb"(?:fail\w* to|unable to|could not|couldn't|cannot|can't) (?:reserve|map|commit|grow) ",
         rb"(?:" + _ALLOCATE + rb"|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{0,60} fail",
-        rb"allocation_fail",
+        rb"allocation(?:_fail| error)|\boom (?:on|while|during) ",
         rb" more (?:\w+ ){0,3}(?:memory|vram)|exceed\w* (?:\w+ ){0,4}(?:memory|vram)",
     )
 ) + rb")"  # fmt: skip

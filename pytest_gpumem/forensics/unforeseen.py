@@ -21,7 +21,7 @@ _STORE = r"(?:memory|v?ram\b|mem\b)"
 _ENOUGH = r"(?:insufficient|(?:not|n't) (?:have )?(?:sufficient|enough)|too little|lack(?:s|ing)?)"
 _REFUSED = (
     r"(?:fail(?:ed|ure|s)? to|unable to|not able to|impossible to|(?:could|can) ?n[o']t"
-    r"|cannot|errors? (?:when|while|in)|error:?|failed) "
+    r"|cannot) "
 )
 _ALLOCATE = r"(?<![a-z])(?:(?:pre|re)-?|m|c)?alloc(?:at(?:e|ing|ions?))?"
 _CALL = r"(?<![a-z])(?:[a-z]{0,12}(?:[mc]alloc|allocatememory|memalloc)\w{0,12}|alloc_\w{1,20})"
@@ -33,15 +33,18 @@ _GOES_ON = (
 _LACKING = (
     rf"(?:out(?:[ _-]of[ _-]{_BETWEEN}memory\b|of[a-z]{{0,12}}memory(?!error|exception))"
     rf"|{_ENOUGH} ?{_BETWEEN}{_STORE}){_GOES_ON}"
-    rf"|{_STORE} (?:is |was |has been )?(?:exhausted|insufficient)\b"
+    rf"|{_STORE} (?:is |was |has been )?(?:exhausted|insufficient|full(?! ?[a-z]))\b"
+    r"|\boom (?:on|while|during)\b"
     r"|(?:the )?paging file is too small"
 )
 _REFUSAL = (
-    rf"{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?{_ALLOCATE}\b"
+    rf"(?:{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?|(?:errors?:?|failed) (?:when |while |in )?)"
+    rf"{_ALLOCATE}\b"
     rf"|{_REFUSED}(?:reserve|map|commit|grow)\b(?=.{{0,40}}\d\s?(?:bytes|[kmg]i?b)\b)"
 )
 _FAILURE = (
     rf"(?:{_CALL}|{_ALLOCATE}(?![a-z]))(?:_|(?:[^.;!?]|\.\d){{0,60}}?\b)fail(?:ed|ure|s)?(?![a-z])"
+    rf"|{_STORE} allocation error"
 )
 _EXCESS = (
     rf"\b(?:requested|requires?|needs?|wants?) more {_BETWEEN}{_STORE}"
@@ -51,7 +54,7 @@ _EXCESS = (
 _SAID = re.compile(rf"{_LACKING}|(?P<request>{_REFUSAL}|{_FAILURE})|{_EXCESS}", re.IGNORECASE)
 _OF_MEMORY = re.compile(
     r"(?i)memory|v?ram\b|(?<![a-z])[dgv]?mem(?![a-z])|buffer|tensor|texture|surface|\bdag\b|workspace"
-    r"|\bheap|[mc]alloc|\d\s?bytes\b"
+    r"|\bheap|\bgem\b|[mc]alloc|\d\s?bytes\b"
 )
 _OF_NOTHING = re.compile(
     r"(?i)static TLS|shared[ _]memory|\bsmem\b|illegal|leak|\bdisk\b|descriptor|invalid argument"
@@ -124,10 +127,19 @@ def find(text: str) -> Unforeseen | None:
         around = text[max(0, start - _NEAR) : end + _BEHIND]
         if _OF_NOTHING.search(around):
             return None
-        if match["request"] and not _OF_MEMORY.search(around):
+        if match["request"] and not _of_memory(text, around, start):
             continue
         return Unforeseen(start, end, whose(around), _asked(text, start))
     return None
+
+
+def _of_memory(text: str, around: str, start: int) -> bool:
+    """Tell whether it is memory that is asked for: a size alone is one of files, too."""
+    if _OF_MEMORY.search(around):
+        return True
+    return _SIZE.search(around) is not None and bool(
+        _CARD.search(around) or ERROR.search(text, 0, start)
+    )
 
 
 def whose(text: str) -> str:

@@ -43,7 +43,8 @@ EXCESS = [
     "Requested workspace exceeds the device memory limit",
     "job needs more GPU memory than the card has",
 ]
-SAID = [*LACKING, *REFUSED, *FAILED, *EXCESS]
+OTHERS = ["GPU memory full", "CUDA memory allocation error", "OOM on GPU 0 while loading"]
+SAID = [*LACKING, *REFUSED, *FAILED, *EXCESS, *OTHERS]
 HEADS = ["{}", "ERROR: {}", "[engine] {}!", "worker 3: {}.", "RuntimeError: {} (code 7)"]
 
 
@@ -99,6 +100,12 @@ def test_the_same_words_in_code_and_in_prose_are_none(around):
         "Unable to allocate a device buffer, use unified memory instead",
         "memory: 0, processing: 1",
         "0 allocations failed",
+        "tests/test_x.py::test_failed_to_allocate_memory PASSED [ 50%]",
+        "SKIPPED [3] tests/test_big.py:12: needs more GPU memory than 8 GiB",
+        "XFAIL tests/test_big.py::test_huge - allocation of 80 GiB fails",
+        "Memory usage exceeds 80% of GPU memory",
+        "WARNING: low GPU memory: 200 MiB free",
+        "Failed to allocate resources for job: quota",
     ],
 )
 def test_what_lacks_something_else_or_goes_on_is_none(text):
@@ -123,6 +130,25 @@ def test_whose_memory_and_how_much_is_read_where_it_is_said(text, memory, tried)
 
     assert ("host" if event.backend in HOST else "card") == memory
     assert event.tried_bytes == tried
+
+
+def test_the_error_of_a_failing_test_counts_in_words_of_its_own_and_its_assertion_does_not():
+    text = (
+        "============================= test session starts ==============================\n"
+        "collected 2 items\n\ntests/test_a.py FF [100%]\n\n"
+        "=================================== FAILURES ===================================\n"
+        "____________________________________ test_a ____________________________________\n\n"
+        ">       load()\nE       MyError: the pool could not allocate 2.00 GiB on cuda:0\n\n"
+        "tests/test_a.py:3: MyError\n"
+        "____________________________________ test_b ____________________________________\n\n"
+        "E       AssertionError: assert 'full' in 'failed to allocate memory'\n\n"
+        "tests/test_a.py:9: AssertionError\n"
+        "============================== 2 failed in 1.00s ===============================\n"
+    )
+
+    (event,) = events(text)
+
+    assert (event.nodeid, event.tried_bytes) == ("tests/test_a.py::test_a", 2 << 30)
 
 
 def test_a_message_of_a_framework_is_not_told_twice_by_the_words_after_it():
