@@ -34,7 +34,7 @@ _LACKING = (
     rf"(?:out(?:[ _-]of[ _-]{_BETWEEN}memory\b|of[a-z]{{0,12}}memory(?!error|exception))"
     rf"|{_ENOUGH} ?{_BETWEEN}{_STORE}){_GOES_ON}"
     rf"|{_STORE} (?:is |was |has been )?(?:exhausted|insufficient|full(?! ?[a-z]))\b"
-    r"|\boom (?:on|while|during)\b"
+    r"|\boom (?:on (?:gpu|cuda|device|card|rank|worker)|while|during)\b"
     r"|(?:the )?paging file is too small"
 )
 _REFUSAL = (
@@ -49,7 +49,7 @@ _FAILURE = (
 _EXCESS = (
     rf"\b(?:requested|requires?|needs?|wants?) more {_BETWEEN}{_STORE}"
     r"(?:[^.;!?]|\.\d){0,40}?\bthan\b(?: (?:is|are)\b)?"
-    rf"|\bexceed(?:s|ed|ing)? (?:the )?{_BETWEEN}{_STORE}"
+    rf"|\b(?:exceed(?:s|ed|ing)?|reached|hit) (?:the |its )?{_BETWEEN}{_STORE}(?: limit\b|(?!\w))"
 )
 _SAID = re.compile(rf"{_LACKING}|(?P<request>{_REFUSAL}|{_FAILURE})|{_EXCESS}", re.IGNORECASE)
 _OF_MEMORY = re.compile(
@@ -87,7 +87,7 @@ _CALLED = re.compile(
 DEFINED = re.compile(r"\w*[\"']?\s*(?:=|[,)\]}]+:?(?:\s*\\)?$|, \w+,)")
 """What follows a name in code: where it is assigned, listed, or an argument."""
 _LISTED = re.compile(
-    r"\s*(?:[-*|#>]|\d+[.)])\s*\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|(?i:error)): )"
+    r"\s*(?:[-*|#>]|\d+[.)])\s*\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|\b(?i:error)): )"
 )
 """An item of a list, a comment or a heading, unless it names an error."""
 _COMMENT = re.compile(r"/\*|\*/")
