@@ -29,7 +29,7 @@ _LONG = 1 << 14
 # Also as JSON and other loggers escape it.
 _ANSI = rb"(?:(?:\x1b|\\u001[bB]|\\x1[bB]|\\033|\\e)?\[[\d;]*m)*"
 # A blank, one that does not break, a colour, the sides of a box between two of its lines.
-_BLANK = "(?:\\s|[\u00a0\u2502\u2503]|(?:\\x1b|\\\\u001[bB])?\\[[\\d;]*m)".encode()
+_BLANK = rb"(?:\s|\xc2\xa0|\xe2\x94[\x82\x83]|(?:\x1b|\\u001[bB])?\[[\d;]*m)"
 _SPACE = _BLANK + b"+"
 _STRUCTURE = rb"|".join(
     part.replace(b"ANSI", _ANSI)
@@ -91,6 +91,8 @@ def _anchors(needles: tuple[str, ...]) -> Any:
     words = (b"(?i:out" + gap + b"of" + gap + b"memory)", *memory, _UNFORESEEN)
     options = re2.Options()
     options.max_mem = 256 << 20
+    # Bytes as they are: nothing here asks for characters beyond ASCII, and their ranges cost time.
+    options.encoding = re2.Options.Encoding.LATIN1
     return re2.compile(b"(?m)" + b"|".join((*words, _STRUCTURE)), options)
 
 
