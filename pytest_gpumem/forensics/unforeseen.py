@@ -93,7 +93,7 @@ _LISTED = re.compile(
 _COMMENT = re.compile(r"/\*|\*/")
 _BREAK = re.compile(r"[:;\])>!=,(|]|\. |\s-+\s|\"|'(?![a-z]\b)")
 _TOLD = re.compile(
-    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|(?P<plain>to|of|by|from|and|or|with|for|as"
+    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|handles?|(?P<plain>to|of|by|from|and|or|with|for|as"
     r"|is|are|be|was|were)) $"
 )
 """The last word before words that somebody's sentence tells of; with an error before, some may."""

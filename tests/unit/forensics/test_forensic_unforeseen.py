@@ -106,6 +106,10 @@ def test_the_same_words_in_code_and_in_prose_are_none(around):
         "Memory usage exceeds 80% of GPU memory",
         "WARNING: low GPU memory: 200 MiB free",
         "Failed to allocate resources for job: quota",
+        "commit 3f2: handle failed allocation of device buffers",
+        "Fixes a crash where malloc failed silently",
+        "* feat: report insufficient VRAM earlier",
+        "Q: why does it say not enough memory?",
     ],
 )
 def test_what_lacks_something_else_or_goes_on_is_none(text):
