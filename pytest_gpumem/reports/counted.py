@@ -195,11 +195,15 @@ def left_by_scopes(run: RunRecord) -> list[LeftByScope]:
         LeftByScope(
             name or _WHOLE,
             sum(each.left for each in several),
-            next((each.holders[0].where for each in several if each.holders), ""),
+            _of_most([holder for each in several for holder in each.holders]),
         )
         for (_, name), several in found.items()
     ]
     return sorted(rows, key=lambda row: (row.whole, -row.size))
+
+
+def _of_most(holders: list[Holder]) -> str:
+    return max(holders, key=lambda each: each.size).where if holders else ""
 
 
 def by_kind(leaks: Iterable[Leak]) -> list[list[Leak]]:

@@ -14,6 +14,7 @@ from pytest_gpumem.records import (
     Process,
     RecordedTest,
     RunRecord,
+    ScopeUsage,
 )
 from pytest_gpumem.reports import terminal
 
@@ -179,3 +180,14 @@ def test_a_fixture_is_one_line_however_often_it_was_set_up():
 
     lines = shown(*(instance(n * MIB, f"gw{n}") for n in range(1, 5)))
     assert cells(lines[-1]) == ["4.00 MiB", "4.00 MiB", "model (session, 4 times, at most)"]
+
+
+def test_what_workers_left_of_a_module_is_held_by_whoever_holds_most():
+    small, large = (Holder(f"test_a.py: {name}", (4,), "float32", size) for name, size in
+                    (("KEPT[0]", 4000), ("Cache.store", 60 * MIB)))  # fmt: skip
+    lines = shown(
+        recorded("a", scopes=(ScopeUsage("module", "test_a.py", "GPU-1", 4096, (small,)),)),
+        recorded("b", scopes=(ScopeUsage("module", "test_a.py", "GPU-1", 61 * MIB, (large,)),)),
+    )
+
+    assert lines[-1] == "  61.00 MiB  test_a.py, held by test_a.py: Cache.store"
