@@ -87,8 +87,8 @@ def _xdist() -> Finding:
     if not version:
         mend = "for tests on several workers: pip install pytest-xdist"
         return Finding("pytest-xdist", "not installed: tests run one by one", mend)
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 5):
-        return Finding("pytest-xdist", version, "too old: pip install 'pytest-xdist>=3.5'")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 7):
+        return Finding("pytest-xdist", version, "too old: pip install 'pytest-xdist>=3.7'")
     return Finding("pytest-xdist", version)
 
 

@@ -136,7 +136,7 @@ def _save_page(run: records.RunRecord, name: str, path: Path, *, linked: bool) -
     from pytest_gpumem.reports import page
 
     if importlib.util.find_spec("plotly") is None:
-        raise ValueError("--html: plotly is not installed; pip install 'pytest-gpumem[html]'")
+        raise ValueError("--html: plotly is not installed: pip install plotly")
     page.save(run, analysis.of_record(run, name), path, linked=linked)
 
 

@@ -277,7 +277,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         return ["gpumem: off"]
     shown = [f"{card.name} of {format_bytes(card.total)}" for card in state.found.cards]
     cards = ", ".join(shown) or f"no card: {state.found.why_none}"
-    lines = [f"gpumem: {state.settings.mode}, {cards}"]
+    asked_for = not shown and state.settings.mode == "on"
+    hint = "; --gpumem-simulate 4GiB gives the suite one" if asked_for else ""
+    lines = [f"gpumem: {state.settings.mode}, {cards}{hint}"]
     if state.simulation is not None:
         if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
             lines.append("gpumem: torch is not installed: no test can use the simulated card")

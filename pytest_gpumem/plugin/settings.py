@@ -344,7 +344,7 @@ def check_files(settings: Settings) -> None:
         if path is not None:
             problem = why_not_written(path)
             if field == "html" and importlib.util.find_spec("plotly") is None:
-                problem = "plotly is not installed; pip install 'pytest-gpumem[html]' has it"
+                problem = "plotly is not installed: pip install plotly"
             if field == "history" and not problem:
                 from pytest_gpumem.scheduling.history import History
 

@@ -259,7 +259,8 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
         if ran < run.workers:
             who = f"{ran} of {who} ran tests"
         yield f"  {who}, idle for {idle:.0%} of the time"
-    yield f"  {plural(len(leases), 'lease')}, {len(waited)} of them waited for"
+    if leases:
+        yield f"  {plural(len(leases), 'lease')}, {len(waited)} of them waited for"
     if waited:
         longest, test = max(waited, key=lambda each: each[0])
         total = sum(seconds for seconds, _ in waited)

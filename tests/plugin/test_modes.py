@@ -42,6 +42,7 @@ def test_without_a_card_there_is_one_header_line_and_nothing_else(tmp_path, argu
     assert finished.status == 0, finished.output
     (line,) = header(finished)
     assert line.startswith(f"gpumem: {mode}, no card: there is no NVIDIA driver library")
+    assert ("; --gpumem-simulate 4GiB gives the suite one" in line) is (mode == "on")
     assert "GPU memory" not in finished.output
 
 
