@@ -31,7 +31,7 @@ ENVIRONMENT = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
 def floor(requirement: str) -> str:
     """Return ``requirement`` for the oldest that it allows: ``a>=1.2`` as ``a~=1.2.0``."""
     name, oldest = requirement.split(">=")
-    return f"{name}~={oldest}{'.0' * (2 - oldest.count('.'))}"
+    return f"{name}~={oldest}{'.0' * max(1, 2 - oldest.count('.'))}"
 
 
 @nox.session(python=PYTHONS)

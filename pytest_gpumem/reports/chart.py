@@ -132,11 +132,12 @@ def _draw_lanes(
     from plotly.graph_objects import Bar
 
     begin, end = timeline.window(tests)
+    whole = end - begin
     for outcome in dict.fromkeys(test.outcome for test in tests):
         some = [test for test in tests if test.outcome == outcome]
         figure.add_trace(
             Bar(
-                x=[max(test.duration, (end - begin) / 2000) for test in some],
+                x=[max(test.duration, whole / 2000) for test in some],
                 base=[test.start - begin for test in some],
                 y=[lane(test) for test in some],
                 orientation="h",
@@ -144,7 +145,11 @@ def _draw_lanes(
                 name=outcome,
                 marker={
                     "color": COLOURS.get(outcome, "#555"),
-                    "line": {"width": 0.5, "color": "#fff"},
+                    # A test of few pixels would be all outline.
+                    "line": {
+                        "width": [0.5 * (test.duration > whole / 300) for test in some],
+                        "color": "#fff",
+                    },
                 },
                 text=[_hover(test) for test in some],
                 textposition="none",

@@ -15,7 +15,7 @@ from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.reports import forensics, html, timeline
 from pytest_gpumem.reports.chart import COLOURS, draw, lane
 from pytest_gpumem.reports.chart import leaked as leaked_of
-from pytest_gpumem.reports.counted import left_by_scopes
+from pytest_gpumem.reports.counted import left_by_scopes, own
 from pytest_gpumem.reports.sections import Section
 from pytest_gpumem.units import format_bytes, format_mib
 
@@ -66,13 +66,13 @@ def lines(run: RunRecord, found: Findings, *, linked: bool = False) -> Iterator[
 def _head(run: RunRecord, found: Findings) -> Iterator[str]:
     begin, end = timeline.window(run.tests)
     totals = found.totals
-    peak = max((card.peak for test in run.tests for card in test.cards), default=0)
+    peak = max((own(card) for test in run.tests for card in test.cards), default=0)
     leaked = sum(map(leaked_of, run.tests))
     shown = (
         ("tests", f"{totals.tests:,}", ""),
         ("failed or error", f"{totals.failed + totals.errors:,}", "bad" if totals.failed else ""),
         ("out of memory", f"{totals.oom:,}", "bad" if totals.oom else ""),
-        ("highest peak", format_bytes(peak), ""),
+        ("highest own peak", format_bytes(peak), ""),
         ("leaked", format_bytes(leaked), "bad" if leaked else ""),
         ("workers", str(run.workers or 1), ""),
         ("seconds", f"{end - begin:.1f}", ""),
