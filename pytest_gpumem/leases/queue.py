@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.leases.lending import Lent, Nap
     from pytest_gpumem.leases.outside import Lookout, Outside
     from pytest_gpumem.leases.page import Page
-    from pytest_gpumem.leases.request import Asking, Hope
+    from pytest_gpumem.leases.request import Hope, Terms
 
 _OTHERS_EVERY = 0.25
 """Seconds between two looks at foreign processes, which give no sign when they end."""
@@ -56,25 +56,25 @@ class Queue:
         """By key, those that this process asked for."""
         self._naps: dict[str, Nap] = {}
 
-    def take(self, claims: dict[str, Claim], asking: Asking) -> Grant:
+    def take(self, claims: dict[str, Claim], terms: Terms) -> Grant:
         """Return an entry that holds ``claims``."""
         ledger = self._ledger
-        ledger.join(asking.deadline, asking.on_wait)
+        ledger.join(terms.deadline, terms.on_wait)
         outside = self.outside(claims)
         request, waited = None, 0.0
         try:
             with ExitStack() as stack:
-                with ledger.alone(asking.deadline, asking.on_wait):
+                with ledger.alone(terms.deadline, terms.on_wait):
                     view = self._view(ledger.page(), outside)
                     number = ledger.next_number(view.page)
-                    request = entry_of(WAITING, number, ledger.process, claims, test=asking.test)
-                    if view.admits(request, asking.hopes(0)):
+                    request = entry_of(WAITING, number, ledger.process, claims, test=terms.test)
+                    if view.admits(request, terms.hopes(0)):
                         request = request.turned(HELD)
-                    ledger.write(request, asking.label)
+                    ledger.write(request, terms.label)
                 if request.state == WAITING:
                     watch = stack.enter_context(ledger.alive.watch())
                     begun = time.monotonic()
-                    view = self._wait(request, view, watch, asking)
+                    view = self._wait(request, view, watch, terms)
                     waited = time.monotonic() - begun
                     request = request.turned(HELD)
             ledger.leases[request.name] = threading.current_thread()
@@ -84,17 +84,17 @@ class Queue:
                 self._withdraw(request)
             raise
 
-    def _wait(self, request: Entry, view: View, watch: Watch, asking: Asking) -> View:
+    def _wait(self, request: Entry, view: View, watch: Watch, terms: Terms) -> View:
         """Block until ``request`` is held; return what that was decided by."""
         begun, said = time.monotonic(), ""
-        worker = asking.test and asking.worker
+        worker = terms.test and terms.worker
         lending = Lending(request, self._ledger.alive.family, self._naps, worker=worker)
         news = self._missed(request, view.page)
         while True:
             waited = time.monotonic() - begun
             lent = lending.look(view.page)
             if news is not None:
-                view, granted = self._look(request, news, asking.hopes(waited), asking, lent)
+                view, granted = self._look(request, news, terms.hopes(waited), terms, lent)
                 if granted:
                     return view
             if not request.test and any(not each.test for each in self._ledger.taken_here()):
@@ -102,13 +102,13 @@ class Queue:
                     "this thread holds a lease and would wait for another one, which can "
                     f"last for ever; ask for all at once: {self._explain(view, request)}"
                 )
-            if asking.deadline is not None and time.monotonic() >= asking.deadline:
+            if terms.deadline is not None and time.monotonic() >= terms.deadline:
                 situation = self._explain(view, request)
-                raise LeaseTimeout(f"no lease within {asking.timeout:g} s: {situation}")
+                raise LeaseTimeout(f"no lease within {terms.timeout:g} s: {situation}")
             if waited >= _QUIET and (text := self._explain(view, request)) != said:
-                asking.on_wait(text)
+                terms.on_wait(text)
                 said = text
-            pause = self._pause(view, request, asking, waited)
+            pause = self._pause(view, request, terms, waited)
             pause = pause if lent is None else min(pause, max(LOOK, waited / 4))
             news = watch.wait(pause, lambda: _STAND_BY * self._ahead(request))
 
@@ -141,12 +141,12 @@ class Queue:
         return None
 
     def _look(
-        self, request: Entry, news: News, hope: Hope, asking: Asking, lent: Lent | None
+        self, request: Entry, news: News, hope: Hope, terms: Terms, lent: Lent | None
     ) -> tuple[View, bool]:
         """Take what ``request`` waits for if it may start, and wake who else may then."""
         outside, of_use = self.outside(request.claims), self._of_use(request, lent)
         dead = self._ledger.dead(None) if news.dead is None else news.dead
-        with self._ledger.alone(asking.deadline, asking.on_wait):
+        with self._ledger.alone(terms.deadline, terms.on_wait):
             buried = bool(dead) and self._ledger.bury(dead)
             page = self._ledger.page()
             view = self._view(page, outside)
@@ -174,17 +174,17 @@ class Queue:
         )
         return lent.unused if there else lent.asleep
 
-    def _pause(self, view: View, request: Entry, asking: Asking, waited: float) -> float:
+    def _pause(self, view: View, request: Entry, terms: Terms, waited: float) -> float:
         """Return the seconds until the next look, if nobody wakes us before."""
         pause = _LOOK_ANYWAY
-        if waited < asking.hope:
-            pause = min(pause, asking.hope - waited)
+        if waited < terms.hope:
+            pause = min(pause, terms.hope - waited)
         if waited < _QUIET:
             pause = min(pause, _QUIET - waited)
         elif self._lookout is not None and view.waits_for_strangers(request):
             pause = _OTHERS_EVERY
-        if asking.deadline is not None:
-            pause = min(pause, max(0.0, asking.deadline - time.monotonic()))
+        if terms.deadline is not None:
+            pause = min(pause, max(0.0, terms.deadline - time.monotonic()))
         return pause
 
     def _withdraw(self, request: Entry) -> None:

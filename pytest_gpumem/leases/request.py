@@ -56,8 +56,8 @@ class Hope(NamedTuple):
     """That foreign programs end before its timeout."""
 
 
-class Asking(NamedTuple):
-    """How a lease is asked for; see ``LeaseStore.acquire``."""
+class Terms(NamedTuple):
+    """On which a lease is asked for; see ``LeaseStore.acquire``."""
 
     label: str
     timeout: float | None

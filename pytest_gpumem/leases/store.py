@@ -26,7 +26,7 @@ from pytest_gpumem.leases.locks import POLL
 from pytest_gpumem.leases.outside import Driver, Lookout, Outside
 from pytest_gpumem.leases.place import Vanished
 from pytest_gpumem.leases.queue import Grant, Queue
-from pytest_gpumem.leases.request import HOPE, Asking, Want, check_seconds, check_size, claims_of
+from pytest_gpumem.leases.request import HOPE, Terms, Want, check_seconds, check_size, claims_of
 from pytest_gpumem.leases.view import Known
 
 if TYPE_CHECKING:
@@ -155,13 +155,13 @@ class LeaseStore:
         """
         check_seconds(timeout, "the timeout of a lease")
         deadline = None if timeout is None else time.monotonic() + timeout
-        asking = Asking(label, timeout, deadline, on_wait or (lambda _: None), hope, test, worker)
+        terms = Terms(label, timeout, deadline, on_wait or (lambda _: None), hope, test, worker)
         claims = claims_of(wants, totals, self._queue.headroom)
         self._queue.cards |= {card_key(uuid): Known(uuid, totals[uuid]) for uuid in wants}
         tries = _TRIES
         while True:
             try:
-                grant = self._queue.take(claims, asking)
+                grant = self._queue.take(claims, terms)
                 if grant.waited:
                     self._waited[grant.entry.name] = grant.waited
                 return Lease(self, grant, wants)

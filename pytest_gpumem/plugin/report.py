@@ -188,9 +188,7 @@ class Reporting:
         state, settings = self._state, self._state.settings
         late = self._late or self._pids
         told = self._tests or late or any(each.user_properties for each in self._reports)
-        shown = told or self._files or self._github
         tests = self._recorded() if told or self._files else []
-        simulated = [state.simulation.NOT_SIMULATED] if state.simulation and shown else []
         run = records.RunRecord(
             schema=records.SCHEMA,
             mode=settings.mode,
@@ -198,7 +196,7 @@ class Reporting:
             simulated=settings.simulated,
             workers=len((self._workers | {test.worker for test in tests}) - {""}),
             tests=tuple(self._whole(tests) if late else tests),
-            notes=tuple(dict.fromkeys([*simulated, *devices.notes(), *state.notes, *self._notes])),
+            notes=tuple(dict.fromkeys([*devices.notes(), *state.notes, *self._notes])),
             context=settings.context_cost if settings.mode == "on" else 0,
             command=shlex.join(["pytest", *self._config.invocation_params.args]),
             commit=self._commit,

@@ -61,7 +61,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     """
     counted = count_up(run)
     touched, leaks = counted.touched, counted.leaks
-    notes = [f"  {note}" for note in run.notes if not _is_header(note)]
+    notes = [f"  {note}" for note in run.notes]
     if not touched:
         yield from map(Line, ("notes", *notes) if notes and verbosity >= 0 else ())
         return
@@ -309,10 +309,6 @@ def _replaced(tests: Sequence[RecordedTest]) -> Iterator[str]:
     for test in tests:
         if test.broke:
             yield f"  {test.worker} after {test.nodeid}: {test.broke}"
-
-
-def _is_header(note: str) -> bool:
-    return note.startswith("not simulated:")
 
 
 def _notes(tests: Sequence[RecordedTest]) -> Iterator[str]:
