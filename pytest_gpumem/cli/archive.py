@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.cli.arguments import read_count, read_size
 from pytest_gpumem.errors import ArchiveError, DiskError, NotFoundError
-from pytest_gpumem.units import format_bytes, parse_bytes
+from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,8 +48,8 @@ def add_parser(commands: Any) -> None:
     export.add_argument("file", type=Path)
     forget = action("forget", "Remove what these rules do not keep.")
     forget.add_argument("--older-than", type=_age, metavar="AGE", help="Such as 30m, 12h or 7d.")
-    forget.add_argument("--keep-last", type=_count, metavar="N")
-    forget.add_argument("--max-size", type=_size, metavar="SIZE")
+    forget.add_argument("--keep-last", type=read_count, metavar="N")
+    forget.add_argument("--max-size", type=read_size, metavar="SIZE")
     forget.add_argument("--type")
     forget.add_argument("--context")
     forget.add_argument("--dry-run", action="store_true", help="Only say what it would do.")
@@ -219,19 +220,6 @@ def _age(text: str) -> float:
             f"{text!r} is not an age; allowed are such as 30m, 12h, 7d"
         )
     return int(match[1]) * _SECONDS[match[2]]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; allowed is 0 or more")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 _ACTIONS = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import files
+from pytest_gpumem.cli.arguments import read_count
 from pytest_gpumem.forensics import compare, grammars
 from pytest_gpumem.records import to_plain
 from pytest_gpumem.records.findings import CAUSES
@@ -54,7 +54,7 @@ def add_forensics(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="Write there instead.")
     parser.add_argument(
-        "--top", type=_rows, metavar="N", help="Also the tables of tests, errors and files."
+        "--top", type=read_count, metavar="N", help="Also the tables of tests, errors and files."
     )
     parser.add_argument(
         "--cause",
@@ -68,12 +68,6 @@ def add_forensics(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.set_defaults(run_command=_forensics)
 
 
-def _rows(text: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of rows")
-    return int(text)
-
-
 def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Enter ``gpumem compare``."""
     parser = commands.add_parser(
@@ -83,9 +77,11 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("before", metavar="BEFORE", help="As for gpumem forensics.")
     parser.add_argument("after", metavar="AFTER")
-    parser.add_argument("--max-oom", type=_rows, metavar="N", help="Tests out of memory in AFTER.")
     parser.add_argument(
-        "--max-errors", type=_rows, metavar="N", help="What pytest counts as errors."
+        "--max-oom", type=read_count, metavar="N", help="Tests out of memory in AFTER."
+    )
+    parser.add_argument(
+        "--max-errors", type=read_count, metavar="N", help="What pytest counts as errors."
     )
     parser.add_argument(
         "--min-pass-rate", type=compare.percent, metavar="P", help="Percent of judged tests."
@@ -96,12 +92,14 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="G",
         help="How much a test's own peak may grow: 10%% or a size such as 64MiB.",
     )
-    parser.add_argument("--max-leaks", type=_rows, metavar="N", help="Tests that leak in AFTER.")
+    parser.add_argument(
+        "--max-leaks", type=read_count, metavar="N", help="Tests that leak in AFTER."
+    )
     parser.add_argument(
         "--allow-incomplete", action="store_true", help="Judge thresholds by incomplete runs, too."
     )
     parser.add_argument(
-        "--top", type=_rows, default=20, metavar="N", help="Rows of each table. Default: 20."
+        "--top", type=read_count, default=20, metavar="N", help="Rows of each table. Default: 20."
     )
     parser.add_argument("--format", choices=("terminal", "json", "markdown"), default="terminal")
     parser.set_defaults(run_command=_compare)

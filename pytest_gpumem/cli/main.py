@@ -7,10 +7,11 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pytest_gpumem import __version__, records
 from pytest_gpumem.cli import archive, doctor, forensics, groups, marks, monitor, plan
+from pytest_gpumem.cli.arguments import read_count
 from pytest_gpumem.cli.learned import HISTORY, load_history
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.reports import terminal
@@ -18,6 +19,13 @@ from pytest_gpumem.units import format_mib, printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses what it cannot use in one sentence; ``-h`` says the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]  # at run time it has none
@@ -32,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ``gpumem compare`` returns 1 when a threshold is missed.
     """
-    parser = argparse.ArgumentParser(
-        prog="gpumem", description="Look at cards, finished runs, logs and archives."
-    )
+    parser = _Parser(prog="gpumem", description="Look at cards, finished runs, logs and archives.")
     parser.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", action=_Commands
@@ -81,7 +87,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         help="Written by --gpumem-json. After the word merge: the shards of one suite.",
     )
     report.add_argument(
-        "--top", type=int, default=10, metavar="N", help="Entries of each list; 0: all."
+        "--top", type=read_count, default=10, metavar="N", help="Entries of each list; 0: all."
     )
     report.add_argument("-v", "--verbose", action="count", default=0, help="Longer; -vv: all.")
     report.add_argument("--output", type=Path, metavar="FILE", help="Write the joined run there.")

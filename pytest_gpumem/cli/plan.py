@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import files, records
+from pytest_gpumem.cli.arguments import read_count, read_size
 from pytest_gpumem.cli.learned import ask_where, load_history
 from pytest_gpumem.devices.models import find_model
 from pytest_gpumem.scheduling.estimates import planned_tests
@@ -81,15 +82,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--workers", default="1,2,4", metavar="N,...", help="Numbers of workers. Default: 1,2,4."
     )
     parser.add_argument(
-        "--context", metavar="SIZE",
+        "--context", type=read_size, metavar="SIZE",
         help=f"What a process costs once it uses a card. Default: as in the run, or {_CONTEXT}.",
     )  # fmt: skip
     parser.add_argument(
-        "--headroom", default=_HEADROOM, metavar="SIZE",
+        "--headroom", type=read_size, default=_HEADROOM, metavar="SIZE",
         help=f"What is never given out of a card. Default: {_HEADROOM}.",
     )  # fmt: skip
     parser.add_argument(
-        "--top", type=int, default=10, metavar="N", help="Tests named for each card; 0: all."
+        "--top", type=read_count, default=10, metavar="N", help="Tests named for each card; 0: all."
     )
     parser.add_argument("--json", action="store_true", help="Print the plan as JSON.")
     parser.add_argument(
@@ -107,7 +108,7 @@ def _plan(chosen: argparse.Namespace) -> int:
     if not suite.tests:
         raise ValueError(f"{str(chosen.run or chosen.history)!r} has no test that ran to its end")
     if chosen.shards is not None:
-        lines = _shards(suite, chosen.shards, chosen.output, _size(chosen, "context", suite))
+        lines = _shards(suite, chosen.shards, chosen.output, _context(suite, chosen))
     else:
         plans = _plans(suite, chosen)
         lines = iter([_json(suite, plans)]) if chosen.json else _table(suite, plans, chosen.top)
@@ -120,7 +121,7 @@ def _plans(suite: Suite, chosen: argparse.Namespace) -> list[Plan]:
     cards = dict(map(find_model, chosen.cards)) or {card.name: card.total for card in suite.cards}
     if not cards:
         raise ValueError("which card? --card takes a name or a size, such as L4 or 18GB")
-    context, headroom = _size(chosen, "context", suite), _size(chosen, "headroom", suite)
+    context, headroom = _context(suite, chosen), chosen.headroom
     plans = []
     for name, size in cards.items():
         if size <= context + headroom:
@@ -150,14 +151,9 @@ def _run(suite: Suite, machine: Machine) -> Result:
     return simulate(planned, suite.tests, machine)
 
 
-def _size(chosen: argparse.Namespace, option: str, suite: Suite) -> int:
-    text = getattr(chosen, option)
-    if text is None:
-        return suite.context or parse_bytes(_CONTEXT)
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise ValueError(f"--{option}: {error}") from None
+def _context(suite: Suite, chosen: argparse.Namespace) -> int:
+    given: int | None = chosen.context
+    return suite.context or parse_bytes(_CONTEXT) if given is None else given
 
 
 def _counts(text: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pytest_gpumem.units import format_bytes, parse_bytes
+from pytest_gpumem.units import parse_bytes
 
 _MIB = 2**20
 MODELS = {
@@ -54,7 +54,7 @@ def find_model(text: str) -> tuple[str, int]:
         raise ValueError(
             f"{text!r} is neither a size, such as 18GB, nor one of {', '.join(MODELS)}"
         ) from None
-    return f"a card of {format_bytes(size)}", size
+    return text.strip(), size
 
 
 def _plain(name: str) -> str:

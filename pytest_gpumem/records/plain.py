@@ -32,12 +32,11 @@ def from_plain(kind: type[R], plain: dict[str, Any]) -> R:
         ValueError: when a key without a default is missing.
 
     """
-    hints = _hints(typing.cast("Any", kind))
+    hints, defaults = _hints(typing.cast("Any", kind)), typing.cast("Any", kind)._field_defaults
     fields = {name: _value(hints[name], plain[name]) for name in hints if name in plain}
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise ValueError(f"not a {kind.__name__}: {error}") from None
+    if lacks := [name for name in hints if name not in {*fields, *defaults}]:
+        raise ValueError(f"a {kind.__name__} lacks {', '.join(lacks)}")
+    return kind(**fields)
 
 
 @functools.cache
