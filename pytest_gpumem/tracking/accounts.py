@@ -99,7 +99,7 @@ class Fixture(Owner):
 
     def __init__(self, name: str, scope: str) -> None:
         super().__init__(name, scope)
-        self.set_up: dict[str, Account] = {}
+        self.after_set_up: dict[str, Account] = {}
         """The accounts as they stood at the end of its set-up."""
         self.roots: tuple[int, ...] = ()
         """Identities of what it holds its memory by."""
@@ -179,7 +179,7 @@ class Test(Owner):
 
 def held(fixtures: Iterable[Fixture], uuid: str) -> int:
     """Return what the set-ups of ``fixtures`` took of a card."""
-    accounts = (fixture.set_up.get(uuid) for fixture in fixtures)
+    accounts = (fixture.after_set_up.get(uuid) for fixture in fixtures)
     return sum(max(0, account.delta) for account in accounts if account is not None)
 
 
@@ -237,7 +237,7 @@ def fixture_usages(test: Test, verdicts: Verdicts) -> tuple[FixtureUsage, ...]:
     """Return what the fixtures that were set up or torn down in the test did."""
     usages = []
     for fixture in test.fixtures:
-        for uuid, account in fixture.set_up.items():
+        for uuid, account in fixture.after_set_up.items():
             verdict = verdicts.get((fixture.name, uuid), Verdict())
             usage = FixtureUsage(
                 name=fixture.name,
@@ -259,7 +259,7 @@ def _released(fixture: Fixture, test: Test, uuid: str) -> int | None:
     A function fixture's value lives until its test is over, so it is judged with the test:
     what the test as a whole did not leave behind came back.
     """
-    allocated = fixture.set_up[uuid].delta
+    allocated = fixture.after_set_up[uuid].delta
     if fixture.wide:
         return allocated - fixture.accounts[uuid].delta if fixture.torn_down else None
     return max(allocated - max(test.account(uuid).delta, 0), 0)

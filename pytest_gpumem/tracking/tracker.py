@@ -67,7 +67,7 @@ class Tracker:
 
     def standing(self) -> dict[str, int]:
         """Return the bytes that the wider fixtures hold which are set up now, by card."""
-        cards = {uuid for fixture in self._turns.standing for uuid in fixture.set_up}
+        cards = {uuid for fixture in self._turns.standing for uuid in fixture.after_set_up}
         sizes = Counter({uuid: held(self._turns.standing, uuid) for uuid in cards})
         if self.children is not None:
             sizes.update(self.children.held_by(self._turns.wide))

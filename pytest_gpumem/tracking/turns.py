@@ -101,8 +101,8 @@ class Turns:
         """Take note of a fixture that is set up."""
         # Of each card in use, also if the set-up did nothing to it: the teardown may.
         uuids = [meter.card.uuid for meter in meters]
-        fixture.set_up = {uuid: copy.copy(fixture.account(uuid)) for uuid in uuids}
-        holds = any(account.delta > 0 for account in fixture.set_up.values())
+        fixture.after_set_up = {uuid: copy.copy(fixture.account(uuid)) for uuid in uuids}
+        holds = any(account.delta > 0 for account in fixture.after_set_up.values())
         if fixture.wide:
             self.wide.append(fixture)
             self.moved.append(fixture)
@@ -111,7 +111,7 @@ class Turns:
         test = self.test
         if test is None:
             return
-        if any(account.delta for account in fixture.set_up.values()):
+        if any(account.delta for account in fixture.after_set_up.values()):
             test.fixtures.append(fixture)
         if fixture.wide and holds:
             test.set_up.append(fixture)
@@ -135,7 +135,7 @@ class Turns:
             self.wide.remove(fixture)
             self.moved = [*(each for each in self.moved if each is not fixture), fixture]
         test = self.test
-        if test is not None and fixture not in test.fixtures and fixture.set_up:
+        if test is not None and fixture not in test.fixtures and fixture.after_set_up:
             test.fixtures.append(fixture)
 
     def torn_down(self) -> bool:
