@@ -22,7 +22,14 @@ CORE = [
     *(f"tests/plugin/test_{name}.py" for name in ("scheduler", "sharing")),
 ]
 """What needs no plugins but those of ``BESIDE``."""
-BESIDE = ("hypothesis", "plotly", "pytest-rerunfailures", "pytest-timeout", "pyyaml")
+BESIDE = (
+    "hypothesis",
+    "markdown-it-py",
+    "plotly",
+    "pytest-rerunfailures",
+    "pytest-timeout",
+    "pyyaml",
+)
 # As `make` has it: nothing may import the source tree beside the installed wheel. Python 3.10 does
 # not know the variable; pytest's own command, unlike `python -m pytest`, has no need of it.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
