@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ``gpumem compare`` returns 1 when a threshold is missed.
     """
-    parser = _Parser(prog="gpumem", description="Look at cards, finished runs, logs and archives.")
+    parser: argparse.ArgumentParser = _Parser(
+        prog="gpumem", description="Look at cards, finished runs, logs and archives."
+    )
     parser.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", action=_Commands
