@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses what it cannot use in one sentence; ``-h`` says the rest."""
+    """Refuses what it cannot use in one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} -h tells more)\n")
 
 
 class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]  # at run time it has none
