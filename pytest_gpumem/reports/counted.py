@@ -70,7 +70,7 @@ def count_up(run: RunRecord) -> Counted:
     )
     leaks = tuple(sorted(_leaks(touched), key=lambda leak: -leak.size))
     felled = tuple(test for test in touched if test.oom and test.outcome in ("failed", "error"))
-    used = {test.nodeid for test in touched if _took(test)}
+    used = _users(touched)
     everything = {test.nodeid for test in run.tests}
     highest = max((own(card) for test in touched for card in test.cards), default=0)
     of_size = f" ({format_bytes(sum(leak.size for leak in leaks))})" if leaks else ""
@@ -99,11 +99,27 @@ def place(test: RecordedTest) -> str:
     return f"{test.nodeid} [{test.worker}]" if test.worker else test.nodeid
 
 
-def _took(test: RecordedTest) -> bool:
-    """Return whether a test used VRAM: it, or the set-up of a fixture for it, took some."""
-    return any(own(card) > 0 or card.leftover > 0 for card in test.cards) or any(
-        each.allocated > 0 or each.leaked for each in test.fixtures
-    )
+def _users(tests: Sequence[RecordedTest]) -> set[str]:
+    """Return the tests that used VRAM: they, or the set-up of a fixture for them, took some.
+
+    Not those after which a fixture was torn down that had been set up for an earlier one.
+    """
+    used: set[str] = set()
+    standing: set[tuple[str, ...]] = set()
+    for test in tests:
+        if any(own(card) > 0 or card.leftover > 0 for card in test.cards):
+            used.add(test.nodeid)
+        for each in test.fixtures:
+            key = _instance(test, each)
+            if key not in standing and (each.allocated > 0 or each.leaked):
+                used.add(test.nodeid)
+            (standing.add if each.released is None else standing.discard)(key)
+    return used
+
+
+def _instance(test: RecordedTest, fixture: FixtureUsage) -> tuple[str, ...]:
+    """Return what the reports of one instance of a fixture have in common, while it stands."""
+    return test.host, test.worker, fixture.name, fixture.scope, fixture.card
 
 
 class Row(NamedTuple):
@@ -141,7 +157,7 @@ def instances(tests: Sequence[RecordedTest]) -> list[FixtureUsage]:
         for each in test.fixtures:
             if each.scope == "function":
                 continue
-            key = (test.host, test.worker, each.name, each.scope, each.card)
+            key = _instance(test, each)
             if each.released is None:
                 standing[key] = len(rows)
                 rows.append(each)

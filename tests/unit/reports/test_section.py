@@ -191,3 +191,14 @@ def test_what_workers_left_of_a_module_is_held_by_whoever_holds_most():
     )
 
     assert lines[-1] == "  61.00 MiB  test_a.py, held by test_a.py: Cache.store"
+
+
+def test_who_only_tears_a_fixture_down_used_no_vram():
+    model = FixtureUsage("model", "module", "GPU-1", 8 * MIB, 8 * MIB)
+    lines = shown(
+        recorded("a", usage(MIB), fixtures=(model,)),
+        recorded("b", fixtures=(model._replace(released=8 * MIB),)),
+        recorded("c", fixtures=(model._replace(name="own", released=8 * MIB),)),
+    )
+
+    assert lines[0].startswith("2 of 3 tests used VRAM")
