@@ -107,7 +107,7 @@ class _Telling:
         simulator = sys.modules.get("pytest_gpumem.simulator")
         if simulator is not None and simulator.Simulation.installed is not None:
             # The simulated card tells at once, so that a kill loses nothing.
-            simulator.Simulation.installed.card.grown = self._tell_last
+            simulator.Simulation.installed.card.grown = self._tell_now
         atexit.register(self._tell_last)
         _before_exit(self._tell_last)
         # Not one of ``threading``'s: the program may count its threads.
@@ -123,11 +123,16 @@ class _Telling:
             except Exception:  # CUDA may be broken, the interpreter may end
                 return
 
-    def _tell_last(self) -> None:
+    def _tell_now(self) -> None:
         from contextlib import suppress
 
         with suppress(Exception):
             self.tell()
+
+    def _tell_last(self) -> None:
+        self._tell_now()
+        for page in self.pages if self.pid == os.getpid() else ():
+            page.end()
 
 
 def _before_exit(act: Callable[[], None]) -> None:

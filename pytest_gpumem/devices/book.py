@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.allocator import AllocatorReading
 
-_MAGIC = b"gpufam\0\1"
+_MAGIC = b"gpufam\0\2"
 _MOST = 512
 """Children that use a card, of which the book is told at the same time."""
 _HEADER = 4
@@ -37,7 +37,7 @@ _CARD = 9
 _CARDS = 8
 """Of one process; further ones are not told."""
 _COMMAND_WORDS = 10
-_PID, _NAMESPACE, _OWNER, _BEGAN, _NAME = range(5)
+_PID, _NAMESPACE, _OWNER, _BEGAN, _ENDED, _NAME = range(6)
 _COMMAND = _NAME + _NAME_WORDS
 _ROOT = 0
 """The owner in the slot of the process that runs the tests."""
@@ -73,6 +73,8 @@ class Told(NamedTuple):
     command: str
     began: float
     """When it used a card first, in seconds since the epoch."""
+    ended: float
+    """When it began to end, as it said itself; 0 for one that runs or was killed."""
     lives: bool
     cards: Mapping[tuple[int, int], Figures]
     """By ``key`` of the card."""
@@ -186,6 +188,7 @@ class Book:
             _read_text(words[slot + _NAME : slot + _COMMAND]),
             _read_text(words[slot + _COMMAND : slot + _FIRST_CARD]),
             words[slot + _BEGAN] / 1e9,
+            words[slot + _ENDED] / 1e9,
             self._slots.lives(slot),
             {
                 (words[at], words[at + _KEY2]): Figures(*words[at + _ALLOCATED : at + _CARD])
@@ -253,6 +256,10 @@ class Page:
                     others = [each for each in others if self._slots.lives(each[0])]
                     total = own + sum(words[each + which] + cost for _, each in others)
                     words[place] = max(words[place], total)
+
+    def end(self) -> None:
+        """Write down that this process is about to end."""
+        self._words[self._slot + _ENDED] = time.time_ns()
 
     def _highest(self, index: int, now: AllocatorReading) -> tuple[int, int]:
         """Return the most that was allocated and reserved since it was told last."""

@@ -18,7 +18,7 @@ from pytest_gpumem.records import properties
 from pytest_gpumem.units import format_mib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from pytest_gpumem.plugin.budget import Budgets
 
@@ -232,7 +232,7 @@ class Reporting:
             ]
             test = test._replace(
                 fixtures=(*test.fixtures, *late.fixtures),
-                children=(*test.children, *late.children),
+                children=_once((*test.children, *late.children)),
                 scopes=(*test.scopes, *late.scopes),
                 cards=tuple(cards),
             )
@@ -351,6 +351,11 @@ class Reruns:
         """Show such an attempt as rerunfailures does."""
         outcome: str = report.outcome
         return ("rerun", "R", ("RERUN", {"yellow": True})) if outcome == "rerun" else None
+
+
+def _once(children: Iterable[records.ChildUsage]) -> tuple[records.ChildUsage, ...]:
+    """Return each process once, as it was told of last."""
+    return tuple({(each.pid, each.start, each.card): each for each in children}.values())
 
 
 def _in_github_actions() -> bool:

@@ -78,9 +78,9 @@ class Child:
         """Return what it held of a card when its owner was over."""
         return self.cards[uuid].leaked if uuid in self.cards else 0
 
-    def end(self) -> None:
-        """Take note that it has ended."""
-        self.ended, self.news = time.time(), True
+    def end(self, at: float = 0.0) -> None:
+        """Take note that it has ended: now, unless it is known when."""
+        self.ended, self.news = at or time.time(), True
 
     @property
     def gone(self) -> bool:

@@ -109,12 +109,12 @@ class Children:
         It is not asked again, which may take milliseconds, if it was within ``age`` seconds.
         """
         with self._lock:
+            self._note_ends()  # first: what took the place of one that ended began after it
             self._read_book()
             if time.monotonic() - self._looked >= age:
                 for card in self._cards():
                     self._read_driver(card)
                 self._looked = time.monotonic()
-            self._note_ends()
 
     def _read_book(self) -> None:
         uuids = {key(card.uuid): card.uuid for card in self._cards()}
@@ -129,7 +129,7 @@ class Children:
             if not told.lives:
                 self.starters.book.strike(told.slot)
                 child.slot = None
-                child.end()
+                child.end(told.ended)
 
     def _met(self, told: Told) -> Child:
         """Return the child whose page is new; the driver may have told of it before."""
@@ -182,10 +182,10 @@ class Children:
     def _find(self, pid: int) -> Child | None:
         """Return the child that a process on a card is, None if it is no child."""
         identity = family.identity(pid)
-        if not identity:
-            # It has ended, and the driver lags.
-            return next((each for each in self._children if each.pid == pid), None)
-        if identity in self._strangers:
+        for each in self._children:  # one that ends, or has ended while the driver lags
+            if each.pid == pid and identity in ("", each.identity):
+                return each
+        if not identity or identity in self._strangers:
             return None
         owner = self.starters.of(pid, identity)
         if owner is None:

@@ -35,6 +35,8 @@ for line in sys.stdin:
     page = page or Book(Path(link.book)).join(link.owner, link.name)
     page.tell(0, "GPU-told", AllocatorReading(now, most, now, most, 0, ooms))
     print(flush=True)
+if page:
+    page.end()
 """
 
 
@@ -93,6 +95,31 @@ def test_what_a_child_allocated_is_its_starters(children):
     assert children.living() == {}
 
 
+def test_of_two_children_one_after_the_other_the_first_had_ended_when_the_second_began(children):
+    children.enter("test_a")
+    for _ in range(2):
+        with child() as each:
+            each.tell(10, 10, 0)
+    children.look()
+    first, second = sorted(children.report(), key=lambda told: told.start)
+    assert first.start < first.end < second.start < second.end
+
+
+def test_a_process_that_is_about_to_end_is_no_second_one(children, driver, monkeypatch):
+    number = children.enter("test_a")
+    with child() as one:
+        one.tell(10, 40, 0)
+        driver[one.pid] = 60
+        children.look()
+        # Its locks are gone and its number is not: for a moment, when it is killed.
+        monkeypatch.setattr("pytest_gpumem.slots.Slots.lives", lambda *_: False)
+        children.look()
+        driver[one.pid] = 50
+        children.look()
+        assert len(children.report()) == 1
+    assert usage_of(children, number).children_peak == 40
+
+
 def test_a_child_that_the_driver_saw_first_is_the_same_one(children, driver):
     number = children.enter("test_a")
     with child() as one:
@@ -149,7 +176,7 @@ def test_a_test_has_what_its_child_took_and_a_fixture_what_its_own_keeps(tracker
         tracker.end_fixture(engine)
         tracker.begin_test("test_a")
         tracker.children.look()
-        assert tracker.standing() == tracker.engines(["engine"]) == {CARD.uuid: 50}
+        assert tracker.standing() == {CARD.uuid: {"engine": 50}}
         with child() as own:
             own.tell(20, 30, 1)
             assert tracker.child_oom().startswith("CUDA out of memory in process")
