@@ -3,7 +3,8 @@
     python tests/soak/children.py [--kills 200]
 
 Prints how many tests were told otherwise than they were, and how many survivors of killed parents
-were named with another test than the one that started them, or with none.
+were named with another test than the one that started them, or with none. Half of the survivors
+tell of themselves, as those with torch do, of the others only the driver tells.
 """
 
 from __future__ import annotations
@@ -38,9 +39,14 @@ from pathlib import Path
 from pytest_gpumem.devices import family
 from pytest_gpumem.devices.allocator import AllocatorReading
 from pytest_gpumem.devices.book import Book
+from pytest_gpumem.simulator.card import SharedCard
 (link,) = family.links(os.environ["GPUMEM_FAMILY"])
-page = Book(Path(link.book)).join(link.owner, link.name)
-page.tell(0, os.environ["CARD_OF_RUN"], AllocatorReading(2**20, 2**20, 2**21, 2**21, 0, 0))
+card = SharedCard.open(Path(os.environ["GPUMEM_SIMULATE_CARD"]))
+card.join()
+card.reserve(2**21)
+if os.getpid() % 2:
+    page = Book(Path(link.book)).join(link.owner, link.name)
+    page.tell(0, card.uuid, AllocatorReading(2**20, 2**20, 2**21, 2**21, 0, 0))
 Path(sys.argv[1], str(os.getpid())).touch()
 time.sleep(8)
 '''
@@ -59,7 +65,9 @@ def test_parent_is_killed(number):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
 
-def test_the_last_ones_are_waited_for():
+@pytest.fixture(scope="session", autouse=True)
+def the_last_ones_are_waited_for():
+    yield
     time.sleep(3)
 """
 
@@ -86,15 +94,16 @@ def ways() -> int:
     return wrong
 
 
-def kills(number: int) -> int:
+def kills(number: int, *workers: str) -> int:
     """Kill parents at random moments; return how many survivors were named wrongly or not."""
     with tempfile.TemporaryDirectory() as name:
         suite, place = Path(name, "suite"), Path(name, "place")
         suite.mkdir()
         place.mkdir()
-        write_suite(suite, test_kills=KILLS, conftest=CONFTEST)
+        write_suite(suite, test_kills=KILLS)
         env = {"PLACE": str(place), "KILLS": str(number)}
-        run = run_pytest(suite, *CARD, "--gpumem-json", "run.json", env=env, timeout=3000)
+        arguments = (*CARD, *workers, "--gpumem-json", "run.json")
+        run = run_pytest(suite, *arguments, env=env, timeout=3000)
         started = {
             int(path.name): int(path.parent.name) for path in place.glob("*/*") if path.is_file()
         }
@@ -105,21 +114,10 @@ def kills(number: int) -> int:
         missing = [pid for pid in started if pid not in told]
         wrong = [pid for pid in told if not told[pid].endswith(f"[{started.get(pid)}]")]
         print(
-            f"kills  {number} parents killed, {len(started)} survivors, {len(missing)} not named, "
-            f"{len(wrong)} named with another test, status {run.status}"
+            f"{' '.join(workers) or 'plain':6} {number} parents killed, {len(started)} survivors, "
+            f"{len(missing)} not named, {len(wrong)} named with another test, status {run.status}"
         )
         return len(missing) + len(wrong)
-
-
-CONFTEST = """
-import os
-import pytest
-
-@pytest.hookimpl(trylast=True)
-def pytest_configure(config):
-    from pytest_gpumem.plugin.state import STATE
-    os.environ["CARD_OF_RUN"] = config.stash[STATE].found.cards[0].uuid
-"""
 
 
 def main() -> int:
@@ -132,7 +130,7 @@ def main() -> int:
     if chosen.only != "kills":
         wrong += ways()
     if chosen.only != "ways":
-        wrong += kills(chosen.kills)
+        wrong += sum(kills(chosen.kills, *workers) for workers in ((), ("-n", "2")))
     return 1 if wrong else 0
 
 
