@@ -45,4 +45,4 @@ def want_of(need: Need, place: Place) -> Want:
     missing = admission.missing(need.fixtures, place.context, place.kept, place.standing)
     # What was learned has a margin, which the card need not have.
     most = max(SOMETHING, place.total - place.headroom - place.kept)
-    return Want(min(need.size + missing, most), need.alone)
+    return Want(max(SOMETHING, min(need.size + missing, most)), need.alone)

@@ -263,7 +263,7 @@ class Ladder:
             expected = self.leases.expected or self._history.expect(item.nodeid)
             if usage.cards or expected.gpu or expected.source == "guess":
                 self._history.note_usage(item.nodeid, usage.cards, DURATION)
-        elif any(card.extra or card.ooms for card in usage.cards):
+        elif any(card.extra or card.fixture_bytes or card.ooms for card in usage.cards):
             self._used_card()
 
 

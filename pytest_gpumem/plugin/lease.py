@@ -69,6 +69,8 @@ class Leases:
         self._lease: Lease | None = None
         self._fixtures: dict[str, str] = {}
         """The fixtures whose set-up took leases, by the lease."""
+        self._ever_kept: set[str] = set()
+        """The cards of which something was kept."""
         self._step = ""
         """The step that is being taken with the test, see ``retry``."""
         self.expected: Expectation | None = None
@@ -157,13 +159,12 @@ class Leases:
 
     def _acquire(self, item: pytest.Item, need: Need) -> None:
         cards = self._cards[: need.cards]
-        held = self._kept()
+        held, standing = self._kept(), self._standing()
+        names = set(getattr(item, "fixturenames", ()))
         wants = {}
         for card in cards:
-            there = self._there(item, need).get(card.uuid, 0)
-            # One byte is what is asked for of whom nothing is known.
-            rest = need if not there else need._replace(size=max(2, (need.size or 0) - there))
-            wants[card.uuid] = self._want(rest, card, held)
+            own = sum(size for name, size in standing.get(card.uuid, {}).items() if name in names)
+            wants[card.uuid] = self._want(need, card, held.get(card.uuid, 0), own)
         begun = time.monotonic()
         with telling.Waiting(item.nodeid, self._open().ancestors) as waiting:
 
@@ -181,7 +182,8 @@ class Leases:
                 raise
             else:
                 self.waited = self._lease.waited
-        size = min(wants[card.uuid].size or card.total for card in cards)
+        sizes = [(card.total, wants[card.uuid].size) for card in cards]
+        size = min(total if size is None else size for total, size in sizes)
         mark = marks_of(item).need
         item.stash[GRANT] = Grant(
             tuple(wants), size, self._lease.exclusive, self.waited, mark.vram if mark else None
@@ -217,14 +219,15 @@ class Leases:
                 self._do_without(error)
         self._lease = None
 
-    def keep(self) -> dict[str, tuple[int, int]]:
+    def keep(self) -> dict[str, tuple[int, dict[str, int]]]:
         """Tell others what the process keeps on each card; return these bytes.
 
-        With them, as the second of each pair, come the bytes of them that wider fixtures hold.
+        With them, as the second of each pair, come the bytes of them that wider fixtures hold, by
+        name.
         """
         held = self._tell_kept()
         standing = self._standing() if held else {}
-        return {uuid: (kept, standing.get(uuid, 0)) for uuid, kept in held.items()}
+        return {uuid: (kept, dict(standing.get(uuid, ()))) for uuid, kept in held.items()}
 
     def _tell_kept(self) -> dict[str, int]:
         """Tell others what the process keeps on each card; return it."""
@@ -237,25 +240,21 @@ class Leases:
         return held
 
     def _kept(self) -> dict[str, int]:
-        """Return by card what this process keeps, and what those keep that it started."""
-        here, children = self._holdings(), None
+        """Return by card what this process keeps, and what those keep that it started.
+
+        Of each card of which it kept something before: nothing has to be told as well.
+        """
+        found, children = Counter(self._holdings()), None
         if self._tracker is not None and self._tracker.children is not None:
             children = self._tracker.children.living()
-        return dict(Counter(here) + Counter(children)) if children else here
+        if children:
+            found.update(children)
+        self._ever_kept.update(found)
+        return {uuid: found[uuid] for uuid in self._ever_kept} if self._ever_kept else {}
 
-    def _standing(self) -> Mapping[str, int]:
-        """Return by card what wider fixtures hold, and what they started."""
+    def _standing(self) -> Mapping[str, Mapping[str, int]]:
+        """Return by card what wider fixtures hold, and what they started, by their names."""
         return {} if self._tracker is None else self._tracker.standing()
-
-    def _there(self, item: pytest.Item, need: Need) -> Mapping[str, int]:
-        """Return by card what is there already of the bytes that a test's mark asks for.
-
-        A mark is for all that the test works with, and its fixtures' engines stand.
-        """
-        asked = marks_of(item).need
-        if self._tracker is None or asked is None or asked.vram is None or need.size != asked.vram:
-            return {}
-        return self._tracker.engines(getattr(item, "fixturenames", ()))
 
     def _can_spare(self) -> bool:
         return not self._stuck and registered() is not None
@@ -304,21 +303,20 @@ class Leases:
         self.expected = expected if asked.vram is None else None
         return _need_of(expected, marked.need, self._settings)
 
-    def _want(self, need: Need, card: Card, held: Mapping[str, int]) -> Want:
+    def _want(self, need: Need, card: Card, kept: int, standing: int) -> Want:
         from pytest_gpumem.leases.ask import SOMETHING, Place, want_of
         from pytest_gpumem.leases.request import Want
 
         if self._step and self._granted is None:
             # Others are to spare what they keep, if they can.
-            kept = held.get(card.uuid, 0)
             most = self._open().capacity(card.uuid, card.total) - kept
             return Want(max(SOMETHING, most), exclusive=True)
         place = Place(
             card.total,
             self._settings.headroom,
             self._settings.context_cost,
-            held.get(card.uuid, 0),
-            self._standing().get(card.uuid, 0),
+            kept,
+            standing,
         )
         return want_of(need, place)
 
@@ -341,6 +339,8 @@ def _need_of(expected: Expectation, mark: marks.Need | None, settings: Settings)
     from pytest_gpumem.leases.ask import SOMETHING, Need  # many runs never ask for a lease
 
     asked = mark or ANY
+    if expected.source == "mark":  # which is for all that the test works with
+        return Need(0, asked.cards, asked.exclusive, expected.peak or 0)
     if expected.peak is not None:
         return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
     careful = asked.exclusive or settings.schedule != "optimistic"

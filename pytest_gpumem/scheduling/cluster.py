@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem import admission
 from pytest_gpumem.admission import Claim
-from pytest_gpumem.scheduling.fixtures import NOTHING, of_session
+from pytest_gpumem.scheduling.fixtures import NOTHING, of_session, outlives
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class Worker:
         """Its own card first."""
         self.card = ring[0]
         self.resident: dict[Card, int] = {}
-        self.standing: dict[Card, int] = {}
-        """Of these, what its wider fixtures hold."""
+        self.standing: dict[Card, Mapping[str, int]] = {}
+        """Of these, what its wider fixtures hold, by name."""
         self.given: deque[int] = deque()
         """The test it runs, and those it was handed to run next."""
         self.refill = 1
@@ -180,6 +180,8 @@ class Cluster:
         self._context = context
         self._headroom = headroom
         self.cards = {key: Card(total, others.get(key, 0)) for key, total in cards.items()}
+        self._lasting = {each.name for test in tests for each in test.wide if outlives(each, test)}
+        """The fixtures that outlive a module."""
         self._nothing = Card(-1, 0)
         """The card of workers that have none."""
         self._rings: set[tuple[Card, ...]] = set()
@@ -244,15 +246,16 @@ class Cluster:
             for other in card.users:
                 other.disturbed = True
 
-    def keeps(self, worker: Worker, card: Card, size: int, fixtures: int) -> bool:
+    def keeps(self, worker: Worker, card: Card, size: int, fixtures: Mapping[str, int]) -> bool:
         """Take note of what ``worker`` keeps on ``card``; return whether that is new."""
-        before = worker.resident.get(card, 0), worker.standing.get(card, 0)
+        before = worker.resident.get(card, 0), worker.standing.get(card, {})
         if before == (size, fixtures):
             return False
         worker.resident[card], worker.standing[card] = size, fixtures
         worker.stays = max(self._context, min(worker.stays, worker.kept))
-        claim = card.claims.get(worker.name)
-        self._claim(worker, card, claim.extra if claim else 0)
+        # Fixtures of the module before that were torn down made the room for its test's own.
+        runs = card in worker.using
+        self._claim(worker, card, self.asks(worker, card, worker.given[0]) if runs else 0)
         return True
 
     def gave_back(self, worker: Worker) -> None:
@@ -390,10 +393,31 @@ class Cluster:
 
     def asks(self, worker: Worker, card: Card, test: int) -> int:
         """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there."""
-        kept, standing = self._baseline(worker, card), worker.standing.get(card, 0)
+        kept, standing = self._baseline(worker, card), self._there(worker, card, test)
         fixtures = self._seen.fixtures(test)
         lacks = admission.missing(fixtures, self._context, kept, standing)
         return (self._seen.need(test) or 0) + lacks
+
+    def _there(self, worker: Worker, card: Card, test: int) -> int:
+        """Return what fixtures hold at ``worker`` that are ``test``'s own, or make way for them."""
+        fixtures = worker.standing.get(card)
+        if not fixtures:
+            return 0
+        planned = self._tests[test]
+        own = {each.name for each in planned.wide}
+        stay = fixtures if worker.group == planned.group else self._lasting
+        return sum(
+            size for name, size in fixtures.items() if not name or name in own or name not in stay
+        )
+
+    def has_engine(self, worker: Worker) -> bool:
+        """Return whether its module's fixtures leave no room for as much at another worker.
+
+        The tests of such modules run one after the other, in whatever order.
+        """
+        fixtures = worker.standing.get(worker.card, {})
+        size = sum(size for name, size in fixtures.items() if name not in self._lasting)
+        return 2 * size > self.capacity(worker.card, 1)
 
     def room(self, worker: Worker, card: Card) -> int:
         """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""

@@ -6,11 +6,11 @@ import bisect
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.scheduling.fixtures import WideFixture
+from pytest_gpumem.scheduling.fixtures import WideFixture, outlives
 from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with_margin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from pytest_gpumem.scheduling.history import Expectation
 
@@ -38,8 +38,11 @@ class PlannedTest(NamedTuple):
     exclusive: bool = False
     seen: bool = True
     """Whether it ran before. If not, it may use a card although that is not expected."""
+    marked: bool = False
+    """Whether its peak is a mark's, which is for all that it works with."""
     fixtures: int = 0
-    """What a process needs on top of its peak if its wider fixtures are not set up there."""
+    """What its wider fixtures hold: a process in which they are not set up needs this on top of the
+    peak, of which it is a part where that is a mark's."""
     wide: tuple[WideFixture, ...] = ()
     """The wide fixtures that it is known to use."""
 
@@ -81,6 +84,7 @@ def planned_tests(
                 cards=cards,
                 exclusive=exclusive,
                 seen=expected.source == "learned",
+                marked=expected.source == "mark",
                 fixtures=held,
                 wide=wide_of.get(index, ()),
             )
@@ -104,6 +108,8 @@ class Estimates:
         self._optimistic = optimistic
         self._family_peaks: dict[str, int] = {}
         self._family_fixtures: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        """What wide fixtures held at most that were seen to stand, by name."""
         self._peaks: list[int] = []
         """Sorted."""
         self._surprising: set[str] = set()
@@ -124,7 +130,7 @@ class Estimates:
         if test in self.ooms:
             return None
         if planned.peak is not None:
-            return planned.peak
+            return planned.peak - self.fixtures(test) if planned.marked else planned.peak
         kin = self._family_peaks.get(family(planned.nodeid))
         if kin is not None:
             margin = MARGIN if self._optimistic else FAMILY_MARGIN
@@ -136,9 +142,12 @@ class Estimates:
     def fixtures(self, test: int) -> int:
         """Return the bytes that the wider fixtures of ``test`` hold, where they are set up."""
         planned = self._tests[test]
-        if planned.peak is not None:
+        if planned.peak is not None and not planned.marked:
             return planned.fixtures
-        return self._family_fixtures.get(family(planned.nodeid), 0)
+        seen = sum(self._sizes.get(each.name, 0) for each in planned.wide)
+        if planned.peak is not None:
+            return min(max(planned.fixtures, seen), planned.peak)
+        return max(self._family_fixtures.get(family(planned.nodeid), 0), seen)
 
     def whole(self, test: int) -> int:
         """Return the bytes for ``test`` in a process that keeps nothing but its context."""
@@ -149,8 +158,15 @@ class Estimates:
         return self._tests[test].gpu or test in self.ooms or self.surprises(test)
 
     def surprises(self, test: int) -> bool:
-        """Return whether ``test`` is of a family that turned out to use a card."""
-        return bool(self._surprising) and family(self._tests[test].nodeid) in self._surprising
+        """Return whether ``test`` turned out to use a card, by its family or by its fixtures."""
+        planned, found = self._tests[test], self._surprising
+        if not found or family(planned.nodeid) in found:
+            return bool(found)
+        # Of the same name, a fixture of another module may be another one.
+        return not planned.seen and any(
+            each.name in self._sizes and (planned.group in found or outlives(each, planned))
+            for each in planned.wide
+        )
 
     def suspect(self, test: int) -> bool:
         """Return whether all that is known of ``test`` is that others of its module use a card."""
@@ -172,12 +188,17 @@ class Estimates:
         """Take note that ``test`` used a card, and expect the same of its relatives."""
         planned = self._tests[test]
         kin = family(planned.nodeid)
-        if not planned.gpu and peak != 0:
+        if not planned.gpu and (peak != 0 or fixtures):
             self._surprising |= {kin, planned.group}
         if peak is not None:
             bisect.insort(self._peaks, peak)
             self._family_peaks[kin] = max(peak, self._family_peaks.get(kin, 0))
             self._family_fixtures[kin] = max(fixtures, self._family_fixtures.get(kin, 0))
+
+    def stands(self, fixtures: Mapping[str, int]) -> None:
+        """Take note of what wide fixtures that are set up hold, by name."""
+        for name, size in fixtures.items():
+            self._sizes[name] = max(size, self._sizes.get(name, 0))
 
     def used_none(self, test: int) -> None:
         """Take note that ``test`` used no card."""

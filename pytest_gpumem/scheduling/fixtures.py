@@ -91,7 +91,7 @@ class SetUpOrder:
         found: dict[str, int] = {}
         for test in self._tests if self._late else ():
             for fixture in self._late.intersection(test.wide):
-                if not fixture.node.startswith(test.group):
+                if outlives(fixture, test):
                     found[test.group] = max(found.get(test.group, 0), self._first[fixture])
         return found
 
@@ -131,6 +131,11 @@ class SetUpOrder:
 
 def _any_test(_: int) -> bool:
     return True
+
+
+def outlives(fixture: WideFixture, test: Test) -> bool:
+    """Return whether a fixture of ``test`` outlives its module."""
+    return not fixture.node.startswith(test.group)
 
 
 def of_session(fixtures: SetUp) -> SetUp:

@@ -64,7 +64,8 @@ class Expectation(NamedTuple):
     """Where the peak comes from: ``mark``, ``learned``, ``family`` or ``guess``."""
     gpu: bool
     fixtures: int = 0
-    """Bytes that a process needs on top if the wider fixtures are not set up in it."""
+    """Bytes that a process needs on top if the wider fixtures are not set up in it; of a mark,
+    which is for all that a test works with, these are a part."""
 
 
 class _Entry(NamedTuple):
@@ -315,7 +316,8 @@ class History:
             found = self._of_kin(nodeid)
         if mark is None:
             return found
-        return Expectation(mark, found.duration, "mark", gpu=True)
+        fixtures = 0 if own is None else min(own.fixtures, mark)
+        return Expectation(mark, found.duration, "mark", gpu=True, fixtures=fixtures)
 
     def _of_kin(self, nodeid: str) -> Expectation:
         if self._kin is None:

@@ -7,6 +7,7 @@ Here events are written into the ``State``; why a worker is given a test is in `
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.scheduling import contexts, lanes, policy
@@ -151,11 +152,11 @@ class Planner:
             seen.used_card(test, seen.need(test), seen.fixtures(test))
         else:
             seen.took(test, duration, gpu=gpu)
-            if gpu or peak:
+            if gpu or peak or fixtures:
                 seen.used_card(test, peak, fixtures)
-            if peak == 0:
+            if peak == 0 and not fixtures:
                 seen.used_none(test)
-        if peak and not self._tests[test].gpu:
+        if (peak or fixtures) and not self._tests[test].gpu:
             self._state.until_replan = 0
         ran.given.remove(test)
         self._ended(ran, test)
@@ -185,7 +186,11 @@ class Planner:
         self._asks(told)
 
     def resident(
-        self, worker: str, size: int, card: CardKey | None = None, fixtures: int = 0
+        self,
+        worker: str,
+        size: int,
+        card: CardKey | None = None,
+        fixtures: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """Take note of what ``worker`` keeps on a card (default: its own).
 
@@ -193,9 +198,11 @@ class Planner:
             worker: its name.
             size: bytes, its context included.
             card: where.
-            fixtures: of these, the bytes that its wider fixtures hold.
+            fixtures: of these, the bytes that its wider fixtures hold, by name; "" is for those
+                of which it is not known whose they are.
 
         """
+        self._seen.stands(fixtures)
         told = self._cluster.workers[worker]
         where = told.card if card is None else self._cluster.cards.get(card)
         if where is not None:

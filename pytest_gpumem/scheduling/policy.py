@@ -6,6 +6,8 @@
   are set up rarely. A worker whose module is done takes the next one, and at the end half of what
   another worker still has (see ``piles``). While GPU tests are not what the run waits for, a
   worker ends its module, CPU tests and all, before it goes to GPU tests elsewhere.
+- A worker whose module fixtures leave no room for as much at another worker, such as an engine,
+  ends its module first: these tests run one by one in any order.
 - The first test that does not fit gets a reservation of its cards and may be passed by a limited
   number of smaller ones (backfill), so that none starves.
 - A GPU test of which nothing is known runs alone. One of each family goes first; its peak is
@@ -207,6 +209,9 @@ def _run_from_lanes(state: State, worker: Worker) -> bool:
                 _reserve(state, worker, portion, test)
             elif _in_order(state, worker, test):
                 return _launch(state, worker, backlog.take(portion, test))
+    if worker.gpu is not None and worker.gpu.group != worker.group:
+        backlog.shared.release(worker.gpu)  # who begins with the module is to have the rest of it
+        worker.gpu = None
     return False
 
 
@@ -253,6 +258,8 @@ def _lanes(state: State, worker: Worker) -> Iterator[Portion]:
 
 def _settled(state: State, worker: Worker) -> bool:
     """Return whether ``worker`` had better end its module before it goes elsewhere."""
+    if state.cluster.has_engine(worker) and _may_go_on(state, worker):
+        return True
     if worker.card.urgent:
         return False
     cpu = worker.cpu
@@ -260,6 +267,16 @@ def _settled(state: State, worker: Worker) -> bool:
         return True
     # Scouts hurry on: others of their families wait for them.
     return state.backlog.cpu.free(worker.group) and not state.backlog.scouting
+
+
+def _may_go_on(state: State, worker: Worker) -> bool:
+    """Return whether the next GPU test of the module that ``worker`` has begun fits now."""
+    if state.backlog.shared.free(worker.group):
+        worker.gpu = _gpu_portion(state, worker)
+    gpu = worker.gpu
+    if gpu is None or gpu.group != worker.group or not gpu.tests:
+        return False
+    return state.cluster.fits(worker, gpu.tests[0])
 
 
 def _suits(state: State, worker: Worker, test: int) -> bool:

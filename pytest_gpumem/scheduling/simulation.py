@@ -226,4 +226,4 @@ def simulate(
 def _tell(planner: Planner, host: Host, name: str) -> None:
     kept, standing = host.kept(int(name))
     if kept:
-        planner.resident(name, kept, fixtures=standing)
+        planner.resident(name, kept, fixtures={"": standing})

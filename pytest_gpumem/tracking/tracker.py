@@ -65,22 +65,21 @@ class Tracker:
         known = self._turns, self.meters, self._tensors
         self.scopes = Scopes(*known, self._end_teardowns, self._remember)
 
-    def standing(self) -> dict[str, int]:
-        """Return the bytes that the wider fixtures hold which are set up now, by card."""
-        cards = {uuid for fixture in self._turns.standing for uuid in fixture.after_set_up}
-        sizes = Counter({uuid: held(self._turns.standing, uuid) for uuid in cards})
-        if self.children is not None:
-            sizes.update(self.children.held_by(self._turns.wide))
+    def standing(self) -> dict[str, Counter[str]]:
+        """Return the bytes that wider fixtures hold which are set up, by card and their names."""
+        sizes: dict[str, Counter[str]] = {}
+        for fixture in self._turns.wide:
+            found = Counter({uuid: held((fixture,), uuid) for uuid in fixture.after_set_up})
+            if self.children is not None:
+                found.update(self.children.held_by((fixture,)))
+            for uuid, size in found.items():
+                if size:
+                    sizes.setdefault(uuid, Counter())[fixture.name] += size
         return sizes
 
     def child_oom(self) -> str:
         """Return in one sentence which child of the running test ran out of memory, or ""."""
         return "" if self.children is None else self.children.oom()
-
-    def engines(self, names: Collection[str]) -> Mapping[str, int]:
-        """Return what that holds, by card, which the wider fixtures among ``names`` started."""
-        used = (each for each in self._turns.wide if each.name in names)
-        return {} if self.children is None else self.children.held_by(used)
 
     # Boundaries
 

@@ -89,7 +89,7 @@ def test_served(engine, number):
     assert run.outcomes == {"passed": 4}
     later = run.record.tests[1:]
     assert [test.lease.waited for test in later] == [0, 0, 0]
-    assert {test.lease.size for test in later} == {36 * MIB}
+    assert {test.lease.size for test in later} == {100 * MIB}
     assert {card.fixture_bytes for test in later for card in test.cards} == {500 * MIB + CONTEXT}
 
 

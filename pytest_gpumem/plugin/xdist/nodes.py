@@ -56,7 +56,7 @@ class Worker:
     """The test that it completed last."""
     left: int | None = None
     """The test after which it ended itself, with all of it reported."""
-    holding: dict[str, tuple[int, int]] = field(default_factory=dict)
+    holding: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)
     """What it keeps, by card, and how much of that its wider fixtures hold."""
     taken: Taken = Taken()  # noqa: RUF009  # a named tuple
     """What the running test took."""

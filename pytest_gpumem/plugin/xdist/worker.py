@@ -83,7 +83,7 @@ class Worker:
         hello: returns what the controller must know before it schedules, from the items: plain
             builtin values.
         holding: returns by card (UUID) the bytes this process keeps on it, context included, and
-            how many of them wider fixtures hold; nothing of cards it has not used. Cheap.
+            how many of them wider fixtures hold, by name; nothing of cards it has not used. Cheap.
         used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
         spoiled: tells whether the test that ends may run again, and its set-up failed, by which it
@@ -97,7 +97,7 @@ class Worker:
         config: pytest.Config,
         *,
         hello: Callable[[Sequence[pytest.Item]], Mapping[str, Any]],
-        holding: Callable[[], Mapping[str, tuple[int, int]]],
+        holding: Callable[[], Mapping[str, tuple[int, dict[str, int]]]],
         used: Callable[[], Mapping[str, int]],
         release: Callable[[], None],
         spoiled: Callable[[], bool],
@@ -184,7 +184,7 @@ class Stage:
         """The test that ran last."""
         self._spoiled = False
         self._index = 0
-        self._told: Mapping[str, tuple[int, int]] = {}
+        self._told: Mapping[str, tuple[int, dict[str, int]]] = {}
         for place, name in enumerate(SENTINELS):
             sentinel: Sentinel = Sentinel.from_parent(session, name=f"gpumem-{name}")
             sentinel.place, sentinel.stage = place, self
@@ -214,7 +214,7 @@ class Stage:
                 self._worker.release()
             if self.previous is not None:
                 self._tear_down(self.previous, nextitem)
-            self._tell()
+        self._tell()  # what is kept once processes that were ended have given theirs back
         return True
 
     def _tear_down(self, previous: pytest.Item, nextitem: pytest.Item | None) -> None:

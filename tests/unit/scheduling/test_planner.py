@@ -586,7 +586,7 @@ def test_room_for_fixtures_is_set_aside_where_they_are_not_set_up() -> None:
     (first,) = planner.commands()
     assert isinstance(first, Run)
     assert first.grant == Grant(60, 1, alone=False)
-    planner.resident("w0", CONTEXT + 40, fixtures=40)
+    planner.resident("w0", CONTEXT + 40, fixtures={"": 40})
     planner.finished("w0", first.test, duration=1.0, peak=20, fixtures=40)
     (second,) = planner.commands()
     assert isinstance(second, Run)
@@ -607,7 +607,7 @@ def test_only_fixtures_make_room_for_fixtures(kept: int, standing: int, asked: i
     tests = [gpu("a", 5), gpu("b", 20, 0.5, group="h.py")._replace(fixtures=40)]
     planner = planner_of(tests, workers=1)
     assert runs(planner) == [("w0", 0)]
-    planner.resident("w0", CONTEXT + kept, fixtures=standing)
+    planner.resident("w0", CONTEXT + kept, fixtures={"": standing})
     planner.finished("w0", 0, duration=1.0, peak=5)
 
     (second,) = planner.commands()
@@ -1152,7 +1152,7 @@ class Room(RuleBasedStateMachine):
             self.resident[worker, card] = size
             if card == self.rings[worker][0]:
                 self.stays[worker] = max(CONTEXT, min(self.stays[worker], size))
-            self.planner.resident(worker, size, card, fixtures)
+            self.planner.resident(worker, size, card, {"": fixtures})
             self.obey()
 
     @precondition(lambda self: self.totals)
