@@ -6,150 +6,19 @@ A few writers (``join``, ``leave``, ``stop``, ``start``, ``end``, ``surprises``,
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import admission
 from pytest_gpumem.admission import Claim
 from pytest_gpumem.scheduling.fixtures import NOTHING, of_session, outlives
+from pytest_gpumem.scheduling.places import Card, Worker, busy
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from pytest_gpumem.scheduling.commands import CardKey
     from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
-    from pytest_gpumem.scheduling.piles import Portion
-
-
-class Reservation:
-    """A test that waits for room on its cards."""
-
-    def __init__(self, test: int, cards: Sequence[Card]) -> None:
-        self.test = test
-        self.cards = cards
-        """The first is that of the workers that will run it."""
-        self.passed = 0
-        """Tests that passed it."""
-
-    def end(self) -> int:
-        """Keep the cards no longer; return the test."""
-        for card in self.cards:
-            card.reserved = None
-        return self.test
-
-
-class Card:
-    """One card and who is on it."""
-
-    def __init__(self, total: int, others: int) -> None:
-        self.total = total
-        self.others = others
-        self.workers: list[Worker] = []
-        self.claims: dict[str, Claim] = {}
-        """Of each process that keeps anything on the card."""
-        self.users: list[Worker] = []
-        """Workers that run a GPU test on it."""
-        self.exclusive = False
-        self.contexts = 1
-        """Workers that are to hold a context."""
-        self.urgent = True
-        """Whether GPU tests are, or are about to be, what the run waits for."""
-        self.reserved: Reservation | None = None
-        """A test that it is kept for."""
-
-    @property
-    def own_reservation(self) -> Reservation | None:
-        """The test that it is kept for, if that waits for the workers of this card."""
-        reserved = self.reserved
-        return reserved if reserved is not None and reserved.cards[0] is self else None
-
-    @property
-    def running(self) -> int:
-        """GPU tests that run on it."""
-        return len(self.users)
-
-    @property
-    def holders(self) -> int:
-        """Workers that have a context on it."""
-        return sum(each.kept > 0 for each in self.workers)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody uses it, and its workers are idle and have given back what they can."""
-        return not self.users and all(each.idle and not each.owes for each in self.workers)
-
-    @property
-    def owed(self) -> bool:
-        """Whether a worker has something to give back."""
-        return any(each.owes for each in self.workers)
-
-
-class Worker:
-    """One process that runs tests."""
-
-    def __init__(self, name: str, ring: tuple[Card, ...], context: int) -> None:
-        self.name = name
-        self.ring = ring
-        """Its own card first."""
-        self.card = ring[0]
-        self.resident: dict[Card, int] = {}
-        self.standing: dict[Card, Mapping[str, int]] = {}
-        """Of these, what its wider fixtures hold, by name."""
-        self.given: deque[int] = deque()
-        """The test it runs, and those it was handed to run next."""
-        self.refill = 1
-        """With so many given, it is handed further ones."""
-        self.cpu: Portion | None = None
-        self.gpu: Portion | None = None
-        self.using: tuple[Card, ...] = ()
-        """The cards of the GPU test it runs."""
-        self.asked = 0
-        """Bytes set aside for it on each of them."""
-        self.disturbed = False
-        """Whether a test that may use these cards unexpectedly ran at the same time."""
-        self.had_company = False
-        """Whether somebody left meanwhile whose share of the cards its test may have lacked."""
-        self.group = ""
-        """Module whose fixtures it has."""
-        self.set_up = NOTHING
-        """Wide fixtures that it has..."""
-        self.to_set_up = NOTHING
-        """... and those that it will have after all that it was given."""
-        self.out_of_order = False
-        """Whether a test was kept from it that may not follow what it has set up."""
-        self.given_back = 0
-        """1 after a flush, 2 after a reset, 0 once it ran a test again."""
-        self.waiting = False
-        """Whether it was told to flush or reset and has not done so yet."""
-        self.stalled = False
-        """Whether a test may wait for what it keeps."""
-        self.stopped = False
-        self.stays = context
-        """Bytes that it cannot give back: its context, and what it kept after its last reset."""
-
-    @property
-    def kept(self) -> int:
-        """Bytes it keeps on its own card; 0 if it has no context there."""
-        return self.resident.get(self.card, 0)
-
-    @property
-    def owed(self) -> int:
-        """Bytes of these that it may give back."""
-        return max(0, self.kept - self.stays)
-
-    @property
-    def owes(self) -> bool:
-        """Whether something comes back from it: it is giving back, or can be asked to.
-
-        Once told to, it has what it keeps until it says so; a test sent before would lack it.
-        """
-        return (self.waiting or self.given_back < 2) and self.owed > 0
-
-    @property
-    def idle(self) -> bool:
-        """Whether it has nothing to do."""
-        return not self.given and not self.waiting
 
 
 class Cluster:
@@ -180,7 +49,7 @@ class Cluster:
         self._context = context
         self._headroom = headroom
         self.cards = {key: Card(total, others.get(key, 0)) for key, total in cards.items()}
-        self._lasting = {each.name for test in tests for each in test.wide if outlives(each, test)}
+        self.lasting = {each.name for test in tests for each in test.wide if outlives(each, test)}
         """The fixtures that outlive a module."""
         self._nothing = Card(-1, 0)
         """The card of workers that have none."""
@@ -400,24 +269,11 @@ class Cluster:
 
     def _there(self, worker: Worker, card: Card, test: int) -> int:
         """Return what fixtures hold at ``worker`` that are ``test``'s own, or make way for them."""
-        fixtures = worker.standing.get(card)
+        planned, fixtures = self._tests[test], worker.standing.get(card)
         if not fixtures:
             return 0
-        planned = self._tests[test]
-        own = {each.name for each in planned.wide}
-        stay = fixtures if worker.group == planned.group else self._lasting
-        return sum(
-            size for name, size in fixtures.items() if not name or name in own or name not in stay
-        )
-
-    def has_engine(self, worker: Worker) -> bool:
-        """Return whether its module's fixtures leave no room for as much at another worker.
-
-        The tests of such modules run one after the other, in whatever order.
-        """
-        fixtures = worker.standing.get(worker.card, {})
-        size = sum(size for name, size in fixtures.items() if name not in self._lasting)
-        return 2 * size > self.capacity(worker.card, 1)
+        stay = fixtures if worker.group == planned.group else self.lasting
+        return worker.holds(card, but={*stay} - {"", *(each.name for each in planned.wide)})
 
     def room(self, worker: Worker, card: Card) -> int:
         """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""
@@ -466,8 +322,3 @@ class Cluster:
             context=self._context,
             headroom=self._headroom,
         )
-
-
-def busy(cards: Iterable[Card]) -> bool:
-    """Return whether a GPU test runs on one of ``cards``."""
-    return any(card.running for card in cards)

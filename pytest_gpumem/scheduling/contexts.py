@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_gpumem.scheduling.cluster import Card, Worker
+    from pytest_gpumem.scheduling.places import Card, Worker
     from pytest_gpumem.scheduling.state import State
 
 SLACK = 0.7

@@ -21,8 +21,8 @@ from pytest_gpumem.scheduling.state import State
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pytest_gpumem.scheduling.cluster import Worker
     from pytest_gpumem.scheduling.commands import CardKey, Command
+    from pytest_gpumem.scheduling.places import Worker
 
 
 class Planner:

@@ -37,15 +37,15 @@ import itertools
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.scheduling import lanes
-from pytest_gpumem.scheduling.cluster import Reservation
 from pytest_gpumem.scheduling.commands import Flush, Grant, Reset, Run, Stop
 from pytest_gpumem.scheduling.contexts import may_use
+from pytest_gpumem.scheduling.places import Reservation, busy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_gpumem.scheduling.cluster import Card, Worker
     from pytest_gpumem.scheduling.piles import Portion
+    from pytest_gpumem.scheduling.places import Card, Worker
     from pytest_gpumem.scheduling.state import State
 
 LOOK = 8
@@ -258,7 +258,7 @@ def _lanes(state: State, worker: Worker) -> Iterator[Portion]:
 
 def _settled(state: State, worker: Worker) -> bool:
     """Return whether ``worker`` had better end its module before it goes elsewhere."""
-    if state.cluster.has_engine(worker) and _may_go_on(state, worker):
+    if _has_engine(state, worker) and _may_go_on(state, worker):
         return True
     if worker.card.urgent:
         return False
@@ -267,6 +267,15 @@ def _settled(state: State, worker: Worker) -> bool:
         return True
     # Scouts hurry on: others of their families wait for them.
     return state.backlog.cpu.free(worker.group) and not state.backlog.scouting
+
+
+def _has_engine(state: State, worker: Worker) -> bool:
+    """Return whether its module's fixtures leave no room for as much at another worker.
+
+    The tests of such modules run one after the other, in whatever order.
+    """
+    cluster, card = state.cluster, worker.card
+    return 2 * worker.holds(card, but=cluster.lasting) > cluster.capacity(card, 1)
 
 
 def _may_go_on(state: State, worker: Worker) -> bool:

@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_gpumem.scheduling.backlog import Backlog
-    from pytest_gpumem.scheduling.cluster import Cluster, Worker
+    from pytest_gpumem.scheduling.cluster import Cluster
     from pytest_gpumem.scheduling.commands import Command
     from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
     from pytest_gpumem.scheduling.fixtures import SetUpOrder
+    from pytest_gpumem.scheduling.places import Worker
 
 
 class State:
