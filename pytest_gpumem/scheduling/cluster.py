@@ -246,10 +246,8 @@ class Cluster:
             return False  # it gets all the room that there can be
         if self.fits(worker, test):
             return True
-        if busy(cards) or len(cards) < self._tests[test].cards:
-            return False
         # What other programs use may be theirs for good: the lease waits for it, not for ever.
-        return not owed
+        return not (owed or busy(cards) or len(cards) < self._tests[test].cards)
 
     def would_go(self, card: Card, test: int) -> bool:
         """Return whether ``test``, which must run alone, could if no test ran on ``card``."""

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.scheduling import lanes
 from pytest_gpumem.scheduling.commands import Flush, Grant, Reset, Run, Stop
 from pytest_gpumem.scheduling.contexts import may_use
-from pytest_gpumem.scheduling.places import Reservation, busy
+from pytest_gpumem.scheduling.places import Reservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
