@@ -13,7 +13,7 @@ from pytest_gpumem.archive.consolidator import registered
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
 from pytest_gpumem.leases.ledger import own_ledger
-from pytest_gpumem.plugin import marks, retry
+from pytest_gpumem.plugin import marks, retry, wide_fixtures
 from pytest_gpumem.plugin.state import GRANT, ItemMarks, State, marks_of
 from pytest_gpumem.records import Grant
 from pytest_gpumem.scheduling.workers import Holdings
@@ -160,7 +160,7 @@ class Leases:
     def _acquire(self, item: pytest.Item, need: Need) -> None:
         cards = self._cards[: need.cards]
         held, standing = self._kept(), self._standing()
-        names = set(getattr(item, "fixturenames", ()))
+        names = wide_fixtures.used_by(item)
         wants = {}
         for card in cards:
             own = sum(size for name, size in standing.get(card.uuid, {}).items() if name in names)
@@ -223,7 +223,7 @@ class Leases:
         """Tell others what the process keeps on each card; return these bytes.
 
         With them, as the second of each pair, come the bytes of them that wider fixtures hold, by
-        name.
+        identity.
         """
         held = self._tell_kept()
         standing = self._standing() if held else {}
@@ -253,7 +253,7 @@ class Leases:
         return {uuid: found[uuid] for uuid in self._ever_kept} if self._ever_kept else {}
 
     def _standing(self) -> Mapping[str, Mapping[str, int]]:
-        """Return by card what wider fixtures hold, and what they started, by their names."""
+        """Return by card what wider fixtures hold, and what they started, by their identity."""
         return {} if self._tracker is None else self._tracker.standing()
 
     def _can_spare(self) -> bool:

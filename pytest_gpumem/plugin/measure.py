@@ -27,6 +27,7 @@ from pytest_gpumem.plugin.state import (
     marks_of,
     stashed,
 )
+from pytest_gpumem.plugin.wide_fixtures import identity
 from pytest_gpumem.records import properties
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import NOTHING_USED, Fixture, Scope, Usage
@@ -211,7 +212,9 @@ class Measuring:
         """Charge a fixture's set-up to the fixture."""
         if fixturedef.argname in scopes.NAMES:  # they take nothing
             return (yield)
-        fixture = self.tracker.begin_fixture(fixturedef.argname, fixturedef.scope)
+        fixture = self.tracker.begin_fixture(
+            fixturedef.argname, fixturedef.scope, identity(fixturedef)
+        )
         try:
             value = yield
         except BaseException:

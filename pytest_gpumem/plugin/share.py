@@ -11,6 +11,7 @@ from pytest_gpumem import devices
 from pytest_gpumem.plugin.ladder import Ladder
 from pytest_gpumem.plugin.measure import Measuring
 from pytest_gpumem.plugin.state import HISTORY, State, marks_of
+from pytest_gpumem.plugin.wide_fixtures import wide_fixtures
 from pytest_gpumem.scheduling import workers
 from pytest_gpumem.scheduling.history import History
 
@@ -175,7 +176,7 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         hello=lambda items: {
             "host": workers.host_name(),
             "needs": _needs(items),
-            "wide": xdist_worker.wide_fixtures(items),
+            "wide": wide_fixtures(items),
             "cards": workers.tell_cards(state.found.cards),
         },
         holding=ladder.leases.keep,

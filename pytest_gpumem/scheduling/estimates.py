@@ -109,7 +109,7 @@ class Estimates:
         self._family_peaks: dict[str, int] = {}
         self._family_fixtures: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
-        """What wide fixtures held at most that were seen to stand, by name."""
+        """What wide fixtures held at most that were seen to stand, by identity."""
         self._peaks: list[int] = []
         """Sorted."""
         self._surprising: set[str] = set()
@@ -162,7 +162,6 @@ class Estimates:
         planned, found = self._tests[test], self._surprising
         if not found or family(planned.nodeid) in found:
             return bool(found)
-        # Of the same name, a fixture of another module may be another one.
         return not planned.seen and any(
             each.name in self._sizes and (planned.group in found or outlives(each, planned))
             for each in planned.wide
@@ -196,7 +195,7 @@ class Estimates:
             self._family_fixtures[kin] = max(fixtures, self._family_fixtures.get(kin, 0))
 
     def stands(self, fixtures: Mapping[str, int]) -> None:
-        """Take note of what wide fixtures that are set up hold, by name."""
+        """Take note of what wide fixtures that are set up hold, by identity."""
         for name, size in fixtures.items():
             self._sizes[name] = max(size, self._sizes.get(name, 0))
 

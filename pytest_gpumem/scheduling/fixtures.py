@@ -26,6 +26,7 @@ class WideFixture(NamedTuple):
     node: str
     """The class, module or package with which it is torn down; "" is the session."""
     name: str
+    """What tells it from others, of the same name too."""
     param: int | None = None
     """Setting it up with another parameter tears it down first."""
 

@@ -87,7 +87,7 @@ class Worker:
         self.card = ring[0]
         self.resident: dict[Card, int] = {}
         self.standing: dict[Card, Mapping[str, int]] = {}
-        """Of these, what its wider fixtures hold, by name."""
+        """Of these, what its wider fixtures hold, by identity."""
         self.given: deque[int] = deque()
         """The test it runs, and those it was handed to run next."""
         self.refill = 1

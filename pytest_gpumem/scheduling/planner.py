@@ -198,7 +198,7 @@ class Planner:
             worker: its name.
             size: bytes, its context included.
             card: where.
-            fixtures: of these, the bytes that its wider fixtures hold, by name; "" is for those
+            fixtures: of these, the bytes that its wider fixtures hold, by identity; "" is for those
                 of which it is not known whose they are.
 
         """

@@ -97,8 +97,10 @@ class Scope(Owner):
 class Fixture(Owner):
     """A fixture between its set-up and its teardown."""
 
-    def __init__(self, name: str, scope: str) -> None:
+    def __init__(self, name: str, scope: str, identity: str = "") -> None:
         super().__init__(name, scope)
+        self.identity = identity or name
+        """What tells it from others of its name."""
         self.after_set_up: dict[str, Account] = {}
         """The accounts as they stood at the end of its set-up."""
         self.roots: tuple[int, ...] = ()

@@ -66,7 +66,7 @@ class Tracker:
         self.scopes = Scopes(*known, self._end_teardowns, self._remember)
 
     def standing(self) -> dict[str, Counter[str]]:
-        """Return the bytes that wider fixtures hold which are set up, by card and their names."""
+        """Return the bytes that wider fixtures hold which are set up, by card and identity."""
         sizes: dict[str, Counter[str]] = {}
         for fixture in self._turns.wide:
             found = Counter({uuid: held((fixture,), uuid) for uuid in fixture.after_set_up})
@@ -74,7 +74,7 @@ class Tracker:
                 found.update(self.children.held_by((fixture,)))
             for uuid, size in found.items():
                 if size:
-                    sizes.setdefault(uuid, Counter())[fixture.name] += size
+                    sizes.setdefault(uuid, Counter())[fixture.identity] += size
         return sizes
 
     def child_oom(self) -> str:
@@ -262,10 +262,10 @@ class Tracker:
 
     # Fixtures
 
-    def begin_fixture(self, name: str, scope: str) -> Fixture:
+    def begin_fixture(self, name: str, scope: str, identity: str = "") -> Fixture:
         """Start charging a fixture's set-up to it; fixtures may nest."""
         self._end_teardowns()
-        fixture = Fixture(name, scope)
+        fixture = Fixture(name, scope, identity)
         if fixture.wide:
             self._remember()
             self._look()

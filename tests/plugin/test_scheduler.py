@@ -928,7 +928,7 @@ def test_what_pytest_does_not_offer_any_more_is_named():
 
 WIDE = """
 import pytest
-from pytest_gpumem.plugin.xdist import worker
+from pytest_gpumem.plugin.wide_fixtures import wide_fixtures
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory): return 1
@@ -940,7 +940,7 @@ def server(): return 2
 def narrow(database): return 3
 
 def pytest_collection_finish(session):
-    sets, places = worker.wide_fixtures(session.items)
+    sets, places = wide_fixtures(session.items)
     lines = [f"{item.nodeid}: {sets[place]}" for item, place in zip(session.items, places)]
     session.config.rootpath.joinpath("wide").write_text("\\n".join(lines))
 """
@@ -975,16 +975,16 @@ def test_workers_tell_which_wide_fixtures_tests_use_and_where_they_end(tmp_path)
     run_pytest(tmp_path, "-p", "no:gpumem", "-n0", "--collect-only", "--rootdir=.")
 
     it, inside = "p/test_it.py", "p/test_it.py::TestIn"
-    database = ("", "database", None)
+    database, room = ("", "p::database", None), f"{it}::room"
     # The versions of pytest differ in what they put first.
     assert sorted((tmp_path / "wide").read_text().splitlines()) == [
         f"{inside}::test_nothing: {(database,)}",
-        f"{inside}::test_room: {(database, (inside, 'room', None))}",
-        f"{it}::test_alone: {((it, 'room', None),)}",
+        f"{inside}::test_room: {(database, (inside, room, None))}",
+        f"{it}::test_alone: {((it, room, None),)}",
         f"{it}::test_none: ()",
-        f"{it}::test_overriding: {((it, 'server', None), ('p', 'server', None))}",
-        f"{it}::test_param[x]: {((it, 'drive', 0),)}",
-        f"{it}::test_param[y]: {((it, 'drive', 1),)}",
+        f"{it}::test_overriding: {((it, it + '::server', None), ('p', 'p::server', None))}",
+        f"{it}::test_param[x]: {((it, it + '::drive', 0),)}",
+        f"{it}::test_param[y]: {((it, it + '::drive', 1),)}",
     ]
 
 

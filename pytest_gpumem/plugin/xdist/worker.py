@@ -10,8 +10,7 @@ What is used beyond the public interfaces, tried with pytest 8.4 and 9.2 and xdi
 ``session.items`` is appended to, ``SetupState.teardown_exact`` is called, ``CaptureManager``
 captures its output, ``WorkerInteractor.sendevent`` carries messages as answers to a "steal" that
 nobody asked for, ``WorkerController.sendcommand`` and ``WorkerInteractor.handle_command`` carry
-one command more, ``WorkerInteractor.item_index`` says whose report it is, and
-``Function._fixtureinfo`` which fixtures a test will have. ``why_not`` tries
+one command more, and ``WorkerInteractor.item_index`` says whose report it is. ``why_not`` tries
 what can be tried before a run rests on it.
 """
 
@@ -83,7 +82,8 @@ class Worker:
         hello: returns what the controller must know before it schedules, from the items: plain
             builtin values.
         holding: returns by card (UUID) the bytes this process keeps on it, context included, and
-            how many of them wider fixtures hold, by name; nothing of cards it has not used. Cheap.
+            how many of them wider fixtures hold, by identity; nothing of cards that it has not
+            used. Cheap.
         used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
         spoiled: tells whether the test that ends may run again, and its set-up failed, by which it
@@ -237,61 +237,6 @@ class Stage:
         if holding != self._told or used:
             self._told = holding
             self._worker.send(holding=dict(holding), used=dict(used))
-
-
-Told = tuple[tuple[str, str, int | None], ...]
-"""Wide fixtures, each with its node, its name and the index of its parameter."""
-
-
-def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int]]:
-    """Return which fixtures of a wider scope the tests use: every set once, each test's place.
-
-    What a test asks for as late as it runs is not known. pytest's own fixtures, and those that
-    judge scopes, hold nothing that others could wait for.
-    """
-    known: dict[int, list[pytest.FixtureDef[Any]]] = {}
-    sets: dict[Told, int] = {}
-    places = []
-    for item in items:
-        info = getattr(item, "_fixtureinfo", None)  # doctests have one, other items need not
-        if id(info) not in known:
-            known[id(info)] = [] if info is None else [*_wide(info)]
-        params = getattr(getattr(item, "callspec", None), "indices", {})
-        told = tuple(
-            (_node_of(item, each), each.argname, params.get(each.argname))
-            for each in known[id(info)]
-        )
-        places.append(sets.setdefault(told, len(sets)))
-    return [*sets], places
-
-
-_HOLD_NOTHING = ("_pytest.", "pytest_gpumem.plugin.scopes")
-"""Modules of fixtures."""
-
-
-def _wide(info: Any) -> Iterator[pytest.FixtureDef[Any]]:
-    for name in info.names_closure:
-        definitions = [*info.name2fixturedefs.get(name, ())]
-        while definitions:
-            last = definitions.pop()
-            own = last.func.__module__.startswith(_HOLD_NOTHING) and not name.startswith("_")
-            if last.scope != "function" and not own:  # setup_module and the like begin with "_"
-                yield last
-            if name not in last.argnames:  # it overrides the one before without using it
-                break
-
-
-def _node_of(item: pytest.Item, fixture: pytest.FixtureDef[Any]) -> str:
-    """Return the node with which a wide fixture of ``item`` is torn down; "" is the session."""
-    around = [*reversed(item.listchain()[1:-1])]
-    kinds = {"class": (pytest.Class, pytest.Module), "module": (pytest.Module,)}
-    for kind in kinds.get(fixture.scope, ()):
-        for node in around:
-            if isinstance(node, kind):
-                return node.nodeid
-    packages = (node.nodeid for node in around if isinstance(node, pytest.Package))
-    scoped = fixture.scope == "package" and fixture.baseid in packages
-    return fixture.baseid if scoped and fixture.baseid != "." else ""
 
 
 def tear_down(item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport | None:

@@ -1,0 +1,78 @@
+"""Which fixtures of a wider scope a test uses.
+
+``Function._fixtureinfo`` says it before a test is set up, which pytest has no public word for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Told = tuple[tuple[str, str, int | None], ...]
+"""Wide fixtures, each with its node, its identity and the index of its parameter."""
+
+
+def identity(fixture: pytest.FixtureDef[Any]) -> str:
+    """Return what tells a fixture from others of its name: several files may have a ``model``."""
+    return f"{fixture.baseid}::{fixture.argname}" if fixture.baseid else fixture.argname
+
+
+def used_by(item: pytest.Item) -> set[str]:
+    """Return the identities of the wide fixtures that a test is known to use."""
+    info = getattr(item, "_fixtureinfo", None)
+    return set() if info is None else {identity(each) for each in _wide(info)}
+
+
+def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int]]:
+    """Return which fixtures of a wider scope the tests use: every set once, each test's place.
+
+    What a test asks for as late as it runs is not known. pytest's own fixtures, and those that
+    judge scopes, hold nothing that others could wait for.
+    """
+    known: dict[int, list[pytest.FixtureDef[Any]]] = {}
+    sets: dict[Told, int] = {}
+    places = []
+    for item in items:
+        info = getattr(item, "_fixtureinfo", None)  # doctests have one, other items need not
+        if id(info) not in known:
+            known[id(info)] = [] if info is None else [*_wide(info)]
+        params = getattr(getattr(item, "callspec", None), "indices", {})
+        told = tuple(
+            (_node_of(item, each), identity(each), params.get(each.argname))
+            for each in known[id(info)]
+        )
+        places.append(sets.setdefault(told, len(sets)))
+    return [*sets], places
+
+
+_HOLD_NOTHING = ("_pytest.", "pytest_gpumem.plugin.scopes")
+"""Modules of fixtures."""
+
+
+def _wide(info: Any) -> Iterator[pytest.FixtureDef[Any]]:
+    for name in info.names_closure:
+        definitions = [*info.name2fixturedefs.get(name, ())]
+        while definitions:
+            last = definitions.pop()
+            own = last.func.__module__.startswith(_HOLD_NOTHING) and not name.startswith("_")
+            if last.scope != "function" and not own:  # setup_module and the like begin with "_"
+                yield last
+            if name not in last.argnames:  # it overrides the one before without using it
+                break
+
+
+def _node_of(item: pytest.Item, fixture: pytest.FixtureDef[Any]) -> str:
+    """Return the node with which a wide fixture of ``item`` is torn down; "" is the session."""
+    around = [*reversed(item.listchain()[1:-1])]
+    kinds = {"class": (pytest.Class, pytest.Module), "module": (pytest.Module,)}
+    for kind in kinds.get(fixture.scope, ()):
+        for node in around:
+            if isinstance(node, kind):
+                return node.nodeid
+    packages = (node.nodeid for node in around if isinstance(node, pytest.Package))
+    scoped = fixture.scope == "package" and fixture.baseid in packages
+    return fixture.baseid if scoped and fixture.baseid != "." else ""
