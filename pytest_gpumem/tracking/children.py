@@ -109,8 +109,8 @@ class Children:
         It is not asked again, which may take milliseconds, if it was within ``age`` seconds.
         """
         with self._lock:
-            self._note_ends()  # first: what took the place of one that ended began after it
             self._read_book()
+            self._note_ends()  # before another one is seen that took its place
             if time.monotonic() - self._looked >= age:
                 for card in self._cards():
                     self._read_driver(card)
@@ -136,7 +136,8 @@ class Children:
         identity = family.identity(told.pid)
         owner = self.starters.heir(told.owner, identity)
         for child in self._children:
-            if child.pid == told.pid and child.slot is None and not child.ended:
+            before = not child.ended or told.began <= child.ended
+            if child.pid == told.pid and not child.tells and before:
                 child.slot, child.owner, child.tells = told.slot, owner, True
                 return child
         child = Child(told.pid, identity, owner, told.began, slot=told.slot, command=told.command)

@@ -120,15 +120,19 @@ def test_a_process_that_is_about_to_end_is_no_second_one(children, driver, monke
     assert usage_of(children, number).children_peak == 40
 
 
-def test_a_child_that_the_driver_saw_first_is_the_same_one(children, driver):
+@pytest.mark.parametrize("ended", [False, True], ids=["it runs", "it has ended"])
+def test_a_child_that_the_driver_saw_first_is_the_same_one(children, driver, ended):
     number = children.enter("test_a")
     with child() as one:
         driver[one.pid] = 90
         children.look()
         (before,) = children.report()
         one.tell(30, 70, 0)
+        if not ended:
+            children.look()
+    if ended:
         children.look()
-        (after,) = children.report()
+    (after,) = children.report()
     assert before.pid == after.pid == one.pid
     assert (before.peak, after.peak, after.used_peak) == (None, 70, 90)
     children.settle([owner(number)])
