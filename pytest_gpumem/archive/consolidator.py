@@ -226,15 +226,16 @@ class GpuConsolidator:
     def _take(self, item: dict[str, Any], context: str, caller: int) -> str:
         """Archive an item, let what can sleep of it do so, and return the archive's id."""
         from pytest_gpumem.archive import sleep
+        from pytest_gpumem.archive.asleep import nap_of
 
         data = item["data"]
         state = _state(data)
         live = list({id(each): each for each in _tensors(state)}.values())
         awake = [each for each in live if sleep.can_sleep(each)]
-        asleep = [nap for nap in map(sleep.nap_of, live) if nap is not None and nap.id]
+        asleep = [nap for nap in map(nap_of, live) if nap is not None and nap.id]
         if asleep and not awake:
             self._note(data, asleep[0])
-            return asleep[0].id
+            return str(asleep[0].id)
         nap = None
         try:
             nap = sleep.Nap(awake, _users(data), (caller, threading.get_ident()))
@@ -255,7 +256,7 @@ class GpuConsolidator:
         archived = _replaced(state, contents)
         kind, metadata = item.get("type", "state"), item.get("metadata") or {}
         name = self.store.put(archived, type=kind, context=context, metadata=metadata)
-        if nap.tensors:
+        if contents:
             tensors = {id(content): tensor for tensor, content in contents.items()}
             places = {
                 tensors[id(each)]: place
@@ -306,9 +307,9 @@ def _foreign(item: dict[str, Any], error: Exception) -> str:
 
 def _naps_of(data: Any) -> list[Nap]:
     """Return the naps of an item's tensors, each once."""
-    from pytest_gpumem.archive import sleep
+    from pytest_gpumem.archive.asleep import nap_of
 
-    naps = [sleep.nap_of(each) for each in _tensors(_state(data))]
+    naps = [nap_of(each) for each in _tensors(_state(data))]
     return list({id(nap): nap for nap in naps if nap is not None}.values())
 
 
@@ -353,11 +354,11 @@ def _replaced(value: Any, contents: dict[int, Any]) -> Any:
     """
     import torch
 
-    from pytest_gpumem.archive import sleep
+    from pytest_gpumem.archive.asleep import nap_of
 
     if isinstance(value, torch.Tensor):
         content = contents.get(id(value))
-        nap = sleep.nap_of(value)
+        nap = nap_of(value)
         return content if content is not None else nap.id if nap is not None else value
     if type(value) in {dict, OrderedDict}:
         made = type(value)((key, _replaced(each, contents)) for key, each in value.items())

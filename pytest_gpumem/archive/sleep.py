@@ -1,9 +1,8 @@
 """Tensors that sleep: their content is in an archive, and any use of one brings it back.
 
-A sleeping tensor is the object that it was, with another class: torch asks the class before each
-call that is given the tensor (``__torch_function__``), and what it does then is to wake it. Those
-that fell asleep together wake together, as a ``Nap``. The way down is such that nobody ever sees
-a tensor without its content, whatever other threads do meanwhile:
+How a use of one is noticed is in ``asleep``. Those that fell asleep together wake together, as a
+``Nap``. The way down is such that nobody ever sees a tensor without its content, whatever other
+threads do meanwhile:
 
 1. Tensors whose memory somebody else has, too, are left alone: a graph, a view, a call in another
    thread. Their use could not be noticed, and their memory would not be freed.
@@ -13,132 +12,31 @@ a tensor without its content, whatever other threads do meanwhile:
 5. If nobody used a tensor meanwhile, all of them lose their content in one step under the lock
    that a use would need.
 
-What is written in C++ asks no class. That of torch is reached through Python that is told to wake
-first (``torch_private.before_c``); for an extension the modules that have the tensors, and
-optimizers, get a hook. No hook and no class is there while a tensor is awake.
+C++ that asks nobody comes too late to begin a graph. So Python on the ways of torch there is told
+to wake first (``torch_private.before_c``), modules that have the tensors, and optimizers, get a
+hook, and so does a tensor to which the graph of an earlier call will bring gradients. No hook and
+no class is there while a tensor is awake.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import sys
 import threading
 import weakref
-from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.archive import bystanders, torch_private
+from pytest_gpumem.archive import asleep, bystanders, torch_private
+from pytest_gpumem.archive.asleep import nap_of
 from pytest_gpumem.errors import ArchiveError, InUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from pytest_gpumem.archive.store import ArchiveStore
-
-_NAP = "_gpumem_nap"
-"""The attribute in which a sleeping tensor has its nap."""
-
-
-class _Asleep:
-    awake: type
-    """What the tensor's class is when it does not sleep."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for each in _sleepers([*args, *kwargs.values()]):
-            wake(each)
-        if func is torch.Tensor.detach and _in_new_parameter():
-            return _as_itself(args[0])
-        return func(*args, **kwargs)
-
-    # torch's own of these look into the tensor before they ask its class, or not at all.
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        wake(self)
-        return copy.deepcopy(self, memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        wake(self)
-        return self.__reduce_ex__(protocol)
-
-
-class AsleepTensor(_Asleep, torch.Tensor):
-    """A tensor that sleeps."""
-
-    awake = torch.Tensor
-
-
-class AsleepParameter(_Asleep, torch.nn.Parameter):
-    """A parameter that sleeps."""
-
-    awake = torch.nn.Parameter
-
-
-_KINDS: dict[type, Any] = {kind.awake: kind for kind in (AsleepTensor, AsleepParameter)}
-
-
-def _sleepers(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, _Asleep):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _sleepers(value)
-        elif isinstance(value, dict):
-            yield from _sleepers(value.values())
-
-
-def _in_new_parameter() -> bool:
-    """Return whether ``nn.Parameter(tensor)`` asks; a simulated card's frames may lie between."""
-    frame = sys._getframe(2)
-    for _ in range(4):
-        if frame.f_code is torch.nn.Parameter.__new__.__code__:
-            return True
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return False
-
-
-def _as_itself(tensor: Any) -> Any:
-    """Return what ``nn.Parameter`` wants of a tensor whose class it does not know: one like it."""
-    if type(tensor) is torch.nn.Parameter:
-        return torch.nn.Parameter(tensor.data, requires_grad=tensor.requires_grad)
-    return tensor.detach()
-
-
-def nap_of(tensor: Any) -> Nap | None:
-    """Return the nap of a tensor, None if it is awake."""
-    return vars(tensor).get(_NAP) if isinstance(tensor, _Asleep) else None
-
-
-def wake(tensor: Any) -> None:
-    """Wake a tensor, and those that fell asleep with it; nothing, for one that is awake.
-
-    Raises:
-        ArchiveError: its content cannot be had; it sleeps on. The archive is named.
-
-    """
-    nap = nap_of(tensor)
-    if nap is not None:
-        nap.wake()
-
-
-def _reduce_awake(tensor: Any) -> Any:
-    from torch.multiprocessing import reductions
-
-    wake(tensor)
-    return reductions.reduce_tensor(tensor)  # type: ignore[no-untyped-call]  # torch's has no types
-
-
-for _kind in _KINDS.values():
-    ForkingPickler.register(_kind, _reduce_awake)  # which goes by the exact class
 
 
 class Nap:
@@ -157,29 +55,34 @@ class Nap:
     """
 
     def __init__(self, tensors: Sequence[Any], users: Sequence[Any], but: Collection[int]) -> None:
-        torch_private.before_c(wake)
+        torch_private.before_c(asleep.wake)
         self.id = ""
         """Of the archive."""
         self.size = 0
         """Bytes that waking takes."""
+        self.homes: dict[int, str] = {}
+        """To which device each sleeping tensor will wake, by its id."""
         self._lock = threading.RLock()
+        self._filling = threading.Lock()
         self._state = "marked"
         self._end: Callable[[], object] = lambda: None
+        self._hooks: list[tuple[set[int], Any]] = []
+        """Each with the ids of the tensors that it is for."""
         with _marking:
-            if not all(type(each) in _KINDS for each in tensors):
+            if not all(type(each) in asleep.KINDS for each in tensors):
                 raise InUseError("another thread consolidates it")
             self.tensors = [weakref.ref(each) for each in tensors]
             self.contents = {id(each): each.data for each in tensors}
             """What is archived of each tensor, by its id, until they sleep."""
             self._versions = [each._version for each in tensors]
             _naps.add(self)
-            self._hooks = list(_hooks(users, {*map(id, tensors)}, self._wake_first))
+            self._hooks += self._gradient_hooks(tensors)
             for each in tensors:
-                vars(each)[_NAP] = self
-                each.__class__ = _KINDS[type(each)]
+                asleep.mark(each, self)
         if not tensors:
             return
         try:
+            self._hooks += _hooks(users, {*map(id, tensors)}, self._wake_first)
             bystanders.refuse({*map(id, users), *map(id, tensors)}, but)
             self._leave_out(self._held())
         except BaseException:
@@ -220,7 +123,7 @@ class Nap:
         for ref, version in zip(self.tensors, self._versions, strict=True):
             tensor = ref()
             if tensor is not None and id(tensor) in held:
-                self._as_before(tensor)
+                asleep.unmark(tensor, self)
                 self.contents.pop(id(tensor), None)
             elif tensor is not None:
                 kept.append((ref, version))
@@ -257,25 +160,28 @@ class Nap:
         except BaseException:
             self.wake()
             raise
-        with self._lock:
+        with self._lock, torch_private.plainly():
             try:
                 self.check(alone=True)
-            except InUseError:
+                living = self._living()
+                homes = {id(each): str(each.device) for each in living}
+                storages = {each.untyped_storage()._cdata: each for each in living}
+                size = sum(each.untyped_storage().nbytes() for each in storages.values())
+                del storages
+                stand_ins = asleep.exchange(living)
+            except BaseException:
                 end()
+                self.wake()
                 raise
-            self.id, self._store = name, store
+            self.id, self._store, self.size = name, store, size
             self._end = weakref.finalize(self, end)
-            living = self._living()
             self.tensors = [weakref.ref(each) for each in living]
             self._places = [places[id(each)] for each in living]
+            self.homes, self._stand_ins = homes, stand_ins
             self._state = "asleep"
-            with torch_private.plainly():
-                self._devices = [str(each.device) for each in living]
-                storages = {each.untyped_storage()._cdata: each for each in living}
-                self.size = sum(each.untyped_storage().nbytes() for each in storages.values())
-                del storages
-                self.contents = {}
-                _empty(living)
+            self.contents = {}
+            for each in stand_ins:
+                asleep.empty(each)
 
     def _changed(self) -> bool:
         with torch_private.plainly():
@@ -290,17 +196,17 @@ class Nap:
 
         """
         with self._lock:
-            if self._state == "marked":
-                self._over()
-            elif self._state == "asleep":
+            if self._state == "asleep":
                 apart(self._fill, device)
+            else:  # once more is harmless: the first time may have been interrupted
+                self._over()
 
     def _wake_first(self, *_: object) -> None:
         self.wake()
 
     def _fill(self, device: str) -> None:
         wanted: dict[str, dict[int, int]] = {}
-        for at, (place, home) in enumerate(zip(self._places, self._devices, strict=True)):
+        for at, (place, home) in enumerate(zip(self._places, self.homes.values(), strict=True)):
             if self.tensors[at]() is not None:
                 wanted.setdefault(device or home, {})[at] = place
         contents: dict[int, Any] = {}
@@ -314,34 +220,43 @@ class Nap:
             raise type(error)(
                 f"a model that sleeps in the archive {self.id} cannot be woken: {error}"
             ) from error
-        if self._state != "asleep":  # whoever waits for this one was interrupted, and woke it
-            return
-        with torch_private.plainly():
+        with self._filling, torch_private.plainly():
+            if self._state != "asleep":  # who waited for this one was interrupted, and woke it
+                return
             for at, content in contents.items():
                 tensor = self.tensors[at]()
                 if tensor is not None:
-                    tensor.data = content
-        self._over()
+                    asleep.fill(tensor, self._stand_ins[at], content)
+            self._over()
 
     def _over(self) -> None:
         self._state = "awake"
         self.contents = {}
         for tensor in self._living():
-            self._as_before(tensor)
+            asleep.unmark(tensor, self)
         for _, hook in self._hooks:
             hook.remove()
         self._end()
+        self.tensors = []  # no weak reference is left on one, which swapping it would refuse
+        self._stand_ins = []
 
-    def _as_before(self, tensor: Any) -> None:
-        # The class first: without the attribute a sleeping tensor could not be woken.
-        if nap_of(tensor) is self:
-            tensor.__class__ = tensor.awake
-            del vars(tensor)[_NAP]
+    def _gradient_hooks(self, tensors: Sequence[Any]) -> Iterator[tuple[set[int], Any]]:
+        """Have tensors woken before they get the gradients of a graph that is there already."""
+        nap = weakref.ref(self)  # while one sleeps it keeps its nap
+
+        def wake_first(_: Any) -> None:
+            living = nap()
+            if living is not None:
+                living.wake()
+
+        for each in tensors:
+            if torch_private.gathers(each):
+                yield {id(each)}, torch_private.gradient_hook(each, wake_first)
 
     def after_fork(self) -> None:
         """Go on in a child: the thread that held the lock is not there."""
-        self._lock = threading.RLock()
-        if self._state == "marked":
+        self._lock, self._filling = threading.RLock(), threading.Lock()
+        if self._state != "asleep":
             self._over()
 
 
@@ -366,7 +281,7 @@ def can_sleep(tensor: Any) -> bool:
     memory is not worth it.
     """
     return (
-        type(tensor) in _KINDS
+        type(tensor) in asleep.KINDS
         and is_on_card(tensor)
         and tensor.numel() > 1
         and tensor.layout is torch.strided
@@ -376,9 +291,17 @@ def can_sleep(tensor: Any) -> bool:
 
 
 def is_on_card(tensor: Any) -> bool:
-    """Return whether a tensor lies on a card; wakes nothing."""
+    """Return whether a tensor lies on a card, or will when it wakes; wakes nothing."""
+    return device_type(tensor) not in {"cpu", "meta"}
+
+
+def device_type(tensor: Any) -> str:
+    """Return the type of the device of a tensor, now or when it wakes; wakes nothing."""
+    nap = nap_of(tensor)
+    if nap is not None and id(tensor) in nap.homes:
+        return str(nap.homes[id(tensor)]).partition(":")[0]
     with torch_private.plainly():
-        return tensor.device.type not in {"cpu", "meta"}
+        return str(tensor.device.type)
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
@@ -442,9 +365,3 @@ def _references_to_own() -> int:
         return _references(storage)
 
     return shown(storage)
-
-
-def _empty(tensors: Sequence[Any]) -> None:
-    """Take the content off tensors, which keep their identity, dtype, device and dimensions."""
-    for each in tensors:
-        each.data = torch.empty((0,) * each.dim(), dtype=each.dtype, device=each.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,15 +68,75 @@ def holders(tensor: torch.Tensor) -> int:
 
     The node at which its gradients gather is none of them: it never looks at the content.
     """
+    count: int = tensor._use_count()  # type: ignore[attr-defined]  # private
+    return count - 1 - (count == 2 and gathers(tensor))
+
+
+def gathers(tensor: torch.Tensor) -> bool:
+    """Return whether a graph is there that will bring gradients to a tensor, a leaf."""
     from torch.autograd.graph import get_gradient_edge
 
+    if not tensor.requires_grad:
+        return False
     use_count: Callable[[], int] = tensor._use_count  # type: ignore[attr-defined]  # private
     count = use_count()
-    if count == 2 and tensor.requires_grad:  # the object's own, and perhaps its node's
-        node = get_gradient_edge(tensor).node  # makes one, if there is none
-        count -= use_count() == count
-        del node
-    return count - 1
+    node = get_gradient_edge(tensor).node  # makes one, which holds the tensor, if there is none
+    there = use_count() == count
+    del node
+    return there
+
+
+class gradient_hook:  # noqa: N801  # a function that has a ``remove``
+    """Have ``wake`` called before a tensor gets a gradient, until ``remove``."""
+
+    def __init__(self, tensor: torch.Tensor, wake: Callable[[Any], None]) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._had_hooks = tensor._backward_hooks is not None
+        self._handle = tensor.register_hook(wake)  # type: ignore[no-untyped-call]  # torch's
+
+    def remove(self) -> None:
+        """Leave the tensor as it was."""
+        self._handle.remove()
+        tensor = self._tensor()
+        if tensor is not None and not self._had_hooks and not tensor._backward_hooks:
+            tensor._backward_hooks = None
+
+
+def shell(kind: type, tensor: torch.Tensor) -> Any:
+    """Return a tensor of class ``kind`` with the shape of another, and without memory.
+
+    It says that it is a meta tensor: so it cannot be what others have for content.
+    """
+    import torch
+
+    return torch.Tensor._make_wrapper_subclass(
+        kind,
+        tensor.shape,
+        strides=tensor.stride(),
+        dtype=tensor.dtype,
+        device=torch.device("meta"),
+        requires_grad=tensor.requires_grad,
+        storage_size=0,
+    )
+
+
+def is_shell(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's insides are those of a shell."""
+    import torch
+
+    return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+
+
+def swap(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Give two tensors each other's insides; their objects, classes and attributes stay.
+
+    Raises:
+        RuntimeError: code in C++ has a weak reference to one.
+
+    """
+    import torch
+
+    torch._C._swap_tensor_impl(one, other)
 
 
 def storage_holders(storage: torch.UntypedStorage) -> int:
@@ -96,12 +157,20 @@ _WAYS_TO_C = (
     ("torch._functorch.eager_transforms", "_wrap_tensor_for_grad"),
     ("torch._functorch.eager_transforms", "_wrap_functional_tensor"),
     ("torch._functorch.utils", "unwrap_if_dead"),
+    # Transformer layers ask it for the faster of two ways, which differ in the last bits.
+    ("torch.overrides", "has_torch_function"),
+    ("torch.utils", "swap_tensors"),
+    ("torch.utils.dlpack", "to_dlpack"),
+    ("torch.jit._recursive", "create_script_module"),
 )
-"""What ``torch.func`` and ``autograd.Function.apply`` do first with each tensor they are given."""
+"""What ``torch.func`` and ``autograd.Function.apply`` do first with each tensor they are given.
+
+And what else has to do with awake tensors only.
+"""
 
 
-def before_c(wake: Callable[[Any], None]) -> None:
-    """Have ``wake`` called with each tensor on the ways of torch into C++ that ask no class."""
+def before_c(wake: Callable[..., None]) -> None:
+    """Have ``wake`` called with what is given to functions of torch before they look at it."""
     for module, name in _WAYS_TO_C:
         home = importlib.import_module(module)
         way = getattr(home, name, None)
@@ -109,10 +178,10 @@ def before_c(wake: Callable[[Any], None]) -> None:
             setattr(home, name, _after(wake, way))
 
 
-def _after(wake: Callable[[Any], None], wrap: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(wrap)
-    def wrapped(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        wake(tensor)
-        return wrap(tensor, *args, **kwargs)
+def _after(wake: Callable[..., None], way: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(way)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        wake(*args)
+        return way(*args, **kwargs)
 
     return wrapped

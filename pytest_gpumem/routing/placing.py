@@ -88,8 +88,9 @@ def is_all_on_card(model: Any) -> bool:
 
 def _devices(model: Any) -> set[str]:
     """Return where parts of a module are; wakes nothing."""
-    with torch_private.plainly():
-        kinds = {each.device.type for each in (*model.parameters(), *model.buffers())}
+    from pytest_gpumem.archive import sleep
+
+    kinds = {sleep.device_type(each) for each in (*model.parameters(), *model.buffers())}
     return {kind if kind in {CPU, "meta"} else GPU for kind in kinds}
 
 

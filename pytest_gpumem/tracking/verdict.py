@@ -273,8 +273,10 @@ def holds_memory(value: object, behind: tuple[type, ...] = ()) -> bool | None:
             found = None
             continue
         seen.add(id(each))
-        if is_a(each, torch.Tensor) and _on_card(cast("Tensor", each)):
-            return True
+        if is_a(each, torch.Tensor):
+            with torch._C.DisableTorchFunctionSubclass():  # one that sleeps is not to wake by it
+                if _on_card(cast("Tensor", each)):
+                    return True
         if type(each) is FunctionType:
             waiting.extend((each.__closure__, each.__defaults__))
         else:

@@ -253,6 +253,14 @@ def _dispatches_itself(kind: Any) -> bool:
     return kind.__torch_dispatch__ is not _C._disabled_torch_dispatch_impl
 
 
+@functools.cache
+def _answers_itself(kind: Any) -> bool:
+    own = kind.__torch_function__
+    return own not in (_C._disabled_torch_function_impl, Tensor.__torch_function__) and (
+        getattr(own, "__func__", own) is not Tensor.__torch_function__.__func__
+    )
+
+
 def _tensors_in(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, Tensor):
@@ -287,6 +295,8 @@ class Face(TorchFunctionMode):
         self, func: Function, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         __tracebackhide__ = True  # pytest then shows the test's line last, not this one
+        if types and _C._is_torch_function_enabled() and any(map(_answers_itself, types)):
+            return NotImplemented  # they go first; then this mode sees what they make of it
         handler = self._handlers.get(func)
         charges = self.charges
         outer, charges.call = charges.call, (*args, *kwargs.values()) if kwargs else args

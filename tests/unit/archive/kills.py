@@ -128,15 +128,14 @@ def kill_at_random(folder, kills, seed):
     return killed
 
 
-def _traced(folder, number, *options):
-    """Put one state under strace; return what was said, once it ended."""
+def traced(prepare, *options):
+    """Do what ``prepare`` returns in a child under strace; return what it said, once it ended."""
     ready, go = os.pipe()
 
     def work(say):
-        store = ArchiveStore(folder, key=KEY)
-        data = state(number)
+        prepared = prepare(say)
         os.read(ready, 1)
-        say(f"put {store.put(data)} {number}")
+        prepared()
         os.kill(os.getpid(), signal.SIGKILL)
 
     process, reading = child(work)
@@ -152,20 +151,39 @@ def _traced(folder, number, *options):
     return said
 
 
-def calls_of_a_put(folder):
-    """Return how often a put makes each system call, in the thread that makes it most."""
-    log = folder.with_name(f"{folder.name}.strace")
-    old = ArchiveStore(folder, key=KEY).put(state(0, 300))
-    _traced(folder, 1, "-o", str(log))
+def _a_put(folder, number):
+    def prepare(say):
+        store, data = ArchiveStore(folder, key=KEY), state(number)
+        return lambda: say(f"put {store.put(data)} {number}")
+
+    return prepare
+
+
+def calls_of(prepare, log):
+    """Return how often each system call is made, in the thread that makes it most."""
+    traced(prepare, "-o", str(log))
     counts = Counter(re.findall(r"^(\d+) +(\w+)\(", log.read_text(), re.MULTILINE))
     log.unlink()
+    found = {}
+    for (_, call), count in counts.items():
+        found[call] = max(found.get(call, 0), count)
+    return found
+
+
+def kill_at(prepare, call, at):
+    """Do it, killed at the ``at``-th call of that name of a thread; return what it said."""
+    inject = f"inject={call}:signal=SIGKILL:when={at}"
+    return traced(prepare, "-e", f"trace={call}", "-e", inject, "-o", os.devnull)
+
+
+def calls_of_a_put(folder):
+    """Return how often a put makes each system call, in the thread that makes it most."""
+    old = ArchiveStore(folder, key=KEY).put(state(0, 300))
+    found = calls_of(_a_put(folder, 1), folder.with_name(f"{folder.name}.strace"))
     store = ArchiveStore(folder, key=KEY)
     for entry in store.entries():
         store.delete(entry.id)
     assert old
-    found = {}
-    for (_, call), count in counts.items():
-        found[call] = max(found.get(call, 0), count)
     return found
 
 
@@ -174,7 +192,5 @@ def kill_at_calls(folder, calls):
     killed = Killed()
     old = ArchiveStore(folder, key=KEY).put(state(0, 300))
     for number, (call, at) in enumerate(calls, 1):
-        inject = f"inject={call}:signal=SIGKILL:when={at}"
-        said = _traced(folder, number, "-e", f"trace={call}", "-e", inject, "-o", os.devnull)
-        check(folder, old, said, killed)
+        check(folder, old, kill_at(_a_put(folder, number), call, at), killed)
     return killed

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pytest_gpumem.archive import sleep
+from pytest_gpumem.archive.asleep import nap_of
 from pytest_gpumem.archive.consolidator import GpuConsolidator
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import ArchiveError
@@ -76,13 +77,13 @@ def test_a_fault_at_each_call_of_falling_asleep_and_of_waking(consolidator, monk
             faults.left = number if step == "fall asleep" else 0
             done = consolidator.consolidate_gpu_memory([{"data": model}])
             hit = faults.left <= 0
-            assert bool(sleep.nap_of(model[0].weight)) != bool(done.refused)
+            assert bool(nap_of(model[0].weight)) != bool(done.refused)
             if step == "wake":
                 faults.left = number
                 error = refused(lambda model=model: model(X))
                 hit = faults.left <= 0
                 assert error is None or done.ids[0] in str(error)
-                assert bool(sleep.nap_of(model[0].weight)) == bool(error)
+                assert bool(nap_of(model[0].weight)) == bool(error)
                 failed[step] += bool(error)
             failed[step] += len(done.refused)
             faults.left = 0
@@ -130,7 +131,7 @@ def test_without_memory_to_wake_in_it_sleeps_on(consolidator, monkeypatch):
         patch.setattr(ArchiveStore, "get_tensors", full)
         with pytest.raises(torch.OutOfMemoryError):
             model(X)
-        assert sleep.nap_of(model[0].weight) is not None
+        assert nap_of(model[0].weight) is not None
     assert torch.equal(model(X), awake(X))
 
 
@@ -192,7 +193,7 @@ def test_a_kill_leaves_what_slept_whole():
         [sys.executable, program, "--every=23"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert re.match(r"[3-9] kills; [1-9]", done.stdout), done.stdout
+    assert re.match(r"at calls of os: [3-9] kills; [1-9]", done.stdout), done.stdout
 
 
 def test_what_sleeps_leaves_no_trace_when_it_is_awake(consolidator):

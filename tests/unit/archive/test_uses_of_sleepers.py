@@ -14,6 +14,7 @@ from hypothesis import settings
 from torch import nn
 
 from pytest_gpumem.archive import sleep, torch_private
+from pytest_gpumem.archive.asleep import nap_of
 from pytest_gpumem.archive.consolidator import GpuConsolidator
 from pytest_gpumem.archive.store import ArchiveStore
 
@@ -98,7 +99,7 @@ def test_asleep_is_as_awake(kind, consolidator):
     for name, use in tried(kind):
         awake, asleep = made(kind), made(kind)
         done = consolidator.consolidate_gpu_memory([{"data": asleep}])
-        naps = [each for each in asleep.parameters() if sleep.nap_of(each)]
+        naps = [each for each in asleep.parameters() if nap_of(each)]
         slept += bool(naps) and not done.refused
         results = [outcome(use, awake), outcome(use, asleep)]
         if flat(results[0]) != flat(results[1]) or state(awake) != state(asleep):
