@@ -1,4 +1,4 @@
-"""Whether another thread computes with tensors, from where it stands.
+"""Whether somebody else computes with tensors: a thread, from where it stands, or a CUDA graph.
 
 A call of torch that works on memory has let the GIL go, and ``weight.add_(1)`` counts as a user of
 ``weight`` nowhere. So whoever wants to give memory up first sees to it that new calls are stopped,
@@ -8,6 +8,7 @@ these tensors in hand.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -32,9 +33,11 @@ def refuse(parts: Collection[int], but: Collection[int]) -> None:
         but: the idents of the threads that ask.
 
     Raises:
-        InUseError: a thread computes with one of these objects.
+        InUseError: a thread computes with one of these objects, or a CUDA graph may.
 
     """
+    if _there_are_cuda_graphs():
+        raise InUseError("a CUDA graph reads weights from where they were when it was captured")
     stuck = {key: _place(frame) for key, frame in _others(but).items()}
     if not stuck:
         return
@@ -48,6 +51,14 @@ def refuse(parts: Collection[int], but: Collection[int]) -> None:
         if _has_in_hand(frame, parts, torch, stuck=key in stuck):
             names = {each.ident: each.name for each in threading.enumerate()}
             raise InUseError(f"the thread {names.get(key, key)!r} computes with it")
+
+
+def _there_are_cuda_graphs() -> bool:
+    """Return whether a CUDA graph is left; which memory one computes with, nothing tells."""
+    cuda = sys.modules["torch"].cuda
+    if cuda.graph.default_capture_stream is None:  # none was ever captured
+        return False
+    return any(issubclass(type(each), cuda.CUDAGraph) for each in gc.get_objects())
 
 
 def _others(but: Collection[int]) -> dict[int, FrameType]:

@@ -7,7 +7,7 @@ threads do meanwhile:
 1. Tensors whose memory somebody else has, too, are left alone: a graph, a view, a call in another
    thread. Their use could not be noticed, and their memory would not be freed.
 2. The others get the class. From now on any use of one ends the nap at once, before it began.
-3. Other threads are seen to be through with calls that had begun before.
+3. Other threads are seen to be through with calls that had begun before, and so are the cards.
 4. The content is archived, and read back.
 5. If nobody used a tensor meanwhile, all of them lose their content in one step under the lock
    that a use would need.
@@ -84,7 +84,10 @@ class Nap:
         try:
             self._hooks += _hooks(users, {*map(id, tensors)}, self._wake_first)
             bystanders.refuse({*map(id, users), *map(id, tensors)}, but)
-            self._leave_out(self._held())
+            _finish({str(each.device) for each in self.contents.values()})
+            with self._lock:
+                self.check()
+                self._leave_out(self._held())
         except BaseException:
             self.wake()
             raise
@@ -214,8 +217,7 @@ class Nap:
             for where, places in wanted.items():
                 found = self._store.get_tensors(self.id, list(places.values()), where)
                 contents.update(zip(places, found, strict=True))
-                if where.startswith("cuda"):
-                    torch.cuda.synchronize(where)  # the caller may be on another stream
+            _finish(wanted)  # the caller may be on another stream
         except ArchiveError as error:
             raise type(error)(
                 f"a model that sleeps in the archive {self.id} cannot be woken: {error}"
@@ -302,6 +304,13 @@ def device_type(tensor: Any) -> str:
         return str(nap.homes[id(tensor)]).partition(":")[0]
     with torch_private.plainly():
         return str(tensor.device.type)
+
+
+def _finish(devices: Iterable[str]) -> None:
+    """Wait for what was begun on cards, on any stream: a call returns before it is done."""
+    for each in devices:
+        if each.startswith("cuda"):
+            torch.cuda.synchronize(each)
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:

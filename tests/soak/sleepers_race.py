@@ -1,7 +1,7 @@
 """Eight threads that train, infer, consolidate, restore, pool and unload, on a simulated card.
 
-``python tests/soak/sleepers_race.py [--seconds 600]``. What was trained is compared, bit for bit,
-with twins that took as many steps and never slept; each answer with the one that is known.
+``python tests/soak/sleepers_race.py [--seconds 600] [--seed 0]``. What was trained is compared, bit
+for bit, with twins that took as many steps and never slept; each answer with the one that is known.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def test_race(tmp_path):
 
     def worker(role):
         def decorated():
-            chance = random.Random(role.__name__ + threading.current_thread().name)
+            name = threading.current_thread().name
+            chance = random.Random(os.environ["RACE_SEED"] + role.__name__ + name)
             try:
                 while time.monotonic() < until and not errors:
                     role(chance)
@@ -133,7 +134,8 @@ def main() -> int:
     """Run the race; return 0 if nothing was lost."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=600)
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
     memory = MEMORY if Path(MEMORY).is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as where:
         Path(where, "test_race.py").write_text(SUITE)
@@ -143,7 +145,12 @@ def main() -> int:
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "gpumem", *card, *plain],
             cwd=where,
-            env=os.environ | {"RACE_SECONDS": str(seconds), "XDG_CONFIG_HOME": where},
+            env=os.environ
+            | {
+                "RACE_SECONDS": str(options.seconds),
+                "RACE_SEED": str(options.seed),
+                "XDG_CONFIG_HOME": where,
+            },
             check=False,
         ).returncode
 
