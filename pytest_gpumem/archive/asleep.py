@@ -34,6 +34,11 @@ class _Asleep:
     awake: type
     """What the tensor's class is when it does not sleep."""
 
+    def __init_subclass__(cls) -> None:
+        """Have a sleeper's class called in errors as an awake one's."""
+        cls.__name__, cls.__qualname__ = cls.awake.__name__, cls.awake.__qualname__
+        cls.__module__ = cls.awake.__module__
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Return what ``type(parameter)(...)`` means: an awake one."""
         return cls.awake(*args, **kwargs)
@@ -164,8 +169,8 @@ def fill(tensor: Any, stand_in: Any, content: Any) -> None:
 def _awake(values: Any) -> Any:
     """Return ``values``, awake; tensors in the place of what stands for them."""
     wake(values)
-    stand_ins = next(_sleepers([values]), None) is not None
-    return _themselves(values) if stand_ins else values
+    asleep = next(_sleepers([values]), None) is not None
+    return _themselves(values) if asleep else values
 
 
 def _themselves(value: Any) -> Any:
@@ -175,10 +180,13 @@ def _themselves(value: Any) -> Any:
         return {key: _themselves(each) for key, each in value.items()}
     if not isinstance(value, _Asleep):
         return value
-    tensor = _stood_for(value)
-    if tensor is None:
-        raise InUseError("this stands for a tensor that slept, and that is gone")
-    return tensor
+    if _STANDS_FOR in vars(value):
+        value = _stood_for(value)
+        if value is None:
+            raise InUseError("this stands for a tensor that slept, and that is gone")
+    elif nap_of(value) is None and isinstance(value, _Asleep):
+        raise InUseError("this is no tensor that sleeps, and has the class of one")
+    return _awake(value)  # another thread may have begun to consolidate it
 
 
 def _stood_for(sleeper: Any) -> Any:

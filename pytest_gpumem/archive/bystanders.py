@@ -46,7 +46,7 @@ def refuse(parts: Collection[int], but: Collection[int]) -> None:
         time.sleep(_PATIENCE / 40)
         now = {key: _place(frame) for key, frame in _others(but).items()}
         stuck = {key: place for key, place in stuck.items() if now.get(key) == place}
-    torch = str(Path(sys.modules["torch"].__file__ or "").parent)
+    torch = str(Path(sys.modules["torch"].__file__ or "").parent), str(Path(__file__).parent)
     for key, frame in _others(but).items():
         if _has_in_hand(frame, parts, torch, stuck=key in stuck):
             names = {each.ident: each.name for each in threading.enumerate()}
@@ -69,8 +69,10 @@ def _place(frame: FrameType) -> tuple[int, int]:
     return id(frame), frame.f_lasti
 
 
-def _has_in_hand(innermost: FrameType, parts: Collection[int], torch: str, *, stuck: bool) -> bool:
-    """Look at torch's own frames, and at the innermost one of a thread that did not move.
+def _has_in_hand(
+    innermost: FrameType, parts: Collection[int], torch: tuple[str, ...], *, stuck: bool
+) -> bool:
+    """Look at torch's frames and those of waking, and at where a thread stands that did not move.
 
     A thread may stand still with a model because it waits; that it does, nothing tells.
     """

@@ -123,13 +123,14 @@ class Nap:
 
     def _leave_out(self, held: set[int]) -> None:
         kept = []
-        for ref, version in zip(self.tensors, self._versions, strict=True):
-            tensor = ref()
-            if tensor is not None and id(tensor) in held:
-                asleep.unmark(tensor, self)
-                self.contents.pop(id(tensor), None)
-            elif tensor is not None:
-                kept.append((ref, version))
+        with _marking:
+            for ref, version in zip(self.tensors, self._versions, strict=True):
+                tensor = ref()
+                if tensor is not None and id(tensor) in held:
+                    asleep.unmark(tensor, self)
+                    self.contents.pop(id(tensor), None)
+                elif tensor is not None:
+                    kept.append((ref, version))
         self.tensors = [ref for ref, _ in kept]
         self._versions = [version for _, version in kept]
         for hook in (hook for own, hook in self._hooks if own <= held):
@@ -234,8 +235,9 @@ class Nap:
     def _over(self) -> None:
         self._state = "awake"
         self.contents = {}
-        for tensor in self._living():
-            asleep.unmark(tensor, self)
+        with _marking:
+            for tensor in self._living():
+                asleep.unmark(tensor, self)
         for _, hook in self._hooks:
             hook.remove()
         self._end()
@@ -263,12 +265,13 @@ class Nap:
 
 
 _naps: weakref.WeakSet[Nap] = weakref.WeakSet()
-_marking = threading.Lock()
+_marking = threading.RLock()
+"""Held by who marks tensors as those of a nap, or takes that back."""
 
 
 def _after_fork() -> None:
     global _marking  # noqa: PLW0603  # the thread that held it is not there
-    _marking = threading.Lock()
+    _marking = threading.RLock()
     for nap in list(_naps):
         nap.after_fork()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -162,17 +162,19 @@ _WAYS_TO_C = (
     ("torch.utils", "swap_tensors"),
     ("torch.utils.dlpack", "to_dlpack"),
     ("torch.jit._recursive", "create_script_module"),
+    ("torch._C:ScriptFunction", "__call__"),
+    ("torch._C:ScriptMethod", "__call__"),
 )
-"""What ``torch.func`` and ``autograd.Function.apply`` do first with each tensor they are given.
+"""What torch calls first with tensors on its ways into C++ that ask no class, or too late.
 
-And what else has to do with awake tensors only.
+The first three are those of ``torch.func`` and ``autograd.Function.apply``.
 """
 
 
 def before_c(wake: Callable[..., None]) -> None:
     """Have ``wake`` called with what is given to functions of torch before they look at it."""
     for module, name in _WAYS_TO_C:
-        home = importlib.import_module(module)
+        home = pkgutil.resolve_name(module)
         way = getattr(home, name, None)
         if way is not None and not hasattr(way, "__wrapped__"):
             setattr(home, name, _after(wake, way))
@@ -181,7 +183,7 @@ def before_c(wake: Callable[..., None]) -> None:
 def _after(wake: Callable[..., None], way: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(way)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        wake(*args)
+        wake(args, kwargs)
         return way(*args, **kwargs)
 
     return wrapped

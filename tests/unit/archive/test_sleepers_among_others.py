@@ -1,0 +1,250 @@
+"""Models that sleep, and what else goes on: C++, graphs, keys, interrupts, a user's own classes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_gpumem.archive import sleep
+from pytest_gpumem.archive.asleep import nap_of
+from pytest_gpumem.archive.consolidator import GpuConsolidator
+from pytest_gpumem.archive.store import ArchiveStore
+from pytest_gpumem.errors import ArchiveError, InUseError, KeyRefusedError, WrongKeyError
+from pytest_gpumem.tracking import verdict
+
+X = torch.linspace(-1, 1, 24).view(4, 6)
+
+
+@pytest.fixture(autouse=True)
+def host_is_a_card(monkeypatch):
+    monkeypatch.setattr(sleep, "is_on_card", lambda tensor: not tensor.is_meta)
+
+
+@pytest.fixture
+def consolidator(tmp_path):
+    return GpuConsolidator(ArchiveStore(tmp_path / "store", key=b"k" * 32))
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+
+def same(one, other):
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) and type(a) is type(b) for a, b in pairs)
+
+
+def asleep(consolidator, model):
+    done = consolidator.consolidate_gpu_memory([{"data": model}])
+    assert done.refused == ()
+    assert all(map(nap_of, model.parameters()))
+    return done.ids[0]
+
+
+def test_cpp_that_would_lose_a_gradient_is_an_error_and_right_the_second_time(consolidator):
+    model, awake = linear(), linear()
+    for use in (torch.Tensor, lambda w: torch.asarray(w, copy=True)):
+        asleep(consolidator, model)
+        with pytest.raises(InUseError, match="awake now: do that again"):
+            use(model[0].weight)
+        assert not any(map(nap_of, model.parameters()))
+        assert torch.equal(use(model[0].weight), use(awake[0].weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.*is deprecated")
+def test_a_scripted_function_gets_its_gradient(consolidator):
+    def twice(x):
+        return x * 2
+
+    model = linear()
+    asleep(consolidator, model)
+    torch.jit.script(twice)(x=model[0].weight).sum().backward()
+    assert torch.equal(model[0].weight.grad, torch.full((6, 6), 2.0))
+
+
+def test_a_sleeper_is_nobodys_content(consolidator):
+    model, awake = linear(), linear()
+    asleep(consolidator, model)
+    other = torch.ones(6, 6)
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        other.data = model[0].weight
+    with pytest.raises(RuntimeError, match="device type 'meta'"):
+        other.grad = model[0].weight
+    assert torch.equal(other, torch.ones(6, 6))
+    assert same(model, awake)
+
+
+def test_cpp_that_keeps_a_sleeper_is_led_to_the_tensor(consolidator):
+    model, awake = linear(), linear()
+    asleep(consolidator, model)
+    kept = nap_of(model[0].weight)._stand_ins[0]  # what C++ returns that has kept the shell
+    with torch.no_grad():
+        model(X)
+        assert torch.equal(kept * 2, awake[0].weight * 2)
+        kept.add_(1)
+        awake[0].weight.add_(1)
+    assert same(model, awake)
+
+
+def test_gradients_of_an_earlier_graph_wake_what_they_are_for(consolidator):
+    models = [nn.Embedding(6, 4), nn.Embedding(6, 4)]
+    models[1].load_state_dict(models[0].state_dict())
+    seen = []
+    models[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p is p_of[0]))
+    p_of = [each.weight for each in models]
+    losses = [each(torch.tensor([1, 2])).sum() for each in models]  # needs no weight to go back
+    asleep(consolidator, models[0])
+    for each in losses:
+        each.backward()
+    assert torch.equal(*[each.weight.grad for each in models])
+    assert seen == [True]
+    assert same(*models)
+    assert models[0].weight._backward_hooks is None
+
+
+def test_a_registered_hook_of_a_gradient_outlives_sleep(consolidator):
+    model = linear()
+    seen = []
+    handle = model[0].weight.register_hook(lambda grad: seen.append(grad.shape))
+    asleep(consolidator, model)
+    model(X).sum().backward()
+    assert seen == [(6, 6)]
+    handle.remove()
+
+
+def test_one_that_slept_can_be_swapped(consolidator):
+    model = linear()
+    consolidator.register(model)
+    asleep(consolidator, model)
+    model(X)
+    torch.utils.swap_tensors(model[0].weight, nn.Parameter(torch.ones(6, 6)))
+    assert torch.equal(model[0].weight, torch.ones(6, 6))
+
+
+def test_a_class_that_takes_no_such_hook_is_refused_and_unharmed(consolidator):
+    class Own(nn.Linear):
+        def register_forward_pre_hook(self, hook):
+            return super().register_forward_pre_hook(hook)
+
+    model = nn.Sequential(nn.Linear(6, 6), Own(6, 6))
+    awake = copy.deepcopy(model)
+    (told,) = consolidator.consolidate_gpu_memory([{"data": model}]).refused
+    assert "TypeError" in told
+    assert not any(each._forward_pre_hooks for each in model.modules())
+    assert torch.equal(model(X), awake(X))
+    assert same(model, awake)
+
+
+def test_what_looks_whether_a_test_keeps_memory_wakes_nothing(consolidator):
+    model = linear()
+    asleep(consolidator, model)
+    verdict.holds_memory(model)
+    assert all(map(nap_of, model.parameters()))
+
+
+def test_one_that_a_cuda_graph_may_read_stays_awake(consolidator, monkeypatch):
+    class Graph:
+        pass
+
+    model = linear()
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", object())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    graph = Graph()
+    (told,) = consolidator.consolidate_gpu_memory([{"data": model}]).refused
+    assert "a CUDA graph reads weights from where they were" in told
+    del graph
+    asleep(consolidator, model)
+
+
+@pytest.mark.parametrize("moment", ["falls asleep", "wakes"])
+def test_an_interrupt_loses_nothing(consolidator, monkeypatch, moment):
+    model, awake = linear(), linear()
+    name = "put" if moment == "falls asleep" else "get_tensors"
+    original = getattr(ArchiveStore, name)
+
+    def slowly(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)  # the main thread waits for this one
+        time.sleep(0.2)
+        return original(self, *args, **kwargs)
+
+    if moment == "wakes":
+        asleep(consolidator, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(ArchiveStore, name, slowly)
+        with pytest.raises(KeyboardInterrupt):
+            consolidator.consolidate_gpu_memory([{"data": model}]) if name == "put" else model(X)
+    assert torch.equal(model(X), awake(X))
+    for each in threading.enumerate():
+        if each.name == "gpumem":
+            each.join()  # it goes on, and what it does then is no less whole
+    assert torch.equal(model(X), awake(X))
+    assert same(model, awake)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        awake[0].weight.add_(1)
+    assert torch.equal(model(X), awake(X))
+
+
+def lose(path):
+    for name in ("key", "key-copy"):
+        (path / name).unlink(missing_ok=True)
+
+
+def change(path):
+    for name in ("key", "key-copy"):
+        content = bytearray((path / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / name).write_bytes(content)
+
+
+def make_unreadable(path):
+    lose(path)
+    for name in ("key", "key-copy"):
+        (path / name).mkdir()
+
+
+def rotate(path):
+    ArchiveStore(path, key=b"k" * 32).rotate(b"n" * 32)
+
+
+@pytest.mark.parametrize("what", [lose, change, make_unreadable, rotate])
+def test_a_key_that_goes_while_a_model_sleeps(consolidator, what):
+    model, awake, third = linear(), linear(), linear()
+    name = asleep(consolidator, model)
+    asleep(consolidator, third)
+    path = consolidator.store.path
+    what(path)
+    with pytest.raises((KeyRefusedError, WrongKeyError, ArchiveError)) as told:
+        ArchiveStore(path, key=b"k" * 32).get(name)
+    assert "\n" not in str(told.value)
+    found = run(path, "n" if what is rotate else "k", name)
+    assert found == (0 if what is rotate else 1)
+    assert torch.equal(model(X), awake(X))  # this process knows the secret
+    assert same(third, awake)
+    done = consolidator.consolidate_gpu_memory([{"data": model}])
+    assert len(done.ids) + len(done.refused) == 1
+    assert torch.equal(model(X), awake(X))
+
+
+def run(path, letter, name):
+    """Return how a process ends that gets a state with a key."""
+    program = f"""
+import sys
+from pytest_gpumem.archive.store import ArchiveStore
+from pytest_gpumem.errors import ArchiveError
+try:
+    ArchiveStore({str(path)!r}, key=b"{letter}" * 32).get({name!r})
+except ArchiveError:
+    sys.exit(1)
+"""
+    return subprocess.run([sys.executable, "-c", program], check=False, env=os.environ).returncode
