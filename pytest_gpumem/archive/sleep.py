@@ -13,9 +13,9 @@ threads do meanwhile:
    that a use would need.
 
 C++ that asks nobody comes too late to begin a graph. So Python on the ways of torch there is told
-to wake first (``torch_private.before_c``), modules that have the tensors, and optimizers, get a
-hook, and so does a tensor to which the graph of an earlier call will bring gradients. No hook and
-no class is there while a tensor is awake.
+to wake first (``torch_private.before_c``), a user's modules that have the tensors get a hook, and
+so do optimizers, and tensors to which the graph of an earlier call will bring gradients. No hook
+and no class is there while a tensor is awake.
 """
 
 from __future__ import annotations
@@ -348,10 +348,13 @@ def _hooks(
     """Have ``wake`` called before ``users`` compute, and before their other hooks.
 
     Yields each with the ids of what it is for. A module gets one if some of that is its own: it is
-    what copying and pickling touch first, and it wakes, so that no copy ever has the hook.
+    what copying and pickling touch first, and it wakes, so that no copy ever has the hook. Torch's
+    own get none: they ask the class, and its transformer layers compute otherwise beside hooks.
     """
     for user in users:
         if isinstance(user, torch.nn.Module):
+            if type(user).__module__.startswith("torch.nn.modules."):
+                continue
             tensors = [*user._parameters.values(), *user._buffers.values()]
             if own := sleeping.intersection(map(id, tensors)):
                 yield own, user.register_forward_pre_hook(wake, prepend=True)

@@ -105,11 +105,12 @@ class gradient_hook:  # noqa: N801  # a function that has a ``remove``
 def shell(kind: type, tensor: torch.Tensor) -> Any:
     """Return a tensor of class ``kind`` with the shape of another, and without memory.
 
-    It says that it is a meta tensor: so it cannot be what others have for content.
+    It says that it is a meta tensor: so it cannot be what others have for content. Who asks for its
+    address in C++ gets an error.
     """
     import torch
 
-    return torch.Tensor._make_wrapper_subclass(
+    made: torch.Tensor = torch.Tensor._make_wrapper_subclass(
         kind,
         tensor.shape,
         strides=tensor.stride(),
@@ -118,6 +119,8 @@ def shell(kind: type, tensor: torch.Tensor) -> Any:
         requires_grad=tensor.requires_grad,
         storage_size=0,
     )
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    return made
 
 
 def is_shell(tensor: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ def size_of(model: Any) -> int:
     """Return the bytes of a module's parameters and buffers, each storage once; wakes nothing."""
     with torch_private.plainly():
         parts = [each.untyped_storage() for each in (*model.parameters(), *model.buffers())]
-        return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+        return sum({part.data_ptr(): part.nbytes() for part in parts if part.nbytes()}.values())
 
 
 def place(model: Any, device: str, make_room: Callable[[], bool] | None = None) -> str:

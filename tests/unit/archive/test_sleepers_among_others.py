@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_gpumem.archive import sleep
+from pytest_gpumem.archive import sleep, torch_private
 from pytest_gpumem.archive.asleep import nap_of
 from pytest_gpumem.archive.consolidator import GpuConsolidator
 from pytest_gpumem.archive.store import ArchiveStore
@@ -77,6 +77,8 @@ def test_a_sleeper_is_nobodys_content(consolidator):
         other.data = model[0].weight
     with pytest.raises(RuntimeError, match="device type 'meta'"):
         other.grad = model[0].weight
+    with torch_private.plainly(), pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        model[0].weight.data_ptr()  # what an extension asks for
     assert torch.equal(other, torch.ones(6, 6))
     assert same(model, awake)
 
@@ -91,6 +93,20 @@ def test_cpp_that_keeps_a_sleeper_is_led_to_the_tensor(consolidator):
         kept.add_(1)
         awake[0].weight.add_(1)
     assert same(model, awake)
+
+
+def test_a_transformer_layer_takes_the_faster_way_as_an_awake_one_does(consolidator, monkeypatch):
+    taken = []
+    way = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(
+        torch, "_transformer_encoder_layer_fwd", lambda *args: (taken.append(1), way(*args))[1]
+    )
+    model = nn.TransformerEncoderLayer(6, 2, 16, batch_first=True).eval()
+    awake = copy.deepcopy(model)
+    asleep(consolidator, model)
+    with torch.no_grad():
+        assert torch.equal(model(X[None]), awake(X[None]))
+    assert len(taken) == 2
 
 
 def test_gradients_of_an_earlier_graph_wake_what_they_are_for(consolidator):
