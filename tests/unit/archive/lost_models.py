@@ -368,6 +368,20 @@ def test_a_model_above_a_sleeping_one_can_be_copied_when_its_own_tensors_are_awa
         del view
 
 
+def test_cards_finish_what_was_begun_on_any_stream_before_it_is_read(sleep, monkeypatch):
+    order = []
+    put = ArchiveStore.put
+
+    def noted(*args, **kwargs):
+        order.append("put")
+        return put(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: order.append("synchronize"))
+    monkeypatch.setattr(ArchiveStore, "put", noted)
+    sleep(linear())
+    assert order == ["synchronize", "put"]
+
+
 def test_a_view_of_its_memory_keeps_a_model_awake(consolidator):
     model = linear()
     row = model.weight.data[0]
