@@ -107,7 +107,8 @@ class _Telling:
         simulator = sys.modules.get("pytest_gpumem.simulator")
         if simulator is not None and simulator.Simulation.installed is not None:
             # The simulated card tells at once, so that a kill loses nothing.
-            simulator.Simulation.installed.card.grown = self._tell_now
+            for card in simulator.Simulation.installed.cards:
+                card.grown = self._tell_now
         atexit.register(self._tell_last)
         _before_exit(self._tell_last)
         # Not one of ``threading``'s: the program may count its threads.

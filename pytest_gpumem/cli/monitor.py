@@ -127,7 +127,7 @@ def _page(ledger: Ledger) -> Page | None:
         return None
 
 
-_opened: dict[Path, SharedCard] = {}
+_opened: dict[Path, Sequence[SharedCard]] = {}
 
 
 def _simulated() -> list[SharedCard]:
@@ -138,14 +138,15 @@ def _simulated() -> list[SharedCard]:
 
     paths = Simulation.card_files()
     for gone in set(_opened) - set(paths):
-        _opened.pop(gone).close()
+        for card in _opened.pop(gone):
+            card.close()
     for path in paths:
         if path not in _opened:
             try:
-                _opened[path] = Simulation.attach(str(path)).card
+                _opened[path] = Simulation.attach(str(path)).cards
             except (OSError, ValueError):  # being made, or being removed
                 continue
-    return [_opened[path] for path in paths if path in _opened]
+    return [card for path in paths for card in _opened.get(path, ())]
 
 
 def _holdings(

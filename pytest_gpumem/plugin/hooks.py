@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from pytest_gpumem.devices import CardsFound
-    from pytest_gpumem.simulator import Simulation
     from pytest_gpumem.tracking.memory import GpuMemory
 
 CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
@@ -192,9 +191,9 @@ def _begin(config: pytest.Config, options: dict[str, Any]) -> None:
             state = State(settings, devices.CardsFound((), "switched off"))
         else:
             found = devices.find_cards()
-            if settings.mode == "on" and found.cards:
-                found = _place(found)
             state = _simulate(settings, found) if settings.simulated else State(settings, found)
+            if settings.mode == "on" and state.found.cards:
+                state.found = _place(state.found)
             state.notes += [
                 f"{place} does nothing with --gpumem={settings.mode}: it needs --gpumem=on"
                 for place in settings.without_effect
@@ -213,7 +212,7 @@ def _place(found: CardsFound) -> CardsFound:
 
 
 def _simulate(settings: Settings, real: CardsFound) -> State:
-    """Give this process a simulated card.
+    """Give this process the simulated cards.
 
     Raises:
         BadSettingError: when a real card is visible and the user did not ask twice, or the card
@@ -223,6 +222,7 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
     """
     if sys.platform == "win32":
         raise BadSettingError("--gpumem-simulate: not on Windows, which has no POSIX file locks")
+    from pytest_gpumem import devices
     from pytest_gpumem.simulator import Simulation
 
     # A run within a test, as of pytester: torch has the card of the run around it.
@@ -232,8 +232,8 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
                 "--gpumem-simulate: an earlier run in this process simulated a card, which cannot "
                 "be undone; start a new process for each run"
             )
-        settings = replace(settings, simulate_context=around.card.context)
-        return State(settings, _card_of(around), simulation=around, borrowed=True)
+        settings = replace(settings, simulate_context=around.cards[0].context)
+        return State(settings, devices.find_cards(), simulation=around, borrowed=True)
     if real.cards and not settings.simulate_anyway:
         raise BadSettingError(
             f"--gpumem-simulate: a real card is visible ({real.cards[0].name}); "
@@ -245,23 +245,17 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
         except (OSError, ValueError) as error:
             raise BadSettingError(f"--gpumem-simulate-card: {error}") from None
     elif name := os.environ.pop(SIMULATED_AS, ""):
-        simulation = Simulation.join(name, settings.simulate or 0, settings.simulate_context)
+        simulation = Simulation.join(name, settings.simulate or (), settings.simulate_context)
     else:
-        simulation = Simulation.start(settings.simulate or 0, settings.simulate_context)
+        simulation = Simulation.start(settings.simulate or (), settings.simulate_context)
     simulation.install()
+    import pynvml  # noqa: F401  # which tells the driver's side of a card where there is no driver
+
     exported = CARD_VARIABLE not in os.environ
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
-    # Whoever made the card decided what a context costs.
-    settings = replace(settings, simulate_context=simulation.card.context)
-    return State(settings, _card_of(simulation), simulation=simulation, exported=exported)
-
-
-def _card_of(simulation: Simulation) -> CardsFound:
-    from pytest_gpumem import devices
-    from pytest_gpumem.records import Card
-
-    card = simulation.card
-    return devices.CardsFound((Card(card.uuid, card.name, card.total),))
+    # Whoever made the cards decided what a context costs.
+    settings = replace(settings, simulate_context=simulation.cards[0].context)
+    return State(settings, devices.find_cards(), simulation=simulation, exported=exported)
 
 
 def _is_controller(config: pytest.Config) -> bool:

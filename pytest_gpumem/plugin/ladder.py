@@ -87,7 +87,7 @@ class Ladder:
     def pytest_collection_finish(self) -> None:
         """Look at the cards again, if a conftest chose others, before the scheduler is told."""
         state = self._state
-        if state.simulation is None and os.environ.get(VISIBLE) != state.visible:
+        if os.environ.get(VISIBLE) != state.visible:
             state.found = devices.find_cards()
 
     def pytest_runtestloop(self) -> None:

@@ -178,18 +178,33 @@ def tolerance(text: str) -> tuple[float, int]:
     return part, size
 
 
-def simulated_size(text: str) -> int:
-    """Return the bytes of a simulated card, which this machine's memory holds."""
-    size = parse_bytes(text)
-    if size == 0:
-        raise ValueError(f"{text!r} is an empty card; allowed is more than 0 bytes")
+MOST_CARDS = 64
+"""As many as ``CUDA_VISIBLE_DEVICES`` leaves visible where it is unset, by torch's reading."""
+
+
+def simulated_sizes(text: str) -> tuple[int, ...]:
+    """Return the bytes of each simulated card, which this machine's memory holds together."""
+    sizes: list[int] = []
+    for each in text.split(","):
+        size, times, count = each.partition("*")
+        if times and not re.fullmatch(r"\s*0*[1-9]\d{0,2}\s*", count, re.ASCII):
+            raise ValueError(
+                f"{text!r} is not a number of cards; allowed are a size, 4GiB*2 for two of that "
+                "size, and 4GiB,8GiB for unlike ones"
+            )
+        total = parse_bytes(size)
+        if total == 0:
+            raise ValueError(f"{text!r} is an empty card; allowed is more than 0 bytes")
+        sizes += [total] * int(count or 1)
+    if len(sizes) > MOST_CARDS:
+        raise ValueError(f"{text!r} is {len(sizes)} cards; allowed are {MOST_CARDS}")
     ram = _ram()
-    if ram is not None and size > ram:
+    if ram is not None and sum(sizes) > ram:
         raise ValueError(
             f"{text!r} is more than this machine's memory of {format_bytes(ram)}, "
             "in which the simulated card's tensors really live"
         )
-    return size
+    return tuple(sizes)
 
 
 def _ram() -> int | None:

@@ -23,7 +23,7 @@ from pytest_gpumem.plugin.option import (
     options_of,
     seconds,
     share,
-    simulated_size,
+    simulated_sizes,
     tolerance,
     user_path,
 )
@@ -44,10 +44,10 @@ class Settings:
         "MODE",
         default="track",
     )
-    simulate: int | None = declared(
-        simulated_size,
+    simulate: tuple[int, ...] | None = declared(
+        simulated_sizes,
         "Give the suite a simulated CUDA card of this size, shared by all workers, such as "
-        "3.81GiB.",
+        "3.81GiB; 4GiB*2 for two, 4GiB,8GiB for unlike ones.",
         "SIZE",
         group="simulate",
     )
@@ -309,7 +309,7 @@ class Settings:
 
     @property
     def simulated(self) -> bool:
-        """Whether the run uses a simulated card."""
+        """Whether the run uses simulated cards."""
         return self.simulate is not None or self.simulate_card is not None
 
     @property
@@ -406,10 +406,10 @@ def resolve(
         idle = {option.field for option in OPTIONS if option.needs_on}
         without = tuple(place for field, place in places.items() if field in idle)
         settings = replace(settings, without_effect=without)
-    if settings.simulate is not None and settings.simulate_context >= settings.simulate:
+    if settings.simulate is not None and settings.simulate_context >= min(settings.simulate):
         raise BadSettingError(
-            f"--gpumem-simulate: a card of {format_bytes(settings.simulate)} has no room for a "
-            f"context of {format_bytes(settings.simulate_context)}; "
+            f"--gpumem-simulate: a card of {format_bytes(min(settings.simulate))} has no room for "
+            f"a context of {format_bytes(settings.simulate_context)}; "
             "make --gpumem-simulate-context smaller"
         )
     return settings

@@ -1,6 +1,6 @@
-"""A CUDA card for machines without one, as far as memory goes.
+"""CUDA cards for machines without one, as far as memory goes.
 
-One file is the card; every process that opens it shares its capacity. Suites written for
+A file is a card; every process that opens it shares its capacity. Suites written for
 ``device="cuda"`` then run on host memory that is charged to the card, with PyTorch's allocator
 policy, its statistics and its out-of-memory errors, and with NVML's answers.
 """
@@ -12,14 +12,20 @@ import tempfile
 from contextlib import suppress
 from os import environ, getuid
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pytest_gpumem.on_import import when_imported
 from pytest_gpumem.simulator.card import SharedCard
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class Simulation:
-    """One simulated card as this process sees it; ``start`` makes the card, ``attach`` joins it."""
+    """Simulated cards as this process sees them; ``start`` makes them, ``attach`` joins them.
+
+    The first card's file names them all; ``.1``, ``.2`` and so on is added for the others.
+    """
 
     NOT_SIMULATED = (
         "not simulated: speed, streams, CUDA graphs, TF32, library workspaces, scratch memory"
@@ -29,16 +35,16 @@ class Simulation:
     installed: ClassVar[Simulation | None] = None
     """The one that this process's torch and pynvml answer for, for as long as it lives."""
 
-    def __init__(self, card: SharedCard, directory: Path | None = None) -> None:
-        self.card = card
+    def __init__(self, cards: Sequence[SharedCard], directory: Path | None = None) -> None:
+        self.cards = tuple(cards)
         self.closed = False
         self._directory = directory
 
     @classmethod
-    def start(cls, total: int, context: int) -> Simulation:
-        """Create a card of ``total`` bytes where each process costs ``context`` bytes.
+    def start(cls, totals: Sequence[int], context: int) -> Simulation:
+        """Create a card of so many bytes for each of ``totals``; a process costs ``context`` on it.
 
-        Its file lies in a new directory that only this user may enter.
+        Their files lie in a new directory that only this user may enter.
 
         Raises:
             ValueError: when the sizes make no sense.
@@ -46,15 +52,18 @@ class Simulation:
         """
         directory = Path(tempfile.mkdtemp(prefix="gpumem-", dir=_private_directory()))
         try:
-            card = SharedCard.create(directory / "card", total=total, context=context)
+            cards = [
+                SharedCard.create(_file(directory / "card", place), total=total, context=context)
+                for place, total in enumerate(totals)
+            ]
         except ValueError:
             shutil.rmtree(directory)
             raise
-        return cls(card, directory)
+        return cls(cards, directory)
 
     @classmethod
-    def join(cls, name: str, total: int, context: int) -> Simulation:
-        """Open the card that is called ``name`` on this machine; the first one makes it.
+    def join(cls, name: str, totals: Sequence[int], context: int) -> Simulation:
+        """Open the cards that are called ``name`` on this machine; the first one makes them.
 
         For processes that start at the same time and have no common parent here. ``name`` must
         not be guessable: the file may lie where anybody can write.
@@ -66,29 +75,33 @@ class Simulation:
         directory = Path(_private_directory() or tempfile.gettempdir()) / f"gpumem-{name}"
         if directory.exists():
             return cls.attach(str(directory / "card"))
-        own = cls.start(total, context)
-        own.card.close()
+        own = cls.start(totals, context)
+        for card in own.cards:
+            card.close()
         made = Path(own.path).parent
         try:
             made.rename(directory)
         except OSError:  # somebody else was faster
             shutil.rmtree(made)
             return cls.attach(str(directory / "card"))
-        return cls(SharedCard.open(directory / "card"), directory)
+        return cls(cls.attach(str(directory / "card")).cards, directory)
 
     @classmethod
     def attach(cls, path: str) -> Simulation:
-        """Open the card that another process started.
+        """Open the cards that another process started, by the first one's file.
 
         Raises:
             ValueError: when there is no simulated card at ``path``.
 
         """
-        return cls(SharedCard.open(Path(path)))
+        cards = [SharedCard.open(Path(path))]
+        while (further := _file(Path(path), len(cards))).exists():
+            cards.append(SharedCard.open(further))
+        return cls(cards)
 
     @staticmethod
     def card_files() -> list[Path]:
-        """Return the files of the cards that this user's runs have made and not yet removed."""
+        """Return the first card's file of each run of this user that has not yet removed them."""
         found = []
         place = Path(_private_directory() or tempfile.gettempdir())
         for path in sorted(place.glob("gpumem-*/card")):
@@ -99,13 +112,13 @@ class Simulation:
 
     @property
     def path(self) -> str:
-        """The file of the card, for ``attach``."""
-        return str(self.card.path)
+        """The file of the first card, for ``attach``."""
+        return str(self.cards[0].path)
 
     def install(self) -> None:
-        """Let torch and pynvml answer for the card, now or as soon as each is imported.
+        """Let torch and pynvml answer for the cards, now or as soon as each is imported.
 
-        With torch comes pynvml: only an imported pynvml tells the driver's side of the card where
+        With torch comes pynvml: only an imported pynvml tells the driver's side of a card where
         there is no driver. It cannot be undone in this process. Once more, for a program that was
         given the card of its run and attaches it itself, is harmless.
         """
@@ -117,22 +130,28 @@ class Simulation:
         when_imported("torch", self._install_torch)
 
     def close(self) -> None:
-        """Give back what this process holds; the process that started the card removes it."""
+        """Give back what this process holds; the process that started the cards removes them."""
         self.closed = True
-        self.card.leave()
+        for card in self.cards:
+            card.leave()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _install_nvml(self) -> None:
         from pytest_gpumem.simulator import nvml_face
 
-        nvml_face.install(self.card)
+        nvml_face.install(self.cards)
 
     def _install_torch(self) -> None:
         from pytest_gpumem.simulator import torch_face
 
-        torch_face.install(self.card)
+        torch_face.install(self.cards)
         import pynvml  # noqa: F401  # see install
+
+
+def _file(first: Path, place: int) -> Path:
+    """Return the file of the card at ``place``, from that of the first."""
+    return first.with_name(f"{first.name}.{place}") if place else first
 
 
 def _private_directory() -> str | None:

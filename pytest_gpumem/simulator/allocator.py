@@ -32,6 +32,7 @@ _LARGE_SEGMENT = 20 * 2**20
 _OWN_SEGMENT = 10 * 2**20
 _SEGMENT_STEP = 2 * 2**20
 _FIRST_ADDRESS = 0x7F00_0000_0000
+_DEVICE_SPACE = 2**48
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -84,7 +85,8 @@ class CachingAllocator:
     """PyTorch's allocator for one device of one process; safe to use from several threads.
 
     ``reserve(bytes)`` answers whether the card had room for a segment, ``release(bytes)`` gives
-    one back, ``total`` is what a memory fraction is a fraction of.
+    one back, ``total`` is what a memory fraction is a fraction of, ``index`` the number of the
+    device in its process.
 
     A collected tensor gives its block back at any moment, even in the middle of a call of the
     same thread. So ``free`` and ``empty_cache`` only queue what they want; it is settled before
@@ -92,11 +94,16 @@ class CachingAllocator:
     """
 
     def __init__(
-        self, reserve: Callable[[int], bool], release: Callable[[int], None], total: int
+        self,
+        reserve: Callable[[int], bool],
+        release: Callable[[int], None],
+        total: int,
+        index: int = 0,
     ) -> None:
         self._reserve = reserve
         self._release = release
         self._total = total
+        self._index = index
         self._fraction = 1.0
         self._lock = threading.RLock()
         self._busy = False
@@ -105,7 +112,8 @@ class CachingAllocator:
         self._large = Pool("large")
         self._all = Figures()
         self._segments: dict[int, Block] = {}
-        self._next_address = _FIRST_ADDRESS
+        # All devices of a process share one space of addresses.
+        self._next_address = _FIRST_ADDRESS + index * _DEVICE_SPACE
         self._told: bytes | None = None
         """What ``stats`` returned last; None: something has changed since."""
         self._clear_counters()
@@ -257,7 +265,8 @@ class CachingAllocator:
     @_exclusive
     def snapshot(self) -> list[dict[str, Any]]:
         """Return the segments and their blocks as ``torch.cuda.memory_snapshot()`` does."""
-        return [describe_segment(head) for _, head in sorted(self._segments.items())]
+        heads = sorted(self._segments.items())
+        return [describe_segment(head) | {"device": self._index} for _, head in heads]
 
     def _figures(self) -> list[Figure]:
         return [*self._all.all(), *self._small.figures.all(), *self._large.figures.all()]

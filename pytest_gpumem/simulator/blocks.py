@@ -164,7 +164,6 @@ def describe_segment(head: Block) -> dict[str, Any]:
         block = block.next
     allocated = sum(block.size for block in blocks if block.allocated)
     return {
-        "device": 0,
         "address": head.address,
         "total_size": sum(block.size for block in blocks),
         "allocated_size": allocated,

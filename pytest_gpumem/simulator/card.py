@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.simulator import spec
 from pytest_gpumem.slots import WORD, Slots, pid_namespace
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ class SharedCard:
     card open go on sharing it.
     """
 
-    name = "Simulated CUDA card"
-    compute_capability = (9, 0)
+    name = spec.NAME
 
     def __init__(self, path: Path) -> None:
         """Open an existing card file; ``create`` and ``open`` are the ways to call it."""

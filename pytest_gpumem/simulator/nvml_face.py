@@ -1,4 +1,4 @@
-"""NVML's answers for a simulated card, given through the real ``pynvml`` module.
+"""NVML's answers for the simulated cards, given through the real ``pynvml`` module.
 
 ``pynvml`` looks its C functions up in the library it has loaded. Here that library is a Python
 object, so that everything imported from pynvml, before or after, asks it. Only this process sees
@@ -11,12 +11,15 @@ for itself (``reserved`` is 0), so that both versions of NVML's memory call and
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.simulator import spec
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pytest_gpumem.simulator.card import SharedCard
 
@@ -29,19 +32,14 @@ _NOT_FOUND = 6
 _INSUFFICIENT_SIZE = 7
 _ARGUMENT_VERSION_MISMATCH = 25
 
-_DRIVER_VERSION = b"580.0"
-_NVML_VERSION = b"13.580.0"
-_CUDA_VERSION = 13000
-_PCI_BUS = 1
-_PCI_BUS_ID = b"00000000:01:00.0"
 _PCI_DEVICE = 0x10DE  # NVIDIA's vendor number, and no device number
 _NO_MIG_INSTANCE = 0xFFFFFFFF
 
 _PRIVATE_NAMES = ("nvmlLib", "_nvmlLib_refcount", "_nvmlGetFunctionPointer_cache")
 
 
-def install(card: SharedCard) -> None:
-    """Let pynvml's functions answer for ``card``, and for no other, in this process.
+def install(cards: Sequence[SharedCard]) -> None:
+    """Let pynvml's functions answer for ``cards``, and for no others, in this process.
 
     Raises:
         RuntimeError: when the installed nvidia-ml-py lacks the private names this relies on.
@@ -56,7 +54,7 @@ def install(card: SharedCard) -> None:
             f"the simulated card cannot answer NVML through nvidia-ml-py {version}, which has no"
             f" {' and no '.join(missing)}; versions 12.535 to 13.615 have them"
         )
-    pynvml.nvmlLib = _Library(card, pynvml, started=pynvml._nvmlLib_refcount)
+    pynvml.nvmlLib = _Library(cards, pynvml, started=pynvml._nvmlLib_refcount)
     pynvml._nvmlGetFunctionPointer_cache.clear()
 
 
@@ -66,36 +64,27 @@ class _Library:
     An out parameter arrives as ``ctypes.byref(...)``, whose ``_obj`` is the object to fill.
     """
 
-    def __init__(self, card: SharedCard, pynvml: Any, started: int) -> None:
-        self._card = card
+    def __init__(self, cards: Sequence[SharedCard], pynvml: Any, started: int) -> None:
         self._started = started
-        self._memory_version = pynvml.nvmlMemory_v2
-        self._device = pynvml.struct_c_nvmlDevice_t()
+        self._handles = [pynvml.struct_c_nvmlDevice_t() for _ in cards]
         self._system: dict[str, Callable[..., int]] = {
             "nvmlShutdown": self._shut_down,
-            "nvmlSystemGetDriverVersion": _text(_DRIVER_VERSION),
-            "nvmlSystemGetNVMLVersion": _text(_NVML_VERSION),
-            "nvmlSystemGetCudaDriverVersion": _number(_CUDA_VERSION),
-            "nvmlSystemGetCudaDriverVersion_v2": _number(_CUDA_VERSION),
-            "nvmlDeviceGetCount_v2": _number(1),
-            "nvmlDeviceGetHandleByIndex_v2": self._find(0, _INVALID_ARGUMENT),
-            "nvmlDeviceGetHandleByUUID": self._find(card.uuid.encode(), _NOT_FOUND),
-            "nvmlDeviceGetHandleByPciBusId_v2": self._find(_PCI_BUS_ID, _NOT_FOUND),
+            "nvmlSystemGetDriverVersion": _text(spec.DRIVER),
+            "nvmlSystemGetNVMLVersion": _text(spec.NVML),
+            "nvmlSystemGetCudaDriverVersion": _number(spec.cuda_number(spec.CUDA)),
+            "nvmlSystemGetCudaDriverVersion_v2": _number(spec.cuda_number(spec.CUDA)),
+            "nvmlDeviceGetCount_v2": _number(len(cards)),
+            "nvmlDeviceGetHandleByIndex_v2": self._find(range(len(cards)), _INVALID_ARGUMENT),
+            "nvmlDeviceGetHandleByUUID": self._find(
+                [card.uuid.encode() for card in cards], _NOT_FOUND
+            ),
+            "nvmlDeviceGetHandleByPciBusId_v2": self._find(
+                [_bus_id(index) for index in range(len(cards))], _NOT_FOUND
+            ),
         }
-        self._of_device: dict[str, Callable[..., int]] = {
-            "nvmlDeviceGetName": _text(card.name.encode()),
-            "nvmlDeviceGetUUID": _text(card.uuid.encode()),
-            "nvmlDeviceGetIndex": _number(0),
-            "nvmlDeviceGetMinorNumber": _number(0),
-            "nvmlDeviceGetCudaComputeCapability": _number(*card.compute_capability),
-            "nvmlDeviceGetPciInfo_v3": _pci_info,
-            "nvmlDeviceGetUtilizationRates": _idle,
-            "nvmlDeviceGetMemoryInfo": self._memory,
-            "nvmlDeviceGetMemoryInfo_v2": self._memory_v2,
-            "nvmlDeviceGetComputeRunningProcesses_v2": self._compute_processes,
-            "nvmlDeviceGetComputeRunningProcesses_v3": self._compute_processes,
-            "nvmlDeviceGetGraphicsRunningProcesses_v2": _number(0),
-            "nvmlDeviceGetGraphicsRunningProcesses_v3": _number(0),
+        self._devices = {
+            ctypes.addressof(handle): _Device(card, index, pynvml.nvmlMemory_v2)
+            for index, (card, handle) in enumerate(zip(cards, self._handles, strict=True))
         }
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -114,27 +103,49 @@ class _Library:
             return _UNINITIALIZED
         if name in self._system:
             return self._system[name](*arguments)
-        if name not in self._of_device:
-            return _NOT_SUPPORTED
-        from ctypes import addressof
-
         handle, *rest = arguments
-        if not handle or addressof(handle.contents) != addressof(self._device):
+        device = self._devices.get(ctypes.addressof(handle.contents)) if handle else None
+        if device is None:
             return _INVALID_ARGUMENT
-        return self._of_device[name](*rest)
+        answer = device.functions.get(name)
+        return _NOT_SUPPORTED if answer is None else answer(*rest)
 
     def _shut_down(self) -> int:
         self._started -= 1
         return _SUCCESS
 
-    def _find(self, key: object, otherwise: int) -> Callable[..., int]:
+    def _find(self, keys: Sequence[object], otherwise: int) -> Callable[..., int]:
         def answer(wanted: Any, device: Any) -> int:
-            if wanted.value != key:
+            if wanted.value not in keys:
                 return otherwise
-            device._obj.contents = self._device
+            device._obj.contents = self._handles[keys.index(wanted.value)]
             return _SUCCESS
 
         return answer
+
+
+class _Device:
+    """One card: the functions that take its handle."""
+
+    def __init__(self, card: SharedCard, index: int, memory_version: Any) -> None:
+        self._card = card
+        self._index = index
+        self._memory_version = memory_version
+        self.functions: dict[str, Callable[..., int]] = {
+            "nvmlDeviceGetName": _text(card.name),
+            "nvmlDeviceGetUUID": _text(card.uuid),
+            "nvmlDeviceGetIndex": _number(index),
+            "nvmlDeviceGetMinorNumber": _number(index),
+            "nvmlDeviceGetCudaComputeCapability": _number(*spec.CAPABILITY),
+            "nvmlDeviceGetPciInfo_v3": self._pci_info,
+            "nvmlDeviceGetUtilizationRates": _idle,
+            "nvmlDeviceGetMemoryInfo": self._memory,
+            "nvmlDeviceGetMemoryInfo_v2": self._memory_v2,
+            "nvmlDeviceGetComputeRunningProcesses_v2": self._compute_processes,
+            "nvmlDeviceGetComputeRunningProcesses_v3": self._compute_processes,
+            "nvmlDeviceGetGraphicsRunningProcesses_v2": _number(0),
+            "nvmlDeviceGetGraphicsRunningProcesses_v3": _number(0),
+        }
 
     def _memory(self, memory: Any) -> int:
         total, free = self._card.total, self._card.free()
@@ -147,6 +158,14 @@ class _Library:
         memory._obj.reserved = 0
         return self._memory(memory)
 
+    def _pci_info(self, info: Any) -> int:
+        bus_id = _bus_id(self._index)
+        info._obj.domain, info._obj.bus, info._obj.device = 0, spec.pci_bus(self._index), 0
+        info._obj.pciDeviceId = _PCI_DEVICE
+        info._obj.busId = bus_id
+        info._obj.busIdLegacy = bus_id[4:]
+        return _SUCCESS
+
     def _compute_processes(self, count: Any, entries: Any) -> int:
         used = self._card.processes()
         room, count._obj.value = count._obj.value, len(used)
@@ -158,9 +177,9 @@ class _Library:
         return _SUCCESS
 
 
-def _text(text: bytes) -> Callable[..., int]:
+def _text(text: str) -> Callable[..., int]:
     def answer(buffer: Any, _length: Any) -> int:
-        buffer.value = text
+        buffer.value = text.encode()
         return _SUCCESS
 
     return answer
@@ -180,9 +199,5 @@ def _idle(utilization: Any) -> int:
     return _SUCCESS
 
 
-def _pci_info(info: Any) -> int:
-    info._obj.domain, info._obj.bus, info._obj.device = 0, _PCI_BUS, 0
-    info._obj.pciDeviceId = _PCI_DEVICE
-    info._obj.busId = _PCI_BUS_ID
-    info._obj.busIdLegacy = _PCI_BUS_ID[4:]
-    return _SUCCESS
+def _bus_id(index: int) -> bytes:
+    return f"00000000:{spec.pci_bus(index):02X}:00.0".encode()

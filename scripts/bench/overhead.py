@@ -50,7 +50,7 @@ if os.environ.get("BENCH_CHILD"):
     CHILD = """
 import os, sys
 from pytest_gpumem.simulator import Simulation
-assert Simulation.attach(os.environ["GPUMEM_SIMULATE_CARD"]).card.join()
+assert Simulation.attach(os.environ["GPUMEM_SIMULATE_CARD"]).cards[0].join()
 print("joined", flush=True)
 sys.stdin.read()
 """

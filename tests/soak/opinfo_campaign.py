@@ -86,7 +86,7 @@ def difference(op, dtype, sample):
 
 
 def main() -> None:
-    simulation = Simulation.start(32 * 2**30, 384 * 2**20)
+    simulation = Simulation.start([32 * 2**30], 384 * 2**20)
     simulation.install()
     warnings.simplefilter("ignore")
     good, bad = 0, []

@@ -1,7 +1,7 @@
 """torch's face of the simulated card.
 
 Tensors stay on the host; two torch modes (``modes``; ``calls`` for single functions) let them look
-and cost as if they lived on ``cuda:0``. ``memory`` keeps the account, ``cuda_functions`` answers
+and cost as if they lived on a card. ``memory`` keeps the account, ``cuda_functions`` answers
 for the driver below torch's own Python, ``stubs`` are CUDA's objects, ``torch_python`` changes the
 few places of torch's Python that would see through the face. Everything private of torch that the
 simulator uses is in this package.
@@ -12,16 +12,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from pytest_gpumem.simulator.card import SharedCard
 
 
-def install(card: SharedCard) -> None:
-    """Give this process's torch ``card``, from now on and in threads started from now on.
+def install(cards: Sequence[SharedCard]) -> None:
+    """Give this process's torch ``cards``, from now on and in threads started from now on.
 
-    CUDA is initialised, and the context taken, by the first call that needs it. There is no way
-    back in this process.
+    CUDA is initialised, and a card's context taken, by the first call that needs it. There is no
+    way back in this process.
 
     Raises:
         RuntimeError: in one sentence, when this version of torch lacks something private that the
@@ -31,12 +32,10 @@ def install(card: SharedCard) -> None:
     from pytest_gpumem.simulator.torch_face import modes, torch_python
     from pytest_gpumem.simulator.torch_face.cuda_functions import functions
     from pytest_gpumem.simulator.torch_face.memory import CardMemory
-    from pytest_gpumem.simulator.torch_face.stubs import CardGenerator
 
-    memory = CardMemory(card)
-    generator = CardGenerator()
+    memory = CardMemory(cards)
     try:
-        torch_python.prepare(memory, functions(memory, generator))
+        torch_python.prepare(memory, functions(memory))
     except AttributeError as error:
         import torch
 
@@ -48,7 +47,7 @@ def install(card: SharedCard) -> None:
         # Not before torch is prepared, whose functions its table is of.
         from pytest_gpumem.simulator.torch_face import calls
 
-        charges = modes.Charges(memory, generator)
+        charges = modes.Charges(memory)
         return modes.entered(modes.Face(memory, charges, calls.HANDLERS, calls.create))
 
     torch_python.enter_everywhere(enter)

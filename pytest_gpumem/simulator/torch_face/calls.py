@@ -13,17 +13,18 @@ import torch
 from torch.utils._device import DeviceContext, _device_constructors
 
 from pytest_gpumem.simulator.torch_face.modes import face_again
-from pytest_gpumem.simulator.torch_face.stubs import CARD, device_error
+from pytest_gpumem.simulator.torch_face.stubs import Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pytest_gpumem.simulator.blocks import Block
     from pytest_gpumem.simulator.torch_face.modes import Face, Function, Handler
+    from pytest_gpumem.simulator.torch_face.stubs import CardGenerator
 
 _C: Any = torch._C
 Tensor: Any = torch.Tensor
-HOST = torch.device("cpu")
+HOST: torch.device = Device("cpu")
 # Elements from which a factory's result is asked for its size before it is made.
 _WORTH_ASKING = 2**18
 _UNASKED = frozenset(("device", "generator", "pin_memory"))
@@ -46,8 +47,7 @@ _RANDOM = frozenset(
 
 
 def _device(face: Face, func: Function, args: Any, kwargs: Any) -> torch.device:
-    device: torch.device = CARD if face.memory.holds(args[0]) else func(*args, **kwargs)
-    return device
+    return face.memory.where(args[0]) or func(*args, **kwargs)
 
 
 def _device_of(face: Face, tensor: Any) -> torch.device:
@@ -55,15 +55,16 @@ def _device_of(face: Face, tensor: Any) -> torch.device:
 
 
 def _is_cuda(face: Face, func: Function, args: Any, kwargs: Any) -> bool:
-    return face.memory.holds(args[0]) or bool(func(*args, **kwargs))
+    return bool(face.memory.where(args[0]) or func(*args, **kwargs))
 
 
 def _is_cpu(face: Face, func: Function, args: Any, kwargs: Any) -> bool:
-    return not face.memory.holds(args[0]) and bool(func(*args, **kwargs))
+    return not face.memory.where(args[0]) and bool(func(*args, **kwargs))
 
 
 def _get_device(face: Face, func: Function, args: Any, kwargs: Any) -> int:
-    return 0 if face.memory.holds(args[0]) else func(*args, **kwargs)
+    card = face.memory.where(args[0])
+    return card.index if card else func(*args, **kwargs)
 
 
 # New tensors.
@@ -71,47 +72,49 @@ def _get_device(face: Face, func: Function, args: Any, kwargs: Any) -> int:
 
 def create(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Run a function that takes ``device=`` and makes a tensor there."""
-    return _create_at(face, as_device(kwargs["device"]), func, args, kwargs)
+    return _create_at(face, face.memory.device(kwargs["device"]), func, args, kwargs)
 
 
 def _create_at_default(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Run a factory, which takes the default device where none is named."""
     device = _first(kwargs.get("device"), _default_device(), HOST)
-    return _create_at(face, as_device(device), func, args, kwargs)
+    return _create_at(face, face.memory.device(device), func, args, kwargs)
 
 
 def _create_along(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Run a factory that takes the device of its tensor where none is named."""
     device = _first(kwargs.get("device"), _device_of(face, args[0]))
-    return _create_at(face, as_device(device), func, args, kwargs)
+    return _create_at(face, face.memory.device(device), func, args, kwargs)
 
 
 def _create_at(face: Face, device: torch.device, func: Function, args: Any, kwargs: Any) -> Any:
     if kwargs.get("out") is not None:
         return func(*args, **kwargs)
-    if device == CARD:
-        return _create_on_card(face, func, args, {**kwargs, "device": HOST})
+    if device.type == "cuda":
+        return _create_on_card(face, device, func, args, {**kwargs, "device": HOST})
     if kwargs.get("pin_memory"):
         return _pin(face.charges.run_aside(func, *args, **{**kwargs, "pin_memory": False}))
     return face.charges.run_aside(func, *args, **kwargs)
 
 
-def _create_on_card(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    block = _take_ahead(face, func, args, kwargs)
+def _create_on_card(face: Face, card: torch.device, func: Function, args: Any, kwargs: Any) -> Any:
+    block = _take_ahead(face, card, func, args, kwargs)
     try:
-        with _drawing(face, func, kwargs):
+        with _drawing(face, card, func, kwargs):
             result = face.charges.run_aside(func, *args, **kwargs)
     except BaseException:
-        face.memory.give_back(block)
+        face.memory.give_back(block, card)
         raise
     if block is None:
-        face.charges.charge_all(result)
+        face.charges.charge_all(result, card)
     else:
-        face.memory.put(result.untyped_storage(), block)
+        face.memory.put(result.untyped_storage(), block, card)
     return result
 
 
-def _take_ahead(face: Face, func: Function, args: Any, kwargs: Any) -> Block | None:
+def _take_ahead(
+    face: Face, card: torch.device, func: Function, args: Any, kwargs: Any
+) -> Block | None:
     """Take the block of a large result before the host has to hold it, where that is told.
 
     None where the result is small, or where only the result will tell.
@@ -124,14 +127,17 @@ def _take_ahead(face: Face, func: Function, args: Any, kwargs: Any) -> Block | N
         size = meta.untyped_storage().nbytes()
     except (RuntimeError, TypeError, AttributeError):
         return None
-    return face.memory.take(size)
+    return face.memory.take(size, card)
 
 
-def _drawing(face: Face, func: Function, kwargs: Any) -> AbstractContextManager[None]:
+def _drawing(
+    face: Face, card: torch.device, func: Function, kwargs: Any
+) -> AbstractContextManager[None]:
     """Return the context in which random numbers come from the card's generator."""
-    if func in _RANDOM:
-        return face.charges.generator.instead_of_the_hosts(kwargs.get("generator"))
-    return _NO_CONTEXT
+    if func not in _RANDOM:
+        return _NO_CONTEXT
+    generator: CardGenerator = face.memory.cards[card.index].generator
+    return generator.instead_of_the_hosts(kwargs.get("generator"))
 
 
 def _convert(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
@@ -139,16 +145,17 @@ def _convert(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
     is_tensor = isinstance(data, Tensor)
     own = _device_of(face, data) if is_tensor else HOST
-    device = as_device(_first(kwargs.get("device"), _default_device(), own))
-    if is_tensor and func is not torch.tensor and face.memory.holds(data) != (device == CARD):
+    device = face.memory.device(_first(kwargs.get("device"), _default_device(), own))
+    on_card = device.type == "cuda"
+    if is_tensor and func is not torch.tensor and device != own and (on_card or own.type == "cuda"):
         # Sharing memory, as these functions like to, is not possible across devices.
         return _send(face, data, device, kwargs.get("dtype"))
-    if device != CARD:
+    if not on_card:
         return face.charges.run_aside(func, *args, **{**kwargs, "device": device})
     result = face.charges.run_aside(func, *args, **{**kwargs, "device": HOST})
     if not is_tensor and func is not torch.tensor:
         result = result.clone()  # of an array, which stays on the host
-    face.memory.charge(result)
+    face.memory.charge(result, device)
     return result
 
 
@@ -157,30 +164,33 @@ def _along(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     if kwargs.get("device") is not None:
         return create(face, func, args, kwargs)
     result = face.charges.run_aside(func, *args, **kwargs)
-    if face.memory.holds(args[0]):
-        face.memory.charge(result)
+    card = face.memory.where(args[0])
+    if card:
+        face.memory.charge(result, card)
     return result
 
 
 def _pad_packed(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Put the padded sequences where the packed ones are; their lengths stay on the host."""
     padded, lengths = face.charges.run_aside(func, *args, **kwargs)
-    if face.memory.holds(args[0]):
-        face.memory.charge(padded)
+    card = face.memory.where(args[0])
+    if card:
+        face.memory.charge(padded, card)
     return padded, lengths
 
 
 def _set_item(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Send a mask to its tensor's device, where torch may fill by it without asking."""
     tensor, index, value = args
-    if isinstance(index, Tensor) and face.memory.holds(tensor) and not face.memory.holds(index):
-        index = _send(face, index, CARD)
+    card = face.memory.where(tensor)
+    if card and isinstance(index, Tensor) and not face.memory.where(index):
+        index = _send(face, index, card)
     return func(tensor, index, value, **kwargs)
 
 
 def _ctc_loss(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Give it the lengths as numbers: as host tensors it would send them to the host's device."""
-    if face.memory.holds(args[0]):
+    if face.memory.where(args[0]):
         args = [
             arg.tolist() if position in (2, 3) and isinstance(arg, Tensor) else arg
             for position, arg in enumerate(args)
@@ -191,7 +201,7 @@ def _ctc_loss(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
 def _dropout(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Run dropout as CUDA does, with a mask of bytes."""
     tensor, probability, train = _bind(("input", "p", "train"), args, kwargs)
-    if train and 0 < probability < 1 and face.memory.holds(tensor):
+    if train and 0 < probability < 1 and face.memory.where(tensor):
         return torch.native_dropout(tensor, probability, True)[0]
     return func(*args, **kwargs)
 
@@ -206,7 +216,7 @@ def _to(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     if isinstance(place, Tensor):
         dtype = place.dtype
         place = _device_of(face, place)
-    device = as_device(place)
+    device = face.memory.device(place)
     if _device_of(face, tensor) == device:
         return tensor.to(tensor.dtype if dtype is None else dtype, **rest)
     return _send(face, tensor, device, dtype, rest.get("memory_format"))
@@ -216,14 +226,14 @@ def _cuda(face: Face, _func: Function, args: Any, kwargs: Any) -> Any:
     tensor, device, _, memory_format = _bind(
         ("self", "device", "non_blocking", "memory_format"), args, kwargs
     )
-    as_device("cuda" if device is None else device)
-    if face.memory.holds(tensor):
+    device = face.memory.device("cuda" if device is None else device)
+    if _device_of(face, tensor) == device:
         return tensor
-    return _send(face, tensor, CARD, None, memory_format)
+    return _send(face, tensor, device, None, memory_format)
 
 
 def _cpu(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    if face.memory.holds(args[0]):
+    if face.memory.where(args[0]):
         return _send(face, args[0], HOST, None, kwargs.get("memory_format"))
     return func(*args, **kwargs)
 
@@ -231,7 +241,7 @@ def _cpu(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
 def _send(
     face: Face, tensor: Any, device: torch.device, dtype: Any = None, memory_format: Any = None
 ) -> Any:
-    """Copy ``tensor`` to the other side; its gradient comes back the same way."""
+    """Copy ``tensor`` to another device; its gradient comes back the same way."""
     memory_format = memory_format or torch.preserve_format
     if tensor.requires_grad and torch.is_grad_enabled() and not tensor.is_meta:
         return ToCopy.apply(tensor, face, device, dtype, memory_format)  # type: ignore[no-untyped-call]  # torch's
@@ -241,27 +251,28 @@ def _send(
 def _send_data(
     face: Face, tensor: Any, device: torch.device, dtype: Any, memory_format: Any
 ) -> Any:
-    """Copy ``tensor`` to the other side, without a gradient."""
-    target = HOST if device == CARD else device
+    """Copy ``tensor`` to another device, without a gradient."""
+    on_card = device.type == "cuda"
+    target = HOST if on_card else device
     dtype = tensor.dtype if dtype is None else dtype
     copy = face.charges.run_aside(tensor.to, target, dtype, copy=True, memory_format=memory_format)
-    if device == CARD:
-        face.memory.charge(copy)
+    if on_card:
+        face.memory.charge(copy, device)
     return copy
 
 
 def _type(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     tensor, dtype, *_ = _bind(("self", "dtype", "non_blocking"), args, kwargs)
-    held = face.memory.holds(tensor)
+    card = face.memory.where(tensor)
     if dtype is None:
         name: str = func(tensor)
-        return name.replace("torch.", "torch.cuda.", 1) if held else name
+        return name.replace("torch.", "torch.cuda.", 1) if card else name
     if not isinstance(dtype, str):
         return func(tensor, dtype)
-    moved = _send(face, tensor, HOST) if held else tensor
+    moved = _send(face, tensor, HOST) if card else tensor
     if dtype.startswith("torch.cuda."):
         converted = func(moved, dtype.replace("torch.cuda.", "torch.", 1))
-        return _send(face, converted, CARD)
+        return _send(face, converted, card or face.memory.device("cuda"))
     return func(moved, dtype)
 
 
@@ -269,19 +280,20 @@ def _type(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
 
 
 def _numpy(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    if not face.memory.holds(args[0]):
+    card = face.memory.where(args[0])
+    if not card:
         return func(*args, **kwargs)
     if kwargs.get("force"):
         return func(_send_data(face, args[0], HOST, None, torch.preserve_format), force=True)
     raise TypeError(
-        "can't convert cuda:0 device type tensor to numpy."
+        f"can't convert {card} device type tensor to numpy."
         " Use Tensor.cpu() to copy the tensor to host memory first."
     )
 
 
 def _pin_memory(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     tensor = args[0]
-    if face.memory.holds(tensor):
+    if face.memory.where(tensor):
         raise RuntimeError(
             f"cannot pin '{_type(face, Tensor.type, args, {})}'"
             " only dense CPU tensors can be pinned"
@@ -294,14 +306,14 @@ def _is_pinned(_face: Face, _func: Function, args: Any, _kwargs: Any) -> bool:
 
 
 class ToCopy(torch.autograd.Function):
-    """A copy between host and card, named as autograd names the real one."""
+    """A copy between devices, named as autograd names the real one."""
 
     @staticmethod
     def forward(  # noqa: PLR0917  # autograd passes them by position
         ctx: Any, tensor: Any, face: Face, device: torch.device, dtype: Any, memory_format: Any
     ) -> Any:
         """Copy ``tensor``."""
-        ctx.device = CARD if face.memory.holds(tensor) else HOST
+        ctx.device = face.memory.where(tensor) or HOST
         ctx.dtype = tensor.dtype
         return _send_data(face, tensor, device, dtype, memory_format)
 
@@ -310,25 +322,6 @@ class ToCopy(torch.autograd.Function):
         """Copy ``gradient`` back."""
         with face_again():
             return gradient.to(ctx.device, ctx.dtype), None, None, None, None
-
-
-def as_device(value: Any) -> torch.device:
-    """Return the device that an argument names; the card is always ``cuda:0``.
-
-    Raises:
-        RuntimeError: as CUDA, for a card that is not there.
-
-    """
-    if isinstance(value, int):
-        value = torch.device("cuda", value)
-    elif not isinstance(value, torch.device):
-        value = torch.device(value)
-    if value.type != "cuda":
-        device: torch.device = value
-        return device
-    if value.index:
-        raise device_error("invalid device ordinal", 101)
-    return CARD
 
 
 def _default_device() -> torch.device | None:

@@ -6,17 +6,17 @@ That Python stays torch's own; this is the layer right below it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_gpumem.simulator import spec
 from pytest_gpumem.simulator.torch_face.stubs import (
-    CARD,
     CUDA_DEVICE_TYPE,
-    CardGenerator,
+    Device,
     Stream,
-    device_error,
     properties,
 )
 
@@ -27,35 +27,39 @@ Functions = dict[str, Callable[..., Any]]
 _cuda: Any = torch.cuda
 
 
-def functions(memory: CardMemory, generator: CardGenerator) -> Functions:
+def functions(memory: CardMemory) -> Functions:
     """Return every function by its name in ``torch._C``."""
     return (
-        _life(memory, generator)
-        | _devices()
-        | _streams()
+        _life(memory)
+        | _devices(memory)
+        | _streams(memory)
         | _statistics(memory)
         | _allocation(memory)
         | _accelerator(memory)
     )
 
 
-def _life(memory: CardMemory, generator: CardGenerator) -> Functions:
+def _life(memory: CardMemory) -> Functions:
     def init() -> None:
-        if _device_count() == 0:
+        visible = _visible(memory)
+        if not visible:
             raise RuntimeError("No CUDA GPUs are available")
-        if not memory.card.join():
-            raise device_error("out of memory", 2)
-        _cuda._get_device_properties = lambda _device: properties(memory.card)
-        _cuda.default_generators = (generator,)
-        memory.ready = True
+        memory.begin(visible)
+        _cuda._get_device_properties = lambda index: properties(
+            memory.cards[index].shared, visible[index]
+        )
+        _cuda.default_generators = tuple(card.generator for card in memory.cards)
+
+    def synchronize(*_device: Any) -> None:
+        memory.card(None).enter()
 
     return {
         "_cuda_init": init,
         "_cuda_isInBadFork": lambda: memory.forked,
-        "_cuda_getDeviceCount": _device_count,
-        "_cuda_getArchFlags": lambda: "sm_80",
-        "_cuda_getCompiledVersion": lambda: 12000,
-        "_cuda_synchronize": _nothing,
+        "_cuda_getDeviceCount": lambda: len(memory.cards if memory.ready else _visible(memory)),
+        "_cuda_getArchFlags": lambda: spec.ARCHITECTURE,
+        "_cuda_getCompiledVersion": lambda: spec.cuda_number(torch.version.cuda or spec.CUDA),
+        "_cuda_synchronize": synchronize,
         "_cuda_ipc_collect": _nothing,
         "_cuda_sleep": _nothing,
         "_cuda_get_sync_debug_mode": lambda: 0,
@@ -69,50 +73,57 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """Stand for what has no meaning without a driver."""
 
 
-def _device_count() -> int:
-    return max(0, int(_cuda._device_count_nvml()))
+def _visible(memory: CardMemory) -> list[int]:
+    """Return which cards of the machine this process sees, as torch reads the environment."""
+    named: Any = _cuda._parse_visible_devices()
+    count = max(0, _cuda._device_count_nvml())
+    if count and isinstance(named[0], str):
+        named = _cuda._transform_uuid_to_ordinals(named, [card.uuid for card in memory.machine])
+    return list(named[:count])
 
 
-def _devices() -> Functions:
-    def set_device(index: int) -> None:
-        if index > 0:
-            raise device_error("invalid device ordinal", 101)
-
-    def exchange(index: int) -> int:
-        if index >= 0:
-            _cuda._lazy_init()
-            set_device(index)
-            return 0
-        return -1
+def _devices(memory: CardMemory) -> Functions:
+    def exchange(index: int, *, enter: bool = True) -> int:
+        if index < 0:
+            return -1
+        before = memory.current
+        memory.choose(index, enter=enter)
+        return before
 
     return {
-        "_cuda_getDevice": lambda: 0,
-        "_cuda_setDevice": set_device,
+        "_cuda_getDevice": lambda: memory.current,
+        "_cuda_setDevice": memory.choose,
         "_cuda_exchangeDevice": exchange,
-        "_cuda_maybeExchangeDevice": exchange,
-        "_cuda_canDeviceAccessPeer": lambda _device, _peer: False,
+        "_cuda_maybeExchangeDevice": lambda index: exchange(index, enter=False),
+        "_cuda_canDeviceAccessPeer": lambda device, peer: device != peer,
     }
 
 
-def _streams() -> Functions:
-    current = threading.local()
+class _Streams(threading.local):
+    numbers: Mapping[int, int] = MappingProxyType({})
+    """This thread's stream by card, where it is not the default one, 0."""
 
-    def get_current(_device: int) -> tuple[int, int, int]:
-        return getattr(current, "number", 0), 0, CUDA_DEVICE_TYPE
 
-    def set_current(stream_id: int, **_where: int) -> None:
-        current.number = stream_id
+def _streams(memory: CardMemory) -> Functions:
+    chosen = _Streams()
+
+    def number(index: int) -> int:
+        return chosen.numbers.get(index, 0)
+
+    def set_current(stream_id: int, device_index: int, **_type: int) -> None:
+        chosen.numbers = {**chosen.numbers, device_index: stream_id}
+        memory.choose(device_index)
 
     return {
-        "_cuda_getCurrentStream": get_current,
-        "_cuda_getCurrentRawStream": lambda _device: getattr(current, "number", 0),
-        "_cuda_getDefaultStream": lambda _device: (0, 0, CUDA_DEVICE_TYPE),
+        "_cuda_getCurrentStream": lambda index: (number(index), index, CUDA_DEVICE_TYPE),
+        "_cuda_getCurrentRawStream": number,
+        "_cuda_getDefaultStream": lambda index: (0, index, CUDA_DEVICE_TYPE),
         "_cuda_setStream": set_current,
     }
 
 
 def _statistics(memory: CardMemory) -> Functions:
-    allocator, history = memory.allocator, memory.history
+    history = memory.history
 
     def record(
         enabled: str | None = "all",
@@ -133,9 +144,11 @@ def _statistics(memory: CardMemory) -> Functions:
         history.record("all" if enabled else None, max_entries, clear=False)
 
     return {
-        "_cuda_memoryStats": lambda _device: allocator.stats(),
-        "_cuda_resetPeakMemoryStats": lambda _device: allocator.reset_peak_stats(),
-        "_cuda_resetAccumulatedMemoryStats": lambda _device: allocator.reset_accumulated_stats(),
+        "_cuda_memoryStats": lambda index: memory.card(index).allocator.stats(),
+        "_cuda_resetPeakMemoryStats": lambda index: memory.card(index).allocator.reset_peak_stats(),
+        "_cuda_resetAccumulatedMemoryStats": lambda index: memory.card(
+            index
+        ).allocator.reset_accumulated_stats(),
         "_cuda_memorySnapshot": lambda *_pool: memory.snapshot(),
         "_cuda_record_memory_history": record,
         "_cuda_record_memory_history_legacy": record_legacy,
@@ -148,42 +161,64 @@ def _statistics(memory: CardMemory) -> Functions:
 
 
 def _allocation(memory: CardMemory) -> Functions:
-    allocator = memory.allocator
     raw: dict[int, Any] = {}
 
+    def raw_delete(address: int) -> None:
+        memory.give_back(*raw.pop(address))
+
     def raw_alloc(size: int, _stream: int) -> int:
-        block = memory.take(size)
+        device = memory.card(None).device
+        block = memory.take(size, device)
         if block is None:
             return 0
-        raw[block.address] = block
+        raw[block.address] = block, device
         return block.address
 
-    def set_fraction(fraction: float, _device: int = 0) -> None:
-        allocator.memory_fraction = fraction
+    def set_fraction(fraction: float, index: int | None = None) -> None:
+        memory.card(index).allocator.memory_fraction = fraction
+
+    def has_context(index: int) -> bool:
+        return memory.ready and memory.card(index).entered
 
     return {
-        "_cuda_emptyCache": lambda *_pool: allocator.empty_cache(),
+        "_cuda_emptyCache": lambda *_pool: _empty_caches(memory),
         "_cuda_setMemoryFraction": set_fraction,
-        "_cuda_getMemoryFraction": lambda _device=0: allocator.memory_fraction,
+        "_cuda_getMemoryFraction": lambda index=None: memory.card(index).allocator.memory_fraction,
         "_cuda_getAllocatorBackend": lambda: "native",
         "_cuda_cudaCachingAllocator_raw_alloc": raw_alloc,
-        "_cuda_cudaCachingAllocator_raw_delete": lambda address: memory.give_back(raw.pop(address)),
+        "_cuda_cudaCachingAllocator_raw_delete": raw_delete,
         "_cuda_cudaCachingAllocator_set_allocator_settings": _nothing,
         "_cuda_cudaCachingAllocator_enable": _nothing,
         "_cuda_cudaCachingAllocator_is_enabled": lambda: True,
-        "_cuda_hasPrimaryContext": lambda _device: memory.card.joined,
+        "_cuda_hasPrimaryContext": has_context,
         "_cuda_setMemoryMetadata": _nothing,
         "_cuda_getMemoryMetadata": str,
     }
 
 
-def _accelerator(memory: CardMemory) -> Functions:
-    allocator, devices = memory.allocator, _devices()
+def _empty_caches(memory: CardMemory) -> None:
+    for card in memory.cards:
+        card.allocator.empty_cache()
 
-    def after_init(function: Callable[[], Any]) -> Callable[..., Any]:
-        def initialised(*_device: int) -> Any:
+
+def memory_of(memory: CardMemory) -> Callable[[int], tuple[int, int]]:
+    """Return what answers for ``cudaMemGetInfo``: free and total bytes of a card."""
+
+    def of(index: int) -> tuple[int, int]:
+        card = memory.card(index)
+        card.enter()
+        return card.shared.free(), card.shared.total
+
+    return of
+
+
+def _accelerator(memory: CardMemory) -> Functions:
+    cuda = _devices(memory) | _statistics(memory)
+
+    def after_init(function: Callable[..., Any]) -> Callable[..., Any]:
+        def initialised(*device: int) -> Any:
             _cuda._lazy_init()
-            return function()
+            return function(*device)
 
         return initialised
 
@@ -191,20 +226,20 @@ def _accelerator(memory: CardMemory) -> Functions:
         _cuda.set_stream(stream)
 
     return {
-        "_get_accelerator": lambda *_check: torch.device(CARD.type),
-        "_accelerator_getAccelerator": lambda: torch.device(CARD.type),
-        "_accelerator_getDeviceIndex": after_init(lambda: 0),
-        "_accelerator_setDeviceIndex": devices["_cuda_setDevice"],
-        "_accelerator_exchangeDevice": devices["_cuda_exchangeDevice"],
-        "_accelerator_maybeExchangeDevice": devices["_cuda_maybeExchangeDevice"],
+        "_get_accelerator": lambda *_check: Device("cuda"),
+        "_accelerator_getAccelerator": lambda: Device("cuda"),
+        "_accelerator_getDeviceIndex": after_init(cuda["_cuda_getDevice"]),
+        "_accelerator_setDeviceIndex": cuda["_cuda_setDevice"],
+        "_accelerator_exchangeDevice": cuda["_cuda_exchangeDevice"],
+        "_accelerator_maybeExchangeDevice": cuda["_cuda_maybeExchangeDevice"],
         "_accelerator_getStream": after_init(_cuda.current_stream),
         "_accelerator_setStream": set_stream,
         "_accelerator_synchronizeDevice": _nothing,
         "_accelerator_isAllocatorInitialized": lambda: memory.ready,
-        "_accelerator_emptyCache": allocator.empty_cache,
+        "_accelerator_emptyCache": lambda: _empty_caches(memory),
         "_accelerator_emptyHostCache": _nothing,
-        "_accelerator_getDeviceStats": lambda _device: allocator.stats(),
-        "_accelerator_resetPeakStats": lambda _device: allocator.reset_peak_stats(),
-        "_accelerator_resetAccumulatedStats": lambda _device: allocator.reset_accumulated_stats(),
-        "_accelerator_getMemoryInfo": lambda _device: (memory.card.free(), memory.card.total),
+        "_accelerator_getDeviceStats": cuda["_cuda_memoryStats"],
+        "_accelerator_resetPeakStats": cuda["_cuda_resetPeakMemoryStats"],
+        "_accelerator_resetAccumulatedStats": cuda["_cuda_resetAccumulatedMemoryStats"],
+        "_accelerator_getMemoryInfo": memory_of(memory),
     }

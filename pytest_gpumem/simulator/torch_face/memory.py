@@ -1,9 +1,10 @@
-"""Which storages live on the card, what each costs, and what it says when memory runs out."""
+"""Which storages live on which card, what each costs, and what is said when memory runs out."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import traceback
 import weakref
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.simulator.allocator import CachingAllocator, OutOfMemory
+from pytest_gpumem.simulator.torch_face.stubs import CardGenerator, Device, device_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pytest_gpumem.simulator.blocks import Block
     from pytest_gpumem.simulator.card import SharedCard
@@ -40,50 +42,133 @@ OutOfMemoryError: Any = _cuda.OutOfMemoryError  # torch.OutOfMemoryError, older 
 
 
 class _Held(weakref.ref[Any]):
-    """A storage on the card and its block; an empty storage has none."""
+    """A storage on a card and its block; an empty storage has none."""
 
-    __slots__ = ("address", "block", "size")
+    __slots__ = ("address", "block", "card", "size")
 
     address: int
     size: int
     block: Block | None
+    card: TorchCard
+
+
+class TorchCard:
+    """A card as this process's torch knows it: ``cuda:index``."""
+
+    def __init__(self, index: int, shared: SharedCard) -> None:
+        self.index = index
+        self.device = torch.device("cuda", index)
+        self.shared = shared
+        self.allocator = CachingAllocator(shared.reserve, shared.release, shared.total, index)
+        self.generator = CardGenerator(index)
+        self.entered = False
+        """Whether this process has a context on it."""
+        self.told = 0
+        """The highest peak of which ``shared.grown`` was told."""
+
+    def enter(self) -> None:
+        """Take this process's context; once more is harmless.
+
+        Raises:
+            RuntimeError: as CUDA, when it does not fit.
+
+        """
+        if not self.entered:
+            if not self.shared.join():
+                raise device_error("out of memory", 2)
+            self.entered = True
+
+
+class _Current(threading.local):
+    index = 0
 
 
 class CardMemory:
-    """The card as this process's torch uses it: one block per storage, freed with the storage."""
+    """The cards as this process's torch uses them: one block per storage, freed with it."""
 
-    def __init__(self, card: SharedCard) -> None:
-        self.card = card
-        self.allocator = CachingAllocator(card.reserve, card.release, card.total)
+    def __init__(self, machine: Sequence[SharedCard]) -> None:
+        self.machine = machine
+        """The cards of the machine."""
+        self.cards: list[TorchCard] = []
+        """Those that this process sees, by torch's numbers; known once CUDA is initialised."""
         self.history = History()
         self.oom_observers: list[Callable[[int, int, int, int], object]] = []
         self.ready = False
         """Whether this very process has initialised CUDA."""
         self.forked = False
         """Whether the parent had: CUDA does not survive a fork."""
+        self._current = _Current()
         self._held: dict[int, _Held] = {}
-        self._told = 0
-        """The highest peak of which ``card.grown`` was told."""
         os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
         self.forked = self.forked or self.ready
         self.ready = False
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Tell whether ``tensor`` lives on the card."""
+    def begin(self, visible: Sequence[int]) -> None:
+        """Initialise CUDA with these cards of the machine, in this order."""
+        self.cards = [TorchCard(index, self.machine[place]) for index, place in enumerate(visible)]
+        self.ready = True
+
+    @property
+    def current(self) -> int:
+        """The number of this thread's current card."""
+        return self._current.index
+
+    def choose(self, index: int, *, enter: bool = True) -> None:
+        """Make a card this thread's current one, as CUDA with a context on it.
+
+        Raises:
+            RuntimeError: as CUDA, for a card that is not there.
+
+        """
+        card = self.card(index)
+        if enter and index != self._current.index:
+            card.enter()
+        self._current.index = index
+
+    def card(self, index: int | None) -> TorchCard:
+        """Return the card with this number, the current one for None; initialises CUDA.
+
+        Raises:
+            RuntimeError: as CUDA, for a card that is not there.
+
+        """
+        if not self.ready:
+            _cuda._lazy_init()
         try:
-            return _storage_address(tensor) in self._held
+            return self.cards[self._current.index if index is None else index]
+        except IndexError:
+            raise device_error("invalid device ordinal", 101) from None
+
+    def device(self, value: Any) -> torch.device:
+        """Return the device that an argument names, a card's always with its number.
+
+        Raises:
+            RuntimeError: as CUDA, for a card that is not there.
+
+        """
+        if isinstance(value, int):
+            value = Device("cuda", value)
+        device: torch.device = value if type(value) is Device else Device(value)
+        return self.card(device.index).device if device.type == "cuda" else device
+
+    def where(self, tensor: torch.Tensor) -> torch.device | None:
+        """Return the card on which ``tensor`` lives, None for the host."""
+        try:
+            held = self._held.get(_storage_address(tensor))
         except NotImplementedError:
             inner = unwrapped(tensor)
-            return inner is not None and self.holds(inner)
+            return None if inner is None else self.where(inner)
+        return None if held is None else held.card.device
 
-    def holds_storage(self, storage: torch.UntypedStorage) -> bool:
-        """Tell whether ``storage`` lives on the card."""
-        return storage._cdata in self._held
+    def where_storage(self, storage: torch.UntypedStorage) -> torch.device | None:
+        """Return the card on which ``storage`` lives, None for the host."""
+        held = self._held.get(storage._cdata)
+        return None if held is None else held.card.device
 
-    def charge(self, tensor: torch.Tensor) -> None:
-        """Take a block for the storage of ``tensor``, unless it has one.
+    def charge(self, tensor: torch.Tensor, device: torch.device) -> None:
+        """Take a block of ``device`` for the storage of ``tensor``, unless it has one.
 
         Raises:
             torch.OutOfMemoryError: when it does not fit.
@@ -93,22 +178,22 @@ class CardMemory:
         try:
             known = _storage_address(tensor) in self._held
         except NotImplementedError:
-            self._charge_wrapped(tensor)
+            self._charge_wrapped(tensor, device)
             return
         if not known:
             storage = tensor.untyped_storage()
-            self.put(storage, self.take(storage.nbytes()))
+            self.put(storage, self.take(storage.nbytes(), device), device)
 
-    def _charge_wrapped(self, tensor: torch.Tensor) -> None:
+    def _charge_wrapped(self, tensor: torch.Tensor, device: torch.device) -> None:
         inner = unwrapped(tensor)
         if inner is None:
             raise NotImplementedError(
                 f"a {tensor.layout} tensor on the simulated card: only strided ones are simulated"
             )
-        self.charge(inner)
+        self.charge(inner, device)
 
     def recharge(self, tensor: torch.Tensor) -> None:
-        """Take a new block where an operation changed the size of a storage on the card."""
+        """Take a new block where an operation changed the size of a storage on a card."""
         storage = tensor.untyped_storage()
         self.resize(storage, storage.nbytes())
 
@@ -116,24 +201,26 @@ class CardMemory:
         """Take a new block of ``size`` bytes, then free the old one, as CUDA's resize does."""
         held = self._held.get(storage._cdata)
         if held is not None and held.size != size:
-            old, held.block = held.block, self.take(size)
+            old, held.block = held.block, self.take(size, held.card.device)
             held.size = size
-            self._free(old)
+            self._free(old, held.card)
 
-    def put(self, storage: torch.UntypedStorage, block: Block | None) -> None:
-        """Say that ``storage`` lives on the card, in ``block``."""
+    def put(self, storage: torch.UntypedStorage, block: Block | None, device: torch.device) -> None:
+        """Say that ``storage`` lives on ``device``, in ``block``."""
         held = _Held(storage, self._died)
         held.address = storage._cdata
         held.size = storage.nbytes()
         held.block = block
+        held.card = self.cards[device.index]
         self._held[held.address] = held
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the allocator's state in the form of ``torch.cuda.memory._snapshot``.
+        """Return the allocators' state in the form of ``torch.cuda.memory._snapshot``.
 
         A living block has the address that its tensors tell (``data_ptr``), which is the host's.
         """
-        described = self.history.describe(self.allocator.snapshot())
+        segments = [each for card in self.cards for each in card.allocator.snapshot()]
+        described = self.history.describe(segments, len(self.cards))
         alive = [(held.block, held()) for held in list(self._held.values())]
         told = {block.address: it.data_ptr() for block, it in alive if block and it is not None}
         for segment in described["segments"]:
@@ -141,8 +228,8 @@ class CardMemory:
                 block["address"] = told.get(block["address"], block["address"])
         return described
 
-    def take(self, size: int) -> Block | None:
-        """Return a block for ``size`` bytes, None for nothing; initialises CUDA.
+    def take(self, size: int, device: torch.device) -> Block | None:
+        """Return a block of ``device`` for ``size`` bytes, None for nothing.
 
         Raises:
             torch.OutOfMemoryError: when it does not fit.
@@ -151,41 +238,44 @@ class CardMemory:
         """
         if not self.ready:
             _cuda._lazy_init()
+        card = self.cards[device.index]
+        if not card.entered:
+            card.enter()
         if size == 0:
             return None
         try:
-            block = self.allocator.malloc(size)
+            block = card.allocator.malloc(size)
         except OutOfMemory as error:
             # With its traceback it would be a cycle, which keeps the frames of all callers.
             refusal = error.with_traceback(None)
         else:
-            self.history.allocated(block)
-            if self.card.grown is not None and self.allocator.peak > self._told:
-                self._told = self.allocator.peak
-                self.card.grown()
+            self.history.allocated(block, card.index)
+            if card.shared.grown is not None and card.allocator.peak > card.told:
+                card.told = card.allocator.peak
+                card.shared.grown()
             return block
         # Outside the handler, so that the error has no context the real one would not have.
-        raise self._out_of_memory(refusal)
+        raise self._out_of_memory(refusal, card)
 
-    def give_back(self, block: Block | None) -> None:
+    def give_back(self, block: Block | None, device: torch.device) -> None:
         """Free a block that no storage got."""
-        self._free(block)
+        self._free(block, self.cards[device.index])
 
     def _died(self, held: Any) -> None:
         del self._held[held.address]
-        self._free(held.block)
+        self._free(held.block, held.card)
 
-    def _free(self, block: Block | None) -> None:
+    def _free(self, block: Block | None, card: TorchCard) -> None:
         if block is not None and not self.forked:
-            self.history.freed(block)
-            self.allocator.free(block)
+            self.history.freed(block, card.index)
+            card.allocator.free(block)
 
-    def _out_of_memory(self, refusal: OutOfMemory) -> RuntimeError:
-        free = self.card.free()
-        self.history.refused(refusal.requested, free)
+    def _out_of_memory(self, refusal: OutOfMemory, card: TorchCard) -> RuntimeError:
+        free = card.shared.free()
+        self.history.refused(refusal.requested, free, card.index)
         for observer in self.oom_observers:
-            observer(0, refusal.requested, self.card.total, free)
-        error: RuntimeError = OutOfMemoryError(_out_of_memory_text(refusal, self.card, free))
+            observer(card.index, refusal.requested, card.shared.total, free)
+        error: RuntimeError = OutOfMemoryError(_out_of_memory_text(refusal, card, free))
         return error
 
 
@@ -209,7 +299,7 @@ def _format_size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _out_of_memory_text(refusal: OutOfMemory, card: SharedCard, free: int) -> str:
+def _out_of_memory_text(refusal: OutOfMemory, card: TorchCard, free: int) -> str:
     """Return the text of ``DeviceCachingAllocator::malloc``, c10/cuda/CUDACachingAllocator.cpp."""
     processes = "".join(
         (
@@ -218,13 +308,13 @@ def _out_of_memory_text(refusal: OutOfMemory, card: SharedCard, free: int) -> st
             else f"Process {pid} has "
         )
         + f"{_format_size(size)} memory in use. "
-        for pid, size in card.processes().items()
+        for pid, size in card.shared.processes().items()
     )
     allowed = "" if refusal.allowed is None else f"{_format_size(refusal.allowed)} allowed; "
     unallocated = refusal.reserved - refusal.allocated
     return (
         f"CUDA out of memory. Tried to allocate {_format_size(refusal.requested)}."
-        f" GPU 0 has a total capacity of {_format_size(card.total)}"
+        f" GPU {card.index} has a total capacity of {_format_size(card.shared.total)}"
         f" of which {_format_size(free)} is free. {processes}{allowed}"
         f"Of the allocated memory {_format_size(refusal.allocated)} is allocated by PyTorch,"
         f" and {_format_size(unallocated)} is reserved by PyTorch but unallocated."
@@ -258,45 +348,49 @@ class History:
         elif self._stacks is None or clear:
             self._stacks = {}
 
-    def allocated(self, block: Block) -> None:
+    def allocated(self, block: Block, device: int) -> None:
         """Keep the stack of a new block."""
         if self._stacks is not None:
             self._stacks[block.address] = _stack()
-            self._note("alloc", block.address, block.requested)
+            self._note("alloc", block.address, block.requested, device)
 
-    def freed(self, block: Block) -> None:
+    def freed(self, block: Block, device: int) -> None:
         """Forget the stack of a block."""
         if self._stacks is not None:
             self._stacks.pop(block.address, None)
-            self._note("free_completed", block.address, block.requested)
+            self._note("free_completed", block.address, block.requested, device)
 
-    def refused(self, size: int, free: int) -> None:
+    def refused(self, size: int, free: int, device: int) -> None:
         """Keep an out-of-memory event."""
         if self._stacks is not None:
-            self._note("oom", free, size)
+            self._note("oom", free, size, device)
 
-    def _note(self, action: str, address: int, size: int) -> None:
+    def _note(self, action: str, address: int, size: int, device: int) -> None:
         if self._events.maxlen:
             event = {"action": action, "addr": address, "size": size, "stream": 0}
-            event |= {"time_us": time.time_ns() // 1000, "stack": _stack()}
+            event |= {"time_us": time.time_ns() // 1000, "stack": _stack(), "device": device}
             self._events.append(event)
 
-    def describe(self, segments: list[dict[str, Any]]) -> dict[str, Any]:
+    def describe(self, segments: list[dict[str, Any]], devices: int) -> dict[str, Any]:
         """Return ``segments`` with their stacks, in the form of ``torch.cuda.memory._snapshot``."""
+        events = list(self._events)
         stacks = self._stacks or {}
         for segment in segments:
             for block in segment["blocks"]:
                 block["frames"] = _frames(stacks.get(block["address"], []))
         return {
             "segments": segments,
-            "device_traces": [[_event(event) for event in self._events]],
+            "device_traces": [
+                [_event(event) for event in events if event["device"] == device]
+                for device in range(devices)
+            ],
             "allocator_settings": {"expandable_segments": False, "max_split_size": -1},
             "external_annotations": [],
         }
 
 
 def _event(event: dict[str, Any]) -> dict[str, Any]:
-    described = {key: value for key, value in event.items() if key != "stack"}
+    described = {key: value for key, value in event.items() if key not in {"stack", "device"}}
     return described | {"frames": _frames(event["stack"])}
 
 

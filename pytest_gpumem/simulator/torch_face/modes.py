@@ -1,9 +1,9 @@
-"""The two torch modes that make host tensors look and cost as if they lived on the card.
+"""The two torch modes that make host tensors look and cost as if they lived on a card.
 
 ``Face`` sees every call of torch's public interface: it answers which device a tensor is on, and
-turns what names the card into what the host can do (``calls`` says how, function by function).
-``Charges`` sees every operation below autograd: what comes out of operands on the card is charged
-to the card.
+turns what names a card into what the host can do (``calls`` says how, function by function).
+``Charges`` sees every operation below autograd: what comes out of operands on a card is charged
+to that card.
 
 Modes belong to a thread; ``entered`` enters both.
 """
@@ -26,14 +26,12 @@ from pytest_gpumem.simulator.torch_face.memory import CardMemory, OutOfMemoryErr
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from pytest_gpumem.simulator.torch_face.stubs import CardGenerator
-
 _C: Any = torch._C
 _OpOverload: Any = torch._ops.OpOverload
 Tensor: Any = torch.Tensor
 Function = Any
 
-# Operations that take tensors from both sides; the first tensor says where the result is.
+# Operations that take tensors from several devices; the first tensor says where the result is.
 _INDEXING = frozenset(
     f"aten::{name}"
     for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
@@ -66,7 +64,7 @@ class _Traits(NamedTuple):
     run: Any
     """What is run for it."""
     mixes: bool
-    """Takes tensors from both sides."""
+    """Takes tensors from several devices."""
     random: bool
     resizes: bool
     """May change the size of a storage it is given."""
@@ -92,14 +90,13 @@ def _traits_of(func: Any) -> _Traits:
 
 
 class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
-    """Charges the card for every new storage that comes out of operands on the card."""
+    """Charges a card for every new storage that comes out of operands on it."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, memory: CardMemory, generator: CardGenerator) -> None:
+    def __init__(self, memory: CardMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.memory = memory
-        self.generator = generator
         self.aside = False
         """Whether someone else decides where the results of this thread's operations live."""
         self.call: tuple[Any, ...] = ()
@@ -145,98 +142,116 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         if traits is None:
             traits = self._traits[func] = _traits_of(func)
         func = traits.run
-        card, host = self._sides(args)
+        card, others = self._places(args)
         if kwargs:
-            card_too, host_too = self._sides(kwargs.values())
-            card, host = card or card_too, host or host_too
-        if not card and not host:
-            # Inside a call that knows the card, a factory stands for one on the same device.
-            card = self._sides(self.call)[0]
-        if not card:
-            return func(*args, **kwargs)
+            card, others = self._places(kwargs.values(), card, others)
+        if card is None:
+            if not others:
+                # Inside a call that knows a card, a factory stands for one on the same device.
+                card = self._places(self.call)[0]
+            if card is None:
+                return func(*args, **kwargs)
         try:
             if traits.composite and torch.is_inference_mode_enabled():
                 # Without autograd nobody takes them apart, and the parts are what costs.
                 with self:
                     return func.decompose(*args, **kwargs)
-            if host and not self._result_on_card(traits, func, args, kwargs):
-                return func(*args, **kwargs)
-            return self._run_on_card(traits, func, args, kwargs)
+            if others:
+                card = self._place_of_result(traits, func, args, kwargs)
+                if card is None:
+                    return func(*args, **kwargs)
+            return self._run_on_card(traits, func, args, kwargs, card)
         except OutOfMemoryError as error:
             args = kwargs = None
             raise _bare(error)  # noqa: B904  # it is the same error
 
-    def _sides(self, values: Iterable[Any]) -> tuple[bool, bool]:
-        """Tell whether tensors on the card, and others, are among ``values``."""
-        card = host = False
+    def _places(
+        self, values: Iterable[Any], card: torch.device | None = None, others: bool = False
+    ) -> tuple[torch.device | None, bool]:
+        """Return the first card that ``values`` have tensors on, and whether some are elsewhere."""
         for value in values:
             if isinstance(value, Tensor):
-                if self.memory.holds(value):
-                    card = True
+                place = self.memory.where(value)
+                if place is None or (card is not None and place is not card):
+                    others = True
                 else:
-                    host = True
+                    card = place
             elif isinstance(value, (list, tuple)):
-                card_too, host_too = self._sides(value)
-                card, host = card or card_too, host or host_too
-        return card, host
+                card, others = self._places(value, card, others)
+        return card, others
 
-    def _result_on_card(self, traits: _Traits, func: Any, args: Any, kwargs: Any) -> bool:
-        """Return whether the result of tensors from both sides lives on the card.
+    def _place_of_result(
+        self, traits: _Traits, func: Any, args: Any, kwargs: Any
+    ) -> torch.device | None:
+        """Return the card of the result of tensors from several devices, None for the host.
 
         Raises:
-            RuntimeError: what CUDA's indexing raises for indices on the card alone, and what
-                ``TensorIterator`` raises where only scalars may be on the host.
+            RuntimeError: what CUDA's indexing raises for indices on another card, and what
+                ``TensorIterator`` raises where only scalars may be elsewhere, on the host.
 
         """
         tensors = list(_tensors_in((*args, *kwargs.values())))
-        first_on_card = self.memory.holds(tensors[0])
-        if traits.name in _INDEXING and not first_on_card:
+        places = [self.memory.where(tensor) for tensor in tensors]
+        first = places[0]
+        if traits.name in _INDEXING and any(
+            place is not None and place is not first for place in places[1:]
+        ):
             raise RuntimeError(
-                "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
+                "indices should be either on cpu or on the same device as the indexed tensor"
+                f" ({first or 'cpu'})"
             )
         if traits.mixes:
-            return first_on_card
+            return first
+        card = next(place for place in places if place is not None)
         written = [
             value
             for value, argument in zip(args, func._schema.arguments, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
-        strangers = [tensor for tensor in tensors if tensor.dim() and not self.memory.holds(tensor)]
-        if strangers or self._sides(written)[1]:
-            first, second = ("cuda:0", "cpu") if first_on_card else ("cpu", "cuda:0")
+        strangers = [
+            place
+            for tensor, place in zip(tensors, places, strict=True)
+            if place is not card and (tensor.dim() or place is not None)
+        ]
+        if strangers or self._places(written)[1]:
+            first_two = list(dict.fromkeys(str(place or "cpu") for place in places))[:2]
             raise RuntimeError(
                 "Expected all tensors to be on the same device,"
-                f" but found at least two devices, {first} and {second}!"
+                f" but found at least two devices, {' and '.join(first_two)}!"
             )
-        return True
+        return card
 
-    def _run_on_card(self, traits: _Traits, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run_on_card(
+        self, traits: _Traits, func: Any, args: Any, kwargs: Any, card: torch.device
+    ) -> Any:
         try:
             if traits.random:
-                with self.generator.instead_of_the_hosts(kwargs.get("generator")):
+                generator = self.memory.cards[card.index].generator
+                with generator.instead_of_the_hosts(kwargs.get("generator")):
                     result = func(*args, **kwargs)
             else:
                 result = func(*args, **kwargs)
         except RuntimeError as error:
             host_full = _HOST_FULL.search(str(error))
             if host_full:  # before the card was asked; it has less room, as a rule
-                self.memory.give_back(self.memory.take(int(host_full[1])))
+                self.memory.give_back(self.memory.take(int(host_full[1]), card), card)
             raise
         if traits.resizes:
             for tensor in _tensors_in((*args, *kwargs.values())):
-                if self.memory.holds(tensor):
+                if self.memory.where(tensor):
                     self.memory.recharge(tensor)
         # The lengths of packed sequences stay on the host.
-        self.charge_all(result[0] if traits.name == "aten::_pack_padded_sequence" else result)
+        parts = result[0] if traits.name == "aten::_pack_padded_sequence" else result
+        self.charge_all(parts, card)
         return result
 
-    def charge_all(self, result: Any) -> None:
+    def charge_all(self, result: Any, card: torch.device) -> None:
         """Charge every tensor of a result."""
         if isinstance(result, Tensor):
-            self.memory.charge(result)
+            self.memory.charge(result, card)
         elif isinstance(result, (list, tuple)):
             for part in result:
-                self.charge_all(part)
+                self.charge_all(part, card)
 
 
 def _bare(error: Any) -> Any:
@@ -274,7 +289,7 @@ _this_thread = threading.local()
 
 
 class Face(TorchFunctionMode):
-    """Lets host tensors that ``CardMemory`` holds appear on ``cuda:0``."""
+    """Lets host tensors that ``CardMemory`` holds appear on their cards."""
 
     def __init__(
         self,

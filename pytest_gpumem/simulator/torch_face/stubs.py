@@ -1,4 +1,4 @@
-"""CUDA objects without a driver: the device, its generator, streams, events, properties."""
+"""CUDA objects without a driver: generators, streams, events, properties."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.cuda._utils import _get_device_index
+
+from pytest_gpumem.simulator import spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.simulator.card import SharedCard
 
-CARD = torch.device("cuda", 0)
+Device: Any = torch.device
+"""torch's own class; ``torch.device`` is ``NumberedDevice`` where numbers are not understood."""
 CUDA_DEVICE_TYPE = 1
 """``c10::DeviceType::CUDA``."""
 
@@ -54,27 +58,30 @@ class Generator(_HostGenerator, metaclass=_AnyGenerator):  # type: ignore[misc] 
 
     def __new__(cls, device: Any = "cpu") -> Any:
         """Return a generator on ``device``."""
-        if torch.device(device).type == "cuda":
-            return CardGenerator()
+        device = torch.device(device)
+        if device.type == "cuda":
+            return CardGenerator(_get_device_index(device, optional=True))
         return _HostGenerator(device)
 
 
 class CardGenerator(_HostGenerator):  # type: ignore[misc]  # a C class
-    """A generator of the host's kind that says it is on the card."""
+    """A generator of the host's kind that says it is on a card."""
 
     # Below torch's interface the same generator arrives in another Python object.
     _living: ClassVar = weakref.WeakValueDictionary[int, "CardGenerator"]()
 
-    def __new__(cls) -> Any:
-        """Return a new one, seeded as torch seeds."""
+    def __new__(cls, index: int) -> Any:
+        """Return a new one for ``cuda:index``, seeded as torch seeds."""
         generator = super().__new__(cls, "cpu")
+        generator.index = index
         cls._living[generator._cdata] = generator
         return generator
 
     @property
     def device(self) -> torch.device:
-        """The card."""
-        return CARD
+        """Its card."""
+        device: torch.device = Device("cuda", self.index)
+        return device
 
     @contextmanager
     def instead_of_the_hosts(self, chosen: Any = None) -> Iterator[None]:
@@ -105,17 +112,20 @@ class Stream:
     """``torch.cuda.Stream`` in a world with one order of execution."""
 
     _numbers = itertools.count(1)
-    device = CARD
-    device_index = 0
     device_type = CUDA_DEVICE_TYPE
 
     def __init__(
         self,
-        device: Any = None,  # noqa: ARG002  # there is one
+        device: Any = None,
         priority: int = 0,
         stream_id: int | None = None,
+        device_index: int | None = None,
         **_others: Any,
     ) -> None:
+        if device_index is None:
+            device_index = _get_device_index(device, optional=True)
+        self.device_index = device_index
+        self.device = Device("cuda", device_index)
         self.stream_id = next(self._numbers) if stream_id is None else stream_id
         self.priority = priority
 
@@ -156,10 +166,10 @@ class Stream:
         self._contexts.pop().__exit__(*error)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stream) and self.stream_id == other.stream_id
+        return isinstance(other, Stream) and hash(self) == hash(other)
 
     def __hash__(self) -> int:
-        return hash((Stream, self.stream_id))
+        return hash((self.device, self.stream_id))
 
     def __repr__(self) -> str:
         return f"<torch.cuda.Stream device={self.device} cuda_stream={self.cuda_stream:#x}>"
@@ -168,14 +178,15 @@ class Stream:
 class Event:
     """``torch.cuda.Event``; times are the host's."""
 
-    device = CARD
     cuda_event = 0
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         self._recorded: float | None = None
+        self.device: torch.device | None = None
 
-    def record(self, stream: Stream | None = None) -> None:  # noqa: ARG002  # one order of execution
+    def record(self, stream: Stream | None = None) -> None:
         """Keep the time."""
+        self.device = (stream or torch.cuda.current_stream()).device
         self._recorded = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
@@ -208,12 +219,9 @@ class Runtime:
 
         success = 0
 
-    def __init__(self, card: SharedCard) -> None:
-        self._card = card
-
-    def cudaMemGetInfo(self, device: int) -> tuple[int, int]:  # noqa: N802, ARG002  # CUDA's name
-        """Return free and total bytes of the card."""
-        return self._card.free(), self._card.total
+    def __init__(self, memory_of: Callable[[int], tuple[int, int]]) -> None:
+        self.cudaMemGetInfo = memory_of
+        """Returns free and total bytes of a card."""
 
     def __getattr__(self, name: str) -> Any:
         # Profiler marks, page locking, synchronisation: they succeed and do nothing.
@@ -222,25 +230,29 @@ class Runtime:
         raise AttributeError(name)
 
 
-def properties(card: SharedCard) -> SimpleNamespace:
-    """Return what ``torch.cuda.get_device_properties`` tells; compute capability 8.0."""
+def properties(card: SharedCard, place: int) -> SimpleNamespace:
+    """Return what ``torch.cuda.get_device_properties`` tells of the machine's card ``place``."""
     return SimpleNamespace(
         name=card.name,
-        major=8,
-        minor=0,
+        major=spec.CAPABILITY[0],
+        minor=spec.CAPABILITY[1],
         total_memory=card.total,
-        multi_processor_count=108,
+        multi_processor_count=spec.PROCESSORS,
         uuid=card.uuid.removeprefix("GPU-"),
         is_integrated=0,
         is_multi_gpu_board=0,
-        warp_size=32,
-        max_threads_per_multi_processor=2048,
-        regs_per_multiprocessor=65536,
-        shared_memory_per_block=48 * 1024,
-        shared_memory_per_block_optin=163 * 1024,
-        shared_memory_per_multiprocessor=164 * 1024,
-        L2_cache_size=40 * 2**20,
-        pci_bus_id=0,
+        warp_size=spec.WARP,
+        max_threads_per_block=spec.THREADS_PER_BLOCK,
+        max_threads_per_multi_processor=spec.THREADS_PER_PROCESSOR,
+        regs_per_multiprocessor=spec.REGISTERS_PER_PROCESSOR,
+        shared_memory_per_block=spec.SHARED_PER_BLOCK,
+        shared_memory_per_block_optin=spec.SHARED_PER_BLOCK_OPTIN,
+        shared_memory_per_multiprocessor=spec.SHARED_PER_PROCESSOR,
+        L2_cache_size=spec.L2_CACHE,
+        clock_rate=spec.CLOCK_KHZ,
+        memory_clock_rate=spec.MEMORY_CLOCK_KHZ,
+        memory_bus_width=spec.MEMORY_BUS_BITS,
+        pci_bus_id=spec.pci_bus(place),
         pci_device_id=0,
         pci_domain_id=0,
         gcnArchName="",

@@ -15,7 +15,7 @@ from torch.utils._device import DeviceContext
 
 from pytest_gpumem.on_import import when_imported
 from pytest_gpumem.simulator.torch_face import stubs
-from pytest_gpumem.simulator.torch_face.calls import as_device
+from pytest_gpumem.simulator.torch_face.cuda_functions import memory_of
 from pytest_gpumem.simulator.torch_face.memory import TORCH_VERSION
 from pytest_gpumem.simulator.torch_face.modes import Face, backward_on_the_card, face_again
 
@@ -31,7 +31,7 @@ _until_exit = contextlib.ExitStack()
 
 
 def prepare(memory: CardMemory, functions: Functions) -> None:
-    """Let the Python of torch find a CUDA build with one card."""
+    """Let the Python of torch find a CUDA build with these cards."""
     for name, function in functions.items():
         setattr(_C, name, function)
     _C._has_cuda = True
@@ -46,15 +46,15 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
 
 
 def _give_cuda_its_objects(memory: CardMemory) -> None:
-    _cuda._cudart = stubs.Runtime(memory.card)
+    _cuda._cudart = stubs.Runtime(memory_of(memory))
     # Bound when torch.cuda was imported:
     _cuda._is_in_bad_fork = _C._cuda_isInBadFork
     _cuda._exchange_device = _C._cuda_exchangeDevice
     _cuda._maybe_exchange_device = _C._cuda_maybeExchangeDevice
     _cuda.graphs._cuda_isCurrentStreamCapturing = _C._cuda_isCurrentStreamCapturing
     # torch asks the library of NVML behind pynvml's back, for CUDA_VISIBLE_DEVICES.
-    _cuda._raw_device_count_nvml = lambda: 1
-    _cuda._raw_device_uuid_nvml = lambda: [memory.card.uuid]
+    _cuda._raw_device_count_nvml = lambda: len(memory.machine)
+    _cuda._raw_device_uuid_nvml = lambda: [card.uuid for card in memory.machine]
     _cuda._cached_device_count = None
     for module in (_cuda, _cuda.streams, _torch):
         module.Stream, module.Event = stubs.Stream, stubs.Event
@@ -121,20 +121,19 @@ def _place_storages(memory: CardMemory) -> None:
     base: Any = _C.StorageBase
 
     def device(storage: Any) -> torch.device:
-        if memory.holds_storage(storage):
-            return stubs.CARD
-        real: torch.device = base.device.__get__(storage)
+        real: torch.device = memory.where_storage(storage) or base.device.__get__(storage)
         return real
 
     def new(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
-        if device is None or as_device(device) != stubs.CARD:
-            if device is not None:
-                kwargs["device"] = device
+        if device is None:
             return base.__new__(cls, *args, **kwargs)
+        place = memory.device(device)
+        if place.type != "cuda":
+            return base.__new__(cls, *args, device=place, **kwargs)
         size = args[0] if args and isinstance(args[0], int) else 0
-        block = memory.take(size)
+        block = memory.take(size, place)
         storage = base.__new__(cls, *args, **kwargs)
-        memory.put(storage, block)
+        memory.put(storage, block, place)
         return storage
 
     def resize(storage: Any, size: int) -> Any:
@@ -142,7 +141,7 @@ def _place_storages(memory: CardMemory) -> None:
         return base.resize_(storage, size)
 
     def is_shared(storage: Any) -> bool:
-        return memory.holds_storage(storage) or base.is_shared(storage)
+        return bool(memory.where_storage(storage)) or base.is_shared(storage)
 
     storage_class.device = property(device)
     storage_class.is_shared = is_shared
@@ -181,7 +180,7 @@ def _group_by_seen_device(memory: CardMemory) -> None:
     original = _C._group_tensors_by_device_and_dtype
 
     def group(lists: Any, with_indices: bool = False) -> Any:
-        if not any(memory.holds(tensor) for tensor in lists[0]):
+        if not any(memory.where(tensor) for tensor in lists[0]):
             return original(lists, with_indices)
         groups: dict[Any, tuple[list[list[Any]], list[int]]] = {}
         for index, first in enumerate(lists[0]):

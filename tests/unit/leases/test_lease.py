@@ -1055,11 +1055,11 @@ from pytest_gpumem import LeaseError, LeaseTimeout, TooLarge, gpu_lease
 from pytest_gpumem.leases.api import store
 from pytest_gpumem.simulator import Simulation
 
-simulation = Simulation.attach(sys.argv[2]) if sys.argv[2:] else Simulation.start(2**30, 2**20)
+simulation = Simulation.attach(sys.argv[2]) if sys.argv[2:] else Simulation.start([2**30], 2**20)
 simulation.install()
 
 def held():
-    return [holder.size >> 20 for holder in store().holders(simulation.card.uuid)]
+    return [holder.size >> 20 for holder in store().holders(simulation.cards[0].uuid)]
 
 def take(size, **options):
     with gpu_lease(size, **options):
@@ -1080,7 +1080,7 @@ def on_simulated_card(script, directory, **environment):
 def test_gpu_lease_works_on_the_simulated_card(tmp_path):
     script = """
 with gpu_lease("300 MiB") as lease:
-    assert lease.card == simulation.card.uuid
+    assert lease.card == simulation.cards[0].uuid
     print(*store().holders(lease.card)[0][1:])
 print(held())
 for wrong in ({"vram": "2GiB"}, {"device": 3}, {"vram": "much"}):
@@ -1162,7 +1162,7 @@ def test_that_takes_more_than_half_of_the_card(number):
 
 
 def test_two_pytest_runs_share_a_card(tmp_path):
-    simulation = Simulation.start(2**30, 2**20)
+    simulation = Simulation.start([2**30], 2**20)
     environment = os.environ | {"CARD": simulation.path, "GPUMEM_RUN_DIR": str(tmp_path / "run")}
     environment = {name: value for name, value in environment.items() if "PYTEST_" not in name}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:gpumem", "-p", "no:cacheprovider"]

