@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
 from pytest_gpumem.devices import family
+from pytest_gpumem.records import short
 from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -263,7 +264,8 @@ def _plain(chosen: argparse.Namespace, view: _View) -> int:
     try:
         while status is None:
             states = view.look()
-            told = "; ".join(map(_line, states)) or "no card in use"
+            several = len(states) > 1
+            told = "; ".join(_line(each, several) for each in states) or "no card in use"
             if told != last:
                 sys.stderr.write(f"gpumem monitor: {time.monotonic() - begun:.1f} s, {told}\n")
                 sys.stderr.flush()
@@ -331,13 +333,14 @@ def _status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _line(card: CardState) -> str:
+def _line(card: CardState, several: bool) -> str:
     tests = [_told(row) for row in card.holdings if row.state or row.phase]
     count = len(card.holdings)
     shown = f", {count} process{'es' if count > 1 else ''}" if count else ""
     told = f": {', '.join(tests)}" if tests else ""
     sizes = f" {format_bytes(card.used)} of {format_bytes(card.total)}" if card.uuid else ""
-    return f"{card.name}{sizes}{shown}{told}"
+    which = f" {short(card.uuid)}" if several and card.uuid else ""
+    return f"{card.name}{which}{sizes}{shown}{told}"
 
 
 def _told(row: Holding) -> str:
@@ -362,7 +365,7 @@ def _table(states: Sequence[CardState]) -> Table:
     table.add_column("card, process, test")
     for card in states:
         sizes = shown(card.used, card.free, card.total) if card.uuid else [""] * 3
-        title = Text(f"{card.name} {card.uuid[-8:]}".rstrip())
+        title = Text(f"{card.name} {short(card.uuid)}".rstrip())
         table.add_row(*sizes, "", "", "", title, style="bold")
         for row in card.holdings:
             used = "?" if row.used is None and card.uuid else shown(row.used)[0]

@@ -269,7 +269,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     state = config.stash[STATE]
     if state.settings.mode == "off":
         return ["gpumem: off"]
-    shown = [f"{card.name} of {format_bytes(card.total)}" for card in state.found.cards]
+    found = state.found.cards
+    shown = [f"{card.called(found)} of {format_bytes(card.total)}" for card in found]
     cards = ", ".join(shown) or f"no card: {state.found.why_none}"
     asked_for = not shown and state.settings.mode == "on"
     hint = "; --gpumem-simulate 4GiB gives the suite one" if asked_for else ""

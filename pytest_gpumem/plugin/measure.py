@@ -327,7 +327,8 @@ def _enforce(
             from pytest_gpumem.reports import terminal
 
             cards = item.config.stash[STATE].found.cards
-            name = next((each.name for each in cards if each.uuid == card.card), card.card)
+            names = (each.called(cards) for each in cards if each.uuid == card.card)
+            name = next(names, card.card)
             item.add_report_section(when, "GPU memory", "\n".join(terminal.usage_lines(card, name)))
             # Without the traceback, which would show this plugin's lines and not the test's.
             pytest.fail(sentence.format(format_bytes(limit), format_bytes(size)), pytrace=False)

@@ -24,6 +24,7 @@ from pytest_gpumem.records.run import (
     RunRecord,
     ScopeUsage,
     merge,
+    short,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "merge",
     "parse",
     "save",
+    "short",
     "to_plain",
     "write_json",
 ]

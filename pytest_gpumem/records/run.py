@@ -6,7 +6,7 @@ Every size is in bytes, every duration in seconds. The JSON form is described in
 
 # Annotations are no text here: typing would compile that of each field at every run's start.
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pytest_gpumem.units import format_bytes
@@ -25,6 +25,15 @@ class Card(NamedTuple):
     """The torch device type that reaches it: ``cuda``, ``xpu``, ``mps``."""
     host: str = ""
     """The machine it is in; empty for the one that reports."""
+
+    def called(self, cards: Sequence[object]) -> str:
+        """Return its name, and of several ``cards`` the end of the UUID that tells it from them."""
+        return f"{self.name} {short(self.uuid)}" if len(cards) > 1 else self.name
+
+
+def short(uuid: str) -> str:
+    """Return the end of a card's UUID, which tells it from the others."""
+    return uuid[-8:]
 
 
 class Holder(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.records import short
 from pytest_gpumem.reports import timeline
 from pytest_gpumem.units import format_bytes
 
@@ -49,7 +50,7 @@ def draw(run: RunRecord, *, linked: bool) -> str:
         shared_xaxes=True,
         vertical_spacing=0.06 if len(cards) < 6 else 0.02,
         row_heights=[190] * len(cards) + [tall],
-        subplot_titles=[f"{escape(card.name)} {escape(card.uuid[-8:])}" for card in cards]
+        subplot_titles=[f"{escape(card.name)} {escape(short(card.uuid))}" for card in cards]
         + ["Tests by worker"],
     )
     for row, card in enumerate(cards, 1):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.forensics import analysis
 from pytest_gpumem.forensics.compare import Limits, compare
+from pytest_gpumem.records import short
 from pytest_gpumem.reports import budgets, forensics, timeline
 from pytest_gpumem.reports.counted import (
     by_kind,
@@ -67,15 +68,17 @@ def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterato
         )
     highest = peaks(run)
     if highest:
+        several = len(run.cards) > 1
         yield _table(
             "Own peaks",
-            (">own peak", ">of card", ">peak", ">leftover", "test"),
+            (">own peak", ">of card", ">peak", ">leftover", *["card"][:several], "test"),
             [
                 (
                     format_bytes(own(usage)),
                     part,
                     format_bytes(usage.peak),
                     format_bytes(usage.leftover),
+                    *[short(usage.card)][:several],
                     place(test),
                 )
                 for usage, test, part in highest
@@ -99,7 +102,7 @@ def _facts(run: RunRecord) -> Iterator[str]:
     took = f" in {end - begin:.1f} s" if end > begin else ""
     workers = plural(run.workers, "worker") if run.workers else "one process"
     for card in run.cards:
-        yield f"{card.name}, {format_bytes(card.total)}; {workers}{took}"
+        yield f"{card.called(run.cards)}, {format_bytes(card.total)}; {workers}{took}"
     if run.command:
         yield run.command + (f" at commit {run.commit}" if run.commit else "")
 

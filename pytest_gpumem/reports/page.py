@@ -11,6 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import files
+from pytest_gpumem.records import short
 from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.reports import forensics, html, timeline
 from pytest_gpumem.reports.chart import COLOURS, draw, lane
@@ -213,17 +214,18 @@ def _tests(run: RunRecord) -> Iterator[str]:
         run.tests, key=lambda test: -max((card.peak for card in test.cards), default=0)
     )
     for test in by_peak:
-        yield f"<tr>{''.join(_row(test, begin))}</tr>"
+        yield f"<tr>{''.join(_row(test, begin, several=len(run.cards) > 1))}</tr>"
     yield "</tbody></table>"
 
 
-def _row(test: RecordedTest, begin: float) -> Iterator[str]:
+def _row(test: RecordedTest, begin: float, *, several: bool) -> Iterator[str]:
     outcome = "out of memory" if test.oom and test.outcome != "rerun" else test.outcome
     name = escape(test.nodeid)
     if test.start:
         place = f'data-from="{test.start - begin:.3f}" data-took="{test.duration:.3f}"'
         name = f'<a href="#timeline" {place} title="show it in the timeline">{name}</a>'
-    yield f"<td>{name}</td><td>{lane(test)}</td>"
+    cards = ", ".join(short(card.card) for card in test.cards) if several else ""
+    yield f"<td>{name}</td><td>{lane(test)}{f' <small>{cards}</small>' if cards else ''}</td>"
     yield f'<td><i style="background:{COLOURS.get(test.outcome, "#555")}"></i>{outcome}</td>'
     yield _number(test.duration, f"{test.duration:.2f}")
     sizes: tuple[int | None, ...] = (None,) * 3

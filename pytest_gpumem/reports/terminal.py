@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.records import short
 from pytest_gpumem.reports import budgets, children, timeline
 from pytest_gpumem.reports.counted import (
     Counted,
@@ -109,12 +110,17 @@ def _table(run: RunRecord, shown: int, verbosity: int) -> Iterator[Line]:
     rows = peaks(run)
     if not rows:
         return
+    several = len(run.cards) > 1
     yield Line("")
-    yield Line(f"{'own peak':>11} {'of card':>8} {'peak':>11} {'leftover':>11}  test")
+    yield Line(
+        f"{'own peak':>11} {'of card':>8} {'peak':>11} {'leftover':>11}  "
+        f"{'card      ' if several else ''}test"
+    )
     for card, test, part in rows[:shown]:
+        which = f"{short(card.card)}  " if several else ""
         yield Line(
             f"{format_bytes(own(card)):>11} {part:>8} {format_bytes(card.peak):>11} "
-            f"{format_bytes(card.leftover):>11}  {place(test)}"
+            f"{format_bytes(card.leftover):>11}  {which}{place(test)}"
         )
         if verbosity > 0:
             indent = " " * 33
@@ -273,7 +279,7 @@ def _sharing(run: RunRecord, verbosity: int) -> Iterator[str]:
             where = f" on {card.host}" if card.host else ""
             used, most = timeline.mean(steps, end), max(step.size for step in steps)
             yield (
-                f"  {card.name}{where}: {used / card.total:.0%} used on average, "
+                f"  {card.called(run.cards)}{where}: {used / card.total:.0%} used on average, "
                 f"{format_bytes(most)} of {format_bytes(card.total)} at most"
             )
     if again:
