@@ -29,6 +29,7 @@ HOST: torch.device = Device("cpu")
 _WORTH_ASKING = 2**18
 _UNASKED = frozenset(("device", "generator", "pin_memory"))
 _NO_CONTEXT = nullcontext()
+_FAKE: Any = _C._TorchDispatchModeKey.FAKE
 _RANDOM = frozenset(
     getattr(torch, name)
     for name in (
@@ -90,8 +91,10 @@ def _create_along(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
 def _create_at(face: Face, device: torch.device, func: Function, args: Any, kwargs: Any) -> Any:
     if kwargs.get("out") is not None:
         return func(*args, **kwargs)
-    if device.type == "cuda":
+    if device.type == "cuda" and _C._get_dispatch_mode(_FAKE) is None:
         return _create_on_card(face, device, func, args, {**kwargs, "device": HOST})
+    if device.type == "cuda":  # of tensors without data, which see the host
+        return face.charges.run_aside(func, *args, **{**kwargs, "device": HOST})
     if kwargs.get("pin_memory"):
         return _pin(face.charges.run_aside(func, *args, **{**kwargs, "pin_memory": False}))
     return face.charges.run_aside(func, *args, **kwargs)

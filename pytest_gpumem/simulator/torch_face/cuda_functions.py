@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_gpumem.simulator import spec
+from pytest_gpumem.simulator.torch_face import communication
 from pytest_gpumem.simulator.torch_face.stubs import (
     CUDA_DEVICE_TYPE,
     Device,
@@ -36,6 +37,7 @@ def functions(memory: CardMemory) -> Functions:
         | _statistics(memory)
         | _allocation(memory)
         | _accelerator(memory)
+        | communication.functions()
     )
 
 

@@ -182,6 +182,8 @@ class CardMemory:
             return
         if not known:
             storage = tensor.untyped_storage()
+            if type(tensor) is not torch.Tensor and storage.device.type == "meta":
+                return  # it stands for a tensor that has data
             self.put(storage, self.take(storage.nbytes(), device), device)
 
     def _charge_wrapped(self, tensor: torch.Tensor, device: torch.device) -> None:

@@ -137,6 +137,8 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         if self.aside:
             return func(*args, **kwargs)
         if types and any(map(_dispatches_itself, types)):
+            if any(issubclass(kind, _stand_ins()) for kind in types):
+                return func(*args, **kwargs)  # torch's own modes below this one know them
             return NotImplemented  # they go first; then this mode sees what they are made of
         traits = self._traits.get(func)
         if traits is None:
@@ -276,6 +278,15 @@ def _answers_itself(kind: Any) -> bool:
     )
 
 
+@functools.cache
+def _stand_ins() -> tuple[Any, ...]:
+    """Return the kinds of tensor that stand for others while torch traces."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return FakeTensor, FunctionalTensor
+
+
 def _tensors_in(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, Tensor):
@@ -342,15 +353,18 @@ def face_again() -> AbstractContextManager[Any]:
     return getattr(_this_thread, "face", None) or nullcontext()
 
 
+def making_tensors_beside(tensors: Any) -> AbstractContextManager[None]:
+    """Return the context in which tensors that C++ makes lie where ``tensors`` do."""
+    face = getattr(_this_thread, "face", None)
+    return nullcontext() if face is None else face.charges.during(*tensors)
+
+
 def backward_on_the_card(run: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap autograd's engine: zeros that it makes up belong to the tensors it starts from."""
 
     @functools.wraps(run)
     def run_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        face = getattr(_this_thread, "face", None)
-        if face is None:
-            return run(tensors, *args, **kwargs)
-        with face.charges.during(*tensors):
+        with making_tensors_beside(tensors):
             return run(tensors, *args, **kwargs)
 
     return run_backward

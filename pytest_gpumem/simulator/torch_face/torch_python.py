@@ -14,10 +14,18 @@ import torch
 from torch.utils._device import DeviceContext
 
 from pytest_gpumem.on_import import when_imported
+from pytest_gpumem.simulator import spec
 from pytest_gpumem.simulator.torch_face import stubs
+from pytest_gpumem.simulator.torch_face.calls import HOST
 from pytest_gpumem.simulator.torch_face.cuda_functions import memory_of
 from pytest_gpumem.simulator.torch_face.memory import TORCH_VERSION
-from pytest_gpumem.simulator.torch_face.modes import Face, backward_on_the_card, face_again
+from pytest_gpumem.simulator.torch_face.modes import (
+    Face,
+    backward_on_the_card,
+    face_again,
+    making_tensors_beside,
+)
+from pytest_gpumem.simulator.torch_face.numbered import understand_numbers
 
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.cuda_functions import Functions
@@ -35,6 +43,8 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     for name, function in functions.items():
         setattr(_C, name, function)
     _C._has_cuda = True
+    understand_numbers()
+    _torch.version.cuda = _torch.version.cuda or spec.CUDA
     _give_cuda_its_objects(memory)
     _look_through_face()
     _place_storages(memory)
@@ -43,6 +53,8 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     run = backward_on_the_card(_torch.autograd.graph._engine_run_backward)
     _torch.autograd._engine_run_backward = _torch.autograd.graph._engine_run_backward = run
     when_imported("torch._dynamo.config", _run_compiled_functions_eagerly)
+    when_imported("torch._subclasses.fake_tensor", _let_fake_tensors_see_the_host)
+    when_imported("torch.nn.parallel.distributed", _let_buckets_lie_on_the_card)
 
 
 def _give_cuda_its_objects(memory: CardMemory) -> None:
@@ -198,6 +210,44 @@ def _group_by_seen_device(memory: CardMemory) -> None:
 
 def _run_compiled_functions_eagerly() -> None:
     sys.modules["torch._dynamo.config"].disable = True  # type: ignore[attr-defined]  # a config module
+
+
+def _let_fake_tensors_see_the_host() -> None:
+    """Make tensors without data on the host, as those with data are made.
+
+    Those on a card would ask torch's C++ for CUDA, which ends the process without it.
+    """
+    fake: Any = sys.modules["torch._subclasses.fake_tensor"]
+    new = fake.FakeTensor.__new__
+
+    def on_host(value: Any) -> Any:
+        named = isinstance(value, (stubs.Device, str)) and str(value).startswith("cuda")
+        return HOST if named else value
+
+    def new_on_host(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        named = {name: on_host(value) for name, value in kwargs.items()}
+        return new(cls, *map(on_host, args), **named)
+
+    fake.FakeTensor.__new__ = staticmethod(new_on_host)
+
+
+def _let_buckets_lie_on_the_card() -> None:
+    """Charge what the C++ of ``DistributedDataParallel`` makes for gradients."""
+    module: Any = sys.modules["torch.nn.parallel.distributed"]
+    if not hasattr(module.dist, "Reducer"):  # built without distributed
+        return
+
+    class Reducer(module.dist.Reducer):  # type: ignore[misc]  # a C class
+        def __init__(self, parameters: Any, *args: Any, **kwargs: Any) -> None:
+            self._about = list(parameters)
+            with making_tensors_beside(self._about):
+                super().__init__(parameters, *args, **kwargs)
+
+        def _rebuild_buckets(self) -> Any:
+            with making_tensors_beside(self._about):
+                return super()._rebuild_buckets()
+
+    module.dist.Reducer = Reducer
 
 
 def enter_everywhere(enter: _Enter) -> None:
