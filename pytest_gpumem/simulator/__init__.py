@@ -38,6 +38,8 @@ class Simulation:
     def __init__(self, cards: Sequence[SharedCard], directory: Path | None = None) -> None:
         self.cards = tuple(cards)
         self.closed = False
+        self.notes: list[str] = []
+        """A sentence for each setting that a program made and the simulated card does not obey."""
         self._directory = directory
 
     @classmethod
@@ -137,6 +139,10 @@ class Simulation:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
     def _install_nvml(self) -> None:
         from pytest_gpumem.simulator import nvml_face
 
@@ -145,7 +151,7 @@ class Simulation:
     def _install_torch(self) -> None:
         from pytest_gpumem.simulator import torch_face
 
-        torch_face.install(self.cards)
+        torch_face.install(self.cards, self._note)
         import pynvml  # noqa: F401  # see install
 
 

@@ -21,6 +21,7 @@ MEMORY_BUS_BITS = 5120
 
 CUDA = "13.0"
 """The newest version that the driver can run, and the one of a torch that was built without."""
+CUDNN = 91002
 DRIVER = "580.0"
 NVML = f"13.{DRIVER}"
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from pytest_gpumem.simulator.card import SharedCard
 
 
-def install(cards: Sequence[SharedCard]) -> None:
+def install(cards: Sequence[SharedCard], note: Callable[[str], None]) -> None:
     """Give this process's torch ``cards``, from now on and in threads started from now on.
 
     CUDA is initialised, and a card's context taken, by the first call that needs it. There is no
-    way back in this process.
+    way back in this process. ``note`` is told in a sentence what is asked for and not obeyed.
 
     Raises:
         RuntimeError: in one sentence, when this version of torch lacks something private that the
@@ -33,7 +33,7 @@ def install(cards: Sequence[SharedCard]) -> None:
     from pytest_gpumem.simulator.torch_face.cuda_functions import functions
     from pytest_gpumem.simulator.torch_face.memory import CardMemory
 
-    memory = CardMemory(cards)
+    memory = CardMemory(cards, note)
     try:
         torch_python.prepare(memory, functions(memory))
     except AttributeError as error:

@@ -5,6 +5,8 @@ That Python stays torch's own; this is the layer right below it.
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.memory import CardMemory
 
 Functions = dict[str, Callable[..., Any]]
+_C: Any = torch._C
 _cuda: Any = torch.cuda
 
 
@@ -47,6 +50,8 @@ def _life(memory: CardMemory) -> Functions:
         if not visible:
             raise RuntimeError("No CUDA GPUs are available")
         memory.begin(visible)
+        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            _not_obeyed(memory, os.environ.get(variable, ""), variable)
         _cuda._get_device_properties = lambda index: properties(
             memory.cards[index].shared, visible[index]
         )
@@ -69,6 +74,16 @@ def _life(memory: CardMemory) -> Functions:
         "_cuda_clearCublasWorkspaces": _nothing,
         "_cuda_isCurrentStreamCapturing": lambda: False,
     }
+
+
+_AS_IT_IS = frozenset(("backend:native", "expandable_segments:False"))
+
+
+def _not_obeyed(memory: CardMemory, settings: str, given_by: str) -> None:
+    """Say which of the allocator's settings change nothing here."""
+    each = re.split(r",(?![^\[]*\])", re.sub(r"\s", "", settings))
+    if ignored := [setting for setting in each if setting and setting not in _AS_IT_IS]:
+        memory.note(f"the simulated card does not obey {', '.join(ignored)} of {given_by}")
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -129,21 +144,22 @@ def _statistics(memory: CardMemory) -> Functions:
 
     def record(
         enabled: str | None = "all",
-        _context: str | None = None,
+        context: str | None = "all",
         _stacks: str = "all",
         max_entries: int = 2**63 - 1,
         clear_history: bool = False,
         *_others: Any,
     ) -> None:
-        history.record(enabled, max_entries, clear=clear_history)
+        history.record(enabled, context, max_entries, clear=clear_history)
 
     def record_legacy(
         enabled: bool,
-        _record_context: bool = True,
+        record_context: bool = True,
         max_entries: int = 1,
         *_others: Any,
     ) -> None:
-        history.record("all" if enabled else None, max_entries, clear=False)
+        context = "all" if record_context else None
+        history.record("all" if enabled else None, context, max_entries, clear=False)
 
     return {
         "_cuda_memoryStats": lambda index: memory.card(index).allocator.stats(),
@@ -179,6 +195,19 @@ def _allocation(memory: CardMemory) -> Functions:
     def set_fraction(fraction: float, index: int | None = None) -> None:
         memory.card(index).allocator.memory_fraction = fraction
 
+    def set_settings(settings: str) -> None:
+        if torch_sets is not None:
+            torch_sets(settings)  # which raises what torch raises for bad ones
+        _not_obeyed(memory, settings, "torch.cuda.memory._set_allocator_settings")
+
+    torch_sets = getattr(_C, "_accelerator_setAllocatorSettings", None)
+
+    def enable(on: bool) -> None:
+        if not on:
+            memory.note(
+                "the simulated card does not obey torch.cuda.memory.caching_allocator_enable(False)"
+            )
+
     def has_context(index: int) -> bool:
         return memory.ready and memory.card(index).entered
 
@@ -189,8 +218,9 @@ def _allocation(memory: CardMemory) -> Functions:
         "_cuda_getAllocatorBackend": lambda: "native",
         "_cuda_cudaCachingAllocator_raw_alloc": raw_alloc,
         "_cuda_cudaCachingAllocator_raw_delete": raw_delete,
-        "_cuda_cudaCachingAllocator_set_allocator_settings": _nothing,
-        "_cuda_cudaCachingAllocator_enable": _nothing,
+        "_cuda_cudaCachingAllocator_set_allocator_settings": set_settings,
+        "_accelerator_setAllocatorSettings": set_settings,
+        "_cuda_cudaCachingAllocator_enable": enable,
         "_cuda_cudaCachingAllocator_is_enabled": lambda: True,
         "_cuda_hasPrimaryContext": has_context,
         "_cuda_setMemoryMetadata": _nothing,

@@ -86,9 +86,11 @@ class _Current(threading.local):
 class CardMemory:
     """The cards as this process's torch uses them: one block per storage, freed with it."""
 
-    def __init__(self, machine: Sequence[SharedCard]) -> None:
+    def __init__(self, machine: Sequence[SharedCard], note: Callable[[str], None]) -> None:
         self.machine = machine
         """The cards of the machine."""
+        self.note = note
+        """Takes a sentence about what is asked for and not obeyed."""
         self.cards: list[TorchCard] = []
         """Those that this process sees, by torch's numbers; known once CUDA is initialised."""
         self.history = History()
@@ -334,6 +336,7 @@ class History:
 
     def __init__(self) -> None:
         self._stacks: dict[int, _Stack] | None = None
+        self._context: str | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=0)
 
     @property
@@ -341,8 +344,15 @@ class History:
         """Whether stacks are kept."""
         return self._stacks is not None
 
-    def record(self, enabled: str | None, max_entries: int, *, clear: bool) -> None:
-        """Start (``"state"``: living blocks, ``"all"``: every event too) or stop (None)."""
+    def record(
+        self, enabled: str | None, context: str | None, max_entries: int, *, clear: bool
+    ) -> None:
+        """Start (``"state"``: living blocks, ``"all"``: every event too) or stop (None).
+
+        ``context`` says what has its stack: ``"state"`` living blocks, ``"alloc"`` what is
+        allocated too, ``"all"`` every event, None nothing.
+        """
+        self._context = context
         kept = [] if clear else self._events
         self._events = deque(kept, maxlen=max_entries if enabled == "all" else 0)
         if enabled is None:
@@ -353,7 +363,8 @@ class History:
     def allocated(self, block: Block, device: int) -> None:
         """Keep the stack of a new block."""
         if self._stacks is not None:
-            self._stacks[block.address] = _stack()
+            if self._context is not None:
+                self._stacks[block.address] = _stack()
             self._note("alloc", block.address, block.requested, device)
 
     def freed(self, block: Block, device: int) -> None:
@@ -370,7 +381,9 @@ class History:
     def _note(self, action: str, address: int, size: int, device: int) -> None:
         if self._events.maxlen:
             event = {"action": action, "addr": address, "size": size, "stream": 0}
-            event |= {"time_us": time.time_ns() // 1000, "stack": _stack(), "device": device}
+            told = self._context == "all" or (self._context == "alloc" and action == "alloc")
+            event |= {"stack": _stack() if told else [], "device": device}
+            event["time_us"] = time.time_ns() // 1000
             self._events.append(event)
 
     def describe(self, segments: list[dict[str, Any]], devices: int) -> dict[str, Any]:

@@ -60,13 +60,23 @@ def understand_numbers() -> None:
     _torch.device = device
     # Pickling looks for the class of a device by its name.
     copyreg.pickle(Device, _reduce)
+
+
+def read_devices_of_to() -> None:
+    """Let ``Module.to`` read its arguments as they are.
+
+    Its reader names no tensor: with a device by keyword it would pass for a function that makes
+    one there, and be told the host.
+    """
     parse = _C._nn._parse_to
 
     def parse_to(*args: Any, **kwargs: Any) -> Any:
+        if not args and kwargs.get("device") is not None:
+            args = (kwargs.pop("device"),)
         if args and isinstance(args[0], int):
             args = Device("cuda", args[0]), *args[1:]
-        elif isinstance(kwargs.get("device"), int):
-            kwargs["device"] = Device("cuda", kwargs["device"])
+        elif args and isinstance(args[0], torch.Tensor):
+            args = args[0].device, args[0].dtype, *args[1:]
         return parse(*args, **kwargs)
 
     _C._nn._parse_to = parse_to

@@ -25,7 +25,7 @@ from pytest_gpumem.simulator.torch_face.modes import (
     face_again,
     making_tensors_beside,
 )
-from pytest_gpumem.simulator.torch_face.numbered import understand_numbers
+from pytest_gpumem.simulator.torch_face.numbered import read_devices_of_to, understand_numbers
 
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.cuda_functions import Functions
@@ -44,8 +44,11 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
         setattr(_C, name, function)
     _C._has_cuda = True
     understand_numbers()
+    read_devices_of_to()
     _torch.version.cuda = _torch.version.cuda or spec.CUDA
+    _C.__getattr__ = _say_what_is_missing
     _give_cuda_its_objects(memory)
+    _refuse_graphs_and_pools()
     _look_through_face()
     _place_storages(memory)
     _let_autocast_reach_the_host()
@@ -54,6 +57,7 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     _torch.autograd._engine_run_backward = _torch.autograd.graph._engine_run_backward = run
     when_imported("torch._dynamo.config", _run_compiled_functions_eagerly)
     when_imported("torch._subclasses.fake_tensor", _let_fake_tensors_see_the_host)
+    when_imported("torch.jit._serialization", _load_programs_on_the_host)
     when_imported("torch.nn.parallel.distributed", _let_buckets_lie_on_the_card)
 
 
@@ -75,10 +79,62 @@ def _give_cuda_its_objects(memory: CardMemory) -> None:
         _torch._streambase._StreamBase.register(stubs.Stream)
         _torch._streambase._EventBase.register(stubs.Event)
     _torch.Generator = stubs.Generator
+    _cuda.nccl.is_available = lambda _tensors: False  # which would warn that it is not built
     _cuda.nvtx._nvtx = stubs.Marks()
     _torch.Tensor.record_stream = lambda _tensor, _stream: None
+    cudnn = _torch.backends.cudnn
     # On the host there is no cuDNN, and asking for it would warn.
-    _torch.backends.cudnn.is_acceptable = lambda _tensor: False
+    cudnn.is_acceptable = lambda _tensor: False
+    if not _C._has_cudnn:
+        _C._has_cudnn = True
+        cudnn._init = lambda: True
+        cudnn.version = lambda: spec.CUDNN
+        # Held for whoever asks what was set; there is nothing that it would change.
+        limit = [10]
+        _C._cuda_get_cudnn_benchmark_limit = lambda: limit[0]
+        _C._cuda_set_cudnn_benchmark_limit = lambda value: limit.__setitem__(0, value)
+    # Without its library the profiler would print a stack for each operation.
+    _after(_torch.autograd.profiler.profile, "__init__", _profile_the_host)
+
+
+def _after(kind: Any, name: str, act: Callable[[Any], None]) -> None:
+    """Call ``act`` with the object after each call of its method ``name``."""
+    method = getattr(kind, name)
+
+    @functools.wraps(method)
+    def with_act(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        act(self)
+        return result
+
+    setattr(kind, name, with_act)
+
+
+def _profile_the_host(profile: Any) -> None:
+    states = _torch.autograd.ProfilerState
+    if getattr(profile, "profiler_kind", None) == states.KINETO_GPU_FALLBACK:
+        profile.profiler_kind = states.KINETO
+
+
+def _say_what_is_missing(name: str) -> Any:
+    """Stand for ``torch._C.__getattr__``: functions of CUDA that are not simulated."""
+    if name.startswith(("_cuda_", "_nccl_")):
+        raise AttributeError(f"the simulated card has no torch._C.{name}: it is not simulated")
+    raise AttributeError(f"module 'torch._C' has no attribute {name!r}")
+
+
+def _refuse_graphs_and_pools() -> None:
+    """Refuse what only a driver can do, where it is asked for."""
+    for module, name in ((_cuda.graphs, "CUDAGraph"), (_cuda.memory, "MemPool")):
+        if hasattr(module, name):
+            getattr(module, name).__new__ = _refusing(name)
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    def refuse(_cls: Any, *_args: Any, **_kwargs: Any) -> Any:
+        raise NotImplementedError(f"the simulated card has no torch.cuda.{name}: mark such tests")
+
+    return refuse
 
 
 def _look_through_face() -> None:
@@ -229,6 +285,20 @@ def _let_fake_tensors_see_the_host() -> None:
         return new(cls, *map(on_host, args), **named)
 
     fake.FakeTensor.__new__ = staticmethod(new_on_host)
+
+
+def _load_programs_on_the_host() -> None:
+    """Let ``torch.jit.load`` put a program on the card by ``to``, which its C++ cannot."""
+    load = _torch.jit.load
+
+    @functools.wraps(load)
+    def load_and_send(file: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        device = None if map_location is None else torch.device(map_location)
+        if device is None or device.type != "cuda":
+            return load(file, device, *args, **kwargs)
+        return load(file, "cpu", *args, **kwargs).to(device)
+
+    _torch.jit.load = sys.modules["torch.jit._serialization"].load = load_and_send  # type: ignore[attr-defined]  # a module
 
 
 def _let_buckets_lie_on_the_card() -> None:

@@ -2,7 +2,7 @@
 
 ``@on_card`` sends a test to one server process, which has imported torch and installed the
 simulation but not initialised CUDA. The server forks a child per test: each begins with an
-untouched card of ``TOTAL`` bytes.
+untouched card of ``TOTAL`` bytes. ``@on_two_cards`` has a server with two of them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,18 @@ PATIENCE = 60
 
 def on_card(test: Callable[..., None]) -> Callable[..., None]:
     """Run ``test`` in a process of its own, with a simulated card; arguments travel as JSON."""
+    return _sent(test, 1)
 
+
+def on_two_cards(test: Callable[..., None]) -> Callable[..., None]:
+    """Run ``test`` as ``on_card`` does, with two cards."""
+    return _sent(test, 2)
+
+
+def _sent(test: Callable[..., None], cards: int) -> Callable[..., None]:
     @functools.wraps(test)
     def sent(**arguments: Any) -> None:
-        problem = _server().ask(test.__code__.co_filename, test.__name__, arguments)
+        problem = _server(cards).ask(test.__code__.co_filename, test.__name__, arguments)
         if problem:
             raise AssertionError(problem)
 
@@ -42,9 +50,9 @@ def on_card(test: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Server:
-    def __init__(self) -> None:
+    def __init__(self, cards: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", __file__],
+            [sys.executable, "-W", "error", __file__, str(cards)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -61,8 +69,8 @@ class _Server:
 
 
 @functools.cache
-def _server() -> _Server:
-    return _Server()
+def _server(cards: int) -> _Server:
+    return _Server(cards)
 
 
 @functools.cache
@@ -100,7 +108,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what tests print must not get between the answers
     from pytest_gpumem.simulator import Simulation
 
-    simulation = Simulation.start([TOTAL], CONTEXT)
+    simulation = Simulation.start([TOTAL] * int(sys.argv[1]), CONTEXT)
     simulation.install()
     import torch
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -566,6 +567,117 @@ def test_sparse_tensors_are_refused_in_one_sentence():
         torch.eye(3, device="cuda").to_sparse()
     with refused(NotImplementedError, "only strided ones are simulated"):
         torch.eye(3).to_sparse().to("cuda")
+
+
+@on_card
+def test_numbers_name_cards():
+    import torch
+
+    device = torch.device(0)
+    assert device == torch.device("cuda:0") == torch.device(type="cuda", index=0)
+    assert isinstance(device, torch.device)
+    assert not isinstance("cuda:0", torch.device)
+    assert torch.nn.Linear(2, 2).to(0).weight.is_cuda
+    for where in (torch.cuda.current_device(), "cuda", torch.device("cuda")):
+        assert torch.nn.Linear(2, 2).to(device=where).weight.is_cuda
+    assert torch.nn.Linear(2, 2).to(torch.ones(1, device="cuda")).weight.is_cuda
+    for copied in (copy.deepcopy(device), pickle.loads(pickle.dumps(device))):  # noqa: S301  # its own
+        assert copied == device
+    with torch.device(0):
+        assert torch.ones(1).is_cuda
+    with refused(RuntimeError, "at start of device string: gpu"):
+        torch.device("gpu")
+
+    @torch.jit.script
+    def on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return tensor.to(device)
+
+    assert on(torch.ones(1), torch.device("cpu")).device.type == "cpu"
+
+
+@on_card
+def test_programs_are_traced_exported_and_loaded():
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).cuda()
+    batch = torch.ones(2, 4, device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        exported = torch.export.export(model, (batch,)).module()
+        assert torch.equal(exported(batch), model(batch))
+        assert exported(batch).is_cuda
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(model, batch), file)
+        file.seek(0)
+        assert torch.jit.load(file, map_location="cuda")(batch).is_cuda
+    before = torch.cuda.memory_allocated()
+    with FakeTensorMode():  # whose tensors are on the host and cost nothing
+        made = torch.ones(1000, 1000, device="cuda") + torch.ones(1000, 1000, device="cuda")
+    assert made.device.type == "cpu"
+    assert torch.cuda.memory_allocated() == before
+
+
+@on_card
+def test_models_are_wrapped_for_distributed_training():
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, batch = torch.nn.Linear(256, 256).cuda(), torch.ones(2, 256, device="cuda")
+    before = torch.cuda.memory_allocated()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, device_ids=[0])
+    # The buckets of gradients.
+    assert torch.cuda.memory_allocated() - before >= 4 * 256 * 257
+    for _ in range(3):
+        parallel(batch).sum().backward()
+    assert model.weight.grad.is_cuda
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        sharded = fully_shard(torch.nn.Linear(4, 4).cuda())
+        sharded(batch[:, :4]).sum().backward()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("torch.cuda.CUDAGraph()", "the simulated card has no torch.cuda.CUDAGraph"),
+        ("torch.cuda.MemPool()", "the simulated card has no torch.cuda.MemPool"),
+        ("torch.cuda.tunable.is_enabled()", "the simulated card has no torch._C._cuda_tunableop"),
+        ("torch.cuda.nccl.version()", "the simulated card has no torch._C._nccl_version"),
+        ("torch._C.nonsense", "module 'torch._C' has no attribute 'nonsense'"),
+    ],
+)
+@on_card
+def test_what_is_not_simulated_is_refused_in_one_sentence(expression, words):
+    import torch
+
+    with refused((NotImplementedError, AttributeError), words) as caught:
+        eval(expression, {"torch": torch})  # noqa: S307  # the parameters above
+    assert "\n" not in str(caught.value)
+
+
+@on_card
+def test_the_profiler_is_quiet():
+    import os
+
+    import torch
+
+    reading, writing = os.pipe()
+    kept = os.dup(2)
+    os.dup2(writing, 2)
+    try:
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            torch.ones(3, device="cuda") + 1
+    finally:
+        os.dup2(kept, 2)
+        os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert "Failed to record" not in pipe.read()
+    assert profile.key_averages()
 
 
 @on_card

@@ -174,6 +174,7 @@ def test_the_context_is_taken_by_the_first_call_that_needs_it():
 
 @on_card
 def test_the_card_describes_itself():
+    import pynvml
     import torch
 
     properties = torch.cuda.get_device_properties(0)
@@ -181,6 +182,15 @@ def test_the_card_describes_itself():
     assert properties.name == torch.cuda.get_device_name()
     assert torch.cuda.get_device_capability() == (properties.major, properties.minor)
     assert torch.cuda.is_bf16_supported()
+    assert torch.version.cuda
+    assert torch.backends.cudnn.is_available()
+    assert torch.backends.cudnn.version() > 90000
+    assert torch.cuda.get_arch_list() == [f"sm_{properties.major}{properties.minor}"]
+    assert properties.max_threads_per_block == 1024
+    nvml = torch.cuda._get_pynvml_handler()
+    assert pynvml.nvmlDeviceGetCudaComputeCapability(nvml) == torch.cuda.get_device_capability()
+    assert pynvml.nvmlDeviceGetPciInfo(nvml).bus == properties.pci_bus_id
+    assert pynvml.nvmlDeviceGetUUID(nvml) == f"GPU-{properties.uuid}"
     torch.ones(1, device="cuda")
     assert f"process {os.getpid():>10d} uses" in torch.cuda.list_gpu_processes()
 
@@ -317,6 +327,56 @@ def test_the_history_names_the_line_that_allocated():
     assert not any(frames_of_blocks())
     assert before.is_cuda
     assert also.is_cuda
+
+
+@pytest.mark.parametrize(
+    ("statement", "notes"),
+    [
+        (
+            "torch._C._accelerator_setAllocatorSettings('max_split_size_mb:64')",
+            "max_split_size_mb:64 of",
+        ),
+        ("torch._C._accelerator_setAllocatorSettings('expandable_segments:False')", None),
+        ("torch.cuda.memory.caching_allocator_enable(False)", "caching_allocator_enable(False)"),
+        ("torch.cuda.memory.caching_allocator_enable(True)", None),
+    ],
+)
+@on_card
+def test_a_setting_that_is_not_obeyed_is_said_once(statement, notes):
+    import torch
+
+    from pytest_gpumem.simulator import Simulation
+
+    for _ in range(2):
+        exec(statement, {"torch": torch})  # noqa: S102  # the parameters above
+        fill(1)
+    told = Simulation.installed.notes
+    assert len(told) == (notes is not None)
+    assert notes is None or notes in told[0]
+
+
+@on_card
+def test_settings_of_the_environment_that_are_not_obeyed_are_said():
+    from pytest_gpumem.simulator import Simulation
+
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "roundup_power2_divisions:[256:1,>:4], backend:native"
+    fill(1)
+    (told,) = Simulation.installed.notes
+    ignored = "roundup_power2_divisions:[256:1,>:4] of PYTORCH_CUDA_ALLOC_CONF"
+    assert told == f"the simulated card does not obey {ignored}"
+
+
+@pytest.mark.parametrize(
+    ("context", "allocated", "freed"), [(None, 0, 0), ("alloc", 1, 0), ("all", 1, 1)]
+)
+@on_card
+def test_the_history_keeps_the_stacks_that_are_asked_for(context, allocated, freed):
+    import torch
+
+    torch.cuda.memory._record_memory_history(context=context)
+    fill(1)
+    events = torch.cuda.memory._snapshot()["device_traces"][0]
+    assert [bool(each["frames"]) for each in events] == [allocated, freed]
 
 
 @on_card
