@@ -588,12 +588,6 @@ def test_numbers_name_cards():
     with refused(RuntimeError, "at start of device string: gpu"):
         torch.device("gpu")
 
-    @torch.jit.script
-    def on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return tensor.to(device)
-
-    assert on(torch.ones(1), torch.device("cpu")).device.type == "cpu"
-
 
 @on_card
 def test_programs_are_traced_exported_and_loaded():
