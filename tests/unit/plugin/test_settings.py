@@ -15,7 +15,7 @@ from pytest_gpumem.records import Card
 # A text other than the default for every option, and what it means.
 EXAMPLES = {
     "mode": ("off", "off"),
-    "simulate": ("1GiB", 2**30),
+    "simulate": ("1GiB", (2**30,)),
     "simulate_context": ("1MiB", 2**20),
     "simulate_anyway": ("true", True),
     "simulate_card": ("card", None),
@@ -157,7 +157,7 @@ def test_options_about_sharing_have_an_effect_only_with_on(cli, env, expected):
 
 def test_a_simulated_card_that_no_test_can_use_is_said_to_be_so(monkeypatch):
     state = State(
-        Settings(mode="on", simulate=2**30),
+        Settings(mode="on", simulate=(2**30,)),
         CardsFound((Card("GPU-1", "Simulated CUDA card", 2**30),)),
         simulation=SimpleNamespace(NOT_SIMULATED="not simulated: speed"),
     )
