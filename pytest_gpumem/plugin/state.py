@@ -52,8 +52,8 @@ class State:
         self.exported = exported
         self.visible: str | None = None
         """What ``CUDA_VISIBLE_DEVICES`` said when they were found."""
-        own = simulation is not None and not borrowed
-        self.notes: list[str] = simulation.notes if simulation is not None and own else []
+        mine = None if borrowed else simulation
+        self.notes: list[str] = [] if mine is None else mine.notes
         """Sentences about the run as a whole, from the plugin's parts."""
         self.worker_reason = ""
         """Why ``-n auto`` starts as many workers as it does."""

@@ -29,7 +29,8 @@ class Simulation:
 
     NOT_SIMULATED = (
         "not simulated: speed, streams, CUDA graphs, TF32, library workspaces, scratch memory"
-        " inside one operation, sparse tensors, DLPack, IPC, NCCL, TorchScript devices, CUDA extensions"
+        " inside one operation, sparse tensors, DLPack, IPC, NCCL, TorchScript devices, CUDA"
+        " extensions"
     )
 
     installed: ClassVar[Simulation | None] = None

@@ -159,7 +159,7 @@ def test_a_simulated_card_that_no_test_can_use_is_said_to_be_so(monkeypatch):
     state = State(
         Settings(mode="on", simulate=(2**30,)),
         CardsFound((Card("GPU-1", "Simulated CUDA card", 2**30),)),
-        simulation=SimpleNamespace(NOT_SIMULATED="not simulated: speed"),
+        simulation=SimpleNamespace(NOT_SIMULATED="not simulated: speed", notes=[]),
     )
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
