@@ -44,12 +44,14 @@ OutOfMemoryError: Any = _cuda.OutOfMemoryError  # torch.OutOfMemoryError, older 
 class _Held(weakref.ref[Any]):
     """A storage on a card and its block; an empty storage has none."""
 
-    __slots__ = ("address", "block", "card", "size")
+    __slots__ = ("address", "block", "card", "device", "size")
 
     address: int
     size: int
     block: Block | None
     card: TorchCard
+    device: torch.device
+    """The card's, which every operation asks for."""
 
 
 class TorchCard:
@@ -162,12 +164,12 @@ class CardMemory:
         except NotImplementedError:
             inner = unwrapped(tensor)
             return None if inner is None else self.where(inner)
-        return None if held is None else held.card.device
+        return None if held is None else held.device
 
     def where_storage(self, storage: torch.UntypedStorage) -> torch.device | None:
         """Return the card on which ``storage`` lives, None for the host."""
         held = self._held.get(storage._cdata)
-        return None if held is None else held.card.device
+        return None if held is None else held.device
 
     def charge(self, tensor: torch.Tensor, device: torch.device) -> None:
         """Take a block of ``device`` for the storage of ``tensor``, unless it has one.
@@ -216,6 +218,7 @@ class CardMemory:
         held.size = storage.nbytes()
         held.block = block
         held.card = self.cards[device.index]
+        held.device = held.card.device
         self._held[held.address] = held
 
     def snapshot(self) -> dict[str, Any]:

@@ -171,9 +171,10 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         self, values: Iterable[Any], card: torch.device | None = None, others: bool = False
     ) -> tuple[torch.device | None, bool]:
         """Return the first card that ``values`` have tensors on, and whether some are elsewhere."""
+        where = self.memory.where
         for value in values:
             if isinstance(value, Tensor):
-                place = self.memory.where(value)
+                place = where(value)
                 if place is None or (card is not None and place is not card):
                     others = True
                 else:
