@@ -10,10 +10,12 @@ from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.leases.place import make_own, run_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from pytest_gpumem.devices.book import Book
     from pytest_gpumem.plugin.state import State
+    from pytest_gpumem.records import Card
     from pytest_gpumem.tracking.children import Children
     from pytest_gpumem.tracking.sampler import Sampler
 
@@ -42,10 +44,14 @@ def watch(state: State) -> tuple[Children, Sampler] | None:
                 return Book.create(directory, settings.context_cost)
         raise LeaseError(f"{directory} is removed again and again")
 
+    def cards() -> Sequence[Card]:
+        state.ask_driver()
+        return state.found.cards
+
     try:
         directory = run_directory() / "families"
         state.notes += _left_behind(directory)
-        children = Children(Starters(make_book), lambda: state.found.cards, settings.context_cost)
+        children = Children(Starters(make_book), cards, settings.context_cost)
     except (LeaseError, OSError) as error:
         state.notes.append(f"child processes of tests are not known: {error}")
         return None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from pytest_gpumem.devices import CardsFound
+    from pytest_gpumem.simulator import Simulation
     from pytest_gpumem.tracking.memory import GpuMemory
 
 CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
@@ -222,7 +223,6 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
     """
     if sys.platform == "win32":
         raise BadSettingError("--gpumem-simulate: not on Windows, which has no POSIX file locks")
-    from pytest_gpumem import devices
     from pytest_gpumem.simulator import Simulation
 
     # A run within a test, as of pytester: torch has the card of the run around it.
@@ -233,7 +233,7 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
                 "be undone; start a new process for each run"
             )
         settings = replace(settings, simulate_context=around.cards[0].context)
-        return State(settings, devices.find_cards(), simulation=around, borrowed=True)
+        return State(settings, _cards_of(around), simulation=around, borrowed=True)
     if real.cards and not settings.simulate_anyway:
         raise BadSettingError(
             f"--gpumem-simulate: a real card is visible ({real.cards[0].name}); "
@@ -249,13 +249,23 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
     else:
         simulation = Simulation.start(settings.simulate or (), settings.simulate_context)
     simulation.install()
-    import pynvml  # noqa: F401  # which tells the driver's side of a card where there is no driver
-
     exported = CARD_VARIABLE not in os.environ
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
     # Whoever made the cards decided what a context costs.
     settings = replace(settings, simulate_context=simulation.cards[0].context)
-    return State(settings, devices.find_cards(), simulation=simulation, exported=exported)
+    return State(settings, _cards_of(simulation), simulation=simulation, exported=exported)
+
+
+def _cards_of(simulation: Simulation) -> CardsFound:
+    """Return the simulated cards that are visible to this process."""
+    from pytest_gpumem import devices
+    from pytest_gpumem.records import Card
+
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        told = simulation.cards
+        return devices.CardsFound(tuple(Card(each.uuid, each.name, each.total) for each in told))
+    simulation.load_driver()
+    return devices.find_cards()
 
 
 def _is_controller(config: pytest.Config) -> bool:

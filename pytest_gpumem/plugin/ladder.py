@@ -88,6 +88,7 @@ class Ladder:
         """Look at the cards again, if a conftest chose others, before the scheduler is told."""
         state = self._state
         if os.environ.get(VISIBLE) != state.visible:
+            state.ask_driver()
             state.found = devices.find_cards()
 
     def pytest_runtestloop(self) -> None:

@@ -74,6 +74,7 @@ def save_history(config: pytest.Config, state: State, run: RunRecord) -> None:
 def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
     """Return how many workers ``-n auto`` starts where xdist would start ``wanted``."""
     settings = state.settings
+    state.ask_driver()
     # Workers spread over the slices of a card, of which each process sees one.
     cards = devices.cards_to_choose(os.environ.get(workers.VISIBLE)) or state.found.cards
     readings = map(devices.driver_reading, cards)

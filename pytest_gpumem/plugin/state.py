@@ -58,6 +58,11 @@ class State:
         self.worker_reason = ""
         """Why ``-n auto`` starts as many workers as it does."""
 
+    def ask_driver(self) -> None:
+        """Let whoever asks the driver about simulated cards find one."""
+        if self.simulation is not None:
+            self.simulation.load_driver()
+
 
 class ItemMarks:
     """What the marks of one test mean; None where it has no such mark."""
