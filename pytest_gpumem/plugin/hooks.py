@@ -261,10 +261,10 @@ def _cards_of(simulation: Simulation) -> CardsFound:
     from pytest_gpumem import devices
     from pytest_gpumem.records import Card
 
-    if "CUDA_VISIBLE_DEVICES" not in os.environ:
-        told = simulation.cards
-        return devices.CardsFound(tuple(Card(each.uuid, each.name, each.total) for each in told))
-    simulation.load_driver()
+    if len(simulation.cards) == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        (card,) = simulation.cards
+        return devices.CardsFound((Card(card.uuid, card.name, card.total),))
+    simulation.load_driver()  # which tells which of them are visible
     return devices.find_cards()
 
 
