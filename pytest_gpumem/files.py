@@ -81,6 +81,18 @@ def undisturbed(path: Path) -> Iterator[None]:
         os.close(directory)
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a regular file; another one, such as a FIFO, might be waited for.
+
+    Raises:
+        OSError: when it is none, or cannot be read.
+        ValueError: when it is no UTF-8.
+
+    """
+    _refuse_kind(path.stat(), stat.S_IFREG, str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Return what a file of TOML says.
 
@@ -94,7 +106,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib  # pytest needs it there too
     try:
-        plain: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        plain: dict[str, Any] = tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not TOML: {error}") from None
     return plain

@@ -197,7 +197,7 @@ class History:
         A file that cannot be used is an empty history too, with ``problem`` saying why.
         """
         try:
-            return cls.read(path.read_text(encoding="utf-8"), capacity)
+            return cls.read(files.read_text(path), capacity)
         except FileNotFoundError:
             return cls(capacity)
         except (OSError, ValueError) as error:

@@ -549,7 +549,8 @@ def test_cpu(): pass
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["plain", "scheduled"])
 def test_what_leaked_is_not_taken_for_fixtures(run, tmp_path, arguments):
-    leaks = "KEPT = []\ndef test_a(): KEPT.append(take(500 * 1024))\n"
+    # The longest test goes first once that is known.
+    leaks = "KEPT = []\ndef test_a(): KEPT.append(take(500 * 1024)); time.sleep(0.2)\n"
     other = """
 import pytest
 from test_it import take

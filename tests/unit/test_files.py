@@ -116,3 +116,13 @@ def test_a_directory_is_made_or_looked_at(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="directory"):
         files.own_directory(tmp_path / "file")
+
+
+def test_text_is_read_of_regular_files_alone(tmp_path):
+    (tmp_path / "text").write_text("x = 1")
+    os.mkfifo(tmp_path / "fifo")
+
+    assert files.read_text(tmp_path / "text") == "x = 1"
+    for name, kind in (("fifo", "a FIFO"), ("", "a directory")):
+        with pytest.raises(OSError, match=f"it is {kind}, not a regular file"):
+            files.read_toml(tmp_path / name)

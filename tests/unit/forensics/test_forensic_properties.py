@@ -146,7 +146,7 @@ HOSTILE = [
     b"OOM when allocating shape" + b"dim { size: 1 } " * 50_000,
     b"Process 1 has 1 MiB memory in use. " * 30_000 + b"CUDA out of memory",
     b"[" * 500_000 + b"gw1] out of memory",
-    b"out\n of\n memory\n" * 50_000,
+    b"out\n of\n memory\n" * 5_000,
     b"CUDA out of memory. Tried to allocate 1.00 GiB\n" * 20_000,
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,15 @@ from pytest_gpumem.tracking.tracker import Tracker
 
 CARD = Card("GPU-1", "A card", 2**40)
 MIB = 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """Keep what other tests loaded out of the passes over the heap: there are thousands here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Memory:
