@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import files
-from pytest_gpumem.plugin.settings import why_not_written
+from pytest_gpumem.plugin.resolve import why_not_written
 from pytest_gpumem.plugin.state import BUDGET, GONE, USAGE, State, is_worker, stashed
 from pytest_gpumem.records.budget import (
     Budget,

@@ -13,7 +13,8 @@ import pytest
 from pytest_gpumem.archive.consolidator import registered
 from pytest_gpumem.plugin import consolidate, marks, route
 from pytest_gpumem.plugin.option import GROUPS
-from pytest_gpumem.plugin.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
+from pytest_gpumem.plugin.resolve import BadSettingError, check_files, resolve
+from pytest_gpumem.plugin.settings import OPTIONS, Settings
 from pytest_gpumem.plugin.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State, is_worker
 from pytest_gpumem.units import format_bytes
 

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_gpumem.devices import CardsFound
 from pytest_gpumem.plugin import route
-from pytest_gpumem.plugin.settings import resolve
+from pytest_gpumem.plugin.resolve import resolve
 from pytest_gpumem.plugin.state import STATE, State
 from pytest_gpumem.routing import thresholds
 

@@ -8,7 +8,8 @@ import pytest
 
 from pytest_gpumem.devices import CardsFound
 from pytest_gpumem.plugin import hooks as plugin
-from pytest_gpumem.plugin.settings import OPTIONS, BadSettingError, Settings, check_files, resolve
+from pytest_gpumem.plugin.resolve import BadSettingError, check_files, resolve
+from pytest_gpumem.plugin.settings import OPTIONS, Settings
 from pytest_gpumem.plugin.state import STATE, State
 from pytest_gpumem.records import Card
 
