@@ -61,11 +61,12 @@ _STRUCTURE = rb"|".join(
 )
 
 # What each way of saying it without a grammar begins with; see ``unforeseen.py``.
-_ENOUGH = rb"(?:insufficient|not (?:have )?(?:sufficient|enough)|n't (?:have )?enough|too little) "
+_ENOUGH = rb"(?:insufficient|(?:not |n't )(?:\w+ )?(?:sufficient|enough)|with enough|too little) "
 _ALLOCATE = rb"alloc(?:at(?:e|ing|ions?))?\b"
 _UNFORESEEN = rb"(?i:" + rb"|".join(
     (
-        _ENOUGH + rb"(?:\w+ ){0,3}(?:memory|v?ram\b)",
+        _ENOUGH + rb"(?:\w+[ -]){0,3}(?:memory|v?ram\b)",
+        rb"with sufficient memory|[=x]8007000e",
         rb"(?:memory|vram|ram) (?:is |was |has been )?(?:exhausted|insufficient|full)",
         rb"file is too small|out of (?:\w+ ){1,2}memory|outof\w{0,12}memory",
         rb"(?: to|[\"'( ]not|n't|annot|error|when|while|failed) (?:\w+ ){0,2}(?:(?:pre|re)-?|m|c)?"

@@ -13,6 +13,7 @@ from pytest_gpumem.forensics.runs import Kill, Seen
 from pytest_gpumem.forensics.signatures import signature, subject
 from pytest_gpumem.forensics.wrapped import (
     ERROR_LINE,
+    commented,
     following,
     listed,
     preceding,
@@ -80,6 +81,8 @@ def read_memory(at: Cursor, line: Line, text: Text) -> bool:
             failure.error = body
             return True
         return note_kill(at, line, body)
+    if commented(at, line, body):
+        return True
     return note_loose(at, line, body, text.level, text.rank) or note_kill(at, line, body)
 
 

@@ -53,7 +53,11 @@ _DTYPES = {
     **dict.fromkeys(("float", "int32"), 4),
     **dict.fromkeys(("double", "int64"), 8),
 }
-_PACKAGES = {"": "cuda", "torch": "cuda", "c10": "cuda", "cupy": "cupy", "ray": "host"}
+_PACKAGES = {
+    **dict.fromkeys(("", "torch", "c10"), "cuda"),
+    "cupy": "cupy",
+    **dict.fromkeys(("ray", "java"), "host"),
+}
 """Whose memory an exception named OutOfMemoryError is about, by the package it comes from."""
 _CUT_CLASSES = ("torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError", "cupy.cuda.memory.Out")
 _CUT_CLASS = len("torch.OutOf")

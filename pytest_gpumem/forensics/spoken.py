@@ -19,7 +19,7 @@ ENDS = re.compile(
 # Words of an error before the message, whoever wrote them.
 ERROR = re.compile(
     r"(?i:error|exception|fail(?:ed|ure|s)?\b|fatal|panic|abort|critical|crash|terminat|\berr\b"
-    r"|could not|cannot|unable)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
+    r"|could not|cannot|unable|non-?zero)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
 )
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 # What stands before words in code, in whatever language.
@@ -28,6 +28,7 @@ _CODE = re.compile(
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?:\s|[^\W\d])|//|/\*"
+    r"|\*?\s*(?:@(?:throws|exception|raises)|:raises)\b"
     r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$"
     r"|(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
     r"[^=\"\x27]{0,80}[\"\x27])"
@@ -35,8 +36,11 @@ _CODE = re.compile(
     r"\s?[rfb]?[\"'][^\"')]*$",
     re.DOTALL,
 )
+_BEHIND_CODE = re.compile(r".*(?:[;,{}()\]] ?// ?|; ?%+ |[)\]}\"'] # )[^\"']*$", re.DOTALL)
+"""A comment behind a statement, up to the words that it holds."""
 LITERAL = re.compile(
     r"\s*\(?[rbfu]{0,2}([\"\x27]).*\1\s*\)+[:,;]?$|\s*[\w:.]+!?\(([\"\x27]).*\2\),$"
+    r"|\s*([\"\x27]).*\3;$|\s*[@\[][\w.:]+\(.*[\"\x27].*\)\]?,?$"
     r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_]\w*\(.*\);$",
     re.DOTALL,
 )
@@ -118,6 +122,7 @@ def _code(text: str, span: tuple[int, int], head: str) -> bool:
     around = f"{text[: span[0]][-1:]}\0{text[span[1] :][:1]}"
     return (
         _CODE.match(head) is not None
+        or _BEHIND_CODE.match(head) is not None
         or LITERAL.match(text) is not None
         or _ALTERNATIVE.match(around) is not None
     )

@@ -18,7 +18,10 @@ from pytest_gpumem.forensics.spoken import ERROR
 
 _BETWEEN = r"(?:[a-z]{1,14}[ _-]?){0,3}?"
 _STORE = r"(?:memory|v?ram\b|mem\b)"
-_ENOUGH = r"(?:insufficient|(?:not|n't) (?:have )?(?:sufficient|enough)|too little|lack(?:s|ing)?)"
+_ENOUGH = (
+    r"(?:insufficient|(?:not|n't) (?:[a-z]{3,10} )?(?:sufficient|enough)|too little|lack(?:s|ing)?"
+    r"|\bno [a-z]{1,12} (?:[a-z]{1,12} )?with (?:sufficient|enough))"
+)
 _REFUSED = (
     r"(?:fail(?:ed|ure|s)? to|unable to|not able to|impossible to|(?:could|can) ?n[o']t"
     r"|cannot) "
@@ -36,6 +39,8 @@ _LACKING = (
     rf"|{_STORE} (?:is |was |has been )?(?:exhausted|insufficient|full(?! ?[a-z]))\b"
     r"|\boom (?:on (?:gpu|cuda|device|card|rank|worker)|while|during)\b"
     r"|(?:the )?paging file is too small"
+    # Windows' number for it.
+    r"|(?:(?<==)|\b0x)8007000e\b"
 )
 _REFUSAL = (
     rf"(?:{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?|(?:errors?:?|failed) (?:when |while |in )?)"
@@ -43,7 +48,8 @@ _REFUSAL = (
     rf"|{_REFUSED}(?:reserve|map|commit|grow)\b(?=.{{0,40}}\d\s?(?:bytes|[kmg]i?b)\b)"
 )
 _FAILURE = (
-    rf"(?:{_CALL}|{_ALLOCATE}(?![a-z]))(?:_|(?:[^.;!?]|\.\d){{0,60}}?\b)fail(?:ed|ure|s)?(?![a-z])"
+    rf"(?:{_CALL}|{_ALLOCATE}(?![a-z]))(?:_|(?:[^.;!?]|\.\d){{0,60}}?\b)"
+    r"(?<!not )fail(?:ed|ure|s)?(?![a-z])"
     rf"|{_STORE} allocation error"
 )
 _EXCESS = (
@@ -65,11 +71,11 @@ _OF_NOTHING = re.compile(
 _HOSTS = re.compile(r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b")
 _HOST = re.compile(
     r"(?i)\bhost\b|(?<![a-z])cpu(?![a-z])|\bram\b|heap|virtual memory|paging|mmap|java|jvm|errno"
-    r"|error=12|\bswap|opencv|numpy|\bmalloc\b"
+    r"|error=12|\bENOMEM\b|not enough space|\bswap|opencv|numpy|\bmalloc\b"
 )
 _CARD = re.compile(
     r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
-    r"|accelerator|(?<![a-z])[nx]pu(?![a-z])|\bdrm\b|nvidia|nvenc|(?<![a-z])d3d|dderr|dxvk|texture"
+    r"|accelerator|(?<![a-z])[nx]pu(?![a-z])|\bdrm\b|nvidia|nvenc|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
     r"|\.cuh?\b|\bgl_|cublas|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
 )
 _PLACEHOLDER = re.compile(
@@ -87,17 +93,20 @@ _CALLED = re.compile(
 DEFINED = re.compile(r"\w*[\"']?\s*(?:=|[,)\]}]+:?(?:\s*\\)?$|, \w+,)")
 """What follows a name in code: where it is assigned, listed, or an argument."""
 _LISTED = re.compile(
-    r"\s*(?:[-*|#>]|\d+[.)])\s*\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|\b(?i:error)): )"
+    r"\s*(?:[-*|#>]|\d+[.)])\s*(?!.{0,40}(?i:device|gpu|card|worker|rank)\W{0,2}\d+: )"
+    r"\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|\b(?i:error)): )"
 )
-"""An item of a list, a comment or a heading, unless it names an error."""
+"""An item of a list, a comment or a heading, unless it names an error or says which card."""
 _COMMENT = re.compile(r"/\*|\*/")
-_BREAK = re.compile(r"[:;\])>!=,(|]|\. |\s-+\s|\"|'(?![a-z]\b)")
+_BREAK = re.compile(r"[:;\])>!=,(|]|\. |\.{3}|\s-+\s|\"|'(?![a-z]\b)")
 _TOLD = re.compile(
     r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|handles?|(?P<plain>to|of|by|from|and|or|with|for|as"
     r"|is|are|be|was|were)) $"
 )
 """The last word before words that somebody's sentence tells of; with an error before, some may."""
 _ON = re.compile(r"(?i).{0,60}?\b(?:or if|in which case|otherwise|because|is about to|unless)\b")
+_AMONG = re.compile(r"[ a-z]{0,20}, (?:and|or|nor) [a-z]")
+"""What follows one of several things that a sentence lists, where a comma stands before it."""
 _SUBJECT = 3
 """Words that a program puts before its own: who it is, or for whom it asked."""
 _NEAR, _BEHIND = 60, 100
@@ -161,7 +170,7 @@ def _asked(text: str, start: int) -> str:
 def stated(text: str, found: Unforeseen) -> bool:
     """Tell whether a program states the words, rather than holds them as text or is described."""
     head, tail = text[: found.start], text[found.end :]
-    if _PLACEHOLDER.search(text) or _COMMENT.search(text) or _in_text(head):
+    if _PLACEHOLDER.search(text) or _COMMENT.search(text) or _in_text(head, tail):
         return False
     if _named(text, found) or (_LISTED.match(text)):
         return False
@@ -170,6 +179,8 @@ def stated(text: str, found: Unforeseen) -> bool:
         return told is None or told["plain"] is not None
     if head.endswith("(") and not (error and tail.startswith(")")):
         return False
+    if head.endswith(", ") and _AMONG.match(tail):
+        return False
     if error:
         return told is None or told["plain"] is not None
     return told is None and not _ON.match(tail) and len(_BREAK.split(head)[-1].split()) <= _SUBJECT
@@ -177,15 +188,19 @@ def stated(text: str, found: Unforeseen) -> bool:
 
 def _named(text: str, found: Unforeseen) -> bool:
     """Tell whether the words are a name in code, rather than one that an error is called by."""
-    if " " in text[found.start : found.end]:
+    if " " in text[found.start : found.end] or text[found.start].isdigit():
         return False
     return not _CALLED.search(text, 0, found.start) or DEFINED.match(text, found.end) is not None
 
 
-def _in_text(head: str) -> bool:
-    """Tell whether the words are within quotation marks that no key stands before."""
+def _in_text(head: str, tail: str) -> bool:
+    """Tell whether the words are within quotation marks that no key stands before.
+
+    Backticks around a whole line are somebody's who pasted it.
+    """
     for mark in '"`':
         before, found, _ = head.rpartition(mark)
-        if found and head.count(mark) % 2 and not _KEY.search(before):
+        pasted = mark == "`" and not before.strip() and "`" not in tail.rstrip()[:-1]
+        if found and head.count(mark) % 2 and not pasted and not _KEY.search(before):
             return True
     return False

@@ -31,7 +31,9 @@ _LIST = 12
 _ABOVE, _BELOW = 20, 4
 """Lines that are searched for whose memory ran out, where the message does not say it."""
 _TEXT = re.compile(r"\s*[rbfu]{0,2}[\"']")
-_JSON_OPENS = re.compile(r"\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
+_STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
+_CLOSES = re.compile(r"\s*(?:[\]}]*\)|\};)")
+_JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
 # Where a new thing begins, a message that was wrapped has ended.
 _NEW = re.compile(
@@ -63,7 +65,21 @@ def listed(at: Cursor, line: Line, body: str) -> bool:
     opener = next((text for text in above if not _TEXT.match(text)), "").rstrip()
     if opener.endswith(("(", "[", "{")):
         return not _JSON_OPENS.match(opener)
-    return opener.endswith(",") and opener.count("(") > opener.count(")")
+    if opener.endswith("=") or (opener.endswith(",") and opener.count("(") > opener.count(")")):
+        return True
+    below = (text.body for text in following(line, _LIST, at.carrier))
+    return _CLOSES.match(next((text for text in below if not _TEXT.match(text)), "")) is not None
+
+
+def commented(at: Cursor, line: Line, body: str) -> bool:
+    """Tell whether a line is within a comment each of whose lines begins with a star."""
+    if not _STARRED.match(body):
+        return False
+    around = (
+        next(preceding(line, 1, at.carrier), None),
+        next(following(line, 1, at.carrier), None),
+    )
+    return all(text is not None and _STARRED.match(text.body) for text in around)
 
 
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:

@@ -5,6 +5,8 @@ import re
 from pytest_gpumem.forensics.grammars.language import grammar
 
 _HOST = r"(?:anon-rss|total-vm):<tried>"
+# Nothing follows but what an exception is printed with; GoogleTest says where it was thrown.
+_ENDS = r"(?=['\"`!.)]*(?:$| thrown in ))"
 
 GRAMMARS = (
     grammar(
@@ -40,8 +42,8 @@ GRAMMARS = (
     grammar("host", "Out of Host Memory", "", distinct=True),
     grammar("host", "MemoryError", r"^(?:\w+\.)*_?(?:Array)?MemoryError:?$", distinct=True),
     # What Microsoft's runtime calls the same.
-    grammar("host", "bad allocation", r"\bbad allocation(?=['\"`!.)]*$)"),
-    grammar("host", "std::bad_alloc", r"std::bad_alloc(?=['\"`!.)]*$)", distinct=True),
+    grammar("host", "bad allocation", rf"\bbad allocation{_ENDS}"),
+    grammar("host", "std::bad_alloc", rf"std::bad_alloc{_ENDS}", distinct=True),
     grammar(
         "host",
         "ut of memory: Kill|illed process",
@@ -78,6 +80,22 @@ GRAMMARS = (
         r"|\bkilling .{0,300} to avoid running out of memory",
         distinct=True,
         kind="kill",
+    ),
+    # What Java's error says of, where its package is not named.
+    grammar(
+        "host",
+        "OutOfMemoryError: ",
+        r"\bOutOfMemoryError: (?:Java heap|GC overhead|Metaspace|PermGen|Compressed class"
+        r"|Direct buffer|Cannot reserve|Map failed|Requested array size|[Uu]nable to create)",
+        distinct=True,
+    ),
+    # The frames of V8, the engine of Node.js, where its own words were lost.
+    grammar(
+        "host",
+        "FatalProcessOutOfMemory|OOMErrorHandler|ReportOOMFailure",
+        r"\b(?:0x)?[\da-f]{6,16} (?:node|v8)::.{0,80}\b(?:FatalProcessOutOfMemory|OOMErrorHandler"
+        r"|ReportOOMFailure)\b",
+        distinct=True,
     ),
     # A Java machine's last words, which it writes as a warning.
     grammar(
@@ -127,22 +145,26 @@ GRAMMARS = (
 
 PROBABLE_KILL = re.compile(
     r"(?:\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b.*|\[\d+\]\+? +(?:\d+ )?Killed\b.*"
+    r"|srun: error: \S+: tasks? [\d,-]+: Killed"
     r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
     r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|exit)|code){0,2})"
     r"[\"']? ?[:=]? *[\"'(]?137\b.*|.*\bKilled signal terminated program .*"
     # torchrun, torch's and Python's own multiprocessing, subprocess, joblib, Celery, Dask,
-    # gunicorn, time, cargo.
+    # gunicorn, time.
     r"| *exitcode +: -9\b.*"
     r"|.{0,200}(?:\(exitcode: -9\)|\breturn code = -9\b|\bSignal 9 \(SIGKILL\) received"
     r"|\bdied with <Signals\.SIGKILL: 9>|\bprematurely: signal 9 \(SIGKILL\)"
     r"|\bexit codes of the workers are \{.{0,80}SIGKILL\(-9\)|\bwas killed by signal 9\b"
     r"|\b(?:died|killed|terminated|ended|exited)\b.{0,30}\bsignal:? (?:9\b|(?:SIG)?KILL\b)"
     r"|\bprocess \d+ terminated with signal SIGKILL|\bWorker \(pid:\d+\) was sent SIGKILL!"
-    r"|\b[Cc]ommand terminated by signal 9\b|\(signal: 9, SIGKILL).*)"
+    r"|\b[Cc]ommand terminated by signal 9\b).*)"
 )
 """A process ended by SIGKILL; whoever sent it, memory is the likeliest reason."""
-SHELL_KILL = re.compile(r"\S: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b")
-"""The shell's form of it, which needs no line of its own: it interrupts what others print.
+SHELL_KILL = re.compile(
+    r"\S: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b|\(signal: 9, SIGKILL: kill\)$"
+)
+"""The shell's form of it, which needs no line of its own: it interrupts what others print; and
+cargo's, behind a command of any length.
 
 One character of the script's name will do: more of them would be tried from each one on.
 """

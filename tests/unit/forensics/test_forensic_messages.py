@@ -117,7 +117,7 @@ NOTHING = [
         "device 0 while trying to allocate 2097152 bytes (free: 1048576, total: 4090956349)."
     ),
     "enum value 'CUDA_ERROR_OUT_OF_MEMORY' not handled in switch",
-    "java.lang.OutOfMemoryError: Java heap space",
+    "JAVA_OPTS: -XX:+HeapDumpOnOutOfMemoryError -Xmx2g",
     "- Fixed JavaScript heap out of memory in the docs build",
     "Not enough memory left to cache the dataset, reading from disk instead",
     "Pods that use too much may be killed by the OOM killer.",

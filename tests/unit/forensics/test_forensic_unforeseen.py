@@ -65,6 +65,10 @@ CODE = [
     '    log.error("{} of %d", n)',
     "assert '{}' in out",
     "raise Refused(f'{} for {{name}}')",
+    "    size = 4;  % {}",
+    "grow(pool, 2); // {}",
+    '    [Row("{}")]',
+    '    "{}";',
 ]
 PROSE = [
     "If the tool says {}, lower the batch size.",
@@ -74,6 +78,7 @@ PROSE = [
     "### {}",
     "The note says that a {} is no bug here",
     "In the older release we saw that the {}",
+    "- The card loops, {}, or stops",
 ]
 
 
