@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 WINDOW = 1 << 16
 """Bytes on either side of an anchor that can be read as its context."""
-_REGION = 1 << 22
-_WIDE = 1 << 19
+_REGION = 1 << 19
+_WIDE = 1 << 14
 _NEWLINE = ord("\n")
 _LONG = 1 << 14
 """Longer lines are read in part, from a little before the anchor."""

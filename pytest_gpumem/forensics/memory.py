@@ -45,6 +45,7 @@ _EXCEPTION = re.compile(
 _QUALIFIED = re.compile(r"(?:[A-Za-z_]\w{0,80}\.){1,12}\w{0,80}(?:Error|Exception)\w{0,80}: ")
 _STATE = 8
 _NOT_MEMORY = re.compile(r"\bOOMKilled\W{1,4}(?i:false)\b")
+_TEXT = re.compile(r"[-+]?\s*\"[^\"]*\",?")
 _KILLED = re.compile(r"[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
 _FAULT = re.compile(
     r"Fatal Python error: (?P<fatal>Segmentation fault|Illegal instruction|Bus error"
@@ -146,7 +147,7 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
     if at.captured:
         return False
     match = SHELL_KILL.search(body) or PROBABLE_KILL.fullmatch(body)
-    if match is None:
+    if match is None or _TEXT.fullmatch(body):
         return False
     at_word = next(_KILLED.finditer(body), match).start()
     if not spoken.reports(body, (at_word, at_word), "kill", 1) or _of_another(at, line):

@@ -24,7 +24,7 @@ ERROR = re.compile(
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 # What stands before words in code, in whatever language.
 _CODE = re.compile(
-    r"\s*(?:>\s+|\d+\s+)?(?:(?:raise|return|def|class|import|case|throw|grep|echo)\s"
+    r"\s*(?:>\s+|\d+\s+)?(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case|throw|grep|echo)\s"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?:\s|[^\W\d])|//|/\*"
@@ -33,13 +33,14 @@ _CODE = re.compile(
     r"|(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
     r"[^=\"\x27]{0,80}[\"\x27])"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
-    r"\s?[rfb]?[\"'][^\"')]*$",
+    r"\s?[rfb]?[\"'][^\"')]*$"
+    r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']$",
     re.DOTALL,
 )
 _BEHIND_CODE = re.compile(r".*(?:[;,{}()\]] ?// ?|; ?%+ |[)\]}\"'] # )[^\"']*$", re.DOTALL)
 """A comment behind a statement, up to the words that it holds."""
 LITERAL = re.compile(
-    r"\s*\(?[rbfu]{0,2}([\"\x27]).*\1\s*\)+[:,;]?$|\s*[\w:.]+!?\(([\"\x27]).*\2\),$"
+    r"\s*\(?[rbfu]{0,2}([\"\x27]).*\1\s*\)+[:,;]?$|\s*[\w:.]+!?\(([\"\x27]).*\2\)(?:[\])]+[,:]?|,)$"
     r"|\s*([\"\x27]).*\3;$|\s*[@\[][\w.:]+\(.*[\"\x27].*\)\]?,?$"
     r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_]\w*\(.*\);$",
     re.DOTALL,
@@ -59,20 +60,25 @@ QUOTING = re.compile(
 """An assertion about a message: it quotes one, and what follows it compares."""
 _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|avoid\w*|prevent\w*|you|your|in case of|to fix|how to|see also|"
-    r"hint|note|tip|e\.g\.|such as|may|might|can|would|likely|"
+    r"hint|note|tip|e\.g\.|such as|(?:is|are|called) (?:the|an?)|may|might|can|would|likely|"
     r"sometimes|often|usually|typically)\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
+    r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
+    r"|^[-*#\s]*(?:fix(?:e[sd])?|resolve[sd]?)\s"
 )
 _ASIDE = re.compile(r"\([^()]*\)")
 _PROSE_TAIL = re.compile(
     r"(?i)[\"'`*]*\s*(?:,? ?(?:errors?|issues?|problems?|exceptions?|conditions?|handling|"
     r"handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will"
     r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
+    r"|\. This (?:error )?(?:occurs|happens|arises|means|indicates)\b"
     r"|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
     r"| [\u0400-\ud7ff])"
 )
 _EXPLAINED = re.compile(r".{0,16}?[,(] ?which (?:is|means?|usually|often|indicates?|typically)\b")
 _MENTIONED = re.compile(r"[A-Za-z]{2,}, $")
 """What stands before a quotation in somebody's sentence."""
+_PLACE = re.compile(r"\.(?:c|cc|cpp|cu|cuh|h|hpp|py|rs)\W{1,3}(?:line )?\d")
+"""Where in a program it was: nobody but the program says that."""
 _GOES_ON = re.compile(r"[.,;)]| [a-z]")
 HANDLED = re.compile(
     r"(?i)\b(?:retrying|retried|will retry|fall(?:ing|s)?[ -]?back|recover(?:ed|ing|y)?|"
@@ -132,7 +138,9 @@ def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
     """Tell whether a name without figures is one of a list, of a comment or of a definition."""
     alone = " " not in text[slice(*span)]
     if alone and (
-        _DEFINED.match(text, span[1]) or (head.endswith(" = ") and text[span[1] :] in ("", ";"))
+        _DEFINED.match(text, span[1])
+        or head.rstrip().endswith(("==", "!="))
+        or (head.endswith(" = ") and text[span[1] :] in ("", ";"))
     ):
         return True
     if ERROR.search(head):
@@ -155,6 +163,8 @@ def _quoted(head: str, tail: str) -> bool:
         return True
     before = head.rpartition("`")[0]
     if "`" not in head or before.count("`") % 2 or tail.count("`") % 2 == 0:
+        return False
+    if _PLACE.search(tail.partition("`")[0]):
         return False
     return bool(before.strip()) or _GOES_ON.match(tail.partition("`")[2]) is not None
 

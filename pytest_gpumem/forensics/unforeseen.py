@@ -71,8 +71,10 @@ _OF_NOTHING = re.compile(
 _HOSTS = re.compile(r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b")
 _HOST = re.compile(
     r"(?i)\bhost\b|(?<![a-z])cpu(?![a-z])|\bram\b|heap|virtual memory|paging|mmap|java|jvm|errno"
-    r"|error=12|\bENOMEM\b|not enough space|\bswap|opencv|numpy|\bmalloc\b"
+    r"|error=12|\bswap|opencv|numpy|\bmalloc\b"
 )
+ERRNO = re.compile(r"(?::|->) ?Cannot allocate memory\W*$|not enough space\W*$|\bENOMEM\b", re.I)
+"""The system's own words for it, which are the host's, whatever asked."""
 _CARD = re.compile(
     r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
     r"|accelerator|(?<![a-z])[nx]pu(?![a-z])|\bdrm\b|nvidia|nvenc|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
@@ -84,7 +86,7 @@ _PLACEHOLDER = re.compile(
 """What a program fills in before it prints: a text that has it was never printed."""
 _KEY = re.compile(
     r"(?:(?i:err|message|msg|reason|log|text|detail|status|what|description|stderr|output)[\"']?"
-    r"(?:=|: ?)|(?i:error|exception)[\"']?(?:=|: ?| )|[\w)\]]: ?)[\"'`(]*$"
+    r"(?:=|: ?)|(?i:error|exception)[\"']?(?:=|: ?| )|[\w)\]](?::|\uff1a) ?)[\"'`(]*$"
 )
 """What stands before a text that a record or an error quotes."""
 _CALLED = re.compile(
@@ -138,7 +140,8 @@ def find(text: str) -> Unforeseen | None:
             return None
         if match["request"] and not _of_memory(text, around, start):
             continue
-        return Unforeseen(start, end, whose(around), _asked(text, start))
+        memory = "" if ERRNO.search(text) else whose(around)
+        return Unforeseen(start, end, memory, _asked(text, start))
     return None
 
 

@@ -32,6 +32,8 @@ _ABOVE, _BELOW = 20, 4
 """Lines that are searched for whose memory ran out, where the message does not say it."""
 _TEXT = re.compile(r"\s*[rbfu]{0,2}[\"']")
 _STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
+_MARK = re.compile("\"{3}|'{3}")
+_BLOCK = re.compile(rf"[=(,]\s*[rfbu]{{0,2}}(?:{_MARK.pattern})\\?\s*$")
 _CLOSES = re.compile(r"\s*(?:[\]}]*\)|\};)")
 _JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
@@ -57,11 +59,14 @@ def traced(at: Cursor, line: Line) -> bool:
 def listed(at: Cursor, line: Line, body: str) -> bool:
     """Tell whether a line is one of several texts in brackets that code has opened above it.
 
+    Or in one text that goes over several lines.
+
     The same in a JSON file is no code: there a key, or nothing, stands before the bracket.
     """
-    if not _TEXT.match(body):
-        return False
     above = (text.body for text in preceding(line, _LIST, at.carrier))
+    if not _TEXT.match(body):
+        marked = next((text for text in above if len(_MARK.findall(text)) % 2), "")
+        return _BLOCK.search(marked) is not None
     opener = next((text for text in above if not _TEXT.match(text)), "").rstrip()
     if opener.endswith(("(", "[", "{")):
         return not _JSON_OPENS.match(opener)
@@ -88,7 +93,8 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
     if found is None or found.kind != "unsaid":
         return found
     around = (*preceding(line, _ABOVE, at.carrier), *following(line, _BELOW, at.carrier))
-    card = any(unforeseen.whose(text.body) == "card" for text in around)
+    said = unforeseen.ERRNO.search(found.text) is not None
+    card = not said and any(unforeseen.whose(text.body) == "card" for text in around)
     return found._replace(backend="unknown" if card else "host")
 
 

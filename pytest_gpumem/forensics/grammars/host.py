@@ -148,7 +148,7 @@ PROBABLE_KILL = re.compile(
     r"|srun: error: \S+: tasks? [\d,-]+: Killed"
     r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
     r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|exit)|code){0,2})"
-    r"[\"']? ?[:=]? *[\"'(]?137\b.*|.*\bKilled signal terminated program .*"
+    r"[\"']? ?[:=]? *[\"'(]?137\b(?!/\d).*|.*\bKilled signal terminated program .*"
     # torchrun, torch's and Python's own multiprocessing, subprocess, joblib, Celery, Dask,
     # gunicorn, time.
     r"| *exitcode +: -9\b.*"
