@@ -1,8 +1,8 @@
 """PyTorch's caching allocator as plain bookkeeping: its policy and its segments.
 
 Policy, constants and statistics follow ``c10/cuda/CUDACachingAllocator.cpp`` and
-``c10/core/AllocatorConfig.h`` (native backend, one stream, default settings). No memory is held
-here: addresses are made up, and ``reserve`` and ``release`` stand for cudaMalloc and cudaFree.
+``c10/core/AllocatorConfig.h`` (native backend). No memory is held here: addresses are made up,
+``reserve`` and ``release`` stand for cudaMalloc and cudaFree, and streams have no work left to do.
 """
 
 from __future__ import annotations
@@ -18,46 +18,21 @@ from pytest_gpumem.simulator.blocks import (
     SMALL_REQUEST,
     Block,
     Figure,
-    Figures,
     Pool,
     describe_segment,
     merge,
 )
+from pytest_gpumem.simulator.segments import Segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SMALL_SEGMENT = 2 * 2**20
-_LARGE_SEGMENT = 20 * 2**20
-_OWN_SEGMENT = 10 * 2**20
-_SEGMENT_STEP = 2 * 2**20
+    from pytest_gpumem.simulator.policy import Policy
+
 _FIRST_ADDRESS = 0x7F00_0000_0000
 _DEVICE_SPACE = 2**48
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-
-class OutOfMemory(Exception):  # noqa: N818  # becomes torch.OutOfMemoryError, which has no suffix
-    """A segment did not fit, not even after the cached ones were given back."""
-
-    def __init__(self, requested: int, allocated: int, reserved: int, allowed: int | None) -> None:
-        super().__init__(f"no room for a segment of {requested} bytes")
-        self.requested = requested
-        """Bytes of the refused segment, which PyTorch prints as "Tried to allocate"."""
-        self.allocated = allocated
-        """Bytes in blocks handed out when it was refused."""
-        self.reserved = reserved
-        """Bytes in segments when it was refused."""
-        self.allowed = allowed
-        """Bytes the memory fraction allows; ``None`` at 1.0: no limit."""
-
-
-def _segment_size(size: int) -> int:
-    if size <= SMALL_REQUEST:
-        return _SMALL_SEGMENT
-    if size < _OWN_SEGMENT:
-        return _LARGE_SEGMENT
-    return -(-size // _SEGMENT_STEP) * _SEGMENT_STEP
 
 
 def _exclusive(
@@ -100,27 +75,19 @@ class CachingAllocator:
         total: int,
         index: int = 0,
     ) -> None:
-        self._reserve = reserve
-        self._release = release
-        self._total = total
+        # All devices of a process share one space of addresses.
+        self._segments = Segments(reserve, release, total, _FIRST_ADDRESS + index * _DEVICE_SPACE)
         self._index = index
-        self._fraction = 1.0
         self._lock = threading.RLock()
         self._busy = False
         self._returned: deque[Block | None] = deque()
-        self._small = Pool("small")
-        self._large = Pool("large")
-        self._all = Figures()
-        self._segments: dict[int, Block] = {}
-        # All devices of a process share one space of addresses.
-        self._next_address = _FIRST_ADDRESS + index * _DEVICE_SPACE
+        self._small, self._large = self._segments.small, self._segments.large
+        self._all = self._segments.figures
+        self._oversize = Figure()
+        self._waiting: list[Block] = []
+        """Given back, but other streams were told to use them."""
         self._told: bytes | None = None
         """What ``stats`` returned last; None: something has changed since."""
-        self._clear_counters()
-
-    def _clear_counters(self) -> None:
-        self._retries = self._ooms = self._flushes = 0
-        self._segments_taken = self._segments_freed = 0
 
     @property
     def allocated(self) -> int:
@@ -147,23 +114,33 @@ class CachingAllocator:
             ValueError: when it is set to less than 0 or more than 1.
 
         """
-        return self._fraction
+        return self._segments.fraction
 
     @memory_fraction.setter
     def memory_fraction(self, fraction: float | None) -> None:
         fraction = 1.0 if fraction is None else fraction
         if not 0 <= fraction <= 1:
             raise ValueError(f"memory fraction {fraction!r} is outside 0.0 ... 1.0")
-        self._fraction = fraction
+        self._segments.fraction = fraction
+
+    @property
+    def policy(self) -> Policy:
+        """How blocks are cut and given back."""
+        return self._segments.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        with self._lock:
+            self._segments.policy, self._told = policy, None
 
     @property
     def allowed(self) -> int | None:
         """Bytes that segments may take by the memory fraction; ``None`` at 1.0: no limit."""
-        return None if self._fraction == 1.0 else round(self._fraction * self._total)
+        return self._segments.allowed
 
     @_exclusive
-    def malloc(self, size: int) -> Block:
-        """Hand out a block for ``size`` bytes (more than 0).
+    def malloc(self, size: int, stream: int = 0) -> Block:
+        """Hand out a block for ``size`` bytes (more than 0) to the stream with this number.
 
         Raises:
             OutOfMemory: when a new segment is needed and fits neither the card nor the memory
@@ -173,15 +150,25 @@ class CachingAllocator:
         if size <= 0:
             raise ValueError(f"a block of {size} bytes: an empty tensor takes no block")
         self._told = None
-        rounded = -(-size // MIN_BLOCK) * MIN_BLOCK
+        if self._waiting:
+            self._cache_waiting()
+        policy = self._segments.policy
+        rounded = policy.rounded(size)
         pool = self._small if rounded <= SMALL_REQUEST else self._large
-        block = pool.take_best(rounded) or self._new_segment(pool, _segment_size(rounded))
+        block = self._reuse(pool, rounded, stream) or self._segments.take(pool, rounded, stream)
         self._cut(block, rounded)
         block.requested = size
         block.allocated = True
         self._all.handed_out(block)
         pool.figures.handed_out(block)
+        if policy.is_oversize(block.size):
+            self._oversize.add(1)
         return block
+
+    def use(self, block: Block, stream: int) -> None:
+        """Say that another stream uses ``block``: once given back it is free when that is done."""
+        if stream != block.stream:
+            block.users |= {stream}
 
     def free(self, block: Block) -> None:
         """Give ``block`` back to the cache; it merges with cached neighbours.
@@ -215,6 +202,7 @@ class CachingAllocator:
 
     def _count(self) -> dict[str, Any]:
         every, small, large = self._all, self._small.figures, self._large.figures
+        segments = self._segments
 
         def pools(name: str) -> dict[str, dict[str, int]]:
             return {
@@ -224,27 +212,28 @@ class CachingAllocator:
             }
 
         return {
-            "num_alloc_retries": self._retries,
-            "num_ooms": self._ooms,
+            "num_alloc_retries": segments.retries,
+            "num_ooms": segments.refused,
             "num_oom_rejections": 0,
-            "max_split_size": -1,  # "no limit", as the real one shows it
-            "num_sync_all_streams": self._flushes,
-            "num_device_alloc": self._segments_taken,
-            "num_device_free": self._segments_freed,
+            # Without a limit -1, as the real one shows it.
+            "max_split_size": -1
+            if segments.policy.max_split is None
+            else segments.policy.max_split,
+            "num_sync_all_streams": segments.flushes,
+            "num_device_alloc": segments.taken,
+            "num_device_free": segments.given_back,
             "allocation": pools("allocation"),
             "segment": pools("segment"),
-            # Active beyond allocated are only blocks that other streams still use.
-            "active": pools("allocation"),
+            "active": pools("active"),
             "inactive_split": pools("inactive_split"),
             "allocated_bytes": pools("allocated_bytes"),
             "reserved_bytes": pools("reserved_bytes"),
             "reserved_bytes_by_private_pools": {},
-            "active_bytes": pools("allocated_bytes"),
+            "active_bytes": pools("active_bytes"),
             "inactive_split_bytes": pools("inactive_split_bytes"),
             "requested_bytes": pools("requested_bytes"),
-            # Nothing is oversize without a limit.
-            "oversize_allocations": Figure().as_dict(),
-            "oversize_segments": Figure().as_dict(),
+            "oversize_allocations": self._oversize.as_dict(),
+            "oversize_segments": segments.oversize.as_dict(),
         }
 
     @_exclusive
@@ -260,16 +249,18 @@ class CachingAllocator:
         self._told = None
         for figure in self._figures():
             figure.allocated = figure.freed = 0
-        self._clear_counters()
+        self._segments.clear_counters()
 
     @_exclusive
     def snapshot(self) -> list[dict[str, Any]]:
         """Return the segments and their blocks as ``torch.cuda.memory_snapshot()`` does."""
-        heads = sorted(self._segments.items())
+        heads = sorted(self._segments.heads.items())
         return [describe_segment(head) | {"device": self._index} for _, head in heads]
 
     def _figures(self) -> list[Figure]:
-        return [*self._all.all(), *self._small.figures.all(), *self._large.figures.all()]
+        pools = (self._all, self._small.figures, self._large.figures)
+        each = [figure for figures in pools for figure in figures.all()]
+        return [*each, self._oversize, self._segments.oversize]
 
     def _settle(self) -> None:
         """Do what ``free`` and ``empty_cache`` queued, unless a call under way will."""
@@ -291,15 +282,44 @@ class CachingAllocator:
         block = self._returned.popleft()
         self._told = None
         if block is None:
-            self._release_cached()
-        else:
+            self._cache_waiting()
+            self._segments.release_cached()
+            return
+        if self._segments.policy.is_oversize(block.size):
+            self._oversize.take(1)
+        if block.users:
+            self._all.waits(block)
+            block.pool.figures.waits(block)
+            self._waiting.append(block)
+            return
+        self._all.taken_back(block)
+        block.pool.figures.taken_back(block)
+        self._cache(block)
+
+    def _cache_waiting(self) -> None:
+        """Cache what other streams used: they are done."""
+        waiting, self._waiting = self._waiting, []
+        for block in waiting:
+            block.users = frozenset()
+            self._all.waited(block)
+            block.pool.figures.waited(block)
             self._cache(block)
+
+    def _reuse(self, pool: Pool, size: int, stream: int) -> Block | None:
+        """Take the smallest cached block that holds ``size``, unless the policy forbids it."""
+        if self._segments.collects:
+            pool.asked += 1
+        block = pool.best(size, stream)
+        if block is None or not self._segments.policy.allows(block.size, size):
+            return None
+        pool.take(block)
+        return block
 
     def _cut(self, block: Block, size: int) -> None:
         """Make ``block`` as small as policy allows and cache the rest of it."""
         pool, was_split = block.pool, block.split
-        if pool.leaves_rest(block, size):
-            rest = Block(block.address + size, block.size - size, pool)
+        if self._leaves_rest(block, size):
+            rest = Block(block.address + size, block.size - size, pool, block.stream)
             rest.prev, rest.next = block, block.next
             if rest.next is not None:
                 rest.next.prev = rest
@@ -314,11 +334,16 @@ class CachingAllocator:
         self._all.inactive_moved(count, moved)
         pool.figures.inactive_moved(count, moved)
 
+    def _leaves_rest(self, block: Block, size: int) -> bool:
+        """Tell whether ``block`` is split when ``size`` bytes of it are handed out."""
+        rest = block.size - size
+        if block.pool.small:
+            return rest >= MIN_BLOCK
+        return rest > SMALL_REQUEST and not self._segments.policy.is_oversize(size)
+
     def _cache(self, block: Block) -> None:
-        """Put a block that came back into its pool, merged with its cached neighbours."""
+        """Put a block that nobody uses into its pool, merged with its cached neighbours."""
         pool, count, moved = block.pool, 0, 0
-        self._all.taken_back(block)
-        pool.figures.taken_back(block)
         if block.prev is not None and block.prev.cached:
             pool.take(block.prev)
             count, moved = count - 1, moved - block.prev.size
@@ -332,36 +357,3 @@ class CachingAllocator:
         pool.put(block)
         self._all.inactive_moved(count, moved)
         pool.figures.inactive_moved(count, moved)
-
-    def _new_segment(self, pool: Pool, size: int) -> Block:
-        if not self._fits(size):
-            self._release_cached()
-            self._retries += 1
-            if not self._fits(size):
-                self._ooms += 1
-                allocated = self._all.allocated_bytes.current
-                raise OutOfMemory(size, allocated, self._all.reserved_bytes.current, self.allowed)
-        self._segments_taken += 1
-        for figures in (self._all, pool.figures):
-            figures.segment.add(1)
-            figures.reserved_bytes.add(size)
-        block = self._segments[self._next_address] = Block(self._next_address, size, pool)
-        self._next_address += size
-        return block
-
-    def _fits(self, size: int) -> bool:
-        allowed = self.allowed
-        if allowed is not None and self._all.reserved_bytes.current + size > allowed:
-            return False
-        return self._reserve(size)
-
-    def _release_cached(self) -> None:
-        self._flushes += 1
-        for pool in (self._large, self._small):
-            for block in pool.take_whole_segments():
-                self._segments_freed += 1
-                for figures in (self._all, pool.figures):
-                    figures.segment.take(1)
-                    figures.reserved_bytes.take(block.size)
-                del self._segments[block.address]
-                self._release(block.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from copy import copy
 from typing import Any
 
 MIN_BLOCK = 512
@@ -12,13 +13,31 @@ SMALL_REQUEST = 2**20
 class Block:
     """A range of a segment, handed out or cached; ``size`` and ``requested`` are bytes."""
 
-    __slots__ = ("address", "allocated", "cached", "next", "pool", "prev", "requested", "size")
+    __slots__ = (
+        "address",
+        "allocated",
+        "cached",
+        "cached_at",
+        "next",
+        "pool",
+        "prev",
+        "requested",
+        "size",
+        "stream",
+        "users",
+    )
 
-    def __init__(self, address: int, size: int, pool: Pool) -> None:
+    def __init__(self, address: int, size: int, pool: Pool, stream: int = 0) -> None:
         self.address = address
         self.size = size
         self.requested = 0
         self.pool = pool
+        self.stream = stream
+        """Number of the stream that it is handed out to; 0 is the default one."""
+        self.users: frozenset[int] = frozenset()
+        """Other streams that use it: it is not free before they are asked."""
+        self.cached_at = 0
+        """How often its pool had been asked for a block when it was cached."""
         self.allocated = False
         self.cached = False
         self.prev: Block | None = None
@@ -64,6 +83,8 @@ class Figures:
     """The statistics of one pool, or of both together."""
 
     __slots__ = (
+        "active",
+        "active_bytes",
         "allocated_bytes",
         "allocation",
         "inactive_split",
@@ -81,6 +102,9 @@ class Figures:
         self.reserved_bytes = Figure()
         self.inactive_split_bytes = Figure()
         self.requested_bytes = Figure()
+        # The same, until a block waits for another stream.
+        self.active = self.allocation
+        self.active_bytes = self.allocated_bytes
 
     def all(self) -> list[Figure]:
         """Return each of them."""
@@ -91,12 +115,29 @@ class Figures:
         self.allocation.add(1)
         self.allocated_bytes.add(block.size)
         self.requested_bytes.add(block.requested)
+        if self.active is not self.allocation:
+            self.active.add(1)
+            self.active_bytes.add(block.size)
 
     def taken_back(self, block: Block) -> None:
-        """Count a block that a tensor gave back."""
+        """Count a block that a tensor gave back and nobody else uses."""
         self.allocation.take(1)
         self.allocated_bytes.take(block.size)
+        self.waited(block)
+
+    def waits(self, block: Block) -> None:
+        """Count a block that a tensor gave back and another stream still uses: it stays active."""
+        if self.active is self.allocation:
+            self.active, self.active_bytes = copy(self.allocation), copy(self.allocated_bytes)
+        self.allocation.take(1)
+        self.allocated_bytes.take(block.size)
+
+    def waited(self, block: Block) -> None:
+        """Count a block that is free again."""
         self.requested_bytes.take(block.requested)
+        if self.active is not self.allocation:
+            self.active.take(1)
+            self.active_bytes.take(block.size)
 
     def inactive_moved(self, count: int, size: int) -> None:
         """Count a net change, as PyTorch does: a sum of single steps would raise the peaks."""
@@ -111,39 +152,38 @@ class Pool:
         self.name = name
         self.small = name == "small"
         self.figures = Figures()
+        self.asked = 0
+        """How often it was asked for a block while old ones were to be collected."""
         # Addresses differ, so that the comparison of two entries never reaches the blocks.
-        self._entries: list[tuple[int, int, Block]] = []
+        self._entries: list[tuple[int, int, int, Block]] = []
 
     def put(self, block: Block) -> None:
         """Cache ``block``."""
         block.cached = True
-        insort(self._entries, (block.size, block.address, block))
+        block.cached_at = self.asked
+        insort(self._entries, (block.stream, block.size, block.address, block))
 
     def take(self, block: Block) -> None:
         """Take out ``block``, which is cached."""
         block.cached = False
-        del self._entries[bisect_left(self._entries, (block.size, block.address))]
+        del self._entries[bisect_left(self._entries, (block.stream, block.size, block.address))]
 
-    def take_best(self, size: int) -> Block | None:
-        """Take the smallest block that holds ``size``; of equal ones the lowest address."""
-        index = bisect_left(self._entries, (size,))
-        if index == len(self._entries):
+    def best(self, size: int, stream: int) -> Block | None:
+        """Return the stream's smallest block that holds ``size``; of equal ones the lowest."""
+        index = bisect_left(self._entries, (stream, size))
+        if index == len(self._entries) or self._entries[index][0] != stream:
             return None
-        block = self._entries.pop(index)[2]
-        block.cached = False
-        return block
+        return self._entries[index][3]
 
-    def take_whole_segments(self) -> list[Block]:
-        """Take the blocks that are all of their segment, in PyTorch's order of release."""
-        whole = [block for *_, block in self._entries if not block.split]
-        for block in whole:
-            self.take(block)
-        return whole
+    def of_stream(self, stream: int) -> list[Block]:
+        """Return the stream's cached blocks, smallest first."""
+        first = bisect_left(self._entries, (stream,))
+        after = bisect_left(self._entries, (stream + 1,))
+        return [block for *_, block in self._entries[first:after]]
 
-    def leaves_rest(self, block: Block, size: int) -> bool:
-        """Tell whether ``block`` is split when ``size`` bytes of it are handed out."""
-        rest = block.size - size
-        return rest >= MIN_BLOCK if self.small else rest > SMALL_REQUEST
+    def whole_segments(self) -> list[Block]:
+        """Return the blocks that are all of their segment, in PyTorch's order of release."""
+        return [block for *_, block in self._entries if not block.split]
 
 
 def merge(lower: Block, upper: Block) -> Block:
@@ -167,9 +207,9 @@ def describe_segment(head: Block) -> dict[str, Any]:
         "address": head.address,
         "total_size": sum(block.size for block in blocks),
         "allocated_size": allocated,
-        "active_size": allocated,
+        "active_size": sum(block.size for block in blocks if not block.cached),
         "requested_size": sum(block.requested for block in blocks if block.allocated),
-        "stream": 0,
+        "stream": head.stream,
         "segment_type": head.pool.name,
         "segment_pool_id": (0, 0),
         "is_expandable": False,
@@ -183,6 +223,12 @@ def _describe_block(block: Block) -> dict[str, Any]:
         "address": block.address,
         "size": block.size,
         "requested_size": block.requested if block.allocated else 0,
-        "state": "active_allocated" if block.allocated else "inactive",
+        "state": _state(block),
         "frames": [],
     }
+
+
+def _state(block: Block) -> str:
+    if block.allocated:
+        return "active_allocated"
+    return "inactive" if block.cached else "active_pending_free"

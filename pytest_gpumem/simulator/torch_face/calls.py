@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._device import DeviceContext, _device_constructors
 
+from pytest_gpumem.simulator.torch_face.legacy import CardType
 from pytest_gpumem.simulator.torch_face.modes import face_again
 from pytest_gpumem.simulator.torch_face.stubs import Device
 
@@ -96,7 +97,7 @@ def _create_at(face: Face, device: torch.device, func: Function, args: Any, kwar
     if device.type == "cuda":  # of tensors without data, which see the host
         return face.charges.run_aside(func, *args, **{**kwargs, "device": HOST})
     if kwargs.get("pin_memory"):
-        return _pin(face.charges.run_aside(func, *args, **{**kwargs, "pin_memory": False}))
+        return _pin(face, face.charges.run_aside(func, *args, **{**kwargs, "pin_memory": False}))
     return face.charges.run_aside(func, *args, **kwargs)
 
 
@@ -267,6 +268,8 @@ def _send_data(
 def _type(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     tensor, dtype, *_ = _bind(("self", "dtype", "non_blocking"), args, kwargs)
     card = face.memory.where(tensor)
+    if isinstance(dtype, CardType):
+        dtype = str(dtype)
     if dtype is None:
         name: str = func(tensor)
         return name.replace("torch.", "torch.cuda.", 1) if card else name
@@ -301,11 +304,12 @@ def _pin_memory(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
             f"cannot pin '{_type(face, Tensor.type, args, {})}'"
             " only dense CPU tensors can be pinned"
         )
-    return tensor if _is_pinned(face, func, args, kwargs) else _pin(tensor.clone())
+    return tensor if _is_pinned(face, func, args, kwargs) else _pin(face, tensor.clone())
 
 
-def _is_pinned(_face: Face, _func: Function, args: Any, _kwargs: Any) -> bool:
-    return getattr(args[0].untyped_storage(), "gpumem_pinned", False)
+def _is_pinned(face: Face, _func: Function, args: Any, _kwargs: Any) -> bool:
+    pinned, tensor = face.memory.pinned, args[0]
+    return pinned.holds(tensor.untyped_storage()) or pinned.covers(tensor.data_ptr())
 
 
 class ToCopy(torch.autograd.Function):
@@ -373,8 +377,8 @@ def _bind(names: tuple[str, ...], args: Any, kwargs: Any) -> list[Any]:
     return [named.get(name) for name in names]
 
 
-def _pin(tensor: Any) -> Any:
-    tensor.untyped_storage().gpumem_pinned = True
+def _pin(face: Face, tensor: Any) -> Any:
+    face.memory.pinned.pin(tensor.untyped_storage())
     return tensor
 
 

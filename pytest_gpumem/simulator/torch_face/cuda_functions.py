@@ -6,10 +6,7 @@ That Python stays torch's own; this is the layer right below it.
 from __future__ import annotations
 
 import os
-import re
-import threading
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,9 +46,11 @@ def _life(memory: CardMemory) -> Functions:
         visible = _visible(memory)
         if not visible:
             raise RuntimeError("No CUDA GPUs are available")
+        # torch reads the older name only where the newer one is not set.
+        for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            if os.environ.get(variable):
+                memory.obey(os.environ[variable], variable)
         memory.begin(visible)
-        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-            _not_obeyed(memory, os.environ.get(variable, ""), variable)
         _cuda._get_device_properties = lambda index: properties(
             memory.cards[index].shared, visible[index]
         )
@@ -74,16 +73,6 @@ def _life(memory: CardMemory) -> Functions:
         "_cuda_clearCublasWorkspaces": _nothing,
         "_cuda_isCurrentStreamCapturing": lambda: False,
     }
-
-
-_AS_IT_IS = frozenset(("backend:native", "expandable_segments:False"))
-
-
-def _not_obeyed(memory: CardMemory, settings: str, given_by: str) -> None:
-    """Say which of the allocator's settings change nothing here."""
-    each = re.split(r",(?![^\[]*\])", re.sub(r"\s", "", settings))
-    if ignored := [setting for setting in each if setting and setting not in _AS_IT_IS]:
-        memory.note(f"the simulated card does not obey {', '.join(ignored)} of {given_by}")
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -116,24 +105,13 @@ def _devices(memory: CardMemory) -> Functions:
     }
 
 
-class _Streams(threading.local):
-    numbers: Mapping[int, int] = MappingProxyType({})
-    """This thread's stream by card, where it is not the default one, 0."""
-
-
 def _streams(memory: CardMemory) -> Functions:
-    chosen = _Streams()
-
-    def number(index: int) -> int:
-        return chosen.numbers.get(index, 0)
-
     def set_current(stream_id: int, device_index: int, **_type: int) -> None:
-        chosen.numbers = {**chosen.numbers, device_index: stream_id}
-        memory.choose(device_index)
+        memory.choose_stream(device_index, stream_id)
 
     return {
-        "_cuda_getCurrentStream": lambda index: (number(index), index, CUDA_DEVICE_TYPE),
-        "_cuda_getCurrentRawStream": number,
+        "_cuda_getCurrentStream": lambda index: (memory.stream(index), index, CUDA_DEVICE_TYPE),
+        "_cuda_getCurrentRawStream": memory.stream,
         "_cuda_getDefaultStream": lambda index: (0, index, CUDA_DEVICE_TYPE),
         "_cuda_setStream": set_current,
     }
@@ -172,9 +150,9 @@ def _statistics(memory: CardMemory) -> Functions:
         "_cuda_record_memory_history_legacy": record_legacy,
         "_cuda_isHistoryEnabled": lambda: history.recording,
         "_cuda_attach_out_of_memory_observer": memory.oom_observers.append,
-        "_cuda_hostMemoryStats": dict,
-        "_cuda_resetPeakHostMemoryStats": _nothing,
-        "_cuda_resetAccumulatedHostMemoryStats": _nothing,
+        "_cuda_hostMemoryStats": memory.pinned.stats,
+        "_cuda_resetPeakHostMemoryStats": memory.pinned.reset_peak_stats,
+        "_cuda_resetAccumulatedHostMemoryStats": memory.pinned.reset_accumulated_stats,
     }
 
 
@@ -198,7 +176,7 @@ def _allocation(memory: CardMemory) -> Functions:
     def set_settings(settings: str) -> None:
         if torch_sets is not None:
             torch_sets(settings)  # which raises what torch raises for bad ones
-        _not_obeyed(memory, settings, "torch.cuda.memory._set_allocator_settings")
+        memory.obey(settings, "torch.cuda.memory._set_allocator_settings")
 
     torch_sets = getattr(_C, "_accelerator_setAllocatorSettings", None)
 
@@ -269,7 +247,8 @@ def _accelerator(memory: CardMemory) -> Functions:
         "_accelerator_synchronizeDevice": _nothing,
         "_accelerator_isAllocatorInitialized": lambda: memory.ready,
         "_accelerator_emptyCache": lambda: _empty_caches(memory),
-        "_accelerator_emptyHostCache": _nothing,
+        "_accelerator_emptyHostCache": memory.pinned.empty_cache,
+        "_host_emptyCache": memory.pinned.empty_cache,
         "_accelerator_getDeviceStats": cuda["_cuda_memoryStats"],
         "_accelerator_resetPeakStats": cuda["_cuda_resetPeakMemoryStats"],
         "_accelerator_resetAccumulatedStats": cuda["_cuda_resetAccumulatedMemoryStats"],

@@ -10,15 +10,24 @@ import traceback
 import weakref
 from collections import deque
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_gpumem.simulator.allocator import CachingAllocator, OutOfMemory
+from pytest_gpumem.simulator.allocator import CachingAllocator
+from pytest_gpumem.simulator.pinned import PinnedMemory
+from pytest_gpumem.simulator.policy import Policy, read_settings
+from pytest_gpumem.simulator.segments import OutOfMemory
+from pytest_gpumem.simulator.torch_face.refusal import (
+    OutOfMemoryError,
+    beyond_any_card,
+    out_of_memory_text,
+)
 from pytest_gpumem.simulator.torch_face.stubs import CardGenerator, Device, device_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pytest_gpumem.simulator.blocks import Block
     from pytest_gpumem.simulator.card import SharedCard
@@ -28,17 +37,6 @@ _cuda: Any = torch.cuda
 _storage_address: Callable[[torch.Tensor], int] = _C._storage_address
 
 _PACKAGE = str(Path(__file__).parent)
-TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-if TORCH_VERSION >= (2, 11):
-    _ADVICE_URL = (
-        "https://docs.pytorch.org/docs/stable/notes/cuda.html"
-        "#optimizing-memory-usage-with-pytorch-cuda-alloc-conf"
-    )
-else:
-    _ADVICE_URL = "https://pytorch.org/docs/stable/notes/cuda.html#environment-variables"
-
-OutOfMemoryError: Any = _cuda.OutOfMemoryError  # torch.OutOfMemoryError, older than that name
 
 
 class _Held(weakref.ref[Any]):
@@ -83,6 +81,8 @@ class TorchCard:
 
 class _Current(threading.local):
     index = 0
+    streams: Mapping[int, int] = MappingProxyType({})
+    """By card, where it is not the default one, 0."""
 
 
 class CardMemory:
@@ -101,7 +101,9 @@ class CardMemory:
         """Whether this very process has initialised CUDA."""
         self.forked = False
         """Whether the parent had: CUDA does not survive a fork."""
+        self.pinned = PinnedMemory()
         self._current = _Current()
+        self._policy = Policy()
         self._held: dict[int, _Held] = {}
         os.register_at_fork(after_in_child=self._after_fork)
 
@@ -112,7 +114,31 @@ class CardMemory:
     def begin(self, visible: Sequence[int]) -> None:
         """Initialise CUDA with these cards of the machine, in this order."""
         self.cards = [TorchCard(index, self.machine[place]) for index, place in enumerate(visible)]
+        for card in self.cards:
+            card.allocator.policy = self._policy
         self.ready = True
+
+    def obey(self, settings: str, given_by: str) -> None:
+        """Let every card's allocator follow torch's settings, and note which change nothing here.
+
+        Raises:
+            ValueError: in torch's words, for a value that it refuses.
+
+        """
+        self._policy, ignored = read_settings(settings, self._policy)
+        for card in self.cards:
+            card.allocator.policy = self._policy
+        if ignored:
+            self.note(f"the simulated card does not obey {', '.join(ignored)} of {given_by}")
+
+    def stream(self, index: int) -> int:
+        """Return the number of this thread's stream on a card; 0 is the default one."""
+        return self._current.streams.get(index, 0)
+
+    def choose_stream(self, index: int, number: int) -> None:
+        """Make a stream this thread's current one on its card."""
+        self._current.streams = {**self._current.streams, index: number}
+        self.choose(index)
 
     @property
     def current(self) -> int:
@@ -170,6 +196,12 @@ class CardMemory:
         """Return the card on which ``storage`` lives, None for the host."""
         held = self._held.get(storage._cdata)
         return None if held is None else held.device
+
+    def use_on(self, tensor: torch.Tensor, stream: int) -> None:
+        """Say that a stream uses ``tensor``, so that its block is not free as soon as it is."""
+        held = self._held.get(_storage_address(tensor))
+        if held is not None and held.block is not None:
+            held.card.allocator.use(held.block, stream)
 
     def charge(self, tensor: torch.Tensor, device: torch.device) -> None:
         """Take a block of ``device`` for the storage of ``tensor``, unless it has one.
@@ -250,11 +282,13 @@ class CardMemory:
             card.enter()
         if size == 0:
             return None
+        if (error := beyond_any_card(size)) is not None:
+            raise error
         try:
-            block = card.allocator.malloc(size)
-        except OutOfMemory as error:
+            block = card.allocator.malloc(size, self.stream(card.index))
+        except OutOfMemory as refused:
             # With its traceback it would be a cycle, which keeps the frames of all callers.
-            refusal = error.with_traceback(None)
+            refusal = refused.with_traceback(None)
         else:
             self.history.allocated(block, card.index)
             if card.shared.grown is not None and card.allocator.peak > card.told:
@@ -282,7 +316,7 @@ class CardMemory:
         self.history.refused(refusal.requested, free, card.index)
         for observer in self.oom_observers:
             observer(card.index, refusal.requested, card.shared.total, free)
-        error: RuntimeError = OutOfMemoryError(_out_of_memory_text(refusal, card, free))
+        error: RuntimeError = OutOfMemoryError(out_of_memory_text(refusal, card, free))
         return error
 
 
@@ -293,42 +327,6 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor | None:
         inner: torch.Tensor = functorch.get_unwrapped(tensor)
         return inner
     return None
-
-
-def _format_size(size: int) -> str:
-    """Return ``size`` bytes as ``format_size`` of c10/cuda/CUDACachingAllocator.cpp does."""
-    if size <= 2**10:
-        return f"{size} bytes"
-    if size <= 2**20:
-        return f"{size / 2**10:.2f} KiB"
-    if size <= 2**30:
-        return f"{size / 2**20:.2f} MiB"
-    return f"{size / 2**30:.2f} GiB"
-
-
-def _out_of_memory_text(refusal: OutOfMemory, card: TorchCard, free: int) -> str:
-    """Return the text of ``DeviceCachingAllocator::malloc``, c10/cuda/CUDACachingAllocator.cpp."""
-    processes = "".join(
-        (
-            "Including non-PyTorch memory, this process has "
-            if pid == os.getpid()
-            else f"Process {pid} has "
-        )
-        + f"{_format_size(size)} memory in use. "
-        for pid, size in card.shared.processes().items()
-    )
-    allowed = "" if refusal.allowed is None else f"{_format_size(refusal.allowed)} allowed; "
-    unallocated = refusal.reserved - refusal.allocated
-    return (
-        f"CUDA out of memory. Tried to allocate {_format_size(refusal.requested)}."
-        f" GPU {card.index} has a total capacity of {_format_size(card.shared.total)}"
-        f" of which {_format_size(free)} is free. {processes}{allowed}"
-        f"Of the allocated memory {_format_size(refusal.allocated)} is allocated by PyTorch,"
-        f" and {_format_size(unallocated)} is reserved by PyTorch but unallocated."
-        " If reserved but unallocated memory is large try setting"
-        " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation. "
-        f" See documentation for Memory Management  ({_ADVICE_URL})"
-    )
 
 
 _Stack = list[tuple[Any, int]]

@@ -21,10 +21,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_gpumem.simulator.torch_face.memory import CardMemory, OutOfMemoryError
+from pytest_gpumem.simulator.torch_face.refusal import OutOfMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+
+    from pytest_gpumem.simulator.torch_face.memory import CardMemory
 
 _C: Any = torch._C
 _OpOverload: Any = torch._ops.OpOverload

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_gpumem.simulator.card import SharedCard
+    from pytest_gpumem.simulator.pinned import PinnedMemory
 
 Device: Any = torch.device
 """torch's own class; ``torch.device`` is ``NumberedDevice`` where numbers are not understood."""
@@ -178,14 +179,29 @@ class Stream:
 class Event:
     """``torch.cuda.Event``; times are the host's."""
 
-    cuda_event = 0
+    _numbers = itertools.count(1)
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         self._recorded: float | None = None
         self.device: torch.device | None = None
+        self.event_id = 0
+        """A number of its own once it was recorded."""
+
+    @property
+    def cuda_event(self) -> int:
+        """The handle."""
+        return self.event_id
+
+    def __repr__(self) -> str:
+        return (
+            f"<torch.cuda.Event {self.event_id:#x}>"
+            if self.event_id
+            else ("<torch.cuda.Event uninitialized>")
+        )
 
     def record(self, stream: Stream | None = None) -> None:
         """Keep the time."""
+        self.event_id = self.event_id or next(self._numbers)
         self.device = (stream or torch.cuda.current_stream()).device
         self._recorded = time.perf_counter()
 
@@ -219,12 +235,14 @@ class Runtime:
 
         success = 0
 
-    def __init__(self, memory_of: Callable[[int], tuple[int, int]]) -> None:
+    def __init__(self, memory_of: Callable[[int], tuple[int, int]], pinned: PinnedMemory) -> None:
         self.cudaMemGetInfo = memory_of
         """Returns free and total bytes of a card."""
+        self.cudaHostRegister = pinned.register
+        self.cudaHostUnregister = pinned.unregister
 
     def __getattr__(self, name: str) -> Any:
-        # Profiler marks, page locking, synchronisation: they succeed and do nothing.
+        # Profiler marks, synchronisation: they succeed and do nothing.
         if name.startswith("cuda"):
             return lambda *_args: 0
         raise AttributeError(name)

@@ -18,7 +18,7 @@ from pytest_gpumem.simulator import spec
 from pytest_gpumem.simulator.torch_face import stubs
 from pytest_gpumem.simulator.torch_face.calls import HOST
 from pytest_gpumem.simulator.torch_face.cuda_functions import memory_of
-from pytest_gpumem.simulator.torch_face.memory import TORCH_VERSION
+from pytest_gpumem.simulator.torch_face.legacy import replace_types
 from pytest_gpumem.simulator.torch_face.modes import (
     Face,
     backward_on_the_card,
@@ -26,6 +26,7 @@ from pytest_gpumem.simulator.torch_face.modes import (
     making_tensors_beside,
 )
 from pytest_gpumem.simulator.torch_face.numbered import read_devices_of_to, understand_numbers
+from pytest_gpumem.simulator.torch_face.refusal import TORCH_VERSION
 
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.cuda_functions import Functions
@@ -62,7 +63,7 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
 
 
 def _give_cuda_its_objects(memory: CardMemory) -> None:
-    _cuda._cudart = stubs.Runtime(memory_of(memory))
+    _cuda._cudart = stubs.Runtime(memory_of(memory), memory.pinned)
     # Bound when torch.cuda was imported:
     _cuda._is_in_bad_fork = _C._cuda_isInBadFork
     _cuda._exchange_device = _C._cuda_exchangeDevice
@@ -79,9 +80,10 @@ def _give_cuda_its_objects(memory: CardMemory) -> None:
         _torch._streambase._StreamBase.register(stubs.Stream)
         _torch._streambase._EventBase.register(stubs.Event)
     _torch.Generator = stubs.Generator
+    replace_types()
     _cuda.nccl.is_available = lambda _tensors: False  # which would warn that it is not built
     _cuda.nvtx._nvtx = stubs.Marks()
-    _torch.Tensor.record_stream = lambda _tensor, _stream: None
+    _torch.Tensor.record_stream = lambda tensor, stream: memory.use_on(tensor, stream.stream_id)
     cudnn = _torch.backends.cudnn
     # On the host there is no cuDNN, and asking for it would warn.
     cudnn.is_acceptable = lambda _tensor: False
@@ -128,10 +130,11 @@ def _refuse_graphs_and_pools() -> None:
     for module, name in ((_cuda.graphs, "CUDAGraph"), (_cuda.memory, "MemPool")):
         if hasattr(module, name):
             getattr(module, name).__new__ = _refusing(name)
+    _cuda.graphs._graph_pool_handle = _refusing("graph_pool_handle")
 
 
 def _refusing(name: str) -> Callable[..., Any]:
-    def refuse(_cls: Any, *_args: Any, **_kwargs: Any) -> Any:
+    def refuse(*_args: Any, **_kwargs: Any) -> Any:
         raise NotImplementedError(f"the simulated card has no torch.cuda.{name}: mark such tests")
 
     return refuse

@@ -16,7 +16,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from pytest_gpumem.simulator.allocator import CachingAllocator, OutOfMemory
+from pytest_gpumem.simulator.allocator import CachingAllocator
+from pytest_gpumem.simulator.segments import OutOfMemory
 
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.blocks import Block

@@ -333,9 +333,10 @@ def test_the_history_names_the_line_that_allocated():
     ("statement", "notes"),
     [
         (
-            "torch._C._accelerator_setAllocatorSettings('max_split_size_mb:64')",
-            "max_split_size_mb:64 of",
+            "torch._C._accelerator_setAllocatorSettings('expandable_segments:True')",
+            "expandable_segments:True of",
         ),
+        ("torch._C._accelerator_setAllocatorSettings('max_split_size_mb:64')", None),
         ("torch._C._accelerator_setAllocatorSettings('expandable_segments:False')", None),
         ("torch.cuda.memory.caching_allocator_enable(False)", "caching_allocator_enable(False)"),
         ("torch.cuda.memory.caching_allocator_enable(True)", None),
@@ -359,10 +360,11 @@ def test_a_setting_that_is_not_obeyed_is_said_once(statement, notes):
 def test_settings_of_the_environment_that_are_not_obeyed_are_said():
     from pytest_gpumem.simulator import Simulation
 
-    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "roundup_power2_divisions:[256:1,>:4], backend:native"
+    wanted = "roundup_power2_divisions:[256:1,>:4], backend:native,expandable_segments:True"
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = wanted
     fill(1)
     (told,) = Simulation.installed.notes
-    ignored = "roundup_power2_divisions:[256:1,>:4] of PYTORCH_CUDA_ALLOC_CONF"
+    ignored = "expandable_segments:True of PYTORCH_CUDA_ALLOC_CONF"
     assert told == f"the simulated card does not obey {ignored}"
 
 

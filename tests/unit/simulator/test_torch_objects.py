@@ -1,0 +1,218 @@
+"""What of CUDA beside its tensors programs ask: pinned memory, streams, events, old types."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+from card_process import MIB, on_card
+
+
+@on_card
+def test_pinned_memory_has_its_own_figures():
+    import torch
+
+    def now(name):
+        stats = torch.cuda.host_memory_stats()
+        return [stats[f"{name}.{what}"] for what in ("current", "peak", "allocated", "freed")]
+
+    torch.cuda.init()
+    assert now("active_bytes") == [0, 0, 0, 0]
+    first = torch.ones(10 * 1024, pin_memory=True)
+    view = first[3:]
+    second = torch.zeros(20 * 1024).pin_memory()
+    assert second.pin_memory() is second
+    assert first.is_pinned()
+    assert view.is_pinned()
+    assert not torch.ones(3).is_pinned()
+    sizes = 16 * 1024 * 4, 32 * 1024 * 4
+    assert now("active_bytes") == now("allocated_bytes") == [sum(sizes)] * 3 + [0]
+    del first, view
+    gc.collect()
+    assert now("active_requests") == [1, 2, 2, 1]
+    assert now("allocated_bytes") == [sum(sizes)] * 3 + [0]
+    third = torch.empty(12 * 1024, pin_memory=True)  # finds the block of the first
+    assert now("allocations") == [2, 2, 2, 0]
+    del third
+    torch._C._accelerator_emptyHostCache()
+    assert now("allocated_bytes") == [sizes[1], sum(sizes), sum(sizes), sizes[0]]
+    stats = torch.cuda.host_memory_stats()
+    assert (stats["num_host_alloc"], stats["num_host_free"]) == (2, 1)
+    torch.cuda.reset_peak_host_memory_stats()
+    torch.cuda.reset_accumulated_host_memory_stats()
+    assert now("allocated_bytes") == [sizes[1], sizes[1], 0, 0]
+    assert torch.cuda.memory_allocated() == 0
+    assert second.is_pinned()
+
+
+@on_card
+def test_memory_that_the_program_locks_itself_is_pinned():
+    import torch
+
+    tensor = torch.ones(20)
+    runtime = torch.cuda.cudart()
+    size = tensor.numel() * tensor.element_size()
+    assert int(runtime.cudaHostRegister(tensor.data_ptr(), size, 0)) == 0
+    assert tensor.is_pinned()
+    assert tensor[19:].is_pinned()
+    assert int(runtime.cudaHostUnregister(tensor.data_ptr())) == 0
+    assert not tensor.is_pinned()
+
+
+@on_card
+def test_pinned_batches_of_a_data_loader_are_given_back():
+    import torch
+
+    data = torch.utils.data.TensorDataset(torch.ones(64, 3))
+    loader = torch.utils.data.DataLoader(data, batch_size=16, pin_memory=True)
+    torch.cuda.init()
+    assert all(batch.is_pinned() for (batch,) in loader)
+    del loader
+    gc.collect()
+    assert torch.cuda.host_memory_stats()["active_bytes.current"] == 0
+
+
+@on_card
+def test_a_stream_has_blocks_of_its_own():
+    import torch
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        there = torch.empty(2 * MIB, dtype=torch.uint8, device="cuda")
+    del there
+    here = torch.empty(2 * MIB, dtype=torch.uint8, device="cuda")
+    assert here.is_cuda
+    assert torch.cuda.memory_reserved() == 40 * MIB
+    streams = {each["stream"] for each in torch.cuda.memory_snapshot()}
+    assert streams == {0, side.cuda_stream}
+
+
+@on_card
+def test_what_another_stream_uses_stays_active_until_memory_is_asked_for():
+    import torch
+
+    tensor = torch.empty(3 * MIB, dtype=torch.uint8, device="cuda")
+    tensor.record_stream(torch.cuda.Stream())
+    torch.ones(3).record_stream(torch.cuda.Stream())  # on the host, where it means nothing
+    del tensor
+    stats = torch.cuda.memory_stats()
+    assert torch.cuda.memory_allocated() == 0
+    assert stats["active_bytes.all.current"] == 3 * MIB
+    torch.empty(1, device="cuda")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_stats()["active_bytes.all.current"] == 0
+    assert torch.cuda.memory_reserved() == 0
+
+
+@on_card
+def test_events_are_told_apart():
+    import torch
+
+    first, second = torch.cuda.Event(), torch.cuda.Event()
+    assert (first.event_id, repr(first)) == (0, "<torch.cuda.Event uninitialized>")
+    first.record()
+    second.record()
+    assert 0 != first.event_id != second.event_id
+    assert repr(first) == f"<torch.cuda.Event {first.cuda_event:#x}>"
+    number = first.event_id
+    first.record()
+    assert first.event_id == number
+
+
+@on_card
+def test_older_programs_name_the_types_of_the_card():
+    import torch
+
+    made = torch.cuda.FloatTensor([1, 2, 3])
+    assert (made.is_cuda, made.dtype, made.tolist()) == (True, torch.float32, [1, 2, 3])
+    assert torch.cuda.LongTensor(2, 3).shape == (2, 3)
+    assert torch.cuda.memory_allocated() >= 512
+    assert isinstance(made, torch.cuda.FloatTensor)
+    assert not isinstance(made, torch.cuda.DoubleTensor)
+    assert not isinstance(made.cpu(), torch.cuda.FloatTensor)
+    assert not isinstance(None, torch.cuda.FloatTensor)
+    assert made.type() == "torch.cuda.FloatTensor"
+    for wanted in (torch.cuda.HalfTensor, "torch.cuda.HalfTensor"):
+        assert made.type(wanted).dtype is torch.float16
+        assert torch.ones(2).type(wanted).is_cuda
+    assert torch.cuda.IntTensor.dtype is torch.int32
+    assert torch.cuda.FloatTensor.is_cuda
+
+
+@on_card
+def test_more_than_any_card_has_is_refused_as_torch_refuses_it():
+    import torch
+
+    with pytest.raises(torch.OutOfMemoryError, match="more than 1EB memory"):
+        torch.empty(2**60, dtype=torch.uint8, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 512\.00 GiB"):
+        torch.empty(2**39, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_allocated() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [("garbage_collection_threshold:1.2", "threshold"), ("max_split_size_mb:1", "max_split_size")],
+)
+@on_card
+def test_bad_settings_are_refused_and_change_nothing(settings, refusal):
+    import torch
+
+    torch._C._accelerator_setAllocatorSettings("max_split_size_mb:64")
+    with pytest.raises((RuntimeError, ValueError), match=refusal):
+        torch._C._accelerator_setAllocatorSettings(settings)
+    torch.ones(1, device="cuda")
+    assert torch.cuda.memory_stats()["max_split_size"] == 64 * MIB
+
+
+@on_card
+def test_settings_change_what_is_handed_out():
+    import torch
+
+    def allocated(size):
+        tensor = torch.empty(size * MIB, dtype=torch.uint8, device="cuda")
+        assert tensor.is_cuda
+        return torch.cuda.memory_allocated() / MIB
+
+    assert allocated(84) == 84
+    torch._C._accelerator_setAllocatorSettings("roundup_power2_divisions:[64:8,128:2]")
+    assert allocated(84) == 88
+    torch._C._accelerator_setAllocatorSettings("")
+    assert allocated(84) == 84
+
+
+@on_card
+def test_divisions_are_read_as_torch_reads_them():
+    import ctypes
+    import random
+    from pathlib import Path
+
+    import torch
+
+    from pytest_gpumem.simulator.policy import Policy, read_settings
+
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    own = "_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig24roundup_power2_divisionsEm"
+    if not hasattr(library, own):  # before torch 2.9
+        return
+    divisions = getattr(library, own)
+    divisions.restype, divisions.argtypes = ctypes.c_size_t, [ctypes.c_size_t]
+    chance = random.Random(7)  # noqa: S311  # no secret
+    for _ in range(200):
+        pairs = [
+            f"{chance.choice([2 ** chance.randint(0, 17), '>'])}:{chance.choice([0, 1, 2, 4, 8])}"
+            for _ in range(chance.randint(1, 5))
+        ]
+        text = f"roundup_power2_divisions:[{','.join(pairs)}]"
+        torch._C._accelerator_setAllocatorSettings(text)
+        policy, _ = read_settings(text, Policy())
+        told = tuple(divisions(2**power) for power in range(20, 36))
+        assert policy.divisions == told, text
+
+
+@on_card
+def test_pools_of_graphs_are_refused_in_a_sentence():
+    import torch
+
+    with pytest.raises(NotImplementedError, match=r"has no torch\.cuda\.graph_pool_handle"):
+        torch.cuda.graph_pool_handle()
