@@ -18,7 +18,6 @@ from pytest_gpumem.simulator.blocks import (
     SMALL_REQUEST,
     Block,
     Figure,
-    Pool,
     describe_segment,
     merge,
 )
@@ -155,13 +154,15 @@ class CachingAllocator:
         policy = self._segments.policy
         rounded = policy.rounded(size)
         pool = self._small if rounded <= SMALL_REQUEST else self._large
-        block = self._reuse(pool, rounded, stream) or self._segments.take(pool, rounded, stream)
+        block = self._segments.reuse(pool, rounded, stream) or self._segments.take(
+            pool, rounded, stream
+        )
         self._cut(block, rounded)
         block.requested = size
         block.allocated = True
         self._all.handed_out(block)
         pool.figures.handed_out(block)
-        if policy.is_oversize(block.size):
+        if segments.policy.is_oversize(block.size):
             self._oversize.add(1)
         return block
 
@@ -304,16 +305,6 @@ class CachingAllocator:
             self._all.waited(block)
             block.pool.figures.waited(block)
             self._cache(block)
-
-    def _reuse(self, pool: Pool, size: int, stream: int) -> Block | None:
-        """Take the smallest cached block that holds ``size``, unless the policy forbids it."""
-        if self._segments.collects:
-            pool.asked += 1
-        block = pool.best(size, stream)
-        if block is None or not self._segments.policy.allows(block.size, size):
-            return None
-        pool.take(block)
-        return block
 
     def _cut(self, block: Block, size: int) -> None:
         """Make ``block`` as small as policy allows and cache the rest of it."""

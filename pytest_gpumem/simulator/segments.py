@@ -83,6 +83,16 @@ class Segments:
         """Whether old cached ones are given back: PyTorch does so under a memory fraction."""
         return self.policy.collection > 0 and self.fraction != 1.0
 
+    def reuse(self, pool: Pool, rounded: int, stream: int) -> Block | None:
+        """Return the smallest cached block for ``rounded`` bytes, unless the policy forbids it."""
+        if self.collects:
+            pool.asked += 1
+        block = pool.best(rounded, stream)
+        if block is None or not self.policy.allows(block.size, rounded):
+            return None
+        pool.take(block)
+        return block
+
     def take(self, pool: Pool, rounded: int, stream: int) -> Block:
         """Take a segment from the card for a block of ``rounded`` bytes.
 

@@ -316,7 +316,9 @@ class CardMemory:
         self.history.refused(refusal.requested, free, card.index)
         for observer in self.oom_observers:
             observer(card.index, refusal.requested, card.shared.total, free)
-        error: RuntimeError = OutOfMemoryError(out_of_memory_text(refusal, card, free))
+        error: RuntimeError = OutOfMemoryError(
+            out_of_memory_text(refusal, card.shared, card.index, free)
+        )
         return error
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from pytest_gpumem.simulator.card import SharedCard
     from pytest_gpumem.simulator.segments import OutOfMemory
-    from pytest_gpumem.simulator.torch_face.memory import TorchCard
 
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _EXABYTE = 2**60
@@ -46,7 +46,7 @@ def _format_size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def out_of_memory_text(refusal: OutOfMemory, card: TorchCard, free: int) -> str:
+def out_of_memory_text(refusal: OutOfMemory, card: SharedCard, index: int, free: int) -> str:
     """Return the text of ``DeviceCachingAllocator::malloc``, c10/cuda/CUDACachingAllocator.cpp."""
     processes = "".join(
         (
@@ -55,13 +55,13 @@ def out_of_memory_text(refusal: OutOfMemory, card: TorchCard, free: int) -> str:
             else f"Process {pid} has "
         )
         + f"{_format_size(size)} memory in use. "
-        for pid, size in card.shared.processes().items()
+        for pid, size in card.processes().items()
     )
     allowed = "" if refusal.allowed is None else f"{_format_size(refusal.allowed)} allowed; "
     unallocated = refusal.reserved - refusal.allocated
     return (
         f"CUDA out of memory. Tried to allocate {_format_size(refusal.requested)}."
-        f" GPU {card.index} has a total capacity of {_format_size(card.shared.total)}"
+        f" GPU {index} has a total capacity of {_format_size(card.total)}"
         f" of which {_format_size(free)} is free. {processes}{allowed}"
         f"Of the allocated memory {_format_size(refusal.allocated)} is allocated by PyTorch,"
         f" and {_format_size(unallocated)} is reserved by PyTorch but unallocated."
