@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pytest_gpumem import __version__, records
-from pytest_gpumem.cli import archive, doctor, forensics, groups, marks, monitor, plan
+from pytest_gpumem.cli import archive, doctor, forensics, groups, marks, monitor, plan, ps, run
 from pytest_gpumem.cli.arguments import read_count
 from pytest_gpumem.cli.learned import HISTORY, load_history
 from pytest_gpumem.errors import LeaseError
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add(commands)
     marks.add(commands)
     monitor.add(commands)
+    run.add(commands)
+    ps.add(commands)
     chosen = parser.parse_args(arguments)
     try:
         if hasattr(chosen, "run_command"):

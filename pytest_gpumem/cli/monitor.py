@@ -12,56 +12,23 @@ import time
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
-from pytest_gpumem import devices
-from pytest_gpumem.devices import family
+from pytest_gpumem.cli.holdings import Holding, look
 from pytest_gpumem.records import short
 from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from rich.table import Table
 
-    from pytest_gpumem.leases.ledger import Ledger
-    from pytest_gpumem.leases.page import Page
-    from pytest_gpumem.leases.watching import Glimpse, Watcher
-    from pytest_gpumem.simulator.card import SharedCard
+    from pytest_gpumem.cli.holdings import CardState
 
 
-class Holding(NamedTuple):
-    """One process on a card; sizes in bytes."""
-
-    pid: int
-    used: int | None = None
-    """As the driver says; None where it does not tell."""
-    lease: int | None = None
-    """Granted or asked for; None without a lease."""
-    state: str = ""
-    """``held``, ``alone`` or ``waiting``; empty without a lease."""
-    test: str = ""
-    """The one that it runs, also without a lease; empty between tests."""
-    worker: str = ""
-    """``gw0`` and so on; empty without xdist."""
-    phase: str = ""
-    """``setup``, ``call``, ``teardown``: when torch was asked for the next two; ``child`` of a
-    process that the test or a fixture started."""
-    allocated: int | None = None
-    reserved: int | None = None
-    """By torch; None where the process did not tell, or does not use the card."""
-
-
-class CardState(NamedTuple):
-    """A card at one moment; sizes in bytes."""
-
-    uuid: str
-    name: str
-    used: int
-    free: int
-    total: int
-    holdings: tuple[Holding, ...]
+_COLUMNS = 9
+"""Fields of ``Holding`` that the CSV has."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -92,111 +59,6 @@ def _interval(text: str) -> float:
     if not 0.05 <= seconds <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not an interval; allowed is 0.05 to 3600")
     return seconds
-
-
-def look(ledger: Ledger, watcher: Watcher | None = None) -> list[CardState]:
-    """Return what is on every card now: the driver's, and simulated ones that are in use.
-
-    Behind them, with an empty UUID, stand the processes that run tests without a card.
-    """
-    page, glimpses = _page(ledger), watcher.glimpses() if watcher is not None else []
-    found = []
-    for card in devices.find_cards().cards:
-        reading = devices.driver_reading(card)
-        if reading is not None:
-            sizes = (reading.used, reading.free, reading.total)
-            held = devices.process_bytes(card)
-            holdings = _holdings(ledger, page, card.uuid, held, glimpses)
-            found.append(CardState(card.uuid, card.name, *sizes, holdings))
-    for simulated in _simulated():
-        used = dict(simulated.processes())
-        free = simulated.free()
-        sizes = (simulated.total - free, free, simulated.total)
-        holdings = _holdings(ledger, page, simulated.uuid, used, glimpses)
-        if used or holdings:
-            found.append(CardState(simulated.uuid, simulated.name, *sizes, holdings))
-    placed = {row.pid for card in found for row in card.holdings}
-    rest = [_seen(Holding(each.pid), each) for each in glimpses if each.pid not in placed]
-    return [*found, CardState("", "no card", 0, 0, 0, tuple(rest))] if rest else found
-
-
-def _page(ledger: Ledger) -> Page | None:
-    """Read the ledger without taking part in it; None where there is none."""
-    try:
-        return ledger.page()
-    except OSError:
-        return None
-
-
-_opened: dict[Path, Sequence[SharedCard]] = {}
-
-
-def _simulated() -> list[SharedCard]:
-    """Return the simulated cards of this user; they lie where runs keep them until they end."""
-    if sys.platform == "win32":
-        return []
-    from pytest_gpumem.simulator import Simulation
-
-    paths = Simulation.card_files()
-    for gone in set(_opened) - set(paths):
-        for card in _opened.pop(gone):
-            card.close()
-    for path in paths:
-        if path not in _opened:
-            try:
-                _opened[path] = Simulation.attach(str(path)).cards
-            except (OSError, ValueError):  # being made, or being removed
-                continue
-    return [card for path in paths for card in _opened.get(path, ())]
-
-
-def _holdings(
-    ledger: Ledger,
-    page: Page | None,
-    uuid: str,
-    used: Mapping[int, int | None],
-    glimpses: Sequence[Glimpse],
-) -> tuple[Holding, ...]:
-    from pytest_gpumem.leases.entries import HELD, WAITING, card_key
-
-    key = card_key(uuid)
-    rows: dict[int, Holding] = {pid: _child(Holding(pid, size)) for pid, size in used.items()}
-    entries = [
-        entry
-        for entry in (page.entries if page is not None else ())
-        if key in entry.claims and entry.state in (HELD, WAITING)
-    ]
-    dead = ledger.dead({entry.process for entry in entries})
-    for entry in entries:
-        if entry.process in dead:
-            continue
-        claim = entry.claims[key]
-        state = "waiting" if entry.state == WAITING else "alone" if claim.exclusive else "held"
-        pid = entry.pid
-        rows[pid] = Holding(pid, used.get(pid), claim.extra, state, ledger.label(entry))
-    for each in glimpses:
-        # In a container the driver knows a process by a number of the host's.
-        if each.pid in rows or any(each.cards.get(uuid, ())):
-            rows[each.pid] = _seen(rows.get(each.pid, Holding(each.pid)), each, uuid)
-    return tuple(sorted(rows.values(), key=lambda row: row.pid))
-
-
-def _child(row: Holding) -> Holding:
-    """Return ``row`` with who started its process, as its environment says."""
-    links = family.started_by(row.pid)
-    return row._replace(test=links[-1].name, phase="child") if links else row
-
-
-def _seen(row: Holding, glimpse: Glimpse, uuid: str = "") -> Holding:
-    """Return ``row`` with what its process tells of itself."""
-    allocated, reserved = glimpse.cards.get(uuid, (None, None))
-    return row._replace(
-        test=glimpse.test if glimpse.phase else row.test,
-        worker=glimpse.worker,
-        phase=glimpse.phase,
-        allocated=allocated,
-        reserved=reserved,
-    )
 
 
 def _monitor(chosen: argparse.Namespace) -> int:
@@ -239,12 +101,15 @@ class _View:
 
     def look(self) -> list[CardState]:
         """Return what is on the cards now."""
-        states = look(self._ledger, self._watcher)
+        states = [
+            card._replace(holdings=tuple(sorted(card.holdings, key=lambda row: row.pid)))
+            for card in look(self._ledger, self._watcher)
+        ]
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
         for card in states if self._writer is not None else ():
             sizes = (card.used, card.free, card.total) if card.uuid else (None, None, None)
             for row in card.holdings or (Holding(0),):
-                own = (row.pid or "", *row[1:])
+                own = (row.pid or "", *row[1:_COLUMNS])
                 self._writer.writerow((now, card.uuid, *sizes, *own))
         return states
 

@@ -29,10 +29,20 @@ class Alive:
         return FileLock(self.folder / self.process)
 
     def tell(self, file: FileLock) -> None:
-        """Let this process's file say from whom it descends, and where its terminal is."""
+        """Let this process's file say from whom it descends, where its terminal is, its worker."""
         own, terminal = " ".join(family.lineage(os.getpid())), telling.terminal()
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "")
         with suppress(OSError):  # a full disk costs what is told, not the lease
-            file.write(f"{own}\n{'' if terminal is None else terminal}\n")
+            file.write(f"{own}\n{'' if terminal is None else terminal}\n{worker}\n")
+
+    def is_inherited_by(self, pid: int) -> bool:
+        """Return whether another process has this one's lock too, as far as the system tells."""
+        own = f"{self.folder}/{self.process}"
+        try:
+            files = [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]  # noqa: PTH208  # as strange
+            return any(os.readlink(file) == own for file in files)  # noqa: PTH115  # a Path takes longer
+        except OSError:  # another system, or it ends
+            return False
 
     def others(self) -> set[str]:
         """Return the names of the files of others, also of what is no process's."""

@@ -4,7 +4,7 @@
 kept between tests, ``s``: so too, and some of it can be spared, ``l``: used by programs without
 leases, which were waited for in vain) with its number in the queue, its process, and 2 GiB of the
 card whose UUID ends so; ``x`` behind the size means exclusive, ``-t`` at the end that it is a
-test's.
+test's, ``-l`` that it was asked for with low priority.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ KEPT = RESIDENT, SPARE
 _PROCESS = r"[0-9]{1,10}\.[0-9a-f]{1,16}"
 # Limits, so that no name makes the next number too long for a file's name.
 _CLAIM = r"[0-9A-Za-z]{1,8}=[0-9]{1,20}x?"
-_ENTRY = re.compile(rf"([hwrsl])-([0-9]{{10,18}})-({_PROCESS})-((?:{_CLAIM}(?:,{_CLAIM})*)?)(-t)?")
+_ENTRY = re.compile(
+    rf"([hwrsl])-([0-9]{{10,18}})-({_PROCESS})-((?:{_CLAIM}(?:,{_CLAIM})*)?)(-[tl])?"
+)
 _IS_PROCESS = re.compile(_PROCESS)
 
 
@@ -35,6 +37,8 @@ class Entry(NamedTuple):
     claims: dict[str, Claim]
     test: bool = False
     """Whether it is a test's: what its process asks for meanwhile comes out of it."""
+    low: bool = False
+    """Whether it was asked for with low priority: its number is that of somebody who came later."""
 
     @property
     def pid(self) -> int:
@@ -47,12 +51,18 @@ class Entry(NamedTuple):
 
 
 def entry_of(
-    state: str, number: int, process: str, claims: dict[str, Claim], *, test: bool = False
+    state: str,
+    number: int,
+    process: str,
+    claims: dict[str, Claim],
+    *,
+    test: bool = False,
+    low: bool = False,
 ) -> Entry:
     """Return the entry that says so, with its name."""
     text = ",".join(f"{key}={_claim_text(claim)}" for key, claim in claims.items())
-    name = f"{state}-{number:010d}-{process}-{text}{'-t' if test else ''}"
-    return Entry(name, state, number, process, claims, test)
+    name = f"{state}-{number:010d}-{process}-{text}{'-t' if test else '-l' if low else ''}"
+    return Entry(name, state, number, process, claims, test, low)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -61,12 +71,12 @@ def entry_named(name: str) -> Entry | None:
     found = _ENTRY.fullmatch(name)
     if found is None:
         return None
-    state, number, process, text, test = found.groups()
+    state, number, process, text, kind = found.groups()
     parts = (part.partition("=") for part in text.split(",") if part)
     claims = {
         key: claim_in(state, int(size.rstrip("x")), size.endswith("x")) for key, _, size in parts
     }
-    return Entry(name, state, int(number), process, claims, test is not None)
+    return Entry(name, state, int(number), process, claims, kind == "-t", kind == "-l")
 
 
 def is_process(name: str) -> bool:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices.family import is_stopped, lineage, seconds_of_sleeper
+from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.files import read_own
 from pytest_gpumem.leases.entries import pid_of
+from pytest_gpumem.leases.place import make_own, run_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from pytest_gpumem.devices.book import Book
+
     Kin = Mapping[str, Collection[str]]
     """Ancestors among some processes, by process; those that have none are left out."""
 
-__all__ = ["Families", "kin_among", "lineage"]
+__all__ = ["Families", "books", "kin_among", "lineage", "new_book"]
+_TRIES = 10
 _MOST = 2**16
 """Bytes that a process may tell of itself."""
 
@@ -89,20 +95,24 @@ class Families:
         """Return this process and those that started it and take part, as ``lineage`` does."""
         return {*self.lineage(self._own)[:1], *self.ancestors()}
 
+    def worker(self, process: str) -> str:
+        """Return which worker of a run of pytest a process said that it is; "" if none."""
+        return "".join(self._about(process)[2:3])
+
     def is_stopped(self, process: str) -> bool:
         """Return whether a process is stopped, as far as it can be seen from here."""
-        return self._is_here(process) and is_stopped(pid_of(process))
+        return self.is_here(process) and is_stopped(pid_of(process))
 
     def seconds_of_sleeper(self, process: str) -> float | None:
         """Return the CPU seconds of a process that sleeps and whose children do; else None."""
-        return seconds_of_sleeper(pid_of(process)) if self._is_here(process) else None
+        return seconds_of_sleeper(pid_of(process)) if self.is_here(process) else None
 
     def is_sibling(self, process: str) -> bool:
         """Return whether a process has the same parent as this one."""
         parent = self.lineage(self._own)[1:2]
         return bool(parent) and self.lineage(process)[1:2] == parent
 
-    def _is_here(self, process: str) -> bool:
+    def is_here(self, process: str) -> bool:
         """Return whether a process has its number here: one of another container may not."""
         born = self.lineage(process)[:1]
         return bool(born) and lineage(pid_of(process))[:1] == born
@@ -113,6 +123,36 @@ class Families:
             return read_own(f"{self._alive}/{process}", _MOST).decode(errors="replace").splitlines()
         except OSError:
             return []
+
+
+def books() -> Path:
+    """Return where the books of families lie, beside the leases: any process of the user finds it.
+
+    Raises:
+        LeaseError: when GPUMEM_RUN_DIR is not absolute.
+
+    """
+    return run_directory() / "families"
+
+
+def new_book(context: int) -> Book:
+    """Return a book in which what this process starts tells what it holds.
+
+    ``context`` is the bytes that a process is taken to cost.
+
+    Raises:
+        LeaseError: when GPUMEM_RUN_DIR is not absolute, or the directory is removed at once.
+        OSError: when it cannot be written.
+
+    """
+    from pytest_gpumem.devices.book import Book
+
+    directory = books()
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):  # whoever ends takes an empty directory out
+            make_own(directory.parent)
+            return Book.create(directory, context)
+    raise LeaseError(f"{directory} is removed again and again")
 
 
 def kin_among(processes: Collection[str], lineage: Callable[[str], tuple[str, ...]]) -> Kin:

@@ -22,7 +22,7 @@ from pytest_gpumem.devices.family import described
 from pytest_gpumem.files import open_own
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from typing_extensions import Self
 
@@ -43,6 +43,9 @@ _NO_CHILD = getattr(os, "O_NOINHERIT", 0)
 _NO_LOCK = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ELOOP, errno.ENOTDIR}
 _NO_LOCK |= {errno.ENXIO, errno.ENODEV, errno.EISDIR}
 """What the system, or ``open_own``, says of a file that is not there or not a process's."""
+
+_INHERITED = 200
+"""The lowest number under which a program inherits a lock."""
 
 _forking = threading.RLock()
 """Held where a file is opened and noted: a child forked in between would keep it for good."""
@@ -106,6 +109,23 @@ class FileLock:
                     # Whoever inherited the file has its lock too, also when that one has ended.
                     return f"probably {described(int(words[4]))}"
         return "another process"
+
+    @contextlib.contextmanager
+    def inherited(self) -> Iterator[None]:
+        """Let programs that are started in the block have the lock too, until the last one ends.
+
+        Under a number that scripts, which count from 3, do not use.
+        """
+        import fcntl
+
+        try:
+            number = fcntl.fcntl(self._file, fcntl.F_DUPFD, _INHERITED)
+        except OSError:  # beyond the limit of this process
+            number = fcntl.fcntl(self._file, fcntl.F_DUPFD, 3)
+        try:
+            yield
+        finally:
+            os.close(number)
 
     def read(self, most: int) -> str:
         """Return what the file says, its first ``most`` bytes."""

@@ -31,7 +31,8 @@ class Page:
         self.names = names
         known = filter(None, map(entry_named, names))
         self.entries = sorted(known, key=operator.attrgetter("number"))
-        self.last = self.entries[-1].number if self.entries else 0
+        # Others may come before one of low priority, whose number is a later one's.
+        self.last = max((entry.number for entry in self.entries if not entry.low), default=0)
         self.waiting = [entry for entry in self.entries if entry.state == WAITING]
         self.taken = [entry for entry in self.entries if entry.state not in (WAITING, LASTING)]
         """Held and kept ones."""

@@ -66,8 +66,10 @@ class Queue:
             with ExitStack() as stack:
                 with ledger.alone(terms.deadline, terms.on_wait):
                     view = self._view(ledger.page(), outside)
-                    number = ledger.next_number(view.page)
-                    request = entry_of(WAITING, number, ledger.process, claims, test=terms.test)
+                    number = ledger.next_number(view.page, low=terms.low)
+                    request = entry_of(
+                        WAITING, number, ledger.process, claims, test=terms.test, low=terms.low
+                    )
                     if view.admits(request, terms.hopes(0)):
                         request = request.turned(HELD)
                     ledger.write(request, terms.label)

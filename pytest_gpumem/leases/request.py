@@ -67,6 +67,7 @@ class Terms(NamedTuple):
     hope: float
     test: bool
     worker: bool
+    low: bool
 
     def hopes(self, waited: float) -> Hope:
         """Return what it still waits for after so many seconds."""

@@ -133,6 +133,7 @@ class LeaseStore:
         hope: float = HOPE,
         test: bool = False,
         worker: bool = False,
+        low: bool = False,
     ) -> Lease:
         """Return a lease of all ``wants`` (by UUID) at once, first come, first served.
 
@@ -142,7 +143,8 @@ class LeaseStore:
         ``on_wait`` is called with a sentence that says what is waited for and who holds it, when
         the wait has lasted a moment and when that changes. Out of the lease of a ``test`` comes
         what its process asks for meanwhile; in a ``worker`` it does not wait for leases of other
-        workers that sleep, see ``lending``.
+        workers that sleep, see ``lending``. One of ``low`` priority lets many who come later go
+        first.
 
         Raises:
             RequestRefusedError: when a size or time is none.
@@ -155,7 +157,8 @@ class LeaseStore:
         """
         check_seconds(timeout, "the timeout of a lease")
         deadline = None if timeout is None else time.monotonic() + timeout
-        terms = Terms(label, timeout, deadline, on_wait or (lambda _: None), hope, test, worker)
+        wait = on_wait or (lambda _: None)
+        terms = Terms(label, timeout, deadline, wait, hope, test, worker, low)
         claims = claims_of(wants, totals, self._queue.headroom)
         self._queue.cards |= {card_key(uuid): Known(uuid, totals[uuid]) for uuid in wants}
         tries = _TRIES

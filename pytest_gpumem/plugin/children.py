@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.leases.place import make_own, run_directory
+from pytest_gpumem.leases.family import books, new_book
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pytest_gpumem.devices.book import Book
     from pytest_gpumem.plugin.state import State
     from pytest_gpumem.records import Card
     from pytest_gpumem.tracking.children import Children
     from pytest_gpumem.tracking.sampler import Sampler
 
-
-_TRIES = 10
 
 
 def watch(state: State) -> tuple[Children, Sampler] | None:
@@ -32,26 +28,18 @@ def watch(state: State) -> tuple[Children, Sampler] | None:
     if settings.children == "off" or sys.platform == "win32":  # which has no fork and no fcntl
         return None
     from pytest_gpumem import agent
-    from pytest_gpumem.devices.book import Book
     from pytest_gpumem.tracking.children import Children
     from pytest_gpumem.tracking.sampler import Sampler
     from pytest_gpumem.tracking.starters import Starters
-
-    def make_book() -> Book:
-        for _ in range(_TRIES):
-            with suppress(FileNotFoundError):  # whoever ends takes an empty directory out
-                make_own(directory.parent)
-                return Book.create(directory, settings.context_cost)
-        raise LeaseError(f"{directory} is removed again and again")
 
     def cards() -> Sequence[Card]:
         state.ask_driver()
         return state.found.cards
 
     try:
-        directory = run_directory() / "families"
-        state.notes += _left_behind(directory)
-        children = Children(Starters(make_book), cards, settings.context_cost)
+        state.notes += _left_behind(books())
+        starters = Starters(lambda: new_book(settings.context_cost))
+        children = Children(starters, cards, settings.context_cost)
     except (LeaseError, OSError) as error:
         state.notes.append(f"child processes of tests are not known: {error}")
         return None

@@ -19,9 +19,9 @@ FLOORS = (
 )
 """From the ground up; a room uses those below it, and those of the ground one another."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-EXCEPTIONS = {("cli/monitor.py", "simulator"), ("agent.py", "simulator")}
-"""The monitor reads the ledger of a simulated card, as it reads the driver's; the agent gives it to
-what tests start."""
+EXCEPTIONS = {("cli/simulated.py", "simulator"), ("agent.py", "simulator")}
+"""Commands read the ledger of a simulated card, as they read the driver's, and give one to what
+they start; the agent gives it to what tests start."""
 
 
 def room(path: Path) -> str:

@@ -1,0 +1,322 @@
+"""``gpumem run``: a command that waits its turn for a card, among tests and other commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpumem import devices, files
+from pytest_gpumem.cli import simulated
+from pytest_gpumem.cli.arguments import read_size
+from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.units import format_bytes, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_gpumem.leases.store import Lease, LeaseStore
+    from pytest_gpumem.records import Card, ChildUsage
+    from pytest_gpumem.tracking.accounts import Owner
+    from pytest_gpumem.tracking.children import Children
+
+FAILED = 125
+"""Exit status for what kept the command from being tried, as of env(1) and nohup(1)."""
+INTERVAL = 0.05
+"""Seconds between two looks at what the driver says of the family, as in pytest's runs."""
+CONTEXT = 512 * 2**20
+"""Bytes that a process is taken to cost where the driver does not tell, as in pytest's runs."""
+_EVERY = 10.0
+"""Seconds between two lines about what is waited for."""
+
+_LABEL = 100
+"""Characters of a command that others see."""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Enter ``gpumem run``."""
+    parser = commands.add_parser(
+        "run",
+        help="Run a command with a lease of VRAM: it waits its turn among tests and commands.",
+        epilog="Exit status: that of COMMAND (128 + N where signal N ended it); 127 when there is "
+        "no such command, 126 when it cannot be run, 125 when there is no lease to be had, 2 when "
+        "an option cannot be used.",
+    )
+    parser.add_argument(
+        "--vram",
+        type=_size_or_all,
+        required=True,
+        metavar="SIZE",
+        help="What the command and all that it starts use at their peak, contexts included; all: "
+        "the whole card.",
+    )
+    parser.add_argument(
+        "--card",
+        metavar="CARD",
+        help="Index or UUID, or several with commas, of which each is to have so much; the "
+        "command sees these only. Default: CUDA's first card.",
+    )
+    parser.add_argument(
+        "--priority",
+        choices=("normal", "low"),
+        default="normal",
+        help="low: let many who come later go first.",
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, metavar="S", help="Seconds to wait at most. Default: no limit."
+    )
+    parser.add_argument(
+        "--simulate",
+        type=read_size,
+        metavar="SIZE",
+        help="Give the command a simulated card, where it has none from who started it.",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="Write what it took there, as JSON."
+    )
+    parser.add_argument("command_line", nargs="*", metavar="COMMAND", help="After --.")
+    parser.set_defaults(run_command=_run)
+
+
+def _size_or_all(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return read_size(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or all") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no time; allowed are 0 or more seconds")
+    return seconds
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    if not chosen.command_line:
+        raise ValueError(
+            "there is no command; it comes after --, as in gpumem run --vram 2GiB -- python x.py"
+        )
+    if sys.platform != "linux":
+        raise ValueError(f"{sys.platform} has no sigtimedwait(2), by which signals are passed on")
+    from pytest_gpumem.cli.foreground import CannotStartError, check, leave_on_signals
+
+    try:
+        check(chosen.command_line[0])
+        leave_on_signals()
+        with ExitStack() as stack:
+            context = simulated.use(chosen.simulate, stack) or CONTEXT
+            return _Run(chosen, _cards(chosen.card), context).through()
+    except CannotStartError as error:
+        _say(f"error: {error}")
+        return error.status
+    except (LeaseError, ValueError) as error:
+        _say(f"error: {error}")
+        return FAILED
+
+
+def _cards(text: str | None) -> list[Card]:
+    """Return the cards that are asked for.
+
+    Raises:
+        ValueError: when there is none, or none of that name.
+
+    """
+    found = devices.find_cards()
+    if not found.cards:
+        raise ValueError(f"there is no card to lease: {found.why_none}")
+    if text is None:
+        return [found.cards[0]]
+    chosen: dict[str, Card] = {}
+    for each in map(str.strip, text.split(",")):
+        named = [
+            card
+            for index, card in enumerate(found.cards)
+            if each == str(index) or (len(each) > 3 and _is_named(card, each))
+        ]
+        if len(named) != 1:
+            there = ", ".join(f"{index} ({c.uuid})" for index, c in enumerate(found.cards))
+            raise ValueError(f"--card: {each!r} is no card that is visible; there are {there}")
+        chosen[named[0].uuid] = named[0]
+    return list(chosen.values())
+
+
+def _is_named(card: Card, text: str) -> bool:
+    """Return whether ``text`` is the beginning of a card's UUID, with or without its GPU-."""
+    uuid, text = card.uuid.lower(), text.lower()
+    return uuid.startswith(text) or uuid.partition("-")[2].startswith(text)
+
+
+class Took(NamedTuple):
+    """What the command and all that it started took of a card, in bytes."""
+
+    card: Card
+    asked: int | None
+    """None: the whole card."""
+    peak: int | None
+    """The most that was seen, contexts included; None where the driver does not tell."""
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        asked = "the whole card" if self.asked is None else format_bytes(self.asked)
+        if self.peak is None:
+            return f"what it took of {self.card.name} cannot be told; asked for: {asked}"
+        if not self.peak:
+            return f"was not seen on {self.card.name}; asked for: {asked}"
+        took = f"took {format_bytes(self.peak)} of {self.card.name}"
+        if self.asked is not None and self.peak > self.asked:
+            more = format_bytes(self.peak - self.asked)
+            return f"{took}, {more} more than the {asked} it asked for"
+        return f"{took}, asked for: {asked}"
+
+
+class _Run:
+    """One command, from its request to its end."""
+
+    def __init__(self, chosen: argparse.Namespace, cards: Sequence[Card], context: int) -> None:
+        self._chosen = chosen
+        self._cards = cards
+        self._context = context
+        self._command: list[str] = chosen.command_line
+        self._label = _label(self._command)
+        self._said = -_EVERY
+
+    def through(self) -> int:
+        """Wait, run it, and say what it took; return its status."""
+        from pytest_gpumem.cli.foreground import Foreground
+        from pytest_gpumem.leases.api import store
+
+        leases = store()
+        lease = self._acquire(leases)
+        if lease.short:
+            _say(f"starts though other programs use {format_bytes(lease.short)} of what it needs")
+        if self._chosen.card is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(card.uuid for card in self._cards)
+        children, owner = self._watch()
+        begun = time.monotonic()
+        foreground = Foreground(self._command)
+        # Should this process be killed, its lease is the command's, and of whom that starts.
+        with leases.ledger.standing.alive.inherited():
+            foreground.start()
+        status = foreground.attend(children.look, INTERVAL)
+        seconds = time.monotonic() - begun
+        children.settle([owner])
+        usages = children.report()
+        took = self._took(children.held_by([owner], living=False), usages)
+        children.close()
+        self._give_back(leases, lease, [usage for usage in usages if usage.used])
+        told = "; ".join(map(str, took))
+        _say(f"{told}; waited {lease.waited:.1f} s, ran {seconds:.1f} s")
+        if self._chosen.json is not None:
+            self._save(took, lease.waited, seconds, status)
+        return status
+
+    def _acquire(self, leases: LeaseStore) -> Lease:
+        from pytest_gpumem.leases.request import Want
+
+        chosen = self._chosen
+        return leases.acquire(
+            {card.uuid: Want(chosen.vram) for card in self._cards},
+            {card.uuid: card.total for card in self._cards},
+            self._label,
+            chosen.timeout,
+            self._waits,
+            low=chosen.priority == "low",
+        )
+
+    def _waits(self, text: str) -> None:
+        """Say what is waited for: at once, but not often."""
+        now = time.monotonic()
+        if now - self._said >= _EVERY:
+            self._said = now
+            _say(f"waits for {text}")
+
+    def _watch(self) -> tuple[Children, Owner]:
+        """Let what is started from now on tell what it holds."""
+        from pytest_gpumem.leases.family import new_book
+        from pytest_gpumem.tracking.accounts import Owner
+        from pytest_gpumem.tracking.children import Children
+        from pytest_gpumem.tracking.starters import Starters
+
+        starters = Starters(lambda: new_book(self._context))
+        children = Children(starters, lambda: self._cards, self._context)
+        owner = Owner(self._label)
+        owner.number = children.enter(owner.name)
+        return children, owner
+
+    def _took(self, peaks: dict[str, int], usages: Sequence[ChildUsage]) -> list[Took]:
+        silent = {
+            usage.card
+            for usage in usages
+            if usage.used_peak is None and usage.reserved_peak is None
+        }
+        return [
+            Took(
+                card,
+                self._chosen.vram,
+                None if card.uuid in silent else peaks.get(card.uuid, 0),
+            )
+            for card in self._cards
+        ]
+
+    def _give_back(self, leases: LeaseStore, lease: Lease, left: Sequence[ChildUsage]) -> None:
+        """End the lease, unless somebody who uses the card has it still."""
+        heirs = [usage for usage in left if leases.ledger.alive.is_inherited_by(usage.pid)]
+        for usage in left:
+            keeps = "keeps the lease" if usage in heirs else "has no lease"
+            _say(
+                f"pid {usage.pid} ({usage.command}) goes on, {keeps} and uses "
+                f"{format_bytes(usage.used)}"
+            )
+        if not heirs:
+            lease.release()
+            leases.close()
+
+    def _save(self, took: Sequence[Took], waited: float, seconds: float, status: int) -> None:
+        told = {
+            "command": self._command,
+            "status": status,
+            "waited": waited,
+            "seconds": seconds,
+            "cards": [
+                {
+                    "uuid": each.card.uuid,
+                    "name": each.card.name,
+                    "total": each.card.total,
+                    "asked": each.asked,
+                    "peak": each.peak,
+                }
+                for each in took
+            ],
+        }
+        try:
+            with files.replace(self._chosen.json) as file:
+                json.dump(told, file, indent=1)
+                file.write("\n")
+        except OSError as error:
+            _say(f"error: --json: {error.filename!r}: {error.strerror}")
+
+
+def _label(command: Sequence[str]) -> str:
+    """Return what others see of a command: one line of it."""
+    text = " ".join(shlex.join(command).split())
+    return text if len(text) <= _LABEL else f"{text[:_LABEL]}..."
+
+
+def _say(sentence: str) -> None:
+    """Write a line to standard error, which may be closed: the command's status comes first."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"gpumem run: {printable(sentence)}\n")
+        sys.stderr.flush()
