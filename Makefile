@@ -79,6 +79,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/pytest -n 2 --hypothesis-profile=soak tests/unit -k "not docs" $(ARGS)
 	$(BIN)/python tests/soak/opinfo_campaign.py
 	$(BIN)/python tests/soak/lease_kills.py
+	$(BIN)/python tests/soak/command_kills.py
 	$(BIN)/python tests/soak/forensic_carriers.py
 	$(BIN)/python tests/soak/stopped_holders.py
 	$(BIN)/python tests/soak/children.py

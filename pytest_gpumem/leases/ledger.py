@@ -38,11 +38,6 @@ _LOCK_LEAST = 0.03
 """Seconds that it gets even where the deadline is nearer: its holder may just not be running."""
 
 
-YIELDS = 1000
-"""Later requests that one of low priority lets go first; a run's workers make as many in minutes.
-"""
-
-
 class LedgerBusyError(LeaseError):
     """Somebody keeps the ledger's lock; says who."""
 
@@ -221,13 +216,12 @@ class Ledger:
         finally:
             self._threads.release()
 
-    def next_number(self, page: Page, *, low: bool = False) -> int:
+    def next_number(self, page: Page) -> int:
         """Return the number of a request that comes after all in ``page``; needs the lock.
 
-        One of ``low`` priority comes ``YIELDS`` later: it waits longer, but not for ever. This
-        process never uses one twice, so that nothing that comes late hits a later entry.
+        This process never uses one twice, so that nothing that comes late hits a later entry.
         """
-        self._last = max(self._last, page.last) + (1 + YIELDS if low else 1)
+        self._last = max(self._last, page.last) + 1
         return self._last
 
     def write(self, entry: Entry, label: str) -> None:

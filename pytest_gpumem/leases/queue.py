@@ -13,6 +13,7 @@ from pytest_gpumem.leases.entries import HELD, KEPT, LASTING, WAITING, Entry, en
 from pytest_gpumem.leases.lending import LOOK, Lending
 from pytest_gpumem.leases.locks import News, Watch
 from pytest_gpumem.leases.place import Vanished
+from pytest_gpumem.leases.request import YIELDS
 from pytest_gpumem.leases.view import Known, View
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Queue:
             with ExitStack() as stack:
                 with ledger.alone(terms.deadline, terms.on_wait):
                     view = self._view(ledger.page(), outside)
-                    number = ledger.next_number(view.page, low=terms.low)
+                    number = ledger.next_number(view.page) + (YIELDS if terms.low else 0)
                     request = entry_of(
                         WAITING, number, ledger.process, claims, test=terms.test, low=terms.low
                     )

@@ -16,6 +16,9 @@ HOPE = 5.0
 PATIENCE = 10.0
 """Seconds that a request without a timeout waits for foreign programs, which may keep what they
 use for good; then it starts with what there is, as it would without leases."""
+YIELDS = 1000
+"""Later requests that one of low priority lets go first; a run's workers make as many in minutes.
+It comes after these for good, so it waits longer but not for ever."""
 _MOST_BYTES = 2**63
 """No card has as many."""
 

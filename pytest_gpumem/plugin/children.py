@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.tracking.sampler import Sampler
 
 
-
 def watch(state: State) -> tuple[Children, Sampler] | None:
     """Return what knows the children and what looks at them; None where that cannot be.
 

@@ -1,7 +1,7 @@
 """The documents' examples do what they show.
 
 A block ```` ```python NAME.py ```` is a file; the ```` ```console ```` block after it that begins
-with ``$ pytest`` is run beside the files of its section, and must print the lines it shows, in that
+with ``$ pytest`` or ``$ gpumem run`` is run beside the files of its section, and must print the lines it shows, in that
 order. ``...`` stands for lines left out; times, and parts of the time, may differ. Further commands
 of that block are run too.
 """
@@ -42,7 +42,8 @@ def sections():
 
 def is_run(info, body):
     # The demo's output is compared by scripts/demo.py.
-    return info == "console" and body.startswith("$ pytest") and "docs/demo" not in body
+    begins = body.startswith(("$ pytest", "$ gpumem run"))
+    return info == "console" and begins and "docs/demo" not in body
 
 
 def examples(info, body):
@@ -55,7 +56,7 @@ def examples(info, body):
 
 def comparable(lines):
     # Neither times nor what depends on them is the same twice.
-    varies = r" in \d+\.\d+s|\d+% (?=used on average|of the time)| +"
+    varies = r" in \d+\.\d+s|, ran \d+\.\d s|\d+% (?=used on average|of the time)| +"
     return [re.sub(varies, " ", line).strip(" =") for line in lines]
 
 
@@ -64,6 +65,8 @@ def test_examples_print_what_the_documents_show(blocks, tmp_path):
     environment = {name: value for name, value in os.environ.items() if "PYTEST_" not in name}
     # Keys and archives of the examples are not the user's.
     environment |= {"COLUMNS": "100", "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    # What is run by ``gpumem run``.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     for info, body in blocks:
         language, _, name = info.partition(" ")
