@@ -10,20 +10,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_gpumem.devices.allocator import (
-        Allocator,
-        AllocatorReading,
-        allocators,
-        register,
-    )
+    from pytest_gpumem.devices.allocator import Allocator, allocators, register
     from pytest_gpumem.devices.cards import (
         CardsFound,
         cards_to_choose,
         driver_reading,
         find_cards,
     )
-    from pytest_gpumem.devices.notebook import notes
+    from pytest_gpumem.devices.frameworks import living_arrays
+    from pytest_gpumem.devices.frameworks.base import Array
+    from pytest_gpumem.devices.notebook import note, notes
     from pytest_gpumem.devices.nvml import DriverReading
+    from pytest_gpumem.devices.reading import AllocatorReading
     from pytest_gpumem.devices.torch_private import (
         allocation_stacks,
         living_blocks,
@@ -46,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Allocator",
     "AllocatorReading",
+    "Array",
     "CardsFound",
     "DriverReading",
     "Usage",
@@ -55,7 +54,9 @@ __all__ = [
     "driver_reading",
     "find_cards",
     "held",
+    "living_arrays",
     "living_blocks",
+    "note",
     "notes",
     "other_maker",
     "others_bytes",
@@ -72,10 +73,13 @@ __all__ = [
 
 _HOMES = {
     "cards": ("CardsFound", "cards_to_choose", "driver_reading", "find_cards"),
-    "allocator": ("Allocator", "AllocatorReading", "allocators", "register"),
+    "allocator": ("Allocator", "allocators", "register"),
+    "frameworks": ("living_arrays",),
+    "frameworks.base": ("Array",),
     "nvml": ("DriverReading",),
+    "reading": ("AllocatorReading",),
     "torch_private": ("allocation_stacks", "living_blocks", "record_stacks", "watch_peaks"),
-    "notebook": ("notes",),
+    "notebook": ("note", "notes"),
     "torch_state": ("other_maker",),
     "users": (
         "Usage",

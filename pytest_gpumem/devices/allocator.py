@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_gpumem.devices import torch_private, torch_state
+from pytest_gpumem.devices import frameworks, torch_private, torch_state
 from pytest_gpumem.devices.cards import find_cards
 from pytest_gpumem.devices.notebook import note_failure
+from pytest_gpumem.devices.reading import AllocatorReading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.records import Card
-
-
-class AllocatorReading(NamedTuple):
-    """One device's allocator in this process; sizes in bytes.
-
-    The counters run since the process began, or since the suite reset them.
-    """
-
-    allocated: int
-    allocated_peak: int
-    reserved: int
-    reserved_peak: int
-    retries: int
-    ooms: int
-    requested: int | None = None
-    """What tensors asked for, before the allocator rounded it up to a block that it had; None
-    where it does not count that."""
-    requested_peak: int | None = None
-
-    @property
-    def asked(self) -> tuple[int, int]:
-        """What was asked for now and at its peak, or what was allocated where only that is known.
-
-        Of a cached block up to 1 MiB more than what was asked for is given out, so the same test
-        allocates more or less after other tests.
-        """
-        if self.requested is None or self.requested_peak is None:
-            return self.allocated, self.allocated_peak
-        return self.requested, self.requested_peak
-
-    def flat(self) -> AllocatorReading:
-        """Return what it says once its peaks were set back."""
-        return self._replace(
-            allocated_peak=self.allocated,
-            reserved_peak=self.reserved,
-            requested_peak=self.requested,
-        )
 
 
 class Allocator(Protocol):
@@ -60,6 +24,8 @@ class Allocator(Protocol):
     """
 
     name: str
+    exact_peaks: bool
+    """Whether its peaks are those since they were set back; else it may have been higher."""
 
     def active(self) -> bool:
         """Whether the framework has initialised its devices; about 1 us, initialises nothing."""
@@ -85,6 +51,8 @@ class TorchAllocator:
 
     ``face`` finds the initialised torch module, ``figures`` reads one device of it.
     """
+
+    exact_peaks = True
 
     def __init__(
         self,
@@ -190,20 +158,25 @@ _registered: list[Allocator] = [
     TorchAllocator("torch.accelerator", torch_state.accelerator, _accelerator_figures),
 ]
 _OF_TORCH = len(_registered)
+_NAMES = ("torch", *frameworks.MODULES)
 
 
 def register(allocator: Allocator) -> None:
-    """Measure another framework too (CuPy, JAX); it stays for the life of the process."""
+    """Measure another framework too; it stays for the life of the process."""
     _registered.append(allocator)
 
 
 def allocators() -> tuple[Allocator, ...]:
     """Return the allocators whose framework is loaded and has initialised its devices."""
-    # Several times a test, and many a suite does not even load torch.
-    if "torch" not in sys.modules and len(_registered) == _OF_TORCH:
+    # Several times a test, and many a suite does not load any of them.
+    loaded = sys.modules.keys()
+    if loaded.isdisjoint(_NAMES) and len(_registered) == _OF_TORCH:
         return ()
+    beside: tuple[Allocator, ...] = (
+        () if loaded.isdisjoint(frameworks.MODULES) else frameworks.loaded()
+    )
     # torch has one kind of accelerator at a time, and CUDA is the one that is asked for fastest.
-    cuda, *rest = _registered
+    cuda, *rest = (*_registered, *beside)
     if cuda.active():
         return (cuda, *[each for each in rest[1:] if each.active()])
     return tuple([each for each in rest if each.active()])

@@ -24,7 +24,7 @@ from pytest_gpumem.slots import WORD, Slots, pid_namespace
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from pytest_gpumem.devices.allocator import AllocatorReading
+    from pytest_gpumem.devices.reading import AllocatorReading
 
 _MAGIC = b"gpufam\0\2"
 _MOST = 512

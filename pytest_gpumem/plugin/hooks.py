@@ -176,6 +176,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     route.unconfigure(config)
     consolidate.unconfigure()
     state = config.stash.get(STATE, None)
+    if state is not None:
+        state.restore_environ()
     if state is not None and state.simulation is not None and not state.borrowed:
         if state.exported:
             os.environ.pop(CARD_VARIABLE, None)
@@ -202,8 +204,21 @@ def _begin(config: pytest.Config, options: dict[str, Any]) -> None:
             ]
     except BadSettingError as error:
         raise pytest.UsageError(str(error)) from None
+    if settings.jax_preallocate == "off" and settings.mode != "off":
+        _keep_jax_from_preallocating(state)
     state.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     config.stash[STATE] = state
+
+
+def _keep_jax_from_preallocating(state: State) -> None:
+    """Let JAX take what it needs, in this process and in what it starts."""
+    from pytest_gpumem.devices.frameworks import jax
+
+    state.set_environ(jax.PREALLOCATE, "false")
+    if jax.ALLOCATOR.active():
+        state.notes.append(
+            "--gpumem-jax-preallocate=off came too late: JAX had started before pytest read it"
+        )
 
 
 def _place(found: CardsFound) -> CardsFound:

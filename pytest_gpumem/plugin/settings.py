@@ -254,6 +254,14 @@ class Settings:
         needs_on=True,
         group="share",
     )
+    jax_preallocate: str = declared(
+        one_of(("keep", "off"), "a way to treat JAX's preallocation"),
+        "keep: JAX reserves most of a card when it starts, unless its own settings say otherwise; "
+        "off: it takes what it needs, in the processes of this run.",
+        "HOW",
+        default="keep",
+        group="share",
+    )
     fraction: float | None = declared(
         fraction,
         "Let torch's allocator in each process have this part of a card at most, or auto: an "

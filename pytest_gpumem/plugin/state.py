@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -50,6 +51,8 @@ class State:
         self.simulation = simulation
         self.borrowed = borrowed
         self.exported = exported
+        self.environ_before: dict[str, str | None] = {}
+        """What variables were that are set for this run, None where they were not."""
         self.visible: str | None = None
         """What ``CUDA_VISIBLE_DEVICES`` said when they were found."""
         mine = None if borrowed else simulation
@@ -57,6 +60,20 @@ class State:
         """Sentences about the run as a whole, from the plugin's parts."""
         self.worker_reason = ""
         """Why ``-n auto`` starts as many workers as it does."""
+
+    def set_environ(self, name: str, value: str) -> None:
+        """Set a variable for this process and what it starts, until the run ends."""
+        self.environ_before.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+    def restore_environ(self) -> None:
+        """Set all such variables back."""
+        for name, before in self.environ_before.items():
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
+        self.environ_before.clear()
 
     def ask_driver(self) -> None:
         """Let whoever asks the driver about simulated cards find one."""

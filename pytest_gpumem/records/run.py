@@ -96,6 +96,10 @@ class CardUsage(NamedTuple):
     ``peak`` it does not depend on which tests came before, so it can be compared with a budget."""
     own_left: int = 0
     """The part of it that was still there at its end: leaked, or kept for later tests."""
+    vague: tuple[str, ...] = ()
+    """Frameworks that took part and do not tell the peak of a test: ``peak`` and ``own`` are what
+    was seen at its boundaries, or the highest of the process where that rose; it may have been
+    more."""
 
 
 class Left(NamedTuple):

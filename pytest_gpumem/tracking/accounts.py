@@ -30,9 +30,12 @@ class Account:
     reserved_peak = 0
     retries = 0
     ooms = 0
+    vague: frozenset[str] = frozenset()
+    """Who took part and does not tell its peaks: there may have been more between boundaries."""
 
-    def charge(self, before: AllocatorReading, now: AllocatorReading) -> None:
-        """Take over what happened between two readings."""
+    def charge(self, meter: Meter, before: AllocatorReading, now: AllocatorReading) -> None:
+        """Take over what happened to a card between two readings."""
+        self.vague |= meter.vague
         self.delta += now.allocated - before.allocated
         self.peak = max(self.peak, now.allocated_peak)
         (had, _), (has, most) = before.asked, now.asked
@@ -45,6 +48,7 @@ class Account:
 
     def add(self, other: Account) -> None:
         """Take over what ``other`` did."""
+        self.vague |= other.vague
         self.delta += other.delta
         self.peak = max(self.peak, other.peak)
         self.asked_peak = max(self.asked_peak, self.asked + other.asked_peak)
@@ -230,6 +234,7 @@ def card_usages(
                 fixture_bytes=test.fixture_bytes(uuid, fixtures),
                 own=account.asked_peak,
                 own_left=max(account.asked, 0),
+                vague=tuple(sorted(account.vague)),
             )
         )
     return tuple(usages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from pytest_gpumem.tracking import wording
 from pytest_gpumem.tracking.torch_heap import Heap, Storage, scan
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
+    from pytest_gpumem.devices import Array
     from pytest_gpumem.tracking.torch_heap import OnCard
 
 _MAX_OBJECTS = 20_000
@@ -75,6 +77,7 @@ def find_holders(
     on_card: OnCard,
     *,
     fixtures: Mapping[int, str] | None = None,
+    arrays: Callable[[], Iterable[Array]] = tuple,
     known: Container[int] = (),
     root: Path | None = None,
 ) -> list[Held]:
@@ -84,6 +87,7 @@ def find_holders(
         on_card: tells by its tensor whether a storage counts.
         fixtures: ``id()`` of living fixture values and how to name them; storages that are
             reached through one have that name as their ``fixture``.
+        arrays: yields those of other frameworks that count as well; none may be kept by it.
         known: addresses of storages to leave out.
         root: directory below which files are named by their path; the working directory
             unless given. Elsewhere the dotted module name is shown.
@@ -98,10 +102,20 @@ def find_holders(
     """
     with _still_heap():
         heap = scan(on_card)
+        _add_arrays(heap, arrays())
         wanted = [tensor for tensor, address in heap.tensors.items() if address not in known]
         search = _Search(heap, fixtures or {}, wanted)
         search.run()
         return search.groups(root or Path.cwd())
+
+
+def _add_arrays(heap: Heap, arrays: Iterable[Array]) -> None:
+    """Add arrays of other frameworks; those that share their memory are one storage."""
+    for thing, address, size, device, shape, dtype in arrays:
+        known = heap.storages.get(address)
+        if known is None or math.prod(shape) > math.prod(known.shape):
+            heap.storages[address] = Storage(address, size, device, shape, dtype)
+        heap.tensors[heap.add(thing)] = address
 
 
 @contextlib.contextmanager

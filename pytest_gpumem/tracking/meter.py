@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pytest_gpumem import devices
 from pytest_gpumem.devices import Allocator, AllocatorReading
 from pytest_gpumem.records import Card
+from pytest_gpumem.units import format_bytes
 
 ReleaseCache = Callable[[Card, AllocatorReading], bool]
 """Says whether the allocator's unused cache should go back to the driver after a test."""
@@ -40,11 +41,41 @@ _NOTHING = AllocatorReading(
 )
 
 
+def _together(readings: list[AllocatorReading]) -> AllocatorReading:
+    """Return the sum of what the allocators of one card say."""
+    if len(readings) == 1:
+        return readings[0]
+    allocated, allocated_peak, reserved, reserved_peak, retries, ooms, *_ = map(
+        sum, zip(*(each[:6] for each in readings), strict=True)
+    )
+    asked, asked_peak = map(sum, zip(*(each.asked for each in readings), strict=True))
+    return AllocatorReading(
+        allocated, allocated_peak, reserved, reserved_peak, retries, ooms, asked, asked_peak
+    )
+
+
+class _Part:
+    """What one allocator holds of a card."""
+
+    def __init__(self, allocator: Allocator, index: int, meter: Meter) -> None:
+        self.allocator = allocator
+        self.index = index
+        self.meter = meter
+        self.last = _NOTHING
+
+
 class Meter:
-    """One card as one allocator sees it."""
+    """One card as the allocators of this process see it together.
+
+    Their figures are added. Of peaks the sum may be more than there was at any one time, where two
+    allocators moved between the same two boundaries; of one that moved it is exact.
+    """
 
     def __init__(self, card: Card) -> None:
         self.card = card
+        self.parts: list[_Part] = []
+        self.vague: frozenset[str] = frozenset()
+        """Who moved last without telling its peak since the boundary before."""
         self.last = _NOTHING
         self.process: int | None = None
         """This process's bytes by the driver's count."""
@@ -58,7 +89,21 @@ class Meter:
         """
         if self._process_read_at != self.last.reserved:
             self._process_read_at = self.last.reserved
-            self.process = devices.own_bytes(self.card, self.last.reserved)
+            most = max((part.last.reserved for part in self.parts), default=0)
+            self.process = devices.own_bytes(self.card, most)
+            if self.process is not None and self.process < self.last.reserved:
+                self._note_twice(self.process)
+
+    def _note_twice(self, process: int) -> None:
+        names = " and ".join(
+            sorted(part.allocator.name for part in self.parts if part.last.reserved)
+        )
+        devices.note(
+            f"{names} together say that they reserved {format_bytes(self.last.reserved)} of "
+            f"{self.card.name}, of which the driver says this process uses "
+            f"{format_bytes(process)}: one of them probably allocates from another one, and its "
+            "memory is counted twice"
+        )
 
 
 class Meters:
@@ -79,7 +124,9 @@ class Meters:
     ) -> None:
         self._charge = charge
         self._release_cache = release_cache
-        self._meters: dict[tuple[str, int], Meter] = {}
+        self._parts: dict[tuple[str, int], _Part] = {}
+        self._meters: dict[str, Meter] = {}
+        """By UUID."""
         self.changed = 0
         """Net bytes, over all cards, since this was set to 0."""
         self._reading = False
@@ -106,14 +153,19 @@ class Meters:
         if not active or self._reading:
             return
         self._reading = True
+        moved: list[tuple[_Part, AllocatorReading]] = []
         try:
             self.watch_peaks()
             for allocator in active:
                 for index, reading in enumerate(allocator.read()):
-                    meter = self._meters.get((allocator.name, index))
+                    part = self._parts.get((allocator.name, index))
+                    if part is None:
+                        part = self._meet(allocator, index, reading)
                     # Peaks were set back: if they are as they were, nothing was allocated.
-                    if meter is None or meter.last != reading:
-                        self._take(allocator, index, reading)
+                    if part is not None and part.last != reading:
+                        moved.append((part, reading))
+            if moved:
+                self._take(moved)
         finally:
             self._reading = False
 
@@ -128,26 +180,40 @@ class Meters:
             self._unwatch()
             self._unwatch = None
 
-    def _take(self, allocator: Allocator, index: int, now: AllocatorReading) -> None:
-        meter = self._meters.get((allocator.name, index))
-        if meter is None:
-            if not now.reserved_peak and not now.ooms:
-                return  # never used: asking for the names of all cards of a big machine costs
-            meter = Meter(allocator.card(index))
-            self._meters[allocator.name, index] = meter
-        before, meter.last = meter.last, now
-        self.changed += now.allocated - before.allocated
-        self._charge(meter, before, now)
-        flat = now.flat()
-        if now != flat:
-            allocator.reset_peak(index)
-            meter.last = flat
+    def _meet(self, allocator: Allocator, index: int, now: AllocatorReading) -> _Part | None:
+        """Return the part of a card that an allocator uses from now on, None while it does not."""
+        if not now.reserved_peak and not now.ooms:
+            return None  # never used: asking for the names of all cards of a big machine costs
+        card = allocator.card(index)
+        meter = self._meters.setdefault(card.uuid, Meter(card))
+        part = self._parts[allocator.name, index] = _Part(allocator, index, meter)
+        meter.parts.append(part)
+        return part
+
+    def _take(self, moved: list[tuple[_Part, AllocatorReading]]) -> None:
+        """Charge what the parts of cards that moved did together, card by card."""
+        for part, now in moved:
+            part.last = now
+        for meter in dict.fromkeys(part.meter for part, _ in moved):
+            here = [(part, now) for part, now in moved if part.meter is meter]
+            vague = (part.allocator.name for part, _ in here if not part.allocator.exact_peaks)
+            meter.vague = frozenset(vague)
+            before, meter.last = meter.last, _together([part.last for part in meter.parts])
+            self.changed += meter.last.allocated - before.allocated
+            self._charge(meter, before, meter.last)
+            meter.last = meter.last.flat()
+            for part, now in here:
+                part.last = now.flat()
+                if now != part.last:
+                    part.allocator.reset_peak(part.index)
 
     def uuids(self) -> dict[str, str]:
-        """Return the cards by the names that tensors give their devices."""
+        """Return the cards by the names that tensors and arrays give their devices."""
         return {
-            f"{meter.card.kind}:{index}": meter.card.uuid
-            for (_, index), meter in self._meters.items()
+            f"{part.meter.card.kind if name.startswith('torch.') else name}:{index}": (
+                part.meter.card.uuid
+            )
+            for (name, index), part in self._parts.items()
         }
 
     def settle(self) -> None:
@@ -159,9 +225,11 @@ class Meters:
     def release_caches(self) -> None:
         """Give back what the allocators keep unused, where that is wanted."""
         full = {
-            name
-            for (name, _), meter in self._meters.items()
+            part.allocator.name
+            for meter in self
             if self._release_cache(meter.card, meter.last)
+            for part in meter.parts
+            if part.last.reserved > part.last.allocated
         }
         for allocator in devices.allocators() if full else ():
             if allocator.name in full:

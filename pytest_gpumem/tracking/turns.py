@@ -46,12 +46,12 @@ class Turns:
     def charge(self, meter: Meter, before: AllocatorReading, now: AllocatorReading) -> None:
         """Charge what an allocator did between two boundaries."""
         for owner in self.charged:
-            owner.account(meter.card.uuid).charge(before, now)
+            owner.account(meter.card.uuid).charge(meter, before, now)
         runs = self._owners[-1]
         if runs is not self._outside:
             for scope in self.scopes:
                 if scope.outlives(runs):
-                    scope.account(meter.card.uuid).charge(before, now)
+                    scope.account(meter.card.uuid).charge(meter, before, now)
         if self.test is not None:
             highest, uuid = self.test.reserved_peak, meter.card.uuid
             highest[uuid] = max(highest.get(uuid, 0), now.reserved_peak)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
-    from torch import Tensor, UntypedStorage
+    from torch import Tensor
 
+    from pytest_gpumem.devices import Array
     from pytest_gpumem.records import Holder
     from pytest_gpumem.tracking.holders import Held
 
@@ -53,8 +54,8 @@ Owned = tuple[str, str]
 Verdicts = dict[Owned, Verdict]
 
 
-class _Known(weakref.ref["UntypedStorage"]):
-    """A living storage: whose doing it is, and what it takes in the allocator."""
+class _Known(weakref.ref[object]):
+    """A living storage or array: whose doing it is, and what it takes in the allocator."""
 
     __slots__ = ("number", "owner", "size")
     owner: str
@@ -77,6 +78,8 @@ class TensorLedger:
         """Labels of living wider fixtures, by the identity of their values and code."""
         self._known: dict[int, _Known] = {}
         """By address, which may be used again when the storage is dead."""
+        self._arrays: dict[int, _Known] = {}
+        """Those of other frameworks, by identity: that of a dead one may be another's."""
         self.newest = 0
         """Number of the storage that was met last."""
         self.freed = 0
@@ -118,11 +121,14 @@ class TensorLedger:
                 storage = tensor.untyped_storage()
                 address = storage.data_ptr()
                 if address not in alive:
-                    alive[address] = self._find(tensor) or self._meet(storage, owner)
+                    alive[address] = self._find(tensor) or self._meet(
+                        storage, owner, storage.nbytes()
+                    )
             return False
 
         live_storages(note)
         self._known = alive
+        self._remember_arrays(owner)
         self.aside = frozenset()
         self.freed = 0
 
@@ -135,10 +141,20 @@ class TensorLedger:
         self.aside = devices.living_blocks()
         self.freed = 0
 
-    def _meet(self, storage: UntypedStorage, owner: str) -> _Known:
-        known = _Known(storage, self._note_death)
+    def _remember_arrays(self, owner: str) -> None:
+        """Lay the arrays of other frameworks that are not known yet at the door of ``owner``."""
+        alive: dict[int, _Known] = {}
+        for thing, _, size, *_ in devices.living_arrays():
+            known = self._arrays.get(id(thing))
+            alive[id(thing)] = (
+                known if known is not None and known() is thing else self._meet(thing, owner, size)
+            )
+        self._arrays = alive
+
+    def _meet(self, thing: object, owner: str, size: int) -> _Known:
+        known = _Known(thing, self._note_death)
         self.newest += 1
-        known.owner, known.size, known.number = owner, _block(storage.nbytes()), self.newest
+        known.owner, known.size, known.number = owner, _block(size), self.newest
         return known
 
     def _note_death(self, known: _Known) -> None:
@@ -172,6 +188,7 @@ class TensorLedger:
         for owner in {name for name, _ in stayed}:
             made = find_holders(
                 self._made_by(owner, test),
+                arrays=self._arrays_of(owner, test),
                 fixtures={**keepers, **rightful},
                 root=self._root,
             )
@@ -200,8 +217,14 @@ class TensorLedger:
             known = self._find(tensor) if _on_card(tensor) else None
             return known is not None and known.number > number and known.owner not in others
 
+        def arrays() -> Iterator[Array]:
+            for array in devices.living_arrays():
+                known = self._arrays.get(id(array.thing))
+                if known and known.number > number and known.owner not in others:
+                    yield array
+
         rightful = self._rightful(passing)
-        found = find_holders(made, fixtures=rightful, root=self._root)
+        found = find_holders(made, arrays=arrays, fixtures=rightful, root=self._root)
         verdicts = {}
         for uuid, size in stayed.items():
             here = [each for each in found if cards.get(each.storages[0].device) == uuid]
@@ -236,6 +259,18 @@ class TensorLedger:
 
         return made
 
+    def _arrays_of(self, owner: str, test: str) -> Callable[[], Iterator[Array]]:
+        """Return what yields the arrays that are the doing of ``owner``."""
+
+        def arrays() -> Iterator[Array]:
+            for array in devices.living_arrays():
+                known = self._arrays.get(id(array.thing))
+                mine = known is not None and known() is array.thing
+                if (known.owner if mine and known else test) == owner:
+                    yield array
+
+        return arrays
+
     def _find(self, tensor: Tensor) -> _Known | None:
         """Return what is known of the storage of ``tensor``."""
         known = self._known.get(tensor.untyped_storage().data_ptr())
@@ -249,16 +284,16 @@ def _last_errors() -> dict[int, str]:
 
 
 def holds_memory(value: object, behind: tuple[type, ...] = ()) -> bool | None:
-    """Tell whether ``value`` leads to a tensor on a card within some ten thousand objects.
+    """Tell whether ``value`` leads to a tensor or array on a card within some ten thousand objects.
 
     The way goes through what functions close over, but not into modules, classes and the kinds
     ``behind``, behind which lies all of the program; a class may be where it starts. None: there
     is no tensor on this side of one of ``behind``, to which the way leads.
     """
-    if "torch" not in sys.modules:
+    arrays = {id(each.thing) for each in devices.living_arrays()}
+    torch = sys.modules.get("torch")
+    if torch is None and not arrays:
         return False
-    import torch
-
     from pytest_gpumem.tracking.torch_heap import is_a
 
     found: bool | None = False
@@ -273,7 +308,9 @@ def holds_memory(value: object, behind: tuple[type, ...] = ()) -> bool | None:
             found = None
             continue
         seen.add(id(each))
-        if is_a(each, torch.Tensor):
+        if id(each) in arrays:
+            return True
+        if torch is not None and is_a(each, torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():  # one that sleeps is not to wake by it
                 if _on_card(cast("Tensor", each)):
                     return True
@@ -300,7 +337,7 @@ def _verdict(
     unheld = max(0, rest - held - _slack(rightful))
     if 0 < unheld <= WORKSPACES:
         size = format_bytes(unheld)
-        notes.append(f"{size} held by no Python tensor (probably a library's workspace)")
+        notes.append(f"{size} held by no Python tensor or array (probably a library's workspace)")
     leaked = held + (unheld if unheld > WORKSPACES else 0)
     holders = tuple(_within(leaked, own, stacks))
     return Verdict(leaked, holders, "; ".join(notes))

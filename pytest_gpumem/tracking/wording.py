@@ -15,7 +15,8 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from pytest_gpumem.tracking.torch_heap import class_namespace, instances, is_a, mro, namespace
+from pytest_gpumem.devices.heap import instances
+from pytest_gpumem.tracking.torch_heap import class_namespace, is_a, mro, namespace
 
 _INSTALLED = ("site-packages", "dist-packages")
 _GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)

@@ -24,6 +24,7 @@ class PlainAllocator:
     """Reserves just what is taken."""
 
     name = "plain"
+    exact_peaks = True
 
     def __init__(self, card: SharedCard) -> None:
         self.shared = card

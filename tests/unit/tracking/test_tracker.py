@@ -18,6 +18,7 @@ class FakeAllocator:
     """An allocator whose figures a test moves by hand."""
 
     name = "fake"
+    exact_peaks = True
 
     def __init__(self) -> None:
         self.allocated = self.peak = self.reserved = self.ooms = 0
@@ -283,7 +284,7 @@ def test_memory_that_no_tensor_holds_is_a_note_while_it_is_small(tracker, memory
     card = only(tracker.end_test())
 
     assert (card.leftover, card.leaked) == (8_519_680, 0)
-    assert "no Python tensor" in card.note
+    assert "no Python tensor or array" in card.note
 
 
 def test_an_out_of_memory_error_that_was_caught_is_counted(tracker, memory):
@@ -340,3 +341,126 @@ def test_what_is_let_go_of_at_the_end_is_credited_to_the_fixture_torn_down(track
 
     assert [(each.released, each.leaked) for each in usage.fixtures] == [(2**27, 0)]
     assert (only(usage).leftover, only(usage).leaked) == (2**26, 2**26)
+
+
+# Several frameworks on one card
+
+
+class Vague(FakeAllocator):
+    """An allocator of a framework that keeps no peak."""
+
+    exact_peaks = False
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def read(self) -> tuple[AllocatorReading, ...]:
+        now = max(self.allocated, self.reserved)
+        return (AllocatorReading(self.allocated, self.allocated, now, now, 0, 0),)
+
+
+class Buffer:
+    """An array of a framework beside torch."""
+
+    def __init__(self, memory: FakeAllocator, size: int) -> None:
+        self.memory, self.size = memory, size
+        memory.take(size)
+
+    def __del__(self) -> None:
+        self.memory.give(self.size)
+
+
+KEPT: list[Buffer] = []
+
+
+@pytest.fixture
+def beside(memory, monkeypatch):
+    """Return an allocator that has arrays, and shares the card with ``memory``."""
+    other = Vague("other")
+
+    def living():
+        for each in gc.get_objects():
+            if type(each) is Buffer:
+                yield devices.Array(each, id(each), each.size, "other:0", (each.size,), "uint8")
+
+    monkeypatch.setattr(devices, "allocators", lambda: (memory, other))
+    monkeypatch.setattr(devices, "living_arrays", living)
+    yield other
+    KEPT.clear()
+
+
+def test_what_frameworks_hold_of_one_card_is_added(tracker, memory, beside):
+    memory.take(100)
+    beside.take(30)
+    tracker.begin_test("a")
+    memory.take(50)
+    memory.give(50)
+    card = only(tracker.end_test())
+
+    # Of one that did not move what it holds counts, not what it may have held.
+    assert (card.baseline, card.peak, card.own, card.leftover) == (130, 180, 50, 0)
+    assert (card.reserved, card.vague) == (180, ())
+
+
+def test_who_tells_no_peak_is_named(tracker, memory, beside):
+    tracker.begin_test("a")
+    beside.take(30)
+    memory.take(50)
+    card = only(tracker.end_test())
+    tracker.begin_test("b")
+    memory.give(50)
+    memory.take(40)
+    then = only(tracker.end_test())
+
+    assert (card.peak, card.vague) == (80, ("other",))
+    assert (then.baseline, then.vague) == (80, ())
+
+
+def test_an_array_that_stays_is_a_leak_with_its_holder(tracker, beside):
+    tracker.begin_test("a")
+    KEPT.append(Buffer(beside, 4096))
+    first = only(tracker.end_test())
+    tracker.begin_test("b")
+    KEPT.append(Buffer(beside, 1024))
+    second = only(tracker.end_test())
+
+    assert (first.leaked, second.leaked) == (4096, 1024)
+    for card in (first, second):
+        assert "module global KEPT" in card.holders[0].where
+    assert second.holders[0].size == 1024
+
+
+def test_an_array_of_a_wider_fixture_is_no_leak(tracker, beside):
+    tracker.begin_test("a")
+    fixture = tracker.begin_fixture("table", "session")
+    value = [Buffer(beside, 4096)]
+    tracker.end_fixture(fixture, value)
+    value.append(Buffer(beside, 512))
+    card = only(tracker.end_test())
+
+    assert (card.leaked, card.leftover) == (0, 512)
+    assert "'table'" in card.note
+
+
+def test_an_array_in_a_cycle_is_collected_and_no_leak(tracker, beside):
+    tracker.begin_test("a")
+    cycle = [Buffer(beside, 4096)]
+    cycle.append(cycle)
+    del cycle
+    assert only(tracker.end_test()).leftover == 0
+
+
+@pytest.mark.parametrize("told", [180, 100, None])
+def test_what_is_counted_twice_is_told_by_the_drivers_figure(
+    tracker, memory, beside, monkeypatch, told
+):
+    monkeypatch.setattr(devices, "own_bytes", lambda _card, _reserved: told)
+    said = []
+    monkeypatch.setattr(devices, "note", said.append)
+    tracker.begin_test("a")
+    memory.take(90)
+    beside.take(90)
+    tracker.end_test()
+
+    assert any("fake and other together" in each for each in said) is (told == 100)
