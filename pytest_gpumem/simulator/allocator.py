@@ -105,6 +105,10 @@ class CachingAllocator:
         self._settle()
         return self._all.reserved_bytes.current
 
+    def note_segments(self, noting: Callable[[str, int, int], None]) -> None:
+        """Have ``noting`` called with action, address and size of each segment from now on."""
+        self._segments.noting = noting
+
     @property
     def memory_fraction(self) -> float:
         """The share of the card's total that segments may take; ``None`` sets it back to 1.0.
@@ -162,7 +166,7 @@ class CachingAllocator:
         block.allocated = True
         self._all.handed_out(block)
         pool.figures.handed_out(block)
-        if segments.policy.is_oversize(block.size):
+        if policy.is_oversize(block.size):
             self._oversize.add(1)
         return block
 

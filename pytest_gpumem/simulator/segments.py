@@ -67,6 +67,8 @@ class Segments:
         self.policy = Policy()
         self.heads: dict[int, Block] = {}
         """The first block of each, by address."""
+        self.noting: Callable[[str, int, int], None] = lambda _action, _address, _size: None
+        """Called as one is taken (``segment_alloc``) or given back (``segment_free``)."""
         self.clear_counters()
 
     def clear_counters(self) -> None:
@@ -118,6 +120,7 @@ class Segments:
         if self.policy.is_oversize(size):
             self.oversize.add(1)
         block = self.heads[self._next_address] = Block(self._next_address, size, pool, stream)
+        self.noting("segment_alloc", block.address, size)
         self._next_address += size
         return block
 
@@ -188,4 +191,5 @@ class Segments:
         if self.policy.is_oversize(block.size):
             self.oversize.take(1)
         del self.heads[block.address]
+        self.noting("segment_free", block.address, block.size)
         self._release(block.size)

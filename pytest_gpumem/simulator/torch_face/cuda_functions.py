@@ -117,18 +117,28 @@ def _streams(memory: CardMemory) -> Functions:
     }
 
 
-def _statistics(memory: CardMemory) -> Functions:
-    history = memory.history
+_OF_RECORDING = {
+    "state": (("state", "all", None), "'state', 'all', or None"),
+    "context": (("state", "alloc", "all", None), "'state', 'alloc', 'all', or None"),
+    "stacks": (("python", "all"), "'python', or 'all'"),
+}
+"""What ``_record_memory_history`` takes, and torch's words for that."""
 
+
+def _statistics(memory: CardMemory) -> Functions:
     def record(
         enabled: str | None = "all",
         context: str | None = "all",
-        _stacks: str = "all",
+        stacks: str = "all",
         max_entries: int = 2**63 - 1,
         clear_history: bool = False,
         *_others: Any,
     ) -> None:
-        history.record(enabled, context, max_entries, clear=clear_history)
+        given = {"state": enabled, "context": context, "stacks": stacks}
+        for name, (allowed, words) in _OF_RECORDING.items():
+            if given[name] not in allowed:
+                raise RuntimeError(f"expected {name} to be {words}")
+        memory.record(enabled, context, max_entries, clear=clear_history)
 
     def record_legacy(
         enabled: bool,
@@ -137,7 +147,7 @@ def _statistics(memory: CardMemory) -> Functions:
         *_others: Any,
     ) -> None:
         context = "all" if record_context else None
-        history.record("all" if enabled else None, context, max_entries, clear=False)
+        memory.record("all" if enabled else None, context, max_entries, clear=False)
 
     return {
         "_cuda_memoryStats": lambda index: memory.card(index).allocator.stats(),
@@ -148,7 +158,7 @@ def _statistics(memory: CardMemory) -> Functions:
         "_cuda_memorySnapshot": lambda *_pool: memory.snapshot(),
         "_cuda_record_memory_history": record,
         "_cuda_record_memory_history_legacy": record_legacy,
-        "_cuda_isHistoryEnabled": lambda: history.recording,
+        "_cuda_isHistoryEnabled": lambda: memory.history.recording,
         "_cuda_attach_out_of_memory_observer": memory.oom_observers.append,
         "_cuda_hostMemoryStats": memory.pinned.stats,
         "_cuda_resetPeakHostMemoryStats": memory.pinned.reset_peak_stats,

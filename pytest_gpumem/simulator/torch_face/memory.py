@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import sys
 import threading
-import time
-import traceback
 import weakref
-from collections import deque
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +15,7 @@ from pytest_gpumem.simulator.allocator import CachingAllocator
 from pytest_gpumem.simulator.pinned import PinnedMemory
 from pytest_gpumem.simulator.policy import Policy, read_settings
 from pytest_gpumem.simulator.segments import OutOfMemory
+from pytest_gpumem.simulator.torch_face.history import History
 from pytest_gpumem.simulator.torch_face.refusal import (
     OutOfMemoryError,
     beyond_any_card,
@@ -27,7 +24,7 @@ from pytest_gpumem.simulator.torch_face.refusal import (
 from pytest_gpumem.simulator.torch_face.stubs import CardGenerator, Device, device_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pytest_gpumem.simulator.blocks import Block
     from pytest_gpumem.simulator.card import SharedCard
@@ -35,8 +32,6 @@ if TYPE_CHECKING:
 _C: Any = torch._C
 _cuda: Any = torch.cuda
 _storage_address: Callable[[torch.Tensor], int] = _C._storage_address
-
-_PACKAGE = str(Path(__file__).parent)
 
 
 class _Held(weakref.ref[Any]):
@@ -116,6 +111,7 @@ class CardMemory:
         self.cards = [TorchCard(index, self.machine[place]) for index, place in enumerate(visible)]
         for card in self.cards:
             card.allocator.policy = self._policy
+            card.allocator.note_segments(functools.partial(self.history.segment, card.index))
         self.ready = True
 
     def obey(self, settings: str, given_by: str) -> None:
@@ -241,6 +237,8 @@ class CardMemory:
         if held is not None and held.size != size:
             old, held.block = held.block, self.take(size, held.card.device)
             held.size = size
+            if held.block is not None and self.history.recording:
+                self.history.placed(held.block, storage.data_ptr())
             self._free(old, held.card)
 
     def put(self, storage: torch.UntypedStorage, block: Block | None, device: torch.device) -> None:
@@ -252,6 +250,8 @@ class CardMemory:
         held.card = self.cards[device.index]
         held.device = held.card.device
         self._held[held.address] = held
+        if block is not None and self.history.recording:
+            self.history.placed(block, storage.data_ptr())
 
     def snapshot(self) -> dict[str, Any]:
         """Return the allocators' state in the form of ``torch.cuda.memory._snapshot``.
@@ -259,13 +259,20 @@ class CardMemory:
         A living block has the address that its tensors tell (``data_ptr``), which is the host's.
         """
         segments = [each for card in self.cards for each in card.allocator.snapshot()]
-        described = self.history.describe(segments, len(self.cards))
-        alive = [(held.block, held()) for held in list(self._held.values())]
-        told = {block.address: it.data_ptr() for block, it in alive if block and it is not None}
-        for segment in described["segments"]:
-            for block in segment["blocks"]:
-                block["address"] = told.get(block["address"], block["address"])
-        return described
+        told = {block.address: address for block, address in self._told()}
+        return self.history.describe(segments, len(self.cards), told)
+
+    def record(self, enabled: str | None, context: str | None, most: int, *, clear: bool) -> None:
+        """Start or stop recording, see ``History.record``."""
+        tensors = () if self.history.recording else self._told()
+        self.history.record(enabled, context, most, clear=clear, tensors=tensors)
+
+    def _told(self) -> Iterator[tuple[Block, int]]:
+        """Yield the blocks of living tensors, and the addresses that these tell."""
+        for held in list(self._held.values()):
+            storage = held()
+            if held.block is not None and storage is not None:
+                yield held.block, storage.data_ptr()
 
     def take(self, size: int, device: torch.device) -> Block | None:
         """Return a block of ``device`` for ``size`` bytes, None for nothing.
@@ -329,99 +336,3 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor | None:
         inner: torch.Tensor = functorch.get_unwrapped(tensor)
         return inner
     return None
-
-
-_Stack = list[tuple[Any, int]]
-
-
-class History:
-    """Where blocks were allocated, once ``_record_memory_history`` of torch asks for it."""
-
-    def __init__(self) -> None:
-        self._stacks: dict[int, _Stack] | None = None
-        self._context: str | None = None
-        self._events: deque[dict[str, Any]] = deque(maxlen=0)
-
-    @property
-    def recording(self) -> bool:
-        """Whether stacks are kept."""
-        return self._stacks is not None
-
-    def record(
-        self, enabled: str | None, context: str | None, max_entries: int, *, clear: bool
-    ) -> None:
-        """Start (``"state"``: living blocks, ``"all"``: every event too) or stop (None).
-
-        ``context`` says what has its stack: ``"state"`` living blocks, ``"alloc"`` what is
-        allocated too, ``"all"`` every event, None nothing.
-        """
-        self._context = context
-        kept = [] if clear else self._events
-        self._events = deque(kept, maxlen=max_entries if enabled == "all" else 0)
-        if enabled is None:
-            self._stacks = None
-        elif self._stacks is None or clear:
-            self._stacks = {}
-
-    def allocated(self, block: Block, device: int) -> None:
-        """Keep the stack of a new block."""
-        if self._stacks is not None:
-            if self._context is not None:
-                self._stacks[block.address] = _stack()
-            self._note("alloc", block.address, block.requested, device)
-
-    def freed(self, block: Block, device: int) -> None:
-        """Forget the stack of a block."""
-        if self._stacks is not None:
-            self._stacks.pop(block.address, None)
-            self._note("free_completed", block.address, block.requested, device)
-
-    def refused(self, size: int, free: int, device: int) -> None:
-        """Keep an out-of-memory event."""
-        if self._stacks is not None:
-            self._note("oom", free, size, device)
-
-    def _note(self, action: str, address: int, size: int, device: int) -> None:
-        if self._events.maxlen:
-            event = {"action": action, "addr": address, "size": size, "stream": 0}
-            told = self._context == "all" or (self._context == "alloc" and action == "alloc")
-            event |= {"stack": _stack() if told else [], "device": device}
-            event["time_us"] = time.time_ns() // 1000
-            self._events.append(event)
-
-    def describe(self, segments: list[dict[str, Any]], devices: int) -> dict[str, Any]:
-        """Return ``segments`` with their stacks, in the form of ``torch.cuda.memory._snapshot``."""
-        events = list(self._events)
-        stacks = self._stacks or {}
-        for segment in segments:
-            for block in segment["blocks"]:
-                block["frames"] = _frames(stacks.get(block["address"], []))
-        return {
-            "segments": segments,
-            "device_traces": [
-                [_event(event) for event in events if event["device"] == device]
-                for device in range(devices)
-            ],
-            "allocator_settings": {"expandable_segments": False, "max_split_size": -1},
-            "external_annotations": [],
-        }
-
-
-def _event(event: dict[str, Any]) -> dict[str, Any]:
-    described = {key: value for key, value in event.items() if key not in {"stack", "device"}}
-    return described | {"frames": _frames(event["stack"])}
-
-
-def _stack() -> _Stack:
-    """Return the Python stack above this package, innermost frame first."""
-    return [
-        (frame.f_code, line)
-        for frame, line in traceback.walk_stack(sys._getframe())
-        if not frame.f_code.co_filename.startswith(_PACKAGE)
-    ]
-
-
-def _frames(stack: _Stack) -> list[dict[str, Any]]:
-    return [
-        {"filename": code.co_filename, "line": line, "name": code.co_name} for code, line in stack
-    ]

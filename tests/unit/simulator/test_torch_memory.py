@@ -324,9 +324,12 @@ def test_the_history_names_the_line_that_allocated():
     }
     assert innermost[0]["filename"] == __file__
     torch.cuda.memory._record_memory_history(None)
-    assert not any(frames_of_blocks())
+    later = kept + 2
+    assert len([frames for frames in frames_of_blocks() if frames]) == 2
+    del also
+    assert len([frames for frames in frames_of_blocks() if frames]) == 1
     assert before.is_cuda
-    assert also.is_cuda
+    assert later.is_cuda
 
 
 @pytest.mark.parametrize(
@@ -369,16 +372,90 @@ def test_settings_of_the_environment_that_are_not_obeyed_are_said():
 
 
 @pytest.mark.parametrize(
-    ("context", "allocated", "freed"), [(None, 0, 0), ("alloc", 1, 0), ("all", 1, 1)]
+    ("context", "allocates", "frees"),
+    [
+        (None, None, None),
+        ("state", None, None),
+        ("alloc", "made", "made"),
+        ("all", "made", "freed"),
+    ],
 )
 @on_card
-def test_the_history_keeps_the_stacks_that_are_asked_for(context, allocated, freed):
+def test_the_history_keeps_the_stacks_that_are_asked_for(context, allocates, frees):
     import torch
 
+    def made():
+        return fill(1)
+
+    def freed():
+        kept.clear()
+
     torch.cuda.memory._record_memory_history(context=context)
-    fill(1)
+    kept = [made()]
+    freed()
     events = torch.cuda.memory._snapshot()["device_traces"][0]
-    assert [bool(each["frames"]) for each in events] == [allocated, freed]
+    assert [each["action"] for each in events] == [
+        "segment_alloc",
+        "alloc",
+        "free_requested",
+        "free_completed",
+    ]
+    who = [
+        next((each["name"] for each in event["frames"] if each["name"] in {"made", "freed"}), "")
+        if "frames" in event
+        else None
+        for event in events
+    ]
+    assert who == [allocates, allocates, frees, frees]
+
+
+@on_card
+def test_the_history_tells_the_addresses_of_tensors_and_the_last_events():
+    import torch
+
+    record, snapshot = torch.cuda.memory._record_memory_history, torch.cuda.memory._snapshot
+    early = fill(1)
+    address = early.data_ptr()
+    record(max_entries=6)
+    late = fill(2)
+    told = late.data_ptr()
+    del early
+    refusal(lambda: fill(2000))
+    snapshot()
+    trace = snapshot()["device_traces"][0]
+    segment = trace[3]["addr"]
+    assert [(each["action"], each.get("addr")) for each in trace] == [
+        ("alloc", told),
+        ("free_requested", address),
+        ("free_completed", address),
+        ("segment_free", segment),
+        ("oom", None),
+        ("snapshot", 0),
+    ]
+    assert trace[4]["size"] == 2000 * MIB
+    assert trace[4]["device_free"] > 0
+    assert trace[4]["frames"][0]["filename"] == __file__
+    assert trace == sorted(trace, key=lambda each: each["time_us"])
+    record(None)
+    assert snapshot()["device_traces"] == [[]]
+    for words in ({"enabled": "some"}, {"context": "free"}, {"stacks": "c++"}):
+        with pytest.raises(RuntimeError, match="expected"):
+            record(**words)
+    assert late.is_cuda
+
+
+@on_card
+def test_what_torch_draws_of_a_snapshot_is_drawn_of_the_simulated_ones():
+    import torch
+    from torch.cuda._memory_viz import segment_plot, segsum, trace, trace_plot
+
+    torch.cuda.memory._record_memory_history()
+    kept = [fill(number + 1) for number in range(5)]
+    del kept[1:3]
+    torch.cuda.empty_cache()
+    told = torch.cuda.memory._snapshot()
+    for draw in (trace_plot, segment_plot, segsum, trace):
+        assert len(draw(told)) > 100, draw
 
 
 @on_card
