@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.nvml import DriverReading
     from pytest_gpumem.devices.reading import AllocatorReading
     from pytest_gpumem.devices.torch_private import (
+        Recording,
         allocation_stacks,
         living_blocks,
         record_stacks,
@@ -47,6 +48,7 @@ __all__ = [
     "Array",
     "CardsFound",
     "DriverReading",
+    "Recording",
     "Usage",
     "allocation_stacks",
     "allocators",
@@ -78,7 +80,13 @@ _HOMES = {
     "frameworks.base": ("Array",),
     "nvml": ("DriverReading",),
     "reading": ("AllocatorReading",),
-    "torch_private": ("allocation_stacks", "living_blocks", "record_stacks", "watch_peaks"),
+    "torch_private": (
+        "Recording",
+        "allocation_stacks",
+        "living_blocks",
+        "record_stacks",
+        "watch_peaks",
+    ),
     "notebook": ("note", "notes"),
     "torch_state": ("other_maker",),
     "users": (

@@ -32,6 +32,7 @@ CLEAR_WORKSPACES = "_cuda_clearCublasWorkspaces"
 HAS_CONTEXT = "_cuda_hasPrimaryContext"
 IS_RECORDING = "_cuda_isHistoryEnabled"
 RECORD = "_cuda_record_memory_history"
+RECORD_AS_BEFORE = "_cuda_record_memory_history_legacy"
 
 _DEFAULT_POOL = (0, 0)
 
@@ -216,14 +217,100 @@ def when_initialised(act: Callable[[], None]) -> bool:
     return True
 
 
+_ours = threading.Event()
+"""Set while stacks of living allocations are recorded because we asked for them."""
+
+
 def _start_recording() -> None:
     try:
-        recording = _private(IS_RECORDING)
-        if recording is None or not recording():
-            record = sys.modules["torch"].cuda.memory._record_memory_history
-            record(enabled="state", context="state", stacks="python")
+        if not _is_recording():
+            _record(enabled="state", context="state", stacks="python")
+            _ours.set()
     except Exception as error:  # within torch's own initialisation, which must not fail of it
         note_failure("recording allocation stacks", error)
+
+
+def _is_recording() -> bool:
+    ask = _private(IS_RECORDING)
+    return ask is not None and bool(ask())
+
+
+def _record(**how: Any) -> None:
+    sys.modules["torch"].cuda.memory._record_memory_history(**how)
+
+
+class Recording:
+    """Records each allocation and free of torch's CUDA allocator with its Python stack.
+
+    From now or from CUDA's initialisation on, until ``end``; some 2 us and a few KB for each. A
+    recording of the suite's own is left as it is, whether it is there or comes: then there is
+    none of ours.
+
+    Args:
+        most: events that are kept of each device, the last ones.
+
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.why_not = ""
+        """Why nothing is recorded, in a sentence without an end; "" while it is."""
+        self._wanted = True
+        self._started = False
+        self._undos: list[Callable[[], None]] = []
+        torch = sys.modules.get("torch")
+        if torch is None:
+            self.why_not = "torch was not loaded when the test began"
+        elif _private(RECORD) is None or not when_initialised(self._start):
+            self.why_not = f"torch {torch.__version__} cannot record allocations"
+
+    def _start(self) -> None:
+        if not self._wanted:
+            return  # it was over before CUDA was initialised
+        try:
+            if _is_recording() and not _ours.is_set():
+                self.why_not = "the suite records torch's memory history itself"
+                return
+            _record(enabled=None)  # what an earlier one left
+            _record(enabled="all", context="alloc", stacks="python", max_entries=self.most)
+            self._started = True
+            for name in (RECORD, RECORD_AS_BEFORE):
+                if _private(name) is not None:
+                    self._undos.append(_wrap(name, self._give_way))
+        except Exception as error:  # within torch's own initialisation, which must not fail of it
+            note_failure("recording allocations", error)
+            self.why_not = f"torch does not record allocations here: {error}"
+
+    def _give_way(self, original: Any, *arguments: Any) -> Any:
+        self.why_not = "the test records torch's memory history itself"
+        _ours.clear()
+        return original(*arguments)
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what ``torch.cuda.memory._snapshot`` does, None where there is nothing of ours."""
+        if self.why_not or not self._started:
+            return None
+        try:
+            found: dict[str, Any] = sys.modules["torch"].cuda.memory._snapshot()
+        except Exception as error:
+            note_failure("reading recorded allocations", error)
+            self.why_not = f"torch does not tell what it recorded: {error}"
+            return None
+        return found
+
+    def end(self) -> None:
+        """Stop, and go on with stacks of living allocations where these are asked for."""
+        self._wanted = False
+        for undo in reversed(self._undos):
+            undo()
+        self._undos.clear()
+        if self._started and not self.why_not:
+            try:
+                _record(enabled=None)
+                if _ours.is_set():
+                    _record(enabled="state", context="state", stacks="python")
+            except Exception as error:
+                note_failure("ending the record of allocations", error)
 
 
 def allocation_stacks() -> dict[int, tuple[str, ...]]:
@@ -233,8 +320,7 @@ def allocation_stacks() -> dict[int, tuple[str, ...]]:
     allocation of which nothing else is left, or made before recording began, is not in it.
     """
     cuda = torch_state.cuda()
-    recording = _private(IS_RECORDING)
-    if cuda is None or (recording is not None and not recording()):
+    if cuda is None or (_private(IS_RECORDING) is not None and not _is_recording()):
         return {}
     try:
         segments = cuda.memory._snapshot()["segments"]

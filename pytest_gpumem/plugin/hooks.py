@@ -116,6 +116,11 @@ def _measure(config: pytest.Config) -> None:
         from pytest_gpumem.plugin import budget
 
         budget.judge_tests(config)
+    if state.settings.peaks is not None:
+        from pytest_gpumem.plugin.peaks import Peaks
+
+        peaks = Peaks(config, state, measuring.tracker)
+        config.pluginmanager.register(peaks, Peaks.NAME)
     if scopes.wanted(config):
         judging = scopes.Judging(measuring.tracker.scopes.begin, measuring.end_scope)
         scopes.register(config.pluginmanager, judging)

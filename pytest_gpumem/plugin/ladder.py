@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +22,7 @@ from pytest_gpumem.scheduling.workers import VISIBLE
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterator
 
     from pytest_gpumem.leases.ask import Need
     from pytest_gpumem.plugin.worker_exit import Replacing
@@ -151,10 +151,22 @@ class Ladder:
         properties.tell_step(item.user_properties, self._step)
         manager = sys.modules.get("pytest_gpumem.routing.resource_manager")
         banned = nullcontext()
+        if self._step != retry.CPU and self._tracker is not None:
+            self._tracker.recordings.record_next(item.nodeid)  # to say what fills the card
         if self._step == retry.CPU and manager is not None:
             banned = manager.shared.ban("it ran out of memory on the card")
         with banned:
             item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let a test run outside of pytest's protocol, alone on the card by its lease."""
+        before, self._step = self._step, retry.ALONE
+        try:
+            yield
+        finally:
+            self._step = before
+            self.leases.give_back()
 
     def begin(self, item: pytest.Item, marked: ItemMarks) -> None:
         """Take a lease as the set-up of a test begins; fail or skip a test that can have none."""

@@ -91,6 +91,8 @@ class Measuring:
         self._oom = ""
         """What the first of them that ran out of memory says."""
         self._keepers: dict[int, str] = {}
+        self._alive: tuple[records.Alive, ...] = ()
+        """What was alive when it ran out of memory, where it is not recorded."""
         self._state = state
         self._sampler: Sampler | None = None
         # Now, because modules of tests keep copies of the environment.
@@ -137,6 +139,7 @@ class Measuring:
         if not marked.off:
             self._errors.clear()
             self._oom = ""
+            self._alive = ()
             self._item = item
             self.tracker.begin_test(item.nodeid)
 
@@ -153,9 +156,11 @@ class Measuring:
             self.noting(item, call)
         if when == "call" and self._item is not None:
             self._keepers = _keepers(item)
+            if self.tracker.recordings.running:
+                self.tracker.recordings.look()
             if call.excinfo is not None:  # its report may be the last one
                 cards = self.tracker.usage(ask=False)
-                _attach(item, Usage(cards) if cards else NOTHING_USED, self._oom)
+                _attach(item, Usage(cards) if cards else NOTHING_USED, self._oom, self._alive)
 
     def _note(self, error: BaseException) -> None:
         """Keep what ended a phase.
@@ -163,7 +168,10 @@ class Measuring:
         Now, not after the teardown, it is seen if the card was full: for weak words that decides.
         """
         self._errors.append(error)
-        self._oom = self._oom or release.oom_sentence(error)
+        if not self._oom:
+            self._oom = release.oom_sentence(error)
+            if self._oom:  # the frames of the error still hold what the test made
+                self._alive = self.tracker.recordings.left()
         if not isinstance(error, pytest.skip.Exception):
             self._oom = self._oom or self.tracker.child_oom()
 
@@ -196,8 +204,12 @@ class Measuring:
             keepers=self._keepers,
             fixtures=getattr(item, "fixturenames", ()),
         )
+        if self.tracker.recordings.running:
+            self._alive = self.tracker.recordings.end(
+                felled=bool(self._oom), snapshots=self._settings.snapshots
+            )
         item.stash[USAGE] = usage
-        _attach(item, usage, self._oom)
+        _attach(item, usage, self._oom, self._alive)
         self._errors.clear()
         self._keepers = {}
         self._item = None
@@ -343,7 +355,7 @@ def _enforce_of_fixtures(usage: Usage, limit: int) -> None:
             pytest.fail(text, pytrace=False)
 
 
-def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
+def _attach(item: pytest.Item, usage: Usage, oom: str, alive: tuple[records.Alive, ...]) -> None:
     """Let the test's next report carry its numbers: JUnit shows them, xdist brings them home."""
     if usage is NOTHING_USED and not (oom or item.user_properties or GRANT in item.stash):
         return  # as for most
@@ -358,5 +370,6 @@ def _attach(item: pytest.Item, usage: Usage, oom: str) -> None:
         usage.children,
         tuple(beside),
         usage.scopes,
+        alive,
     )
     properties.tell_usage(item.user_properties, told)

@@ -220,6 +220,47 @@ def file(text: str) -> Path:
     return Path(text).absolute()
 
 
+class Which(NamedTuple):
+    """The tests whose peak is looked at."""
+
+    offenders: bool = False
+    """Those that took more than they may, or ran out of memory."""
+    largest: int = 0
+    """As many of those that took most."""
+    pattern: str = ""
+    """A nodeid, or the beginning of some, in which ``*`` stands for anything."""
+
+    @property
+    def later(self) -> bool:
+        """Whether only the end of a run shows which they are."""
+        return self.offenders or self.largest > 0
+
+    def names(self, nodeid: str) -> bool:
+        """Return whether the pattern is a test's."""
+        if not self.pattern:
+            return False
+        whole = ".*".join(map(re.escape, self.pattern.split("*")))
+        # A file names its tests, a class its methods, a function its parameters.
+        return re.fullmatch(rf"{whole}(?:(?:::|/|\[).*)?", nodeid, re.DOTALL) is not None
+
+
+def which(text: str) -> Which:
+    """Return which tests a text means: ``offenders``, a number, or a pattern of nodeids."""
+    text = text.strip()
+    if text == "offenders":
+        return Which(offenders=True)
+    if re.fullmatch(r"[+-]?[0-9.]+", text):
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(f"{text!r} is not a number of tests; allowed is 1 or more")
+        return Which(largest=int(text))
+    if not text or text.startswith("-"):
+        raise ValueError(
+            f"{text!r} names no tests; allowed are offenders, a number, and a nodeid, in which * "
+            "stands for anything"
+        )
+    return Which(pattern=text)
+
+
 def user_path(text: str) -> Path:
     """Return a path of the user's, who may write ``~``."""
     return Path(text).expanduser().absolute()

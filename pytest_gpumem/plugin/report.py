@@ -13,7 +13,7 @@ import pytest
 from pytest_gpumem import devices, records
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.commit import commit_of
-from pytest_gpumem.plugin.state import CARDS, HOST, LATE, NOTES, PID, USAGE_ERROR, State
+from pytest_gpumem.plugin.state import ALIVE, CARDS, HOST, LATE, NOTES, PID, USAGE_ERROR, State
 from pytest_gpumem.records import properties
 from pytest_gpumem.units import format_mib
 
@@ -45,6 +45,8 @@ class _Late:
         self.scopes: list[records.ScopeUsage] = []
         self.reserved: dict[str, int] = {}
         """Bytes that were reserved then, by card."""
+        self.alive: tuple[records.Alive, ...] = ()
+        """What was alive when it ran once more."""
 
 
 class Reporting:
@@ -177,6 +179,14 @@ class Reporting:
             late.reserved.update(reserved)
         self._notes += [note for note in output.get(NOTES, ()) if note not in self._notes]
 
+        for nodeid, alive in output.get(ALIVE, ()):
+            self.note_alive(nodeid, worker, alive)
+
+    def note_alive(self, nodeid: str, worker: str, plain: Iterable[Any]) -> None:
+        """Take note of what was alive in a test that ran once more for that."""
+        alive = tuple(records.from_plain(records.Alive, each) for each in plain)
+        self._late.setdefault((nodeid, worker), _Late()).alive = alive
+
     def _host(self, worker: str) -> str:
         return self._hosts.get(worker, "")
 
@@ -234,6 +244,7 @@ class Reporting:
                 fixtures=(*test.fixtures, *late.fixtures),
                 children=_once((*test.children, *late.children)),
                 scopes=(*test.scopes, *late.scopes),
+                alive=late.alive or test.alive,
                 cards=tuple(cards),
             )
         if test.beside:

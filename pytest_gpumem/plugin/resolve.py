@@ -45,6 +45,18 @@ def check_files(settings: Settings) -> None:
                 problem = History.load(path).problem
             if problem:
                 raise BadSettingError(f"--gpumem-{field}: {problem}")
+    if settings.snapshots is not None and (problem := why_no_directory(settings.snapshots)):
+        raise BadSettingError(f"--gpumem-snapshots: {problem}")
+
+
+def why_no_directory(path: Path) -> str:
+    """Return in one sentence why files cannot be written into a directory, "" if they can."""
+    if path.exists() and not path.is_dir():
+        return f"{str(path)!r} is a file; allowed is the name of a directory"
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return f"cannot write into {str(path)!r}: {str(there)!r} is not writable"
+    return ""
 
 
 def why_not_written(path: Path) -> str:

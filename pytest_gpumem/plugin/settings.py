@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_gpumem.plugin.option import (
+    Which,
     count,
     declared,
     file,
@@ -23,6 +24,7 @@ from pytest_gpumem.plugin.option import (
     simulated_sizes,
     tolerance,
     user_path,
+    which,
 )
 from pytest_gpumem.units import parse_bytes
 
@@ -70,6 +72,21 @@ class Settings:
         group="report",
     )
     stacks: bool = declared(flag, "Record where leaked tensors were allocated (slower).")
+    peaks: Which | None = declared(
+        which,
+        "Tell line by line what was alive at the peak of these tests. offenders: those above their "
+        "budget or limit, or out of memory; a number: as many of the largest; else a nodeid, in "
+        "which * stands for anything. Offenders and the largest run once more for that.",
+        "TESTS",
+        group="report",
+    )
+    snapshots: Path | None = declared(
+        file,
+        "Write a snapshot of each test that is recorded, for pytorch.org/memory_viz, into this "
+        "directory.",
+        "DIR",
+        group="report",
+    )
     top: int = declared(
         count("lines"),
         "Entries shown of each list of the report: peaks, leaks, causes; 0: all.",

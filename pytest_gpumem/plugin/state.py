@@ -119,6 +119,8 @@ LATE = "gpumem_late"
 """Keys under which a worker leaves things for the controller when it ends: ``LATE`` is what
 was torn down after its test was reported: the test, the fixtures, what became known of children,
 what modules and the run left, the bytes reserved since by card."""
+ALIVE = "gpumem_alive"
+"""Key under which a worker tells what was alive in tests that ran once more for that."""
 GONE = "gpumem_gone"
 """Key under which a worker tells the budgets that have no test any more."""
 HISTORY = "gpumem_history"

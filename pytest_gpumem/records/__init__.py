@@ -10,6 +10,8 @@ from pytest_gpumem.records.plain import (
 )
 from pytest_gpumem.records.run import (
     SCHEMA,
+    Alive,
+    AliveGroup,
     BudgetVerdict,
     Card,
     CardUsage,
@@ -29,6 +31,8 @@ from pytest_gpumem.records.run import (
 
 __all__ = [
     "SCHEMA",
+    "Alive",
+    "AliveGroup",
     "BudgetVerdict",
     "Card",
     "CardUsage",

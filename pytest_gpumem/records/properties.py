@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.records.plain import from_plain, to_plain
 from pytest_gpumem.records.run import (
+    Alive,
     CardUsage,
     ChildUsage,
     FixtureUsage,
@@ -48,12 +49,23 @@ class Told(NamedTuple):
     children: tuple[ChildUsage, ...] = ()
     beside: tuple[Process, ...] = ()
     scopes: tuple[ScopeUsage, ...] = ()
+    alive: tuple[Alive, ...] = ()
     routes: tuple[Route, ...] = ()
     step: str = ""
     broke: str = ""
 
 
-_IN_RECORD = ("cards", "fixtures", "oom", "lease", "left", "children", "beside", "scopes")
+_IN_RECORD = (
+    "cards",
+    "fixtures",
+    "oom",
+    "lease",
+    "left",
+    "children",
+    "beside",
+    "scopes",
+    "alive",
+)
 
 
 def tell_usage(properties: Properties, usage: Told) -> None:

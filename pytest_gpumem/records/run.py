@@ -219,6 +219,50 @@ class Grant(NamedTuple):
     """What its mark asks for on each card, None where it has none that says so."""
 
 
+class AliveGroup(NamedTuple):
+    """Allocations that were alive together, and have line, owner and kind in common."""
+
+    size: int
+    """Bytes that were asked for."""
+    owner: str
+    """``this test``, a wider fixture in words, ``left by`` another test."""
+    kind: str
+    """What torch used it for: ``parameter``, ``gradient``, ``optimizer state``, ``activation``,
+    ``other``; ``unknown`` where that cannot be told."""
+    where: str = ""
+    """``file:line function`` of the innermost frame that is the user's own code; ``in torch``
+    where none is; empty where it was not recorded."""
+    allocations: int = 1
+    """How many they are."""
+    shape: tuple[int, ...] = ()
+    """Of the largest of their tensors, as is ``dtype``, where tensors were looked at."""
+    dtype: str = ""
+
+
+class Alive(NamedTuple):
+    """What was alive on one card at one moment of a test."""
+
+    card: str
+    """UUID of the card."""
+    moment: str
+    """``peak``; ``out of memory``: when the card refused; ``failed``: what its tensors still held
+    when the test had failed for that."""
+    size: int
+    """Bytes that were asked for, which the groups sum to."""
+    groups: tuple[AliveGroup, ...]
+    """The largest first."""
+    recorded: bool = False
+    """Whether allocations were recorded: then there are lines."""
+    refused: int = 0
+    """Bytes of the request that the card refused."""
+    refused_at: str = ""
+    """Where that was made, as ``AliveGroup.where``."""
+    note: str = ""
+    """What to know of it: how much of the record was kept."""
+    snapshot: str = ""
+    """The file that has the whole record, for pytorch.org/memory_viz."""
+
+
 class Route(NamedTuple):
     """Where a task was sent."""
 
@@ -274,6 +318,8 @@ class RecordedTest(NamedTuple):
     """Of that file, counted from 1; 0 where that is not known."""
     scopes: tuple[ScopeUsage, ...] = ()
     """What the module and the run left that ended with it."""
+    alive: tuple[Alive, ...] = ()
+    """What was alive on each card at its peak, or when memory ran out, where that is known."""
 
     @property
     def fell_back(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import time
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.records import Holder
 from pytest_gpumem.tracking import wording
-from pytest_gpumem.tracking.torch_heap import Heap, Storage, scan
+from pytest_gpumem.tracking.torch_heap import Heap, Storage, scan, still_heap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
 
     from pytest_gpumem.devices import Array
     from pytest_gpumem.tracking.torch_heap import OnCard
@@ -69,7 +68,7 @@ def live_storages(on_card: OnCard) -> list[Storage]:
     Storages that only an autograd graph holds are among them. Nothing is kept alive. One pass
     over the garbage collector's heap (about 0.1 s with torch and a model library loaded).
     """
-    with _still_heap():
+    with still_heap():
         return list(scan(on_card).storages.values())
 
 
@@ -100,7 +99,7 @@ def find_holders(
     function, a cache or a frame, and leaves no reference behind.
 
     """
-    with _still_heap():
+    with still_heap():
         heap = scan(on_card)
         _add_arrays(heap, arrays())
         wanted = [tensor for tensor, address in heap.tensors.items() if address not in known]
@@ -116,22 +115,6 @@ def _add_arrays(heap: Heap, arrays: Iterable[Array]) -> None:
         if known is None or math.prod(shape) > math.prod(known.shape):
             heap.storages[address] = Storage(address, size, device, shape, dtype)
         heap.tensors[heap.add(thing)] = address
-
-
-@contextlib.contextmanager
-def _still_heap() -> Iterator[None]:
-    """Keep the collector from running, and show it objects that were frozen out of its sight.
-
-    They are not frozen again: that would freeze garbage of the meantime as well, for good.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    gc.unfreeze()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Search:

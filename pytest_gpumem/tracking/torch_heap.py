@@ -102,6 +102,55 @@ def scan(on_card: OnCard) -> Heap:
     return heap
 
 
+@contextlib.contextmanager
+def still_heap() -> Iterator[None]:
+    """Keep the collector from running, and show it objects that were frozen out of its sight.
+
+    They are not frozen again: that would freeze garbage of the meantime as well, for good.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def kinds(heap: Heap) -> dict[int, str]:
+    """Return by address what torch uses each storage of ``heap`` for, as ``AliveGroup.kind``.
+
+    A storage without a word is not known to be anything: where an autograd graph was not walked
+    to its end, it may be saved there.
+    """
+    torch = sys.modules["torch"]
+    found = dict.fromkeys(heap.storages, "unknown" if heap.cut else "other")
+    words: dict[str, set[int]] = {word: set() for word in KINDS}
+    for tensor, address in heap.tensors.items():
+        if is_a(heap.objects[tensor], torch.nn.Parameter):
+            words["parameter"].add(address)
+        for holder, step in heap.links.get(tensor, ()):
+            if step in _OF_STEPS:
+                words[_OF_STEPS[step]].add(address)
+            elif is_a(heap.objects[holder], torch.nn.Module):
+                words["parameter"].add(address)
+    for optimizer in instances(torch.optim.Optimizer) if "torch.optim" in sys.modules else ():
+        kept = namespace(optimizer).get("state")
+        for states in list(kept.values()) if isinstance(kept, dict) else ():
+            for value in list(states.values()) if isinstance(states, dict) else ():
+                if id(value) in heap.tensors:
+                    words["optimizer state"].add(heap.tensors[id(value)])
+    for word in reversed(KINDS):  # a parameter that a graph saved is a parameter
+        found.update(dict.fromkeys(words[word], word))
+    return found
+
+
+KINDS = ("parameter", "gradient", "optimizer state", "activation")
+"""The first that holds is the one."""
+_OF_STEPS = {".grad": "gradient", ".grad_fn": "activation"}
+
+
 def namespace(thing: object) -> dict[str, object]:
     """Return the attributes in ``thing.__dict__`` without running code of its class."""
     for kind in mro(type(thing)):

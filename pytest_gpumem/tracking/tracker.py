@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gpumem import devices
 from pytest_gpumem.records import CardUsage, ChildUsage
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import (
@@ -27,6 +26,7 @@ from pytest_gpumem.tracking.accounts import (
 )
 from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.meter import Meters, ReleaseCache
+from pytest_gpumem.tracking.recorder import Known, Recordings
 from pytest_gpumem.tracking.scopes import Scopes
 from pytest_gpumem.tracking.turns import Turns
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
@@ -61,8 +61,8 @@ class Tracker:
         self._left = left or LeftBehind()
         self.children: Children | None = None
         """What tests start; whoever has a place for their book gives it before the first test."""
-        self._stacks_wanted = stacks
         known = self._turns, self.meters, self._tensors
+        self.recordings = Recordings(Known(*known, root or Path.cwd()), stacks=stacks)
         self.scopes = Scopes(*known, self._end_teardowns, self._remember)
 
     def standing(self) -> dict[str, Counter[str]]:
@@ -114,9 +114,6 @@ class Tracker:
 
     def begin_test(self, nodeid: str) -> None:
         """Start measuring the test ``nodeid``; its fixtures are not set up yet."""
-        if self._stacks_wanted and "torch" in sys.modules:
-            self._stacks_wanted = False
-            devices.record_stacks()
         if "torch" in sys.modules:
             # Before the card is in use: the first test that uses it may reset its peak as well.
             self.meters.watch_peaks()
@@ -131,6 +128,8 @@ class Tracker:
         for meter in self.meters:
             test.baselines[meter.card.uuid] = meter.last.allocated
             test.reserved_before[meter.card.uuid] = meter.last.reserved
+        if self.recordings.wanted:
+            self.recordings.begin(nodeid)
 
     def usage(self, *, ask: bool = True) -> tuple[CardUsage, ...]:
         """Return what the running test did so far; of its children, unless ``ask``, as known."""
@@ -272,6 +271,8 @@ class Tracker:
             if self.children is not None:
                 fixture.number = self.children.enter(fixture.label)
         self._turns.begin_set_up(fixture)
+        if self.recordings.running:
+            self.recordings.turn()
         return fixture
 
     def fail_fixture(self, fixture: Fixture) -> None:
@@ -296,6 +297,8 @@ class Tracker:
         """Let what is started from now on belong to who runs."""
         if self.children is not None:
             self.children.starters.resume(self._turns.number)
+        if self.recordings.running:
+            self.recordings.turn()
 
     def end_fixture(self, fixture: Fixture, value: object = None, function: object = None) -> None:
         """End charging the set-up of ``fixture``, where ``function`` made ``value``."""
@@ -332,3 +335,5 @@ class Tracker:
             self._look()
             self._turns.leave_teardowns()
             self._tensors.late.clear()  # what died until now was credited
+            if self.recordings.running:
+                self.recordings.turn()

@@ -132,6 +132,11 @@ class TensorLedger:
         self.aside = frozenset()
         self.freed = 0
 
+    def owners(self) -> Iterator[tuple[int, str]]:
+        """Yield address and owner of what is known to live; "" of what was only set aside."""
+        yield from ((address, "") for address, _ in self.aside)
+        yield from ((at, known.owner) for at, known in self._known.items() if known() is not None)
+
     def set_aside(self) -> None:
         """Lay what is there now, or takes its place, at no later test's door.
 

@@ -259,6 +259,24 @@ def tear_down(item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestRep
     return report
 
 
+def run_unreported(item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
+    """Run a test as pytest does, and tell nobody but the caller.
+
+    By ``runtestprotocol``, which plugins that run tests again have called since pytest 3.
+    """
+    from _pytest.runner import runtestprotocol
+
+    return runtestprotocol(item, log=False, nextitem=nextitem)
+
+
+def why_not_unreported(item: pytest.Item) -> str:
+    """Return why a test cannot run without being told of, "" if it can."""
+    names = getattr(getattr(getattr(item, "obj", None), "__code__", None), "co_names", ())
+    if "subtests" in getattr(item, "fixturenames", ()) or "subTest" in names:
+        return "its subtests would be reported twice"  # which report by themselves
+    return ""
+
+
 def _interactor(config: pytest.Config) -> Any:
     """Return xdist's plugin that talks to the controller.
 
