@@ -115,6 +115,7 @@ def _findings(readings: Sequence[Reading], notes: Sequence[str]) -> Findings:
         complete=all(source.complete for source in sources),
         deaths=_deaths(told, {each.nodeid for each in drafts}),
         own_peaks={name: peak for run in every for name, peak in run.own_peaks.items()},
+        lines={name: lines for run in every for name, lines in run.lines.items()},
         kept={name: size for run in every for name, size in run.kept.items()},
         leaks={name: size for run in every for name, size in run.leaks.items()},
         recovered=tuple(name for run in every for name in run.recovered),

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.forensics.peak_lines import LineChange, changed
 from pytest_gpumem.records.budget import Own, Tolerance, judge
 from pytest_gpumem.units import format_bytes, parse_bytes
 
@@ -80,6 +81,8 @@ class Comparison(NamedTuple):
     """Tests whose own peak differs, the most grown first."""
     leaks: tuple[Change, ...]
     """Tests that leave another amount behind than before, the most grown first."""
+    lines: tuple[LineChange, ...]
+    """Lines of which other bytes were alive at a test's peak, the most grown first."""
     missed: tuple[str, ...]
     """Each threshold that the later run misses, in a sentence."""
     incomplete: tuple[str, ...] = ()
@@ -178,6 +181,7 @@ def compare(before: Findings, after: Findings, limits: Limits) -> Comparison:
         **{kind: tuple(changes[kind]) for kind in _KINDS},
         peaks=_shown(grown),
         leaks=_shown(leaks),
+        lines=changed(before.lines, after.lines, names),
         missed=missed,
         incomplete=_incomplete(before, after),
     )

@@ -146,6 +146,7 @@ class Run:
         self.peaks: dict[str, int] = {}
         self.own_peaks: dict[str, int] = {}
         self.kept: dict[str, int] = {}
+        self.lines: dict[str, dict[str, int]] = {}
         self.leftovers: defaultdict[str | None, list[Leftover]] = defaultdict(list)
         """By worker."""
         self.leaks: dict[str, int] = {}

@@ -149,6 +149,8 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
 
     def granted() -> Need | None:
         grant = worker.granted()
+        if tracker is not None and worker.again:  # say what fills the card
+            tracker.recordings.record_next(worker.again)
         return None if grant is None else Need(*grant)
 
     def used_card() -> None:

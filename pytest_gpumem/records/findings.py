@@ -194,5 +194,7 @@ class Findings(NamedTuple):
     """By test, the part of that which was still there at its end: leaked, or for later tests."""
     leaks: dict[str, int] = {}  # noqa: RUF012 - never written to
     """What tests left behind, in bytes, where the input has it."""
+    lines: dict[str, dict[str, int]] = {}  # noqa: RUF012 - never written to
+    """By test and line, what was alive at its peak, in bytes, where that was recorded."""
     recovered: tuple[str, ...] = ()
     """Tests that ran out of memory and passed when they ran again."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from pytest_gpumem.records import BudgetVerdict
 
@@ -22,8 +22,17 @@ _KINDS = {
 """What is told, in this order."""
 
 
-def lines(verdicts: Sequence[BudgetVerdict], shown: int) -> Iterator[str]:
-    """Return the lines of the section; none where every test is within its budget."""
+def lines(
+    verdicts: Sequence[BudgetVerdict], shown: int, explained: Collection[str] = ()
+) -> Iterator[str]:
+    """Return the lines of the section; none where every test is within its budget.
+
+    Args:
+        verdicts: how the tests stand.
+        shown: how many of each kind there are at most.
+        explained: the tests of which it is told elsewhere what was alive at their peak.
+
+    """
     order = list(_KINDS)
     told = [each for each in verdicts if each.verdict in _KINDS]
     told.sort(key=lambda each: (order.index(each.verdict), -each.own, each.nodeid))
@@ -34,6 +43,8 @@ def lines(verdicts: Sequence[BudgetVerdict], shown: int) -> Iterator[str]:
             yield f"    {_text(each)}"
         if len(same) > shown:
             yield f"    and {len(same) - shown} more"
+        if kind == "above" and not any(each.nodeid in explained for each in same):
+            yield "    --gpumem-peaks=offenders tells line by line what was alive"
     written = [each for each in verdicts if each.written]
     if written:
         lowered = sum(each.verdict == "within" for each in written)

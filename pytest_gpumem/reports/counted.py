@@ -67,6 +67,7 @@ def count_up(run: RunRecord) -> Counted:
         or test.left
         or test.children
         or test.scopes
+        or test.alive
     )
     leaks = tuple(sorted(_leaks(touched), key=lambda leak: -leak.size))
     felled = tuple(test for test in touched if test.oom and test.outcome in ("failed", "error"))

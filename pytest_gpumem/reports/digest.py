@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.forensics import analysis
 from pytest_gpumem.forensics.compare import Limits, compare
 from pytest_gpumem.records import short
-from pytest_gpumem.reports import budgets, forensics, timeline
+from pytest_gpumem.reports import alive, budgets, forensics, timeline
 from pytest_gpumem.reports.counted import (
     by_kind,
     count_up,
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pytest_gpumem.records import RunRecord
+
+
+_ALIVE_SHOWN = 3
+"""Lines of each test."""
 
 
 def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterator[Section]:
@@ -59,8 +63,11 @@ def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterato
     if left:
         rows = [(format_bytes(each.size), each.name, each.where) for each in left]
         yield _table("Left by module", (">left", "by", "held by"), rows, shown)
-    if told := tuple(line[2:] for line in budgets.lines(run.budgets, shown)):
+    known = {test.nodeid for test, each in alive.told(run) if each.recorded}
+    if told := tuple(line[2:] for line in budgets.lines(run.budgets, shown, known)):
         yield Section("Budgets", told)
+    if lines := alive.table(run, _ALIVE_SHOWN):
+        yield _table("Alive at the peak", (">bytes", "line", "kind", "of", "test"), lines, shown)
     if base is not None and base.tests and run.tests:
         before = analysis.of_record(base, _name(base))
         yield from _against(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pytest_gpumem.forensics.compare import Change, Comparison
+    from pytest_gpumem.forensics.peak_lines import LineChange
     from pytest_gpumem.records.findings import Death, Findings, OomEvent, Place
 
 
@@ -308,3 +309,12 @@ def compared(told: Comparison, top: int) -> Iterator[Section]:
     for title, changes in groups:
         if changes:
             yield table(title, ("what", "before", "after"), [tuple(each) for each in changes], top)
+    if told.lines:
+        columns = ("line", ">change", ">before", ">after", "test")
+        yield table("Lines at the peak", columns, [_line_row(each) for each in told.lines], top)
+
+
+def _line_row(each: LineChange) -> tuple[str, ...]:
+    grown = each.after - each.before
+    change = f"{'+' if grown > 0 else '-'}{format_bytes(abs(grown))}"
+    return each.where, change, format_bytes(each.before), format_bytes(each.after), each.test

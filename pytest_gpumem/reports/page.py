@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem import files
 from pytest_gpumem.records import short
 from pytest_gpumem.records.findings import CAUSES
-from pytest_gpumem.reports import forensics, html, timeline
+from pytest_gpumem.reports import alive, forensics, html, timeline
 from pytest_gpumem.reports.chart import COLOURS, draw, lane
 from pytest_gpumem.reports.chart import leaked as leaked_of
 from pytest_gpumem.reports.counted import left_by_scopes, own
@@ -53,6 +53,7 @@ def lines(run: RunRecord, found: Findings, *, linked: bool = False) -> Iterator[
     yield "<h2>Timeline</h2>"
     yield draw(run, linked=linked)
     yield from _events(found)
+    yield from _alive(run)
     yield from _leaks(run)
     yield from _left_by_module(run)
     yield from _tests(run)
@@ -151,6 +152,25 @@ def _worker(event: OomEvent) -> str:
     place = f"test {event.position}" if event.position else ""
     shown = ", ".join(filter(None, (event.worker or "", place)))
     return f" <small>{escape(shown)}</small>" if shown else ""
+
+
+def _alive(run: RunRecord) -> Iterator[str]:
+    """Show what was alive in the tests of which that is known, each by itself."""
+    every = alive.told(run)
+    if not every:
+        return
+    yield '<h2>Alive at the peak</h2><div id="alive">'
+    for test, told in every:
+        yield f"<details><summary><b>{escape(test.nodeid)}</b></summary>"
+        rows = tuple(
+            (format_bytes(row.size), row.what, row.kinds, row.owner) for row in alive.rows(told)
+        )
+        notes = tuple(filter(None, (told.note, told.snapshot and f"snapshot: {told.snapshot}")))
+        yield from html.markup(
+            Section(alive.head(told), notes, (">size", "line", "kind", "of"), rows), "h3"
+        )
+        yield "</details>"
+    yield "</div>"
 
 
 def _leaks(run: RunRecord) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.records import short
-from pytest_gpumem.reports import budgets, children, timeline
+from pytest_gpumem.reports import alive, budgets, children, timeline
 from pytest_gpumem.reports.counted import (
     Counted,
     Leak,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _HOLDERS_SHOWN = 3
 _LIKEWISE_SHOWN = 3
 _LEFT_SHOWN = 10
+_ALIVE_SHOWN = 5
 _STEPS = {
     "alone": "with no other test on the card",
     "released": "after consolidating model state",
@@ -76,9 +77,11 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _table(run, shown, verbosity)
     yield from _fixtures(touched, shown)
     yield from _section("leaked", _leaked(leaks, shown, verbosity), "yellow")
-    yield from _section("budgets", budgets.lines(run.budgets, shown))
+    yield from _section("budgets", budgets.lines(run.budgets, shown, _with_lines(run)))
     yield from _scopes(left_by_scopes(run), shown)
     yield from _section("out of memory", _ooms(counted, shown, verbosity), "red")
+    each = None if verbosity > 0 else _ALIVE_SHOWN
+    yield from _section("alive", alive.lines(run, shown, each))
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))
     yield from _section("routing", _routing(run.tests))
@@ -126,6 +129,11 @@ def _table(run: RunRecord, shown: int, verbosity: int) -> Iterator[Line]:
             indent = " " * 33
             yield from (Line(f"{indent}{each}") for each in children.largest(test, card.card))
     yield from _more(len(rows) - shown, "tests")
+
+
+def _with_lines(run: RunRecord) -> set[str]:
+    """Return the tests of which it is told line by line what was alive."""
+    return {test.nodeid for test, told in alive.told(run) if told.recorded}
 
 
 def _fixtures(tests: Sequence[RecordedTest], shown: int) -> Iterator[Line]:

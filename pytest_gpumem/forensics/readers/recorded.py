@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import IO
 
 from pytest_gpumem import records
@@ -14,6 +15,16 @@ from pytest_gpumem.forensics.runs import Failure, Run, Seen
 def read_record(stream: IO[bytes]) -> list[Run]:
     """Return the run of a file of ``--gpumem-json``; ``ValueError`` if it is none."""
     return [of_record(records.parse(whole(stream)))]
+
+
+def _lines(test: records.RecordedTest) -> dict[str, int]:
+    """Return by line what was alive on the card where that was most, if it was recorded."""
+    recorded = [each for each in test.alive if each.recorded]
+    found: Counter[str] = Counter()
+    for group in max(recorded, key=lambda each: each.size).groups if recorded else ():
+        if group.where:
+            found[group.where] += group.size
+    return dict(found)
 
 
 _ENDED_WELL = {"passed", "skipped", "xfailed", "xpassed"}
@@ -48,6 +59,8 @@ def of_record(recorded: records.RunRecord) -> Run:
             own, kept = max((card.peak - card.baseline, card.leftover) for card in each.cards)
             if own >= run.own_peaks.get(each.nodeid, 0):
                 run.own_peaks[each.nodeid], run.kept[each.nodeid] = own, kept
+        if lines := _lines(each):
+            run.lines[each.nodeid] = lines
         leaked = sum(card.leaked for card in each.cards) + sum(f.leaked for f in each.fixtures)
         if leaked:
             run.leftovers[worker].append(Leftover(each.nodeid, leaked))

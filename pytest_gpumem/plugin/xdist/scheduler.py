@@ -74,6 +74,8 @@ class GpumemScheduling:
         self._refused = 0
         """Tests that were reported because they can never run."""
         self._owed = attempts.Owed()
+        self._again: set[int] = set()
+        """Tests that ran out of memory and run once more."""
 
     # What xdist asks
 
@@ -238,6 +240,7 @@ class GpumemScheduling:
         if undecided:
             worker.oom = self._runs_again(report.item_index)
             if worker.oom:
+                self._again.add(report.item_index)
                 self._owed.promise(report)
         if report.when == "teardown":
             worker.taken = taken(report.user_properties)
@@ -309,7 +312,8 @@ class GpumemScheduling:
             worker = by_name[name]
             if not worker.node.shutting_down:
                 if name in grants:
-                    xdist_worker.send_grants(worker.node, grants[name])
+                    again = self._again.intersection(grants[name])
+                    xdist_worker.send_grants(worker.node, grants[name], sorted(again))
                 indexes.append(end + xdist_worker.IDLE)
                 worker.sent.extend(indexes)
                 worker.node.send_runtest_some(indexes)

@@ -111,6 +111,7 @@ class Worker:
         self.spoiled = spoiled
         self.late = late
         self._grants: dict[int, Granted] = {}
+        self._again: set[int] = set()
         self._queue: deque[int] = deque()
         """What was handed out and has not begun, in the order in which it will."""
         self._returned: set[int] = set()
@@ -135,6 +136,13 @@ class Worker:
     def granted(self) -> Granted | None:
         """Return what was set aside for the test that begins now, once; None if nothing."""
         return self._grants.pop(self._interactor.item_index, None)
+
+    @property
+    def again(self) -> str:
+        """The test that begins now, if it ran out of memory before; its nodeid, or ""."""
+        index = self._interactor.item_index
+        found: str = self._interactor.session.items[index].nodeid if index in self._again else ""
+        return found
 
     def leave(self) -> None:
         """Tell that this process ends on purpose, with all of the running test reported."""
@@ -165,6 +173,7 @@ class Worker:
         def handle(command: Any) -> None:
             if isinstance(command, tuple) and command[0] == GRANTS:
                 self._grants.update(command[1]["grants"])
+                self._again.update(command[1]["again"])
                 return
             if isinstance(command, tuple) and command[0] == "runtests":
                 self._queue.extend(command[1]["indices"])
@@ -296,9 +305,12 @@ def _captured(item: pytest.Item) -> Iterator[None]:
         yield
 
 
-def send_grants(node: Any, grants: Mapping[int, Granted]) -> None:
-    """Tell a worker what is set aside for tests that it will be handed next."""
-    node.sendcommand(GRANTS, grants=dict(grants))
+def send_grants(node: Any, grants: Mapping[int, Granted], again: Sequence[int] = ()) -> None:
+    """Tell a worker what is set aside for tests that it will be handed next.
+
+    ``again`` are those of them that ran out of memory before.
+    """
+    node.sendcommand(GRANTS, grants=dict(grants), again=list(again))
 
 
 def difference(first: Sequence[str], other: Sequence[str], names: tuple[str, str]) -> str:

@@ -230,6 +230,7 @@ class CardMemory:
         """Take a new block where an operation changed the size of a storage on a card."""
         storage = tensor.untyped_storage()
         self.resize(storage, storage.nbytes())
+        self.placed(storage)
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
         """Take a new block of ``size`` bytes, then free the old one, as CUDA's resize does."""
@@ -237,8 +238,6 @@ class CardMemory:
         if held is not None and held.size != size:
             old, held.block = held.block, self.take(size, held.card.device)
             held.size = size
-            if held.block is not None and self.history.recording:
-                self.history.placed(held.block, storage.data_ptr())
             self._free(old, held.card)
 
     def put(self, storage: torch.UntypedStorage, block: Block | None, device: torch.device) -> None:
@@ -250,8 +249,14 @@ class CardMemory:
         held.card = self.cards[device.index]
         held.device = held.card.device
         self._held[held.address] = held
-        if block is not None and self.history.recording:
-            self.history.placed(block, storage.data_ptr())
+        if self.history.recording:
+            self.placed(storage)
+
+    def placed(self, storage: torch.UntypedStorage) -> None:
+        """Say, to a history that is kept, where the data of ``storage`` are now."""
+        held = self._held.get(storage._cdata)
+        if held is not None and held.block is not None and self.history.recording:
+            self.history.placed(held.block, storage.data_ptr())
 
     def snapshot(self) -> dict[str, Any]:
         """Return the allocators' state in the form of ``torch.cuda.memory._snapshot``.

@@ -209,7 +209,9 @@ def _place_storages(memory: CardMemory) -> None:
 
     def resize(storage: Any, size: int) -> Any:
         memory.resize(storage, size)
-        return base.resize_(storage, size)
+        result = base.resize_(storage, size)
+        memory.placed(storage)
+        return result
 
     def is_shared(storage: Any) -> bool:
         return bool(memory.where_storage(storage)) or base.is_shared(storage)
