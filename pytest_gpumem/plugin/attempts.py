@@ -21,6 +21,8 @@ UNDECIDED = "gpumem_undecided"
 """Whether the controller of xdist decides if the test runs again."""
 OWED = "gpumem_owed"
 """Whether this attempt was reported before, as a rerun."""
+CRASHED = "gpumem_crashed"
+"""Whether the test ended the process that it had of its own."""
 
 
 def leave_undecided(report: pytest.TestReport) -> None:

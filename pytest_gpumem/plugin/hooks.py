@@ -95,7 +95,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     route.tests_begin()
     config = session.config
     state = config.stash[STATE]
-    if state.settings.mode == "off" or state.found.cards or _is_controller(config):
+    if state.settings.mode == "off" or _is_controller(config):
+        return
+    if state.isolates:
+        from pytest_gpumem.plugin import isolate
+
+        isolate.begin(session, state)
+    if state.found.cards:
         return
     from pytest_gpumem import devices
 
@@ -361,6 +367,8 @@ def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
     found = item.stash.setdefault(ITEM_MARKS, ItemMarks())
     if mark.name == "gpu":
         found.need = meaning
+        state = item.config.stash[STATE]
+        state.isolates |= meaning.isolated and state.settings.isolate != "off"
     elif mark.name == "gpumem_off":
         found.off = True
     else:

@@ -15,7 +15,7 @@ from pytest_gpumem.leases import telling
 from pytest_gpumem.plugin import attempts, retry
 from pytest_gpumem.plugin.lease import Leases
 from pytest_gpumem.plugin.route import may_fall_back
-from pytest_gpumem.plugin.state import USAGE, ItemMarks, State, stashed
+from pytest_gpumem.plugin.state import USAGE, ItemMarks, State, is_isolated, stashed
 from pytest_gpumem.records import properties
 from pytest_gpumem.scheduling.history import DURATION
 from pytest_gpumem.scheduling.workers import VISIBLE
@@ -66,6 +66,8 @@ class Ladder:
         self._is_scheduled = granted is not None
         self._used_card = used_card
         self._replacing = replacing
+        self._isolates = state.settings.isolate == "failed"
+        """Whether tests may be run again in a fresh process."""
         self.leases = Leases(state, history, tracker, granted)
         self._next = ""
         """Of the ladder, the step to take with a test that ran out of memory: a further attempt,
@@ -91,6 +93,16 @@ class Ladder:
             state.ask_driver()
             state.found = devices.find_cards()
 
+    @property
+    def step(self) -> str:
+        """The step that is being taken, see ``retry``; "" at first."""
+        return self._step
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether CUDA does not work any more in this process, where that was looked for."""
+        return self._replacing is not None and self._replacing.is_lost
+
     def pytest_runtestloop(self) -> None:
         """Let what tests start find this process, whether or not these ever take a lease."""
         protocol = self._plugins.hook.pytest_runtest_protocol
@@ -98,7 +110,7 @@ class Ladder:
             not impl.function.__module__.startswith(("_pytest.", "pytest_gpumem."))
             for impl in protocol.get_hookimpls()
         ):
-            self._watch_reports()  # whose plugin may have reports made in a child
+            self.watch_reports()  # whose plugin may have reports made in a child
         self.leases.join()
 
     def pytest_unconfigure(self) -> None:
@@ -118,7 +130,7 @@ class Ladder:
             try:
                 result = yield
                 # Outermost: a plugin that runs a failed test again does so within.
-                if self._replacing is not None:
+                if self._replacing is not None and not self._next:
                     self._replacing.test_ended()
             finally:
                 self._running = None
@@ -138,7 +150,8 @@ class Ladder:
 
     def _climb(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Run a test again, on the next step of the ladder."""
-        if self.spoiled:
+        # A fresh process has its own wide fixtures: these make room for them, if they still can.
+        if not self.is_lost and (self.spoiled or self._step == retry.FRESH):
             from pytest_gpumem.plugin.xdist.worker import tear_down
 
             report = tear_down(item, None)
@@ -168,9 +181,12 @@ class Ladder:
             self._step = before
             self.leases.give_back()
 
-    def begin(self, item: pytest.Item, marked: ItemMarks) -> None:
-        """Take a lease as the set-up of a test begins; fail or skip a test that can have none."""
-        refusal = self.leases.take(item, marked, self._step)
+    def begin(self, item: pytest.Item, marked: ItemMarks, *, apart: bool = False) -> None:
+        """Take a lease as the set-up of a test begins; fail or skip a test that can have none.
+
+        ``apart`` says that it will run in a process of its own.
+        """
+        refusal = self.leases.take(item, marked, self._step, apart=apart)
         if refusal and self._settings.too_large == "skip":
             pytest.skip(refusal)
         if refusal:
@@ -205,20 +221,12 @@ class Ladder:
             self.leases.waited = 0.0
         if call.excinfo is None:
             return
-        self._watch_reports()
-        if self._replacing is not None:
-            self._replacing.note(item, call.excinfo.value)
-        if call.when == "teardown":
-            return
-        text = release.oom_text(call.excinfo.value)
-        skipped = isinstance(call.excinfo.value, pytest.skip.Exception)
-        if not text and self._tracker is not None and not skipped:
-            text = self._tracker.child_oom()
-        properties.tell_oom(item.user_properties, text)
-        if text:
+        self.watch_reports()
+        if tell_why(item, call, self._replacing, self._tracker):
             self.leases.note_others()
 
-    def _watch_reports(self) -> None:
+    def watch_reports(self) -> None:
+        """Settle reports from now on."""
         if not self._plugins.hasplugin(attempts.Settling.NAME):
             self._plugins.register(attempts.Settling(self.settle), attempts.Settling.NAME)
 
@@ -230,22 +238,29 @@ class Ladder:
             return
         if not self._next:
             self._owed.settle(report)
-        if not report.failed or report.when == "teardown":
+        if not report.failed:
+            return
+        if report.when == "teardown":
+            if self._next and self.is_lost:  # of a lost context, fixtures cannot be torn down
+                report.outcome = "rerun"  # type: ignore[assignment]  # as of the attempt's failure
             return
         self.spoiled |= report.when == "setup"
         text = properties.read_oom(report.user_properties)
-        step = retry.next_step(self._situation(item, text)) if text else ""
+        broke = properties.read_broke(report.user_properties)
+        step = retry.next_step(self._situation(item, report)) if text or broke else ""
         if step == retry.ELSEWHERE:
             self.undecided = True
             attempts.leave_undecided(report)
         elif step:
             self._next = step
-            self._tried.append(f"{self._step or 'at first'}: {text}")
+            self._tried.append(f"{self._step or 'at first'}: {broke or text}")
             self._owed.promise(report)
         elif self._tried:
             report.sections.append(("GPU memory of earlier attempts", "\n".join(self._tried)))
 
-    def _situation(self, item: pytest.Item, text: str) -> retry.Situation:
+    def _situation(self, item: pytest.Item, report: pytest.TestReport) -> retry.Situation:
+        told = report.user_properties
+        text = properties.read_oom(told)
         alone = self.leases.alone
         first = not self._step and not alone
         if first:
@@ -253,13 +268,15 @@ class Ladder:
         return retry.Situation(
             answer=self._settings.oom,
             step=self._step,
-            may_fall_back=may_fall_back(item),
+            may_fall_back=may_fall_back(item, routed=properties.is_routed(told)),
             fits_nowhere=release.fits_nowhere(
                 text, max((card.total for card in self._state.found.cards), default=0)
             ),
             was_alone=alone,
             is_shared=first and self.leases.beside,
             can_release=registered() is not None,
+            may_isolate=self._isolates and not is_isolated(item, self._settings.isolate),
+            is_lost=bool(properties.read_broke(told)),
             is_scheduled=self._is_scheduled,
         )
 
@@ -278,6 +295,29 @@ class Ladder:
                 self._history.note_usage(item.nodeid, usage.cards, DURATION)
         elif any(card.extra or card.fixture_bytes or card.ooms for card in usage.cards):
             self._used_card()
+
+
+def tell_why(
+    item: pytest.Item,
+    call: pytest.CallInfo[Any],
+    replacing: Replacing | None,
+    tracker: Tracker | None,
+) -> str:
+    """Let the report of a phase that failed say if the context was lost or memory ran out.
+
+    Returns what the card said when memory ran out, "" if it did not.
+    """
+    assert call.excinfo is not None  # noqa: S101  # callers have looked
+    error = call.excinfo.value
+    if replacing is not None:
+        replacing.note(item, error)
+    if call.when == "teardown":
+        return ""
+    text = release.oom_text(error)
+    if not text and tracker is not None and not isinstance(error, pytest.skip.Exception):
+        text = tracker.child_oom()
+    properties.tell_oom(item.user_properties, text)
+    return text
 
 
 def _keep_terminal(config: pytest.Config) -> bool:

@@ -73,6 +73,8 @@ class Leases:
         """The cards of which something was kept."""
         self._step = ""
         """The step that is being taken with the test, see ``retry``."""
+        self._apart = False
+        """Whether the test runs in a process of its own."""
         self.expected: Expectation | None = None
         """Of the test that runs, if it has no mark."""
         self.waited = 0.0
@@ -112,12 +114,13 @@ class Leases:
                 self._fixtures[lease] = fixture
                 self.waited += self._open().waited(lease)
 
-    def take(self, item: pytest.Item, marked: ItemMarks, step: str) -> str:
+    def take(self, item: pytest.Item, marked: ItemMarks, step: str, *, apart: bool = False) -> str:
         """Take a lease for the test; return why it can have none, "" otherwise.
 
-        ``step`` is the one that is being taken with it, see ``retry``.
+        ``step`` is the one that is being taken with it, see ``retry``; ``apart`` says that it runs
+        in a process of its own.
         """
-        self._step, self.waited = step, 0.0
+        self._step, self.waited, self._apart = step, 0.0, apart
         if self._lease is not None:  # the attempt before, of a plugin that runs tests again
             return ""
         if GRANT in item.stash:  # an earlier attempt's
@@ -311,6 +314,11 @@ class Leases:
             # Others are to spare what they keep, if they can.
             most = self._open().capacity(card.uuid, card.total) - kept
             return Want(max(SOMETHING, most), exclusive=True)
+        if self._apart:
+            # Its process has nothing of what this one keeps, and costs a context in addition,
+            # which what the scheduler grants has in it.
+            context = self._settings.context_cost if self._granted is None else 0
+            return want_of(need, Place(card.total - kept, self._settings.headroom, context))
         place = Place(
             card.total,
             self._settings.headroom,

@@ -22,6 +22,8 @@ class Need(NamedTuple):
     cards: int
     exclusive: bool
     fallback: str | None = None
+    isolated: bool = False
+    """Whether it runs in a process of its own."""
 
 
 def gpu(
@@ -29,15 +31,18 @@ def gpu(
     count: int = 1,
     exclusive: bool = False,
     fallback: str | None = None,
+    isolated: bool = False,
 ) -> Need:
-    """Say that the test uses VRAM: its expected peak, how many cards, alone, or "cpu" would do."""
+    """Say how the test uses VRAM: peak, cards, alone, or on the "cpu"; in a process of its own."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"count={count!r} is not a number of cards; allowed is 1 or more")
-    if not isinstance(exclusive, bool):
-        raise ValueError(f"exclusive={exclusive!r} is neither True nor False")
+    for name, value in (("exclusive", exclusive), ("isolated", isolated)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is neither True nor False")
     if fallback not in (None, "cpu"):
         raise ValueError(f"fallback={fallback!r} is not a device to fall back to; allowed is 'cpu'")
-    return Need(None if vram is None else _size("vram", vram), count, exclusive, fallback)
+    size = None if vram is None else _size("vram", vram)
+    return Need(size, count, exclusive, fallback, isolated)
 
 
 def vram_limit(limit: str | int) -> int:

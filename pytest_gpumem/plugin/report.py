@@ -376,7 +376,7 @@ def _in_github_actions() -> bool:
 
 def _outcome(report: pytest.TestReport, before: str) -> str:
     """Return the outcome of a test after one more of its phases."""
-    if report.when not in ("setup", "call", "teardown"):
+    if report.when not in ("setup", "call", "teardown") or hasattr(report, attempts.CRASHED):
         return "crashed"
     if hasattr(report, "wasxfail"):
         return "xpassed" if report.passed else "xfailed"

@@ -105,13 +105,15 @@ def session_ended() -> None:
         _pool.pop().clear()
 
 
-def may_fall_back(item: pytest.Item) -> bool:
-    """Return whether the test takes the CPU if it is sent there."""
+def may_fall_back(item: pytest.Item, *, routed: bool = False) -> bool:
+    """Return whether the test takes the CPU if it is sent there.
+
+    ``routed`` says that a task of it was sent to a place by another process, which ran it.
+    """
     need = marks_of(item).need
     if need is not None and need.fallback == "cpu":
         return True
     manager = sys.modules.get(_MANAGER)
-    if manager is None:
-        return False
+    routed = routed or (manager is not None and bool(manager.shared.routes))
     strict = need is not None and "gpu_device" in getattr(item, "fixturenames", ())
-    return bool(manager.shared.routes) and not strict
+    return routed and not strict

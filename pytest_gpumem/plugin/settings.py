@@ -255,6 +255,16 @@ class Settings:
         needs_on=True,
         group="share",
     )
+    isolate: str = declared(
+        one_of(("off", "marked", "failed", "all"), "a choice of tests to isolate"),
+        "Which tests run in a fresh process each. marked: those marked gpu(isolated=True); failed:"
+        " these, and again those that ran out of memory or lost the CUDA context; all: every test;"
+        " off: none.",
+        "WHICH",
+        default="marked",
+        needs_on=True,
+        group="share",
+    )
     lease_timeout: float | None = declared(
         seconds,
         "Fail a test that waits longer than this for its lease.",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.plugin.ladder import Ladder
+from pytest_gpumem.plugin.ladder import Ladder, tell_why
 from pytest_gpumem.plugin.measure import Measuring
-from pytest_gpumem.plugin.state import HISTORY, State, marks_of
+from pytest_gpumem.plugin.state import HISTORY, State, is_apart, is_isolated, marks_of
 from pytest_gpumem.plugin.wide_fixtures import wide_fixtures
 from pytest_gpumem.scheduling import workers
 from pytest_gpumem.scheduling.history import History
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from pytest_gpumem.plugin.worker_exit import Replacing
     from pytest_gpumem.plugin.xdist.controller import Controller
     from pytest_gpumem.records import RunRecord
     from pytest_gpumem.tracking.tracker import Tracker
@@ -118,15 +120,34 @@ def share_as_controller(config: pytest.Config, state: State) -> None:
 def share(config: pytest.Config, state: State) -> None:
     """Let this process, which runs tests, share the cards with others."""
     given = getattr(config, "workerinput", None)
+    from pytest_gpumem.plugin.worker_exit import Replacing
+
     measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
     tracker = None if measuring is None else measuring.tracker
+    if is_apart(config):  # who started this process has the lease, and decides what comes next
+        if measuring is not None:
+            lost = Replacing(ends=False)
+            measuring.noting = partial(_note_apart, lost, tracker)
+        return
     if given is None:
-        ladder = Ladder(config, state, load_history(config, state), tracker)
+        # Only where tests can go on in fresh processes is it of use to know that this one is lost.
+        looks = Replacing(ends=False) if state.settings.isolate == "failed" else None
+        ladder = Ladder(config, state, load_history(config, state), tracker, replacing=looks)
     else:
         ladder = _in_worker(config, state, tracker, given)
     if measuring is not None:
         measuring.beginning, measuring.noting = ladder.begin, ladder.note
     config.pluginmanager.register(ladder, Ladder.NAME)
+
+
+def _note_apart(
+    lost: Replacing,
+    tracker: Tracker | None,
+    item: pytest.Item,
+    call: pytest.CallInfo[Any],
+) -> None:
+    if call.excinfo is not None:
+        tell_why(item, call, lost, tracker)
 
 
 def _in_worker(
@@ -178,6 +199,11 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
             "needs": _needs(items),
             "wide": wide_fixtures(items),
             "cards": workers.tell_cards(state.found.cards),
+            "apart": [
+                index
+                for index, item in enumerate(items)
+                if is_isolated(item, state.settings.isolate)
+            ],
         },
         holding=ladder.leases.keep,
         used=workers.CardUse(lambda: state.found.cards),

@@ -58,6 +58,8 @@ class State:
         mine = None if borrowed else simulation
         self.notes: list[str] = [] if mine is None else mine.notes
         """Sentences about the run as a whole, from the plugin's parts."""
+        self.isolates = settings.mode == "on" and settings.isolate in ("failed", "all")
+        """Whether tests may run in processes of their own."""
         self.worker_reason = ""
         """Why ``-n auto`` starts as many workers as it does."""
 
@@ -110,6 +112,14 @@ def marks_of(item: pytest.Item) -> ItemMarks:
     return _NO_MARKS
 
 
+def is_isolated(item: pytest.Item, which: str) -> bool:
+    """Return whether a test is to run in a process of its own, by ``--gpumem-isolate``."""
+    if which in ("off", "all"):
+        return which == "all"
+    need = marks_of(item).need
+    return need is not None and need.isolated
+
+
 USAGE_ERROR = "gpumem_usage_error"
 CARDS = "gpumem_cards"
 HOST = "gpumem_host"
@@ -127,8 +137,15 @@ HISTORY = "gpumem_history"
 """Key under which a worker finds what is known of the tests when it begins."""
 BUDGET = "gpumem_budget"
 """Key under which it finds their budgets."""
+APART = "gpumem_apart"
+"""Key by which a process knows that it was started for one test alone, see ``isolate``."""
 
 
 def is_worker(config: pytest.Config) -> bool:
-    """Return whether this process is one of xdist's workers."""
+    """Return whether this process is one of xdist's workers, or was started for one test."""
     return hasattr(config, "workerinput")
+
+
+def is_apart(config: pytest.Config) -> bool:
+    """Return whether this process was started for one test, of which another one reports."""
+    return APART in getattr(config, "workerinput", ())

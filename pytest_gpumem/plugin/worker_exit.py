@@ -1,4 +1,4 @@
-"""Ends a worker whose CUDA context is broken, so that xdist replaces it.
+"""Looks if the CUDA context is lost, and ends a worker that lost it, so that xdist replaces it.
 
 After an illegal address or a failed device assertion every CUDA call of the process fails: one
 such test would fail all that its worker runs later.
@@ -27,12 +27,19 @@ class Replacing:
 
     Args:
         leave: tells the controller, where it listens, that the end of this process is no crash.
+        ends: whether this process may end, because another one takes its place.
 
     """
 
-    def __init__(self, leave: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, leave: Callable[[], None] = lambda: None, *, ends: bool = True) -> None:
         self._leave = leave
+        self._ends = ends
         self._broke = ""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the card does not answer any more."""
+        return bool(self._broke)
 
     def note(self, item: pytest.Item, error: BaseException) -> None:
         """Look at the card after a phase that failed of a CUDA error, and tell if it is lost."""
@@ -47,7 +54,7 @@ class Replacing:
 
     def test_ended(self) -> None:
         """End the process if the card is lost, now that all of the test's reports were sent."""
-        if self._broke:
+        if self._broke and self._ends:
             self._leave()
             os._exit(EXIT)
 

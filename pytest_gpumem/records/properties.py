@@ -89,10 +89,20 @@ def tell_routes(properties: Properties, routes: Sequence[Route]) -> None:
         properties.append((_ROUTES, json.dumps(routes)))
 
 
+def is_routed(properties: Iterable[tuple[str, object]]) -> bool:
+    """Return whether any of the test's tasks was sent to a place."""
+    return any(name == _ROUTES for name, _ in properties)
+
+
 def tell_step(properties: Properties, step: str) -> None:
     """Tell why this is a further attempt."""
-    _forget(properties, (_STEP,))
+    _forget(properties, (_STEP, BROKE))
     properties.append((_STEP, step))
+
+
+def of_attempt(properties: Iterable[tuple[str, object]]) -> Properties:
+    """Return what tells why an attempt is made, and nothing of what came of an earlier one."""
+    return [each for each in properties if each[0] in (_STEP, _CONSOLIDATED)]
 
 
 def tell_oom(properties: Properties, text: str) -> None:
@@ -105,6 +115,11 @@ def tell_oom(properties: Properties, text: str) -> None:
 def read_oom(properties: Iterable[tuple[str, object]]) -> str:
     """Return what the card said when a phase ran out of memory, "" if it did not."""
     return str(dict(properties).get(_OOM, ""))
+
+
+def read_broke(properties: Iterable[tuple[str, object]]) -> str:
+    """Return after what error the card did not answer any more, "" if it did."""
+    return str(dict(properties).get(BROKE, ""))
 
 
 def tell_broke(properties: Properties, sentence: str) -> None:

@@ -10,7 +10,7 @@ from pytest_gpumem.scheduling.fixtures import WideFixture, outlives
 from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with_margin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from pytest_gpumem.scheduling.history import Expectation
 
@@ -44,7 +44,9 @@ class PlannedTest(NamedTuple):
     """What its wider fixtures hold: a process in which they are not set up needs this on top of the
     peak, of which it is a part where that is a mark's."""
     wide: tuple[WideFixture, ...] = ()
-    """The wide fixtures that it is known to use."""
+    """The wide fixtures that it is known to use, and its worker sets up."""
+    apart: int = 0
+    """What it costs in addition that it runs in a process of its own: a context."""
 
 
 def planned_tests(
@@ -55,14 +57,19 @@ def planned_tests(
     most: int,
     any_card: bool,
     wide: tuple[Sequence[Sequence[tuple[str, str, int | None]]], Sequence[int]] = ((), ()),
+    apart: Collection[int] = (),
+    context: int = 0,
 ) -> list[PlannedTest]:
     """Return the collected tests with what is expected of them.
 
     ``needs`` are the marked tests: index, bytes (None: not said), cards, exclusive. Without any
     card they are tests like others, which find out for themselves. ``most`` are the bytes that a
     test can have: only a mark may ask for more, an estimate with its margin may not. ``wide`` are
-    the wide fixtures: sets of (node, name, parameter), and by test which of them it uses.
+    the wide fixtures: sets of (node, name, parameter), and by test which of them it uses. Tests
+    ``apart`` run in processes of their own, which set their wide fixtures up anew and cost a
+    ``context`` each.
     """
+    alone = set(apart)
     sets = [tuple(WideFixture(*each) for each in told) for told in wide[0]]
     wide_of = dict(enumerate(sets[place] for place in wide[1]))
     marked = {need[0]: need for need in needs}
@@ -71,6 +78,9 @@ def planned_tests(
         _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
         expected = expect(nodeid, vram)
         peak, held = expected.peak, expected.fixtures
+        own = index in alone
+        if own:
+            peak, held = None if peak is None else peak + held, 0
         if peak is not None and expected.source != "mark":
             peak = min(peak, max(0, most))
             held = min(held, max(0, most - peak))
@@ -86,7 +96,8 @@ def planned_tests(
                 seen=expected.source == "learned",
                 marked=expected.source == "mark",
                 fixtures=held,
-                wide=wide_of.get(index, ()),
+                wide=() if own else wide_of.get(index, ()),
+                apart=context if own else 0,
             )
         )
     return planned
@@ -126,6 +137,10 @@ class Estimates:
 
     def need(self, test: int) -> int | None:
         """Return the bytes expected of a GPU test; None when it has to run alone."""
+        size = self._need(test)
+        return None if size is None else size + self._tests[test].apart
+
+    def _need(self, test: int) -> int | None:
         planned = self._tests[test]
         if test in self.ooms:
             return None

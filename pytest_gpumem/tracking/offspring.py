@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _CAN_ASK = hasattr(os, "waitid")
 """Not so on macOS before Python 3.13."""
 
 
-def has_children() -> bool:
-    """Whether this process has a child, a zombie included; takes nothing from who waits for it."""
+def has_children(besides: Collection[int] = ()) -> bool:
+    """Whether this process has a child, a zombie included; takes nothing from who waits for it.
+
+    ``besides`` are children that do not count.
+    """
+    if besides and (found := _children()) is not None:
+        return not found <= set(besides)
     if not _CAN_ASK:
         return True
     try:
@@ -26,10 +36,24 @@ class Offspring:
     def __init__(self) -> None:
         self._reaped = _reaped()
 
-    def stirred(self) -> bool:
-        """Whether there are some now, or were since this was asked last."""
+    def stirred(self, besides: Collection[int] = ()) -> bool:
+        """Whether there are some now, ``besides`` those that do not count, or were till now."""
         before, self._reaped = self._reaped, _reaped()
-        return self._reaped != before or has_children()
+        return self._reaped != before or has_children(besides)
+
+
+def _children() -> set[int] | None:
+    """Return the children of this process, None where the system does not tell."""
+    try:
+        threads = list(Path("/proc/self/task").iterdir())
+        # Of each thread, those that it started; see proc_pid_task_children(5).
+        return {
+            int(child)
+            for thread in threads
+            for child in (thread / "children").read_text(encoding="ascii").split()
+        }
+    except OSError:
+        return None
 
 
 def _reaped() -> int:

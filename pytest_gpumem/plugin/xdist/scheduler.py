@@ -271,6 +271,8 @@ class GpumemScheduling:
                 most=most,
                 any_card=bool(totals),
                 wide=hellos[0]["wide"],
+                apart=hellos[0].get("apart", ()),
+                context=self._settings.context,
             ),
             totals,
             context=self._settings.context,
