@@ -315,8 +315,7 @@ class Leases:
             most = self._open().capacity(card.uuid, card.total) - kept
             return Want(max(SOMETHING, most), exclusive=True)
         if self._apart:
-            # Its process has nothing of what this one keeps, and costs a context in addition,
-            # which what the scheduler grants has in it.
+            # Of what this process keeps it has nothing. A grant of the scheduler has its context.
             context = self._settings.context_cost if self._granted is None else 0
             return want_of(need, Place(card.total - kept, self._settings.headroom, context))
         place = Place(

@@ -39,6 +39,7 @@ _ALIVE_SHOWN = 5
 _STEPS = {
     "alone": "with no other test on the card",
     "released": "after consolidating model state",
+    "fresh": "in a fresh process",
     "cpu": "on the CPU",
 }
 """Of the ladder."""
@@ -85,7 +86,10 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))
     yield from _section("routing", _routing(run.tests))
-    yield from _section("replaced workers", _replaced(run.tests))
+    lost = [test for test in run.tests if test.broke]
+    yield from _section("replaced workers", _lost(test for test in lost if test.worker))
+    others = _lost(test for test in lost if not test.worker)
+    yield from _section("lost CUDA context, after which tests ran in fresh processes", others)
     if verbosity > 0:
         yield from _section("not counted as leaked", _notes(touched))
     yield from _section("notes", notes)
@@ -319,10 +323,9 @@ def _routing(tests: Sequence[RecordedTest]) -> Iterator[str]:
             yield f"  {plural(steps[step], 'attempt')} {text}, {good} passed"
 
 
-def _replaced(tests: Sequence[RecordedTest]) -> Iterator[str]:
+def _lost(tests: Iterable[RecordedTest]) -> Iterator[str]:
     for test in tests:
-        if test.broke:
-            yield f"  {test.worker} after {test.nodeid}: {test.broke}"
+        yield f"  {test.worker} after {test.nodeid}: {test.broke}".replace("   ", "  ")
 
 
 def _notes(tests: Sequence[RecordedTest]) -> Iterator[str]:

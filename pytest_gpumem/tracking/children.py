@@ -58,9 +58,6 @@ class Children:
         self._lock = threading.RLock()
         self._children: list[Child] = []
         """Those that live, or were not reported to their end."""
-        self.apart: set[int] = set()
-        """Processes that this one started for tests of the run: what they and theirs hold is told
-        with these tests."""
         self._strangers: set[str] = set()
         """Processes on the cards that are no children."""
         self._shares = Shares()
@@ -100,12 +97,12 @@ class Children:
 
     def stirred(self) -> bool:
         """Whether there is anything to look at; some 3 us where nothing was started."""
-        return self.met or self._offspring.stirred(self.apart)
+        return self.met or self._offspring.stirred(self.starters.apart)
 
     def worth_a_look(self) -> bool:
         """Whether there are children, on a card or not yet."""
         met = any(not child.ended for child in list(self._children))
-        return met or has_children(self.apart)
+        return met or has_children(self.starters.apart)
 
     def look(self, age: float = 0.0) -> None:
         """Take in what children told, and what the driver says of all.
@@ -192,19 +189,13 @@ class Children:
                 return each
         if not identity or identity in self._strangers:
             return None
-        owner = None if self._is_apart(pid) else self.starters.of(pid, identity)
+        owner = self.starters.of(pid, identity)
         if owner is None:
             self._strangers.add(identity)
             return None
         child = Child(pid, identity, owner, time.time(), command=command(pid))
         self._children.append(child)
         return child
-
-    def _is_apart(self, pid: int) -> bool:
-        if not self.apart:
-            return False
-        line = (int(each.partition(":")[0]) for each in family.lineage(pid))
-        return not self.apart.isdisjoint(line)
 
     def _note_ends(self) -> None:
         for child in self._children:

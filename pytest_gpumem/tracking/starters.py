@@ -45,6 +45,9 @@ class Starters:
         """By number."""
         self.heirs: dict[int, int] = {}
         """Who answers for whom now."""
+        self.apart: set[int] = set()
+        """Processes that this one started for tests of the run: what they and theirs hold is told
+        with these tests."""
         self._since = array("d")
         """When, by the clock of processes, the next one came to run."""
         self._who = array("q")
@@ -83,7 +86,10 @@ class Starters:
         for link in family.started_by(pid):
             if link.book == self._place:
                 return self.heir(link.owner, identity)
-        if self.book.root not in family.lineage(pid):
+        line = family.lineage(pid)
+        if self.book.root not in line:
+            return None
+        if self.apart and any(int(each.partition(":")[0]) in self.apart for each in line):
             return None
         return self.heir(0, identity)
 

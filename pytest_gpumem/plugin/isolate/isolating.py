@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_gpumem.plugin.isolate.process import Message
+    from pytest_gpumem.records import CardUsage
 
 _IN = {"setup": " in its set-up", "call": "", "teardown": " in its teardown"}
 
@@ -219,20 +220,26 @@ class Isolating:
         measuring = self._measuring
         children = None if measuring is None else measuring.tracker.children
         if children is not None:
-            (children.apart.add if begins else children.apart.discard)(pid)
+            (children.starters.apart.add if begins else children.starters.apart.discard)(pid)
 
     # What they tell
 
     def _publish(self, item: pytest.Item, report: Any) -> None:
         """Publish a report as one that this process made."""
-        report.user_properties[:0] = properties.of_attempt(item.user_properties)
+        told = report.user_properties
+        # What its process lost is no loss of this one.
+        kept = [each for each in told if each[0] != properties.BROKE]
+        report.user_properties = [*properties.of_attempt(item.user_properties), *kept]
         if report.when == "teardown" and report.nodeid == item.nodeid:
             told = properties.read(report.user_properties)
-            grant = stashed(item, GRANT)
-            if grant is not None:
-                record = told._replace(lease=grant, routes=(), step="", broke="")
-                properties.tell_usage(report.user_properties, record)
-            item.stash[USAGE] = Usage(told.cards)
+            usage = told._replace(
+                cards=tuple(map(_ended_with, told.cards)),
+                fixtures=tuple(each._replace(leaked=each.orphaned) for each in told.fixtures),
+                scopes=(),
+                lease=stashed(item, GRANT),
+            )
+            properties.tell_usage(report.user_properties, usage)
+            item.stash[USAGE] = Usage(usage.cards)
         item.ihook.pytest_runtest_logreport(report=report)
 
 
@@ -350,6 +357,15 @@ class Following:
             if crashed:
                 setattr(report, attempts.CRASHED, True)
             self._publish(item, report)
+
+
+def _ended_with(card: CardUsage) -> CardUsage:
+    """Return what a test did to a card, once its process is over: nothing of that is left.
+
+    But what processes hold that it started, and that outlive it.
+    """
+    left = card.orphaned
+    return card._replace(leftover=left, leaked=left, holders=(), own_left=0, note="")
 
 
 def _environment() -> dict[str, str]:

@@ -57,6 +57,7 @@ def _life(memory: CardMemory) -> Functions:
         _cuda.default_generators = tuple(card.generator for card in memory.cards)
 
     def synchronize(*_device: Any) -> None:
+        memory.check()
         memory.card(None).enter()
 
     return {

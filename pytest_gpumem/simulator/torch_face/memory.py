@@ -97,6 +97,8 @@ class CardMemory:
         self.forked = False
         """Whether the parent had: CUDA does not survive a fork."""
         self.pinned = PinnedMemory()
+        self.lost = ""
+        """Of what error this process lost its context, in CUDA's words."""
         self._current = _Current()
         self._policy = Policy()
         self._held: dict[int, _Held] = {}
@@ -135,6 +137,11 @@ class CardMemory:
         """Make a stream this thread's current one on its card."""
         self._current.streams = {**self._current.streams, index: number}
         self.choose(index)
+
+    def check(self) -> None:
+        """Raise as CUDA, for each call after the one of which the context was lost."""
+        if self.lost:
+            raise device_error(self.lost, 710)  # cudaErrorAssert
 
     @property
     def current(self) -> int:
@@ -287,6 +294,7 @@ class CardMemory:
             RuntimeError: what torch raises when CUDA cannot be initialised.
 
         """
+        self.check()
         if not self.ready:
             _cuda._lazy_init()
         card = self.cards[device.index]

@@ -326,6 +326,8 @@ class Face(TorchFunctionMode):
         __tracebackhide__ = True  # pytest then shows the test's line last, not this one
         if types and _C._is_torch_function_enabled() and any(map(_answers_itself, types)):
             return NotImplemented  # they go first; then this mode sees what they make of it
+        if self.memory.lost and func.__name__ != "__get__":  # a shape is no call of CUDA
+            self._refuse(args, kwargs)
         handler = self._handlers.get(func)
         charges = self.charges
         outer, charges.call = charges.call, (*args, *kwargs.values()) if kwargs else args
@@ -341,6 +343,12 @@ class Face(TorchFunctionMode):
             raise _bare(error)  # noqa: B904  # it is the same error
         finally:
             charges.call = outer
+
+    def _refuse(self, args: Any, kwargs: Any) -> None:
+        """Raise as CUDA where the context is lost and a tensor on a card takes part."""
+        given = (*args, *(kwargs or {}).values())
+        if any(isinstance(each, torch.Tensor) and self.memory.where(each) for each in given):
+            self.memory.check()
 
 
 @contextmanager

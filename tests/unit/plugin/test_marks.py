@@ -47,7 +47,7 @@ def test_a_bad_mark_is_one_sentence(name, args, kwargs, sentence):
 
 def test_marks_describe_themselves_for_pytest():
     assert marks.describe("gpu").startswith(
-        "gpu(vram=None, count=1, exclusive=False, fallback=None): Say that"
+        "gpu(vram=None, count=1, exclusive=False, fallback=None, isolated=False): Say how"
     )
     assert marks.describe("vram_limit").startswith("vram_limit(limit): Fail the test")
     assert marks.describe("gpumem_off").startswith("gpumem_off: Leave")

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpumem.plugin.retry import ALONE, CPU, ELSEWHERE, RELEASED, Situation, next_step
+from pytest_gpumem.plugin.retry import (
+    ALONE,
+    CPU,
+    ELSEWHERE,
+    FRESH,
+    RELEASED,
+    Situation,
+    next_step,
+)
 
 FIRST = Situation("cpu", "", may_fall_back=True)
 
@@ -29,6 +37,17 @@ FIRST = Situation("cpu", "", may_fall_back=True)
         ({"fits_nowhere": True, "is_scheduled": True, "may_fall_back": False}, ""),
         ({"is_scheduled": True}, CPU),
         ({"is_scheduled": True, "may_fall_back": False}, ELSEWHERE),
+        ({"may_isolate": True}, FRESH),
+        ({"may_isolate": True, "is_shared": True}, ALONE),
+        ({"may_isolate": True, "can_release": True}, RELEASED),
+        ({"may_isolate": True, "step": RELEASED, "can_release": True}, FRESH),
+        ({"may_isolate": True, "step": FRESH, "can_release": True}, CPU),
+        ({"may_isolate": True, "step": FRESH, "may_fall_back": False}, ""),
+        ({"may_isolate": True, "answer": "fail"}, ""),
+        ({"may_isolate": True, "fits_nowhere": True}, CPU),
+        ({"may_isolate": True, "is_lost": True, "answer": "fail"}, FRESH),
+        ({"may_isolate": True, "is_lost": True, "step": FRESH}, ""),
+        ({"is_lost": True, "is_shared": True, "can_release": True}, ""),
     ],
 )
 def test_what_is_tried_next(changes, step):

@@ -40,6 +40,7 @@ EXAMPLES = {
     "headroom": ("0B", 0),
     "context": ("300MiB", 300 * 2**20),
     "too_large": ("skip", "skip"),
+    "isolate": ("failed", "failed"),
     "oom": ("fail", "fail"),
     "lease_timeout": ("2.5", 2.5),
     "history": ("history.json", None),
