@@ -82,8 +82,13 @@ def pytest_configure(config: pytest.Config) -> None:
         budget.begin(config, state)
     if state.found.cards and not controller:
         _measure(config)
+    if settings.ram:
+        from pytest_gpumem.plugin import ram
+
+        ram.begin(config, state, runs_tests=not controller)
     files = settings.json or settings.trace or settings.html
-    to_tell = state.found.cards or files or controller or state.notes or settings.budget
+    asked = files or settings.budget or settings.ram
+    to_tell = state.found.cards or asked or controller or state.notes
     if not is_worker(config) and to_tell:
         _report(config)
     if settings.mode == "on" and (_may_meet_cards(config) if controller else state.found.cards):

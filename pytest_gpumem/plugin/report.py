@@ -13,7 +13,17 @@ import pytest
 from pytest_gpumem import devices, records
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.commit import commit_of
-from pytest_gpumem.plugin.state import ALIVE, CARDS, HOST, LATE, NOTES, PID, USAGE_ERROR, State
+from pytest_gpumem.plugin.state import (
+    ALIVE,
+    CARDS,
+    HOST,
+    LATE,
+    NOTES,
+    PID,
+    RAM,
+    USAGE_ERROR,
+    State,
+)
 from pytest_gpumem.records import properties
 from pytest_gpumem.units import format_mib
 
@@ -178,6 +188,7 @@ class Reporting:
             late.scopes += [records.from_plain(records.ScopeUsage, each) for each in scopes]
             late.reserved.update(reserved)
         self._notes += [note for note in output.get(NOTES, ()) if note not in self._notes]
+        self._state.worker_ram = max(self._state.worker_ram, output.get(RAM, 0))
 
         for nodeid, alive in output.get(ALIVE, ()):
             self.note_alive(nodeid, worker, alive)
@@ -210,6 +221,7 @@ class Reporting:
             context=settings.context_cost if settings.mode == "on" else 0,
             command=shlex.join(["pytest", *self._config.invocation_params.args]),
             commit=self._commit,
+            worker_ram=state.worker_ram,
         )
         budgets = self._budgets()
         return run if budgets is None else budgets.compared(run)

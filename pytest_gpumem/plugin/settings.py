@@ -150,6 +150,10 @@ class Settings:
         "SECONDS",
         default="0.05",
     )
+    ram: bool = declared(
+        flag,
+        "Measure the main memory of tests and of what they start, and let workers share it.",
+    )
     archive: Path | None = declared(
         user_path,
         "The store of archived model state.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
+from pytest_gpumem.devices import host
 from pytest_gpumem.plugin.ladder import Ladder, tell_why
 from pytest_gpumem.plugin.measure import Measuring
 from pytest_gpumem.plugin.state import HISTORY, State, is_apart, is_isolated, marks_of
@@ -64,12 +65,12 @@ def save_history(config: pytest.Config, state: State, run: RunRecord) -> None:
 
     """
     path = history_path(config, state)
-    if path is None or not any(test.cards for test in run.tests):
+    if path is None or not (run.worker_ram or any(test.cards for test in run.tests)):
         return
     if state.settings.history is None:
         config.cache.mkdir("gpumem")  # with the files by which others know a cache
     history = History.load(path)
-    history.learn(run.tests)
+    history.learn(run.tests, run.worker_ram)
     history.save(path)
 
 
@@ -83,7 +84,7 @@ def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
     free = [reading.free for reading in readings if reading is not None]
     count = workers.worker_count(
         wanted,
-        workers.host(),
+        host.host(),
         free,
         (learned for _, learned in load_history(config, state)),
         context=settings.context_cost,

@@ -18,6 +18,7 @@ from pytest_gpumem.records.run import (
     Grant,
     Left,
     Process,
+    RamUsage,
     Route,
     ScopeUsage,
 )
@@ -36,6 +37,7 @@ _STEP = "gpumem_step"
 _OOM = "gpumem_oom"
 BROKE = "gpumem_broke"
 _CONSOLIDATED = "gpumem_consolidated"
+RAM = "gpumem_ram"
 
 
 class Told(NamedTuple):
@@ -53,6 +55,7 @@ class Told(NamedTuple):
     routes: tuple[Route, ...] = ()
     step: str = ""
     broke: str = ""
+    ram: RamUsage | None = None
 
 
 _IN_RECORD = (
@@ -127,6 +130,12 @@ def tell_broke(properties: Properties, sentence: str) -> None:
     properties.append((BROKE, sentence))
 
 
+def tell_ram(properties: Properties, usage: RamUsage) -> None:
+    """Tell what the test did to main memory."""
+    _forget(properties, (RAM,))
+    properties.append((RAM, json.dumps(usage)))
+
+
 def tell_consolidated(properties: Properties, done: object) -> None:
     """Tell, beside what was told before, what was consolidated after the test or for it."""
     properties.append((_CONSOLIDATED, str(done)))
@@ -146,6 +155,8 @@ def read(properties: Iterable[tuple[str, object]]) -> Told:
         plain["step"] = step
     if isinstance(broke := found.get(BROKE), str):
         plain["broke"] = broke
+    if isinstance(ram := found.get(RAM), str):
+        plain["ram"] = dict(zip(RamUsage._fields, json.loads(ram), strict=True))
     return from_plain(Told, plain)
 
 

@@ -204,6 +204,24 @@ class ScopeUsage(NamedTuple):
     """Why more than that stayed."""
 
 
+class RamUsage(NamedTuple):
+    """What one test did to main memory: its process (RSS), and what it started (PSS)."""
+
+    baseline: int
+    """Resident of its process when its set-up began."""
+    peak: int
+    """Highest while it ran, baseline included, and ``children_peak``."""
+    kept: int
+    """More than before when it was over, its children's part included; negative: less."""
+    children_peak: int = 0
+    """The most that the processes which it started were seen to have at one moment."""
+
+    @property
+    def own_peak(self) -> int:
+        """The peak above what was there when it began, in bytes."""
+        return self.peak - self.baseline
+
+
 class Grant(NamedTuple):
     """Permission to use bytes of a card, as one test had it."""
 
@@ -320,6 +338,8 @@ class RecordedTest(NamedTuple):
     """What the module and the run left that ended with it."""
     alive: tuple[Alive, ...] = ()
     """What was alive on each card at its peak, or when memory ran out, where that is known."""
+    ram: RamUsage | None = None
+    """What it did to main memory, None where that was not measured or is not worth telling."""
 
     @property
     def fell_back(self) -> bool:
@@ -369,6 +389,9 @@ class RunRecord(NamedTuple):
     commit: str = ""
     """Of the repository that it ran in, with ``-dirty`` where files differed from it; empty where
     that is not known."""
+    worker_ram: int = 0
+    """The most main memory that a process which ran tests had to itself, without the files that it
+    maps; 0 where it was not measured."""
 
 
 def merge(runs: dict[str, RunRecord]) -> RunRecord:
@@ -389,6 +412,7 @@ def merge(runs: dict[str, RunRecord]) -> RunRecord:
         budgets=tuple(verdict for run in shards for verdict in run.budgets),
         command=_common(run.command for run in shards),
         commit=_common(run.commit for run in shards),
+        worker_ram=max((run.worker_ram for run in shards), default=0),
     )
 
 

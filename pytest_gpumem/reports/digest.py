@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.forensics import analysis
 from pytest_gpumem.forensics.compare import Limits, compare
 from pytest_gpumem.records import short
-from pytest_gpumem.reports import alive, budgets, forensics, timeline
+from pytest_gpumem.reports import alive, budgets, forensics, ram, timeline
 from pytest_gpumem.reports.counted import (
     by_kind,
     count_up,
@@ -89,6 +89,16 @@ def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterato
                     place(test),
                 )
                 for usage, test, part in highest
+            ],
+            shown,
+        )
+    if in_ram := ram.most(run.tests):
+        yield _table(
+            "Main memory",
+            (">own peak", ">kept", "test"),
+            [
+                (format_bytes(usage.own_peak), format_bytes(usage.kept), place(test))
+                for usage, test in in_ram
             ],
             shown,
         )

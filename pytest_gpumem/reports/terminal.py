@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.records import short
-from pytest_gpumem.reports import alive, budgets, children, timeline
+from pytest_gpumem.reports import alive, budgets, children, ram, timeline
 from pytest_gpumem.reports.counted import (
     Counted,
     Leak,
@@ -53,7 +53,7 @@ class Line(NamedTuple):
 
 
 def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
-    """Return the section's lines; the notes alone when no test touched a card.
+    """Return the section's lines; main memory and notes alone when no test touched a card.
 
     Args:
         run: what happened.
@@ -65,10 +65,12 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     counted = count_up(run)
     touched, leaks = counted.touched, counted.leaks
     notes = [f"  {note}" for note in run.notes]
-    if not touched:
-        yield from map(Line, ("notes", *notes) if notes and verbosity >= 0 else ())
-        return
     shown = top if top and verbosity < 2 else len(run.tests)
+    if not touched:
+        if verbosity >= 0:
+            told = [*_section("main memory", ram.lines(run, shown)), *_section("notes", notes)]
+            yield from told[1:]  # without an empty line before the first
+        return
     yield Line(counted.headline, "red" if counted.felled else "yellow" if leaks else "")
     if verbosity < 0:
         for leak in leaks[:shown]:
@@ -80,6 +82,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _section("leaked", _leaked(leaks, shown, verbosity), "yellow")
     yield from _section("budgets", budgets.lines(run.budgets, shown, _with_lines(run)))
     yield from _scopes(left_by_scopes(run), shown)
+    yield from _section("main memory", ram.lines(run, shown))
     yield from _section("out of memory", _ooms(counted, shown, verbosity), "red")
     each = None if verbosity > 0 else _ALIVE_SHOWN
     yield from _section("alive", alive.lines(run, shown, each))

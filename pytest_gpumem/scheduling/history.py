@@ -8,6 +8,9 @@ The file is JSON with one line per test, those seen longest ago first::
       "a.py::x": {"peaks": [1048576], "fixtures": 0, "duration": 0.25, "runs": 1, "gpu": true}
      }
     }
+
+Where main memory was measured, a test has its peaks of it as well (``"ram": [...]``), and the file
+says what the largest process that ran tests had, by run (``"worker_ram": [...]``).
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ class Learned(NamedTuple):
     gpu: bool
     fixtures: int = 0
     """Bytes that the wider fixtures it uses hold: a process without them needs these as well."""
+    ram: int = 0
+    """Bytes of main memory to expect beyond what its process keeps, with a margin; 0: unknown."""
 
 
 class Expectation(NamedTuple):
@@ -66,6 +71,8 @@ class Expectation(NamedTuple):
     fixtures: int = 0
     """Bytes that a process needs on top if the wider fixtures are not set up in it; of a mark,
     which is for all that a test works with, these are a part."""
+    ram: int = 0
+    """Bytes of main memory beyond what its process keeps; 0 when nothing is known."""
 
 
 class _Entry(NamedTuple):
@@ -76,10 +83,18 @@ class _Entry(NamedTuple):
     duration: float
     runs: int
     gpu: bool
+    ram: tuple[int, ...] = ()
 
     def learned(self) -> Learned:
-        peak = expected_peak(self.peaks)
-        return Learned(peak, self.duration, self.runs, self.gpu, self.fixtures)
+        peak, ram = expected_peak(self.peaks), expected_peak(self.ram)
+        return Learned(peak, self.duration, self.runs, self.gpu, self.fixtures, ram)
+
+    def plain(self) -> dict[str, object]:
+        """Return what the file says of it; of main memory only where that was measured."""
+        plain = self._asdict()
+        if not self.ram:
+            del plain["ram"]
+        return plain
 
 
 def module(nodeid: str) -> str:
@@ -109,13 +124,15 @@ def with_margin(size: int, margin: float) -> int:
 class _Kin:
     """What the tests of one family or one module took, kept in step as they come and go."""
 
-    __slots__ = ("_expectation", "_fixtures", "_nanoseconds", "_on_card", "_peaks")
+    __slots__ = ("_expectation", "_fixtures", "_nanoseconds", "_on_card", "_peaks", "_ram")
 
     def __init__(self) -> None:
         self._peaks: list[int] = []
         """The highest of each test that has any, in order."""
         self._fixtures: list[int] = []
         """What the wider fixtures of each test held, in order."""
+        self._ram: list[int] = []
+        """The highest of each test whose main memory was measured, in order."""
         self._nanoseconds = 0
         """A sum of seconds would drift while tests come and go."""
         self._on_card = 0
@@ -126,6 +143,8 @@ class _Kin:
         self._expectation = None
         if entry.peaks:
             insort(self._peaks, max(entry.peaks))
+        if entry.ram:
+            insort(self._ram, max(entry.ram))
         insort(self._fixtures, entry.fixtures)
         self._nanoseconds += _nanoseconds(entry)
         self._on_card += entry.gpu
@@ -135,6 +154,8 @@ class _Kin:
         # From the right: most values are equal, and what stands behind the last one has to move.
         if entry.peaks:
             del self._peaks[bisect_right(self._peaks, max(entry.peaks)) - 1]
+        if entry.ram:
+            del self._ram[bisect_right(self._ram, max(entry.ram)) - 1]
         del self._fixtures[bisect_right(self._fixtures, entry.fixtures) - 1]
         self._nanoseconds -= _nanoseconds(entry)
         self._on_card -= entry.gpu
@@ -151,6 +172,7 @@ class _Kin:
                 "family",
                 gpu=self._on_card > 0,
                 fixtures=self._fixtures[-1],
+                ram=with_margin(self._ram[-1], FAMILY_MARGIN) if self._ram else 0,
             )
         return self._expectation
 
@@ -173,6 +195,8 @@ class History:
         """Ordered: the test seen longest ago comes first."""
         self._kin: dict[str, _Kin] | None = None
         """By family and by module; None until somebody asks, and in step from then on."""
+        self._worker_ram: tuple[int, ...] = ()
+        """What the largest process that ran tests had of main memory, of the latest runs."""
         self.problem = ""
         """One sentence when the file could not be used."""
 
@@ -189,6 +213,14 @@ class History:
     def highest(self, nodeid: str) -> int:
         """Return the highest of the peaks that are remembered of a test, without a margin."""
         return max(self._entries[nodeid].peaks, default=0)
+
+    @property
+    def worker_ram(self) -> int:
+        """The most main memory that a process which runs tests was seen to have, with a margin.
+
+        Of the latest runs: one of a few tests says nothing of the others. 0 when nothing is known.
+        """
+        return with_margin(max(self._worker_ram, default=0), MARGIN)
 
     @classmethod
     def load(cls, path: Path, capacity: int = CAPACITY) -> History:
@@ -214,7 +246,7 @@ class History:
 
         """
         history = cls(capacity)
-        history._entries = _parse(text)
+        history._entries, history._worker_ram = _parse(text)
         history._forget()
         return history
 
@@ -232,13 +264,21 @@ class History:
     def text(self) -> str:
         """Return the content of the file."""
         lines = ",\n".join(
-            f"  {json.dumps(nodeid)}: {json.dumps(entry._asdict())}"
+            f"  {json.dumps(nodeid)}: {json.dumps(entry.plain())}"
             for nodeid, entry in self._entries.items()
         )
-        return f'{{\n "schema": {SCHEMA},\n "tests": {{\n{lines}\n }}\n}}\n'
+        workers = f' "worker_ram": {json.dumps(self._worker_ram)},\n' if self._worker_ram else ""
+        return f'{{\n "schema": {SCHEMA},\n{workers} "tests": {{\n{lines}\n }}\n}}\n'
 
     def note(
-        self, nodeid: str, peak_own: int, duration: float, gpu: bool, fixtures: int = 0
+        self,
+        nodeid: str,
+        peak_own: int,
+        duration: float,
+        gpu: bool,
+        fixtures: int = 0,
+        *,
+        ram: int | None = None,
     ) -> None:
         """Remember one run of a test.
 
@@ -248,30 +288,43 @@ class History:
             duration: seconds.
             gpu: whether it used a card.
             fixtures: bytes that the wider fixtures it uses hold.
+            ram: highest bytes of main memory less what its process had before it; None where that
+                was not measured.
 
         """
-        self._put(nodeid, _Entry((peak_own,) if gpu else (), fixtures, duration, 1, gpu))
+        peaks = (peak_own,) if gpu else ()
+        self._put(
+            nodeid,
+            _Entry(peaks, fixtures, duration, 1, gpu, () if ram is None else (ram,)),
+        )
 
-    def learn(self, tests: Iterable[RecordedTest]) -> None:
-        """Remember the tests of a run, by their records.
+    def learn(self, tests: Iterable[RecordedTest], worker_ram: int = 0) -> None:
+        """Remember the tests of a run, by their records, and what their largest process had.
 
         Those that did not run to their end tell nothing: skipped ones, attempts that were made
         again, and those that took their worker with them.
         """
+        if worker_ram:
+            self._worker_ram = (*self._worker_ram, worker_ram)[-PEAKS:]
         for test in tests:
             if test.outcome in ("skipped", "rerun", "crashed"):
                 continue
             if test.oom:  # who knows what it wanted
                 self._put(test.nodeid, _Entry((), 0, test.duration, 1, gpu=True))
-            else:
-                self.note_usage(test.nodeid, test.cards, test.duration)
+                continue
+            ram = None
+            if worker_ram:  # it was measured: where nothing is told, it took next to nothing
+                ram = 0 if test.ram is None else max(0, test.ram.own_peak)
+            self.note_usage(test.nodeid, test.cards, test.duration, ram)
 
-    def note_usage(self, nodeid: str, cards: Sequence[CardUsage], duration: float) -> None:
-        """Remember one run of a test by what it did to the cards."""
+    def note_usage(
+        self, nodeid: str, cards: Sequence[CardUsage], duration: float, ram: int | None = None
+    ) -> None:
+        """Remember one run of a test by what it did to the cards, and to main memory."""
         peak = max((card.extra for card in cards), default=0)
         fixtures = max((card.fixture_bytes for card in cards), default=0)
         # A test that only tears a wider fixture down, which it does not use, has a record too.
-        self.note(nodeid, peak, duration, bool(peak or fixtures), fixtures)
+        self.note(nodeid, peak, duration, bool(peak or fixtures), fixtures, ram=ram)
 
     def _put(self, nodeid: str, entry: _Entry) -> None:
         known = self._take(nodeid) if nodeid in self._entries else None
@@ -311,13 +364,13 @@ class History:
         if own is not None:
             learned = own.learned()
             peak = learned.peak if own.peaks else None
-            found = Expectation(peak, own.duration, "learned", own.gpu, own.fixtures)
+            found = Expectation(peak, own.duration, "learned", own.gpu, own.fixtures, learned.ram)
         else:
             found = self._of_kin(nodeid)
         if mark is None:
             return found
         fixtures = 0 if own is None else min(own.fixtures, mark)
-        return Expectation(mark, found.duration, "mark", gpu=True, fixtures=fixtures)
+        return found._replace(peak=mark, source="mark", gpu=True, fixtures=fixtures)
 
     def _of_kin(self, nodeid: str) -> Expectation:
         if self._kin is None:
@@ -339,11 +392,12 @@ def _joined(old: _Entry, new: _Entry) -> _Entry:
         (old.duration + new.duration) / 2,
         old.runs + new.runs,
         old.gpu or new.gpu,
+        (old.ram + new.ram)[-PEAKS:],
     )
 
 
-def _parse(text: str) -> dict[str, _Entry]:
-    """Return the entries that ``text`` holds.
+def _parse(text: str) -> tuple[dict[str, _Entry], tuple[int, ...]]:
+    """Return the entries that ``text`` holds, and the main memory of processes.
 
     Raises:
         ValueError: in one sentence, when it is not a history.
@@ -358,18 +412,25 @@ def _parse(text: str) -> dict[str, _Entry]:
     tests = plain.get("tests")
     if not isinstance(tests, dict):
         raise ValueError("it names no tests")
-    return {nodeid: _entry(nodeid, each) for nodeid, each in tests.items()}
+    workers = plain.get("worker_ram", [])
+    if not isinstance(workers, list) or not all(map(_is_count, workers)):
+        raise ValueError("its worker_ram is no list of sizes")
+    entries = {nodeid: _entry(nodeid, each) for nodeid, each in tests.items()}
+    return entries, tuple(workers[-PEAKS:])
 
 
 def _entry(nodeid: str, plain: Any) -> _Entry:
     values: list[Any] = (
-        [plain.get(name) for name in _Entry._fields] if isinstance(plain, dict) else []
+        [plain.get(name, _Entry._field_defaults.get(name)) for name in _Entry._fields]
+        if isinstance(plain, dict)
+        else []
     )
     match values:
-        case [list(peaks), fixtures, duration, runs, bool(gpu)] if all(
-            map(_is_count, [*peaks, fixtures, runs])
+        case [list(peaks), fixtures, duration, runs, bool(gpu), (list() | tuple()) as ram] if all(
+            map(_is_count, [*peaks, fixtures, runs, *ram])
         ) and _is_seconds(duration):
-            return _Entry(tuple(peaks[-PEAKS:]), fixtures, float(duration), runs, gpu)
+            ram = tuple(ram[-PEAKS:])
+            return _Entry(tuple(peaks[-PEAKS:]), fixtures, float(duration), runs, gpu, ram)
     raise ValueError(f"its entry for {nodeid!r} is none")
 
 

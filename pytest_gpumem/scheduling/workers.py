@@ -9,13 +9,13 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
+    from pytest_gpumem.devices.host import Host
     from pytest_gpumem.records import Card
     from pytest_gpumem.scheduling.history import Learned
 
@@ -28,14 +28,6 @@ WORKER_RAM = 2**30
 about this much, and the suite's own data comes on top."""
 _CPU_SHARE = 0.02
 """Tests without a card that take less of the time are not worth workers of their own."""
-
-
-class Host(NamedTuple):
-    """What this process may use of the machine."""
-
-    cpus: int
-    ram: int | None
-    """Bytes that can still be taken; None where the system does not tell."""
 
 
 class WorkerCount(NamedTuple):
@@ -94,81 +86,6 @@ def _contexts(room: int, peak: int, context: int) -> int:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def host(root: Path = Path("/")) -> Host:
-    """Return what this process may use of the machine, its control groups regarded.
-
-    Args:
-        root: where ``proc`` and ``sys`` are.
-
-    """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    groups = list(_groups(root))
-    quotas = [quota for group in groups if (quota := _quota(group)) is not None]
-    rooms = [room for group in groups if (room := _group_room(group)) is not None]
-    available = _available(root)
-    if available is not None:
-        rooms.append(available)
-    return Host(max(1, min([cpus or 1, *quotas])), min(rooms, default=None))
-
-
-def _groups(root: Path) -> Iterable[Path]:
-    """Yield the directories of this process's control groups, each with those above it.
-
-    In a container with a namespace of its own the path is ``/``. See cgroups(7); version 1 has a
-    hierarchy for each controller.
-    """
-    base = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        top = base / controllers if controllers else base
-        below = top / path.lstrip("/")
-        yield from (each for each in (below, *below.parents) if top == each or top in each.parents)
-
-
-def _quota(group: Path) -> int | None:
-    """Return the CPUs a control group may keep busy, rounded up."""
-    quota, _, period = _text(group / "cpu.max").strip().partition(" ")
-    quota = quota or _text(group / "cpu.cfs_quota_us").strip()
-    period = period or _text(group / "cpu.cfs_period_us").strip()
-    if not quota.isdecimal() or not period.isdecimal() or int(period) == 0:
-        return None  # "max" and "-1" are no quota
-    return -(-int(quota) // int(period))
-
-
-def _group_room(group: Path) -> int | None:
-    """Return the bytes a control group may still take; what is only cached counts as free."""
-    for limit, usage, inactive in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        top, used = _text(group / limit).strip(), _text(group / usage).strip()
-        if top.isdecimal() and used.isdecimal():
-            cached = _field(_text(group / "memory.stat"), inactive) or 0
-            return max(0, int(top) - int(used) + cached)
-    return None
-
-
-def _available(root: Path) -> int | None:
-    kib = _field(_text(root / "proc/meminfo"), "MemAvailable:")
-    return None if kib is None else kib * 1024
-
-
-def _field(text: str, name: str) -> int | None:
-    for line in text.splitlines():
-        words = line.split()
-        if words[:1] == [name]:
-            return int(words[1])
-    return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def views(specs: Sequence[Any]) -> list[str]:

@@ -32,6 +32,7 @@ EXAMPLES = {
     "module_leak_limit": ("1MiB", 2**20),
     "children": ("off", "off"),
     "sample_interval": ("0.5", 0.5),
+    "ram": ("yes", True),
     "archive": ("store", None),
     "archive_key_file": ("key", None),
     "archive_quota": ("20GiB", 20 * 2**30),

@@ -10,9 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem import files
-from pytest_gpumem.records import CardUsage, RecordedTest
+from pytest_gpumem.records import CardUsage, RamUsage, RecordedTest
 from pytest_gpumem.scheduling import history as histories
-from pytest_gpumem.scheduling.history import History, Learned, expected_peak, family, module
+from pytest_gpumem.scheduling.history import (
+    FAMILY_MARGIN,
+    MARGIN,
+    PEAKS,
+    History,
+    Learned,
+    expected_peak,
+    family,
+    module,
+    with_margin,
+)
 
 nodeids = st.text(min_size=1, max_size=20) | st.builds(
     "tests/{}.py::test_{}[{}]".format,
@@ -186,11 +196,48 @@ def test_a_run_teaches_by_the_tests_that_came_to_their_end() -> None:
     history = History()
     history.learn(run)
     assert dict(history) == {
-        "a.py::x": (expected_peak([7]), 2.0, 1, True, 3),
-        "a.py::y": (0, 3.0, 1, False, 0),
-        "a.py::v": (0, 1.0, 1, True, 0),
+        "a.py::x": (expected_peak([7]), 2.0, 1, True, 3, 0),
+        "a.py::y": (0, 3.0, 1, False, 0, 0),
+        "a.py::v": (0, 1.0, 1, True, 0, 0),
     }
-    assert history.expect("a.py::v") == (None, 1.0, "learned", True, 0)
+    assert history.expect("a.py::v") == (None, 1.0, "learned", True, 0, 0)
+
+
+def test_main_memory_is_learned_where_a_run_measured_it() -> None:
+    def test(name: str, peak: int, kept: int = 0) -> RecordedTest:
+        return RecordedTest(name, "passed", 1.0, "", ram=RamUsage(100, 100 + peak, kept))
+
+    history = History()
+    history.learn([test("a.py::x[1]", 40), RecordedTest("a.py::y", "passed", 1.0, "")], 1000)
+    history.learn([test("a.py::x[1]", 20)], 300)  # a run of one test says little of the others
+    unmeasured = RecordedTest("a.py::x[1]", "passed", 1.0, "")
+    history.learn([unmeasured])
+    again = History.read(history.text())
+
+    for known in (history, again):
+        assert known.expect("a.py::x[1]").ram == expected_peak([40, 20])
+        assert known.expect("a.py::x[2]").ram == with_margin(40, FAMILY_MARGIN)
+        assert known.expect("a.py::y").ram == 0
+        assert known.worker_ram == with_margin(1000, MARGIN)
+    assert History().worker_ram == 0
+    for _ in range(PEAKS):
+        history.learn([], 200)
+    assert history.worker_ram == with_margin(200, MARGIN)
+
+
+def test_a_history_without_main_memory_is_written_as_before() -> None:
+    assert "ram" not in history_of([("a.py::x", 7, 2.0, True)]).text()
+
+
+@pytest.mark.parametrize("told", [-1, 1, "1", [1.5], [-1], [True], {"a": 1}])
+def test_main_memory_that_is_no_size_is_no_history(told: object) -> None:
+    entry = {"peaks": [], "fixtures": 0, "duration": 1.0, "runs": 1, "gpu": False}
+    for plain in (
+        {"schema": 1, "tests": {}, "worker_ram": told},
+        {"schema": 1, "tests": {"a.py::x": entry | {"ram": told}}},
+    ):
+        with pytest.raises(ValueError, match=r"ram is no list|entry for 'a.py::x'"):
+            History.read(json.dumps(plain))
 
 
 def test_a_test_that_never_used_a_card_has_a_duration_and_no_peak() -> None:

@@ -8,16 +8,15 @@ import pytest
 
 from pytest_gpumem import devices
 from pytest_gpumem.devices import AllocatorReading, DriverReading, users
+from pytest_gpumem.devices.host import Host, host
 from pytest_gpumem.records import Card
 from pytest_gpumem.scheduling.history import Learned
 from pytest_gpumem.scheduling.workers import (
     VIEWS,
     VISIBLE,
     Holdings,
-    Host,
     first_cards,
     give_back,
-    host,
     place,
     tell_cards,
     views,

@@ -1,0 +1,106 @@
+"""Main memory by Linux's own files, made-up ones and this process's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pytest_gpumem.devices import host
+
+MIB = 2**20
+GROUP = "proc/self/cgroup"
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Write files of a made-up machine and return its root."""
+
+    def _machine(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return _machine
+
+
+@pytest.mark.parametrize(
+    ("files", "killed", "limit"),
+    [
+        ({}, (0, 0), None),
+        ({"proc/vmstat": "pgpgin 1\noom_kill 7\n"}, (0, 7), None),
+        (
+            {GROUP: "0::/a/b\n", f"{V2}/a/b/memory.events": "low 0\noom 3\noom_kill 2\n"}
+            | {f"{V2}/a/memory.events": "oom_kill 5\noom_group_kill 0\n"}
+            | {f"{V2}/a/memory.max": f"{64 * MIB}\n", f"{V2}/a/b/memory.max": "max\n"},
+            (5, 0),
+            64 * MIB,
+        ),
+        (
+            {GROUP: "4:memory:/box\n"}
+            | {f"{V1}/box/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n"}
+            | {f"{V1}/box/memory.limit_in_bytes": f"{32 * MIB}"}
+            | {f"{V1}/memory.limit_in_bytes": "9223372036854771712"},
+            (1, 0),
+            32 * MIB,
+        ),
+        # An old kernel's, and files that say nothing: neither is an error.
+        ({GROUP: "4:memory:/\n", f"{V1}/memory.oom_control": "under_oom 0\n"}, (0, 0), None),
+        ({GROUP: "0::/\nnonsense\n", f"{V2}/memory.events": "oom_kill\n\nx"}, (0, 0), None),
+        ({GROUP: "0::/../..\n", f"{V2}/memory.events": "oom_kill many\n"}, (0, 0), None),
+    ],
+)
+def test_what_control_groups_say_of_limits_and_kills(machine, files, killed, limit):
+    root = machine(files)
+
+    assert host.killed(root) == killed
+    assert host.limit(root) == limit
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_resident_and_peak_follow_what_the_process_takes():
+    if not host.reset_peak():
+        pytest.skip("nobody may reset the high-water mark here")
+    before = host.resident()
+    taken = bytearray(64 * MIB)
+    during = host.resident()
+    del taken
+    after, peak = host.resident(), host.peak()
+
+    assert during - before == pytest.approx(64 * MIB, abs=4 * MIB)
+    assert abs(after - before) < 4 * MIB
+    assert peak > during - 4 * MIB  # the counters of several processors are summed up late
+    assert host.reset_peak()
+    assert host.peak() < peak - 48 * MIB
+    assert 0 < host.of_files() < after
+
+
+@linux
+def test_children_are_found_while_they_live_and_their_share_is_theirs():
+    assert host.share_of(2**22 + 1) == host.Share(0, 0)
+    script = "b = bytearray(48 << 20); del b; c = bytearray(8 << 20); print(1, flush=True); input()"
+    with subprocess.Popen(
+        ["/bin/sh", "-c", f'{sys.executable} -c "{script}"; :'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as shell:
+        shell.stdout.readline()
+        assert host.has_children()
+        family = list(host.descendants(os.getpid()))
+        (python,) = host.descendants(shell.pid)
+        share = host.share_of(python)
+        shell.communicate(b"\n")
+
+    assert {shell.pid, python} <= set(family)
+    assert share.now > 8 * MIB
+    # What it had at its most and gave back is known, though nobody looked then.
+    assert share.peak - share.now > 30 * MIB
+    assert shell.pid not in set(host.descendants(os.getpid()))
