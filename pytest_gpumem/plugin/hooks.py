@@ -160,11 +160,12 @@ def _may_meet_cards(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
-    """Let VRAM limit the workers of ``-n auto``, once there is something to reckon with."""
+    """Let VRAM and main memory limit the workers of ``-n auto``, as far as they are known."""
     wanted = yield
     state = config.stash[STATE]
     asked_for = "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ
-    if state.settings.mode != "on" or asked_for or not state.found.cards:
+    to_reckon_with = state.found.cards or state.settings.ram
+    if state.settings.mode != "on" or asked_for or not to_reckon_with:
         return wanted
     from pytest_gpumem.plugin import share
 

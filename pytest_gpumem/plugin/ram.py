@@ -66,18 +66,18 @@ class MeasuringRam:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Tell what this process took in all; before the report is made, and a worker ends."""
+        """Tell what this process kept; before the report is made, and a worker ends."""
         if self._looks:
             self._sampler.stop()
-        own, notes = self._meter.own(), self._state.notes
+        kept, notes = self._meter.kept(), self._state.notes
         if not self._exact:
             notes.append(INEXACT)
         if is_worker(session.config):
             output = session.config.workeroutput  # type: ignore[attr-defined]
-            output[RAM] = own
+            output[RAM] = kept
             output.setdefault(NOTES, notes)  # what measures VRAM tells them as well
         else:
-            self._state.worker_ram = own
+            self._state.worker_ram = kept
 
 
 def begin(config: pytest.Config, state: State, *, runs_tests: bool) -> None:

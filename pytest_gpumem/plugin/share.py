@@ -82,14 +82,17 @@ def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
     cards = devices.cards_to_choose(os.environ.get(workers.VISIBLE)) or state.found.cards
     readings = map(devices.driver_reading, cards)
     free = [reading.free for reading in readings if reading is not None]
+    history = load_history(config, state)
     count = workers.worker_count(
         wanted,
         host.host(),
         free,
-        (learned for _, learned in load_history(config, state)),
+        (learned for _, learned in history),
         context=settings.context_cost,
         headroom=settings.headroom,
         scheduled=settings.schedule != "off" and config.getoption("dist") in ("no", "load"),
+        each_ram=history.worker_ram,
+        packs_ram=settings.ram,
     )
     if count is None:
         return wanted

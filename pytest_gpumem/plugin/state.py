@@ -63,7 +63,7 @@ class State:
         self.worker_reason = ""
         """Why ``-n auto`` starts as many workers as it does."""
         self.worker_ram = 0
-        """The most main memory that a process which ran tests had to itself, as far as told."""
+        """The most main memory that a process which runs tests kept to itself, as far as told."""
 
     def set_environ(self, name: str, value: str) -> None:
         """Set a variable for this process and what it starts, until the run ends."""
@@ -134,7 +134,7 @@ what modules and the run left, the bytes reserved since by card."""
 ALIVE = "gpumem_alive"
 """Key under which a worker tells what was alive in tests that ran once more for that."""
 RAM = "gpumem_ram"
-"""Key under which it leaves the most main memory that it had to itself."""
+"""Key under which it leaves the most main memory that it kept to itself."""
 GONE = "gpumem_gone"
 """Key under which a worker tells the budgets that have no test any more."""
 HISTORY = "gpumem_history"

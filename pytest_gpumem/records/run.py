@@ -390,8 +390,8 @@ class RunRecord(NamedTuple):
     """Of the repository that it ran in, with ``-dirty`` where files differed from it; empty where
     that is not known."""
     worker_ram: int = 0
-    """The most main memory that a process which ran tests had to itself, without the files that it
-    maps; 0 where it was not measured."""
+    """The most main memory that a process which ran tests kept to itself before or after one,
+    without the files that it maps; 0 where it was not measured."""
 
 
 def merge(runs: dict[str, RunRecord]) -> RunRecord:

@@ -10,7 +10,7 @@ The file is JSON with one line per test, those seen longest ago first::
     }
 
 Where main memory was measured, a test has its peaks of it as well (``"ram": [...]``), and the file
-says what the largest process that ran tests had, by run (``"worker_ram": [...]``).
+says what the largest process that ran tests kept, by run (``"worker_ram": [...]``).
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class History:
         self._kin: dict[str, _Kin] | None = None
         """By family and by module; None until somebody asks, and in step from then on."""
         self._worker_ram: tuple[int, ...] = ()
-        """What the largest process that ran tests had of main memory, of the latest runs."""
+        """What the largest process that ran tests kept of main memory, of the latest runs."""
         self.problem = ""
         """One sentence when the file could not be used."""
 
@@ -216,7 +216,7 @@ class History:
 
     @property
     def worker_ram(self) -> int:
-        """The most main memory that a process which runs tests was seen to have, with a margin.
+        """The most main memory that a process which runs tests was seen to keep, with a margin.
 
         Of the latest runs: one of a few tests says nothing of the others. 0 when nothing is known.
         """
@@ -299,7 +299,7 @@ class History:
         )
 
     def learn(self, tests: Iterable[RecordedTest], worker_ram: int = 0) -> None:
-        """Remember the tests of a run, by their records, and what their largest process had.
+        """Remember the tests of a run, by their records, and what their largest process kept.
 
         Those that did not run to their end tell nothing: skipped ones, attempts that were made
         again, and those that took their worker with them.

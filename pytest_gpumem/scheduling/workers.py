@@ -46,8 +46,12 @@ def worker_count(
     context: int,
     headroom: int,
     scheduled: bool,
+    each_ram: int = 0,
+    packs_ram: bool = False,
 ) -> WorkerCount | None:
-    """Return how many workers to start, None when there is no card or nothing was learned.
+    """Return how many workers to start, None when there is nothing to reckon with.
+
+    That is: no card of which anything was learned, and main memory neither learned nor asked for.
 
     Args:
         wanted: what xdist would start.
@@ -58,25 +62,57 @@ def worker_count(
         headroom: bytes of each card that are never given out.
         scheduled: whether the scheduler keeps idle contexts off the card. Then workers without
             a context can run tests without a card, and VRAM limits only a suite that has none.
+        each_ram: bytes of main memory that a worker was seen to keep; 0 where that is not known.
+        packs_ram: whether main memory was asked to be measured and shared: then it limits them also
+            where nothing is known, and the scheduler keeps large tests apart.
 
     """
     known = list(learned)
     on_card = [test for test in known if test.gpu]
-    if not free or not on_card:
+    by_card = bool(free and on_card)
+    if not (by_card or each_ram or packs_ram):
         return None
-    peak = max(test.peak for test in on_card)
     limits = [(max(1, wanted), "as xdist would start"), (host.cpus, _plural(host.cpus, "CPU"))]
     if host.ram is not None:
-        limits.append(
-            (max(1, host.ram // WORKER_RAM), f"{format_bytes(host.ram)} of main memory left")
-        )
+        most = min(count for count, _ in limits)
+        packed = packs_ram and scheduled
+        limits.append(_by_ram(host.ram, each_ram, known, most, packed=packed))
     busy = sum(test.duration for test in on_card)
-    if not scheduled or busy >= (1 - _CPU_SHARE) * sum(test.duration for test in known):
+    nearly_all = busy >= (1 - _CPU_SHARE) * sum(test.duration for test in known)
+    if by_card and (nearly_all or not scheduled):
+        peak = max(test.peak for test in on_card)
         fit = sum(_contexts(size - headroom, peak, context) for size in free)
         text = f"{_plural(fit, 'context')} of {format_bytes(context)} beside the largest peak"
         limits.append((fit, f"VRAM holds {text} of {format_bytes(peak)}"))
     count, why = min(limits, key=lambda limit: limit[0])
     return WorkerCount(count, f"{_plural(count, 'worker')}: {why}")
+
+
+def _by_ram(
+    room: int, each: int, known: Sequence[Learned], most: int, *, packed: bool
+) -> tuple[int, str]:
+    """Return how many of ``most`` workers ``room`` bytes of main memory are for, and why.
+
+    Where nothing keeps large tests apart, each worker may run the largest one at the same moment.
+    Where the scheduler packs them, more workers make the run shorter until what these keep leaves
+    too little for the tests: no run is shorter than its time / workers, nor than its byte-seconds
+    / the room beside the workers.
+    """
+    why = f"{format_bytes(room)} of main memory left"
+    if not each:
+        return max(1, room // WORKER_RAM), why
+    largest = max((test.ram for test in known), default=0)
+    why += f", of which a worker keeps {format_bytes(each)}"
+    why += f" and the largest test takes {format_bytes(largest)}" if largest else ""
+    if not packed or not largest:
+        return max(1, room // (each + largest)), why
+    seconds = sum(test.duration for test in known)
+    area = sum(test.ram * test.duration for test in known)
+    counts = range(1, min(most, max(1, (room - largest) // each)) + 1)
+    return min(
+        counts,
+        key=lambda count: max(seconds / count, area / max(1, room - count * each)),
+    ), why
 
 
 def _contexts(room: int, peak: int, context: int) -> int:

@@ -33,8 +33,8 @@ class RamMeter:
         """The children there were when the test began."""
         self._children_peak = 0
         self._next_look = 0.0
-        self.highest = host.resident() or 0
-        """The most that the process and its children had."""
+        self._kept = 0
+        """The most that the process and its children had before or after a test."""
 
     def begin(self) -> None:
         """Begin a test."""
@@ -69,17 +69,18 @@ class RamMeter:
         highest = max(self._baseline, after, mark if mark > self._mark else 0)
         children = _children()
         self._see(children)
-        self.highest = max(self.highest, highest + _sum(self._before) + self._children_peak)
+        before, kept = self._baseline + _sum(self._before), after + _sum(children)
+        self._kept = max(self._kept, before, kept)
         return RamUsage(
             baseline=self._baseline,
             peak=highest + self._children_peak,
-            kept=after - self._baseline + _sum(children) - _sum(self._before),
+            kept=kept - before,
             children_peak=self._children_peak,
         )
 
-    def own(self) -> int:
-        """Return the most that the process had to itself: without the files that it maps."""
-        return max(0, self.highest - host.of_files())
+    def kept(self) -> int:
+        """Return the most that the process kept to itself: without the files that it maps."""
+        return max(0, self._kept - host.of_files())
 
 
 def _children() -> dict[int, host.Share]:

@@ -37,10 +37,9 @@ GPU_ONLY = learned((GIB, 10.0), (2 * GIB, 5.0))
 MIXED = [*GPU_ONLY, *learned((None, 30.0))]
 
 
-def count(wanted=16, machine=ROOMY, free=(4 * GIB,), known=GPU_ONLY, *, headroom=0, scheduled=True):
-    return worker_count(
-        wanted, machine, free, known, context=512 * MIB, headroom=headroom, scheduled=scheduled
-    )
+def count(wanted=16, machine=ROOMY, free=(4 * GIB,), known=GPU_ONLY, **more):
+    more = {"headroom": 0, "scheduled": True} | more
+    return worker_count(wanted, machine, free, known, context=512 * MIB, **more)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +89,67 @@ def test_processors_and_main_memory_limit_as_well():
 
     assert (few.workers, few.reason) == (2, "2 workers: 2 CPUs")
     assert (small.workers, small.reason) == (3, "3 workers: 3.00 GiB of main memory left")
+
+
+def in_ram(*tests):
+    """Return what was learned of tests without a card, given as (MiB, seconds)."""
+    return [Learned(0, seconds, 1, gpu=False, ram=size * MIB) for size, seconds in tests]
+
+
+ALL_ALIKE = [(200, 1.0)] * 40
+ONE_HUGE = [*ALL_ALIKE, (3000, 10.0)]
+SUITES = [
+    # Tests, what a worker keeps, what is left, the best number, and that without a scheduler.
+    ("next to nothing", [(1, 1.0)] * 50, 60, 8 * 1024, 16, 16),
+    ("workers fill it", [(0, 1.0)] * 50, 700, 4 * 1024, 5, 5),
+    ("torch, small tests", [(50, 0.5)] * 100, 900, 8 * 1024, 8, 8),
+    # Beside the huge one, three others may use 600 MiB at once; more workers would take their room.
+    ("one huge test", ONE_HUGE, 100, 4 * 1024, 4, 1),
+    ("all huge", [(1024, 1.0)] * 30, 100, 4 * 1024, 4, 3),
+    ("all too large", [(6000, 1.0)] * 3, 100, 4 * 1024, 1, 1),
+    ("half of it each", [(2000, 1.0)] * 10, 40, 4 * 1024, 2, 2),
+    ("long and lean, short and fat", [(10, 9.0)] * 16 + [(2000, 0.1)] * 16, 50, 4 * 1024, 16, 1),
+    ("long and fat, short and lean", [(1500, 9.0)] * 8 + [(10, 0.1)] * 99, 50, 4 * 1024, 3, 2),
+    ("no room at all", ALL_ALIKE, 500, 100, 1, 1),
+]
+"""The best number is that beyond which no further worker makes the run shorter, by hand."""
+
+
+@pytest.mark.parametrize(
+    ("tests", "keeps", "left", "best", "unpacked"),
+    [each[1:] for each in SUITES],
+    ids=[each[0] for each in SUITES],
+)
+def test_main_memory_is_for_as_many_workers_as_it_shortens_the_run(
+    tests, keeps, left, best, unpacked
+):
+    machine = Host(16, left * MIB)
+    told = {"free": (), "known": in_ram(*tests), "machine": machine, "each_ram": keeps * MIB}
+    packed = count(**told, packs_ram=True)
+
+    assert abs(packed.workers - best) <= 1
+    assert abs(count(**told).workers - unpacked) <= 1
+    assert count(**told, packs_ram=True, scheduled=False).workers == count(**told).workers
+    if packed.workers < 16:
+        assert f"{left * MIB / GIB:.2f} GiB of main memory left" in packed.reason or left < 1024
+
+
+def test_main_memory_counts_with_a_gib_each_before_anything_is_learned():
+    found = count(free=(), known=[], machine=Host(64, 5 * GIB), packs_ram=True)
+
+    assert (found.workers, found.reason) == (5, "5 workers: 5.00 GiB of main memory left")
+    assert count(free=(), known=[], machine=Host(64, 5 * GIB)) is None
+    assert count(free=(), known=[], machine=Host(4, None), packs_ram=True).workers == 4
+
+
+def test_learned_main_memory_is_told_with_its_numbers():
+    tests = in_ram((1024, 1.0))
+    found = count(machine=Host(64, 8 * GIB), free=(), known=tests, each_ram=GIB)
+
+    assert found.reason == (
+        "4 workers: 8.00 GiB of main memory left, of which a worker keeps 1.00 GiB and the largest "
+        "test takes 1.00 GiB"
+    )
 
 
 @pytest.fixture
