@@ -91,7 +91,11 @@ def pytest_configure(config: pytest.Config) -> None:
     to_tell = state.found.cards or asked or controller or state.notes
     if not is_worker(config) and to_tell:
         _report(config)
-    if settings.mode == "on" and (_may_meet_cards(config) if controller else state.found.cards):
+    if controller:
+        from pytest_gpumem.plugin.xdist.lost import Lost
+
+        config.pluginmanager.register(Lost(state), Lost.NAME)
+    if settings.mode == "on" and _shares(config):
         _share(config)
 
 
@@ -149,6 +153,15 @@ def _share(config: pytest.Config) -> None:
         from pytest_gpumem.plugin.memory_fraction import Capping
 
         config.pluginmanager.register(Capping(state), Capping.NAME)
+
+
+def _shares(config: pytest.Config) -> bool:
+    """Return whether this process shares anything: cards, or main memory among xdist's workers."""
+    state, controller = config.stash[STATE], _is_controller(config)
+    settings = state.settings
+    if (controller or is_worker(config)) and (settings.ram or settings.worker_ram is not None):
+        return True
+    return _may_meet_cards(config) if controller else bool(state.found.cards)
 
 
 def _may_meet_cards(config: pytest.Config) -> bool:
@@ -366,8 +379,8 @@ def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
     try:
         meaning = marks.read(mark.name, mark.args, mark.kwargs)
     except ValueError as error:
-        if mark.name == "gpu" and item.config.stash[STATE].settings.mode != "on":
-            return  # a common name: it may be the suite's own, which was there before us
+        if mark.name in ("gpu", "ram") and item.config.stash[STATE].settings.mode != "on":
+            return  # common names: they may be the suite's own, which were there before us
         path, line, _ = item.location
         raise BadSettingError(f"{path}:{(line or 0) + 1}: {item.nodeid}: {error}") from None
     found = item.stash.setdefault(ITEM_MARKS, ItemMarks())

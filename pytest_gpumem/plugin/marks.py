@@ -45,6 +45,11 @@ def gpu(
     return Need(size, count, exclusive, fallback, isolated)
 
 
+def ram(size: str | int) -> int:
+    """Say how much main memory the test takes at its peak, with what it starts."""
+    return _size("size", size)
+
+
 def vram_limit(limit: str | int) -> int:
     """Fail the test when it takes more VRAM than this size above what was there before."""
     return _size("limit", limit)
@@ -69,7 +74,7 @@ def _size(name: str, value: object) -> int:
 
 
 MARKS: dict[str, Callable[..., Any]] = {
-    mark.__name__: mark for mark in (gpu, vram_limit, vram_leak_limit, gpumem_off)
+    mark.__name__: mark for mark in (gpu, ram, vram_limit, vram_leak_limit, gpumem_off)
 }
 
 

@@ -146,6 +146,14 @@ def seconds(text: str) -> float:
     return seconds
 
 
+def positive_size(text: str) -> int:
+    """Return the bytes that a size names, more than none."""
+    size = parse_bytes(text)
+    if size == 0:
+        raise ValueError(f"{text!r} is no bound; allowed is more than 0 bytes")
+    return size
+
+
 def fraction(text: str) -> float:
     """Return a part of a card, 0 for ``auto``."""
     if text == "auto":

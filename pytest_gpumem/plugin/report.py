@@ -222,6 +222,7 @@ class Reporting:
             command=shlex.join(["pytest", *self._config.invocation_params.args]),
             commit=self._commit,
             worker_ram=state.worker_ram,
+            lost=tuple(state.lost),
         )
         budgets = self._budgets()
         return run if budgets is None else budgets.compared(run)

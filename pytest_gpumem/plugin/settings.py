@@ -19,6 +19,7 @@ from pytest_gpumem.plugin.option import (
     fraction,
     one_of,
     options_of,
+    positive_size,
     seconds,
     share,
     simulated_sizes,
@@ -274,6 +275,15 @@ class Settings:
         "Fail a test that waits longer than this for its lease.",
         "SECONDS",
         otherwise="wait",
+        needs_on=True,
+        group="share",
+    )
+    worker_ram: int | None = declared(
+        positive_size,
+        "Replace a worker of xdist whose main memory has grown beyond this size, before it goes "
+        "on to another module.",
+        "SIZE",
+        otherwise="no bound",
         needs_on=True,
         group="share",
     )

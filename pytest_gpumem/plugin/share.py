@@ -196,9 +196,10 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         replacing=Replacing(leave),
     )
     measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
-    worker = xdist_worker.Worker(
-        config,
-        hello=lambda items: {
+
+    def hello(items: Sequence[pytest.Item]) -> dict[str, Any]:
+        bound, in_ram = state.settings.worker_ram, _in_ram(items)
+        told: dict[str, Any] = {
             "host": workers.host_name(),
             "needs": _needs(items),
             "wide": wide_fixtures(items),
@@ -208,7 +209,17 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
                 for index, item in enumerate(items)
                 if is_isolated(item, state.settings.isolate)
             ],
-        },
+        }
+        if state.settings.ram or in_ram:
+            told |= {"ram": host.host().ram, "rams": in_ram}
+        if state.settings.ram or in_ram or bound is not None:
+            worker.ram = use = workers.RamUse(bound)
+            state.notes += [use.problem] * bool(use.problem)
+        return told
+
+    worker = xdist_worker.Worker(
+        config,
+        hello=hello,
         holding=ladder.leases.keep,
         used=workers.CardUse(lambda: state.found.cards),
         release=_give_back,
@@ -229,6 +240,12 @@ def _give_back() -> None:
     if not consolidator.idle:
         consolidator.consolidate_gpu_memory(process_context="wanted by another worker")
     workers.give_back()
+
+
+def _in_ram(items: Sequence[pytest.Item]) -> list[tuple[int, int]]:
+    """Return what the marks of the tests say of main memory: index, bytes."""
+    marked = ((index, marks_of(item).ram) for index, item in enumerate(items))
+    return [(index, size) for index, size in marked if size is not None]
 
 
 def _needs(items: Sequence[pytest.Item]) -> list[tuple[int, int | None, int, bool]]:

@@ -62,6 +62,8 @@ class State:
         """Whether tests may run in processes of their own."""
         self.worker_reason = ""
         """Why ``-n auto`` starts as many workers as it does."""
+        self.lost: list[records.LostWorker] = []
+        """Workers that were replaced or killed, as far as the process that reports knows."""
         self.worker_ram = 0
         """The most main memory that a process which runs tests kept to itself, as far as told."""
 
@@ -89,6 +91,7 @@ class ItemMarks:
     """What the marks of one test mean; None where it has no such mark."""
 
     need: marks.Need | None = None
+    ram: int | None = None
     vram_limit: int | None = None
     vram_leak_limit: int | None = None
     off: bool = False

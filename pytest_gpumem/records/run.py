@@ -348,6 +348,16 @@ class RecordedTest(NamedTuple):
         return self.step == "cpu" or any(route.fell_back for route in last.values())
 
 
+class LostWorker(NamedTuple):
+    """A worker of xdist that ended before its run did."""
+
+    worker: str
+    why: str
+    """In words: ``it had grown to 1.20 GiB of main memory``."""
+    nodeid: str = ""
+    """The test that it ran, or had run last; empty where it ran none."""
+
+
 class BudgetVerdict(NamedTuple):
     """How a test stands to its budget on one card model."""
 
@@ -392,6 +402,8 @@ class RunRecord(NamedTuple):
     worker_ram: int = 0
     """The most main memory that a process which ran tests kept to itself before or after one,
     without the files that it maps; 0 where it was not measured."""
+    lost: tuple[LostWorker, ...] = ()
+    """Workers that were replaced because they had grown, or that were killed."""
 
 
 def merge(runs: dict[str, RunRecord]) -> RunRecord:
@@ -412,6 +424,7 @@ def merge(runs: dict[str, RunRecord]) -> RunRecord:
         budgets=tuple(verdict for run in shards for verdict in run.budgets),
         command=_common(run.command for run in shards),
         commit=_common(run.commit for run in shards),
+        lost=tuple(each for run in shards for each in run.lost),
         worker_ram=max((run.worker_ram for run in shards), default=0),
     )
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import RamUsage, RecordedTest, RunRecord
 
 
+_KEEPERS = 3
+"""Of a lost worker's tests, those that are named."""
+
+
 def most(tests: Iterable[RecordedTest]) -> list[tuple[RamUsage, RecordedTest]]:
     """Return who took or kept most first; each test once, by the attempt that did most."""
     found: dict[str, tuple[RamUsage, RecordedTest]] = {}
@@ -35,6 +39,19 @@ def keepers(tests: Iterable[RecordedTest]) -> list[tuple[int, str]]:
             kept[test.nodeid] = kept.get(test.nodeid, 0) + test.ram.kept
     found = sorted(((size, nodeid) for nodeid, size in kept.items()), reverse=True)
     return [(size, nodeid) for size, nodeid in found if size > 0]
+
+
+def who_kept(run: RunRecord, worker: str) -> Iterator[str]:
+    """Return in sentences which tests of ``worker`` kept most main memory, as far as was told."""
+    tests = [test for test in run.tests if test.worker == worker]
+    found = keepers(tests)
+    yield from (f"{format_bytes(size)} kept by {nodeid}" for size, nodeid in found[:_KEEPERS])
+    if len(found) > _KEEPERS:
+        rest = sum(size for size, _ in found[_KEEPERS:])
+        yield f"{format_bytes(rest)} kept by {plural(len(found) - _KEEPERS, 'other test')}"
+    if not found:
+        measured = any(test.ram for test in run.tests) or run.worker_ram
+        yield "its tests kept nothing" if measured else "--gpumem-ram tells which tests keep it"
 
 
 def lines(run: RunRecord, shown: int) -> Iterator[str]:

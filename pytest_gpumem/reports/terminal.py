@@ -68,7 +68,11 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     shown = top if top and verbosity < 2 else len(run.tests)
     if not touched:
         if verbosity >= 0:
-            told = [*_section("main memory", ram.lines(run, shown)), *_section("notes", notes)]
+            told = [
+                *_section("main memory", ram.lines(run, shown)),
+                *_section("replaced workers", _lost(run, verbosity)),
+                *_section("notes", notes),
+            ]
             yield from told[1:]  # without an empty line before the first
         return
     yield Line(counted.headline, "red" if counted.felled else "yellow" if leaks else "")
@@ -89,10 +93,15 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))
     yield from _section("routing", _routing(run.tests))
-    lost = [test for test in run.tests if test.broke]
-    yield from _section("replaced workers", _lost(test for test in lost if test.worker))
-    others = _lost(test for test in lost if not test.worker)
-    yield from _section("lost CUDA context, after which tests ran in fresh processes", others)
+    yield from _section("replaced workers", _lost(run, verbosity))
+    yield from _section(
+        "lost CUDA context, after which tests ran in fresh processes",
+        (
+            f"  after {test.nodeid}: {test.broke}"
+            for test in run.tests
+            if not test.worker and test.broke
+        ),
+    )
     if verbosity > 0:
         yield from _section("not counted as leaked", _notes(touched))
     yield from _section("notes", notes)
@@ -326,9 +335,18 @@ def _routing(tests: Sequence[RecordedTest]) -> Iterator[str]:
             yield f"  {plural(steps[step], 'attempt')} {text}, {good} passed"
 
 
-def _lost(tests: Iterable[RecordedTest]) -> Iterator[str]:
-    for test in tests:
-        yield f"  {test.worker} after {test.nodeid}: {test.broke}".replace("   ", "  ")
+def _lost(run: RunRecord, verbosity: int) -> Iterator[str]:
+    """Show the workers that ended before the run did, and who kept the main memory of theirs."""
+    for test in run.tests:
+        if test.broke and test.worker:
+            yield f"  {test.worker} after {test.nodeid}: {test.broke}"
+    shown = run.lost if verbosity > 0 else run.lost[:_LEFT_SHOWN]
+    for lost in shown:
+        when = f" at {lost.nodeid}" if lost.nodeid else ""
+        yield f"  {lost.worker}{when}: {lost.why}"
+        yield from (f"      {sentence}" for sentence in ram.who_kept(run, lost.worker))
+    if len(shown) < len(run.lost):
+        yield f"  ... {len(run.lost) - len(shown)} more; -v shows all"
 
 
 def _notes(tests: Sequence[RecordedTest]) -> Iterator[str]:

@@ -19,6 +19,8 @@ class Lane(enum.Enum):
 
     CPU = enum.auto()
     """Without a card."""
+    RAM = enum.auto()
+    """Without a card, where there is main memory for it."""
     SHARED = enum.auto()
     """Beside others on one card."""
     WIDE = enum.auto()
@@ -49,6 +51,8 @@ class Backlog:
         on_gpu = {test.group for test in tests if test.gpu}
         # Modules with GPU tests come last: their CPU tests may find the fixtures set up.
         self.cpu = Pile(tests, late, last=on_gpu)
+        self.ram = Portion()
+        """Largest first."""
         self.shared = Pile(tests, late)
         self.wide = Portion()
         self.large = Portion()
@@ -57,6 +61,7 @@ class Backlog:
         self.last = Portion()
         self._lanes: dict[Lane, Pile | Portion] = {
             Lane.CPU: self.cpu,
+            Lane.RAM: self.ram,
             Lane.SHARED: self.shared,
             Lane.WIDE: self.wide,
             Lane.LARGE: self.large,
@@ -96,9 +101,9 @@ class Backlog:
             place.add(test, self._tests[test].duration)
 
     def take(self, portion: Portion, test: int) -> int:
-        """Remove GPU test ``test``, one of the first few of ``portion``."""
+        """Remove ``test``, one of the first few of ``portion``, which is not the CPU tests'."""
         duration = self._tests[test].duration
-        if portion is self.alone or portion is self.last:
+        if portion is self.alone or portion is self.last or portion is self.ram:
             return portion.take(test, duration)
         self.work = max(0.0, self.work - duration)
         self.area = max(0.0, self.area - self._seen.whole(test) * duration)
@@ -117,6 +122,11 @@ class Backlog:
         """Take note of tests that will share a card: how many contexts there are follows."""
         for test in sharing:
             self._count(test)
+
+    def fill_ram(self, tests: Sequence[int]) -> None:
+        """Let all tests wait that need main memory and no card."""
+        for test in sorted(tests, key=lambda test: -self._tests[test].ram):
+            self.add(test, Lane.RAM)
 
     def fill_shared(self, tests: Sequence[int], long: float, room: int) -> None:
         """Let all expected tests wait: in the large lane if they need more than ``room`` bytes."""

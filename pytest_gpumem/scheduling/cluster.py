@@ -59,10 +59,10 @@ class Cluster:
 
     # What happens
 
-    def join(self, name: str, cards: Sequence[CardKey]) -> Worker:
+    def join(self, name: str, cards: Sequence[CardKey], host: str = "") -> Worker:
         """Add a worker that sees ``cards``; those that nobody told of do not count."""
         ring = tuple(self.cards[key] for key in cards if key in self.cards)
-        worker = Worker(name, ring or (self._nothing,), self._context)
+        worker = Worker(name, ring or (self._nothing,), self._context, host)
         self._rings.add(worker.ring)
         worker.card.workers.append(worker)
         self.workers[name] = worker

@@ -44,6 +44,12 @@ class Stop(NamedTuple):
     worker: str
 
 
+class Replace(NamedTuple):
+    """Idle ``worker`` has grown too large: it shall end as by ``Stop``, and another one begin."""
+
+    worker: str
+
+
 class Fail(NamedTuple):
     """``test`` can never run."""
 
@@ -51,4 +57,4 @@ class Fail(NamedTuple):
     why: str
 
 
-Command = Run | Flush | Reset | Stop | Fail
+Command = Run | Flush | Reset | Stop | Replace | Fail

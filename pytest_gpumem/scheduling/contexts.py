@@ -45,7 +45,7 @@ def _bounds(state: State, card: Card, contexts: int) -> tuple[float, float]:
     gpu = pace(gpu=True)
     alone = gpu * backlog.alone.work
     packed = gpu * (backlog.work + max(0.0, backlog.followers_work))
-    even = (pace(gpu=False) * backlog.cpu.time + alone + packed) / workers
+    even = (pace(gpu=False) * (backlog.cpu.time + backlog.ram.work) + alone + packed) / workers
     if room <= 0:
         return float("inf"), even
     part = len(card.workers) / workers

@@ -47,6 +47,8 @@ class PlannedTest(NamedTuple):
     """The wide fixtures that it is known to use, and its worker sets up."""
     apart: int = 0
     """What it costs in addition that it runs in a process of its own: a context."""
+    ram: int = 0
+    """Bytes of main memory that it takes beyond what its process keeps; 0: not known."""
 
 
 def planned_tests(
@@ -59,6 +61,7 @@ def planned_tests(
     wide: tuple[Sequence[Sequence[tuple[str, str, int | None]]], Sequence[int]] = ((), ()),
     apart: Collection[int] = (),
     context: int = 0,
+    rams: Iterable[tuple[int, int]] = (),
 ) -> list[PlannedTest]:
     """Return the collected tests with what is expected of them.
 
@@ -67,12 +70,14 @@ def planned_tests(
     test can have: only a mark may ask for more, an estimate with its margin may not. ``wide`` are
     the wide fixtures: sets of (node, name, parameter), and by test which of them it uses. Tests
     ``apart`` run in processes of their own, which set their wide fixtures up anew and cost a
-    ``context`` each.
+    ``context`` each. ``rams`` are the tests whose mark says what they take of main memory: index,
+    bytes.
     """
     alone = set(apart)
     sets = [tuple(WideFixture(*each) for each in told) for told in wide[0]]
     wide_of = dict(enumerate(sets[place] for place in wide[1]))
     marked = {need[0]: need for need in needs}
+    in_ram = dict(rams)
     planned = []
     for index, nodeid in enumerate(collection):
         _, vram, cards, exclusive = marked.get(index, (index, None, 1, False))
@@ -98,6 +103,7 @@ def planned_tests(
                 fixtures=held,
                 wide=() if own else wide_of.get(index, ()),
                 apart=context if own else 0,
+                ram=in_ram.get(index, expected.ram),
             )
         )
     return planned

@@ -24,7 +24,7 @@ def lane_of(state: State, test: int) -> Lane:
     Which of those that share a card are large is decided once, by ``open_lanes``.
     """
     if not uses_card(state, test):
-        return Lane.CPU
+        return Lane.RAM if state.ram.packs(test) else Lane.CPU
     if state.seen.ooms[test] > 1:
         return Lane.LAST
     if not _may_share(state, test) or state.seen.whole(test) > state.cluster.roomiest():
@@ -89,11 +89,13 @@ def give_up(state: State, test: int) -> None:
 
 def open_lanes(state: State) -> None:
     """Sort all tests, now that the workers are known."""
+    state.ram.open(state.cluster.workers.values())
     on_cpu: list[int] = []
+    in_ram: list[int] = []
     sharing: list[int] = []
     for test, planned in enumerate(state.tests):
         if not planned.gpu:
-            on_cpu.append(test)
+            (in_ram if state.ram.packs(test) else on_cpu).append(test)
         elif not state.cluster.possible_anywhere(test):
             give_up(state, test)
         elif planned.cards == 1 and _may_share(state, test):
@@ -101,6 +103,7 @@ def open_lanes(state: State) -> None:
         else:
             admit(state, test)
     state.backlog.expect(sharing)
+    state.backlog.fill_ram(in_ram)
     long = _long(state)
     state.backlog.cpu.fill(on_cpu, long)
     contexts.replan(state)

@@ -80,8 +80,9 @@ class Card:
 class Worker:
     """One process that runs tests."""
 
-    def __init__(self, name: str, ring: tuple[Card, ...], context: int) -> None:
+    def __init__(self, name: str, ring: tuple[Card, ...], context: int, host: str = "") -> None:
         self.name = name
+        self.host = host
         self.ring = ring
         """Its own card first."""
         self.card = ring[0]
@@ -117,6 +118,12 @@ class Worker:
         self.stalled = False
         """Whether a test may wait for what it keeps."""
         self.stopped = False
+        self.ran = ""
+        """Module of the test that it ran last; what it was handed since it may have returned."""
+        self.grown = 0
+        """Bytes of main memory that it keeps more than before its first test."""
+        self.too_large = False
+        """Whether it is to be replaced, when it goes on to another module."""
         self.stays = context
         """Bytes that it cannot give back: its context, and what it kept after its last reset."""
 

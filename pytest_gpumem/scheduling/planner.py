@@ -16,6 +16,7 @@ from pytest_gpumem.scheduling.cluster import Cluster
 from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
 from pytest_gpumem.scheduling.fixtures import SetUpOrder
 from pytest_gpumem.scheduling.history import family
+from pytest_gpumem.scheduling.ram import MainMemory
 from pytest_gpumem.scheduling.state import State
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Planner:
         context: bytes that a process keeps on a card once it used it.
         headroom: bytes of each card that are never given out.
         others: bytes that other programs use, by card.
+        rooms: bytes of main memory that tests may take, by host; those of others are not limited.
         optimistic: guess unknown peaks from those seen so far, with a small margin, instead of
             running such tests alone first; a wrong guess costs a second run of the test, alone.
 
@@ -47,6 +49,7 @@ class Planner:
         context: int,
         headroom: int,
         others: Mapping[CardKey, int] | None = None,
+        rooms: Mapping[str, int] = MappingProxyType({}),
         optimistic: bool = False,
     ) -> None:
         most = max(0, max(cards.values(), default=0) - headroom - context)
@@ -58,7 +61,10 @@ class Planner:
             tests, seen, cards, others or {}, context=context, headroom=headroom
         )
         self._backlog = Backlog(tests, seen, order.late_modules)
-        self._state = State(tests, seen, order, self._cluster, self._backlog, optimistic=optimistic)
+        self._ram = ram = MainMemory(tests, rooms)
+        self._state = State(
+            tests, seen, order, self._cluster, self._backlog, ram=ram, optimistic=optimistic
+        )
         self._started = False
 
     @property
@@ -81,7 +87,7 @@ class Planner:
 
     # Reports
 
-    def add_worker(self, worker: str, cards: Sequence[CardKey]) -> None:
+    def add_worker(self, worker: str, cards: Sequence[CardKey], host: str = "") -> None:
         """Let ``worker``, a process that holds nothing yet, run tests.
 
         Nothing happens if it is known already.
@@ -90,10 +96,11 @@ class Planner:
             worker: its name.
             cards: those that it sees, in its order; its GPU tests run on the first ones. Cards
                 that the planner was not told of do not count.
+            host: whose main memory it uses.
 
         """
         if worker not in self._cluster.workers:
-            self._asks(self._cluster.join(worker, cards))
+            self._asks(self._cluster.join(worker, cards, host))
             self._state.until_replan = 0
 
     def remove_worker(self, worker: str) -> int | None:
@@ -103,6 +110,7 @@ class Planner:
         crashed = gone.given.popleft() if gone.given else None
         if crashed is not None:
             self._ended(gone, crashed)
+        self._ram.leave(gone)
         for test in gone.given:
             self._backlog.add(test, Lane.CPU)
         self._backlog.cpu.release(gone.cpu)
@@ -169,6 +177,8 @@ class Planner:
         """Give back what a test had reserved, and let those go that waited for its peak."""
         self._state.left -= 1
         self._cluster.end(worker)
+        self._ram.end(worker)
+        worker.ran = self._tests[test].group
         worker.set_up = self._order.after(test, worker.set_up)
         lanes.scout_ended(self._state, family(self._tests[test].nodeid))
 
@@ -207,6 +217,20 @@ class Planner:
         where = told.card if card is None else self._cluster.cards.get(card)
         if where is not None:
             self._state.changed |= self._cluster.keeps(told, where, size, fixtures)
+
+    def main_memory(self, worker: str, size: int, *, too_large: bool = False) -> None:
+        """Take note of what ``worker`` keeps of main memory.
+
+        Args:
+            worker: its name.
+            size: bytes more than before its first test.
+            too_large: whether it is to be replaced, when it goes on to another module.
+
+        """
+        told = self._cluster.workers[worker]
+        told.too_large |= too_large
+        self._ram.keeps(told, size)
+        self._state.changed = True
 
     def foreign(self, card: CardKey, size: int) -> None:
         """Take note of what other programs use of ``card``."""

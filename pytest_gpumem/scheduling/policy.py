@@ -26,6 +26,9 @@
   the numbers say. What a worker kept even then, such as leaks, it is not asked for again.
 - A worker sets up no wide fixture beside one that it would never find beside it in plain xdist
   (see ``fixtures``). It takes other tests first, and gives back what it has if there are none.
+- Tests that would not all fit into main memory are packed by what they take of it, largest first
+  (see ``ram``); a GPU test among them waits for both. Nothing is handed out ahead of its room.
+- A worker that has grown too large is replaced when it has ended its module.
 - A running test may wait for something that the fixtures of an idle worker hold: a lock, a port, a
   database. A worker is stopped as soon as no test waits for one, as in plain xdist; one that is
   idle before gives its fixtures back whenever a test beside it stalls.
@@ -37,7 +40,8 @@ import itertools
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.scheduling import lanes
-from pytest_gpumem.scheduling.commands import Flush, Grant, Reset, Run, Stop
+from pytest_gpumem.scheduling.acting import give_back, in_order, launch, run
+from pytest_gpumem.scheduling.commands import Replace, Stop
 from pytest_gpumem.scheduling.contexts import may_use
 from pytest_gpumem.scheduling.places import Reservation
 
@@ -77,6 +81,19 @@ def serve(state: State, worker: Worker) -> None:
 # The rules: each does what it is named for and returns True, or does nothing.
 
 
+def replace(state: State, worker: Worker) -> bool:
+    """Replace a worker that has grown too large, unless its module goes on or nothing waits."""
+    if not worker.too_large or state.all_given:
+        return False
+    # One that gave its fixtures back has ended its module whatever waits.
+    group, backlog = worker.group and worker.ran, state.backlog
+    own = any(each and each.group == group and each.tests for each in (worker.cpu, worker.gpu))
+    if group and (own or backlog.cpu.free(group) or backlog.shared.free(group)):
+        return False
+    state.out.append(Replace(worker.name))
+    return True
+
+
 def run_gpu_test(state: State, worker: Worker) -> bool:
     """Run a GPU test that may go now: the reserved one, else the first of the lanes that fits."""
     card = worker.card
@@ -97,7 +114,17 @@ def evict_for_waiting(state: State, worker: Worker) -> bool:
 
 def make_way_for_gpu_test(state: State, worker: Worker) -> bool:
     """Have fixtures given back that an urgent GPU test may not follow."""
-    return worker.out_of_order and worker.card.urgent and _give_back(state, worker)
+    return worker.out_of_order and worker.card.urgent and give_back(state, worker)
+
+
+def run_ram_test(state: State, worker: Worker) -> bool:
+    """Run a test without a card that needs main memory, if there is room: of its module first."""
+    lane = state.backlog.ram
+    first = list(itertools.islice(lane.tests, LOOK))
+    for test in sorted(first, key=lambda each: state.tests[each].group != worker.group):
+        if in_order(state, worker, test):
+            return run(state, worker, state.backlog.take(lane, test))
+    return False
 
 
 def run_cpu_test(state: State, worker: Worker) -> bool:
@@ -110,7 +137,7 @@ def run_cpu_test(state: State, worker: Worker) -> bool:
             break
         test = cpu.take(portion, portion.tests[0])
         if not lanes.uses_card(state, test):
-            return _run(state, worker, test)
+            return run(state, worker, test)
         lanes.admit(state, test)
         state.changed = True  # it may be what a worker has room for that was asked before
     return False
@@ -125,7 +152,7 @@ def evict(state: State, worker: Worker) -> bool:
         return False
     if not state.gpu_waits and not state.backlog.last.tests:
         return False
-    return not _enough_comes_back(state, worker) and _give_back(state, worker)
+    return not _enough_comes_back(state, worker) and give_back(state, worker)
 
 
 def last_resort(state: State, worker: Worker) -> bool:
@@ -140,15 +167,15 @@ def last_resort(state: State, worker: Worker) -> bool:
     if (
         reserved
         and all(card.idle for card in reserved.cards)
-        and _in_order(state, worker, reserved.test)
+        and in_order(state, worker, reserved.test)
     ):
-        return _launch(state, worker, reserved.end(), alone=True)
+        return launch(state, worker, reserved.end(), alone=True)
     for portion in _lanes(state, worker):
         for test in list(itertools.islice(portion.tests, LOOK)):
             cards = state.cluster.cards_for(worker, test)
             free = state.cluster.possible(cards, test) and all(card.idle for card in cards)
-            if free and _in_order(state, worker, test):
-                return _launch(state, worker, state.backlog.take(portion, test), alone=True)
+            if free and in_order(state, worker, test):
+                return launch(state, worker, state.backlog.take(portion, test), alone=True)
             if not state.cluster.possible_anywhere(test):
                 lanes.give_up(state, state.backlog.take(portion, test))
     return False
@@ -158,9 +185,7 @@ def make_way(state: State, worker: Worker) -> bool:
     """Have fixtures given back that another test may wait for, or no test here may follow."""
     # It had better keep them for a GPU test that waits until one beside it has ended.
     room_comes = worker.kept and worker.card.running and state.gpu_waits
-    return (worker.stalled or (worker.out_of_order and not room_comes)) and _give_back(
-        state, worker
-    )
+    return (worker.stalled or (worker.out_of_order and not room_comes)) and give_back(state, worker)
 
 
 def stop(state: State, worker: Worker) -> bool:
@@ -173,9 +198,11 @@ def stop(state: State, worker: Worker) -> bool:
 
 
 RULES: tuple[Callable[[State, Worker], bool], ...] = (
+    replace,
     run_gpu_test,
     evict_for_waiting,
     make_way_for_gpu_test,
+    run_ram_test,
     run_cpu_test,
     evict,
     last_resort,
@@ -195,7 +222,7 @@ def _run_reserved(state: State, worker: Worker, *, closed: bool) -> bool:
         return False
     if not state.cluster.may_go(worker, reserved.test):
         return False
-    return _in_order(state, worker, reserved.test) and _launch(state, worker, reserved.end())
+    return in_order(state, worker, reserved.test) and launch(state, worker, reserved.end())
 
 
 def _run_from_lanes(state: State, worker: Worker) -> bool:
@@ -207,8 +234,8 @@ def _run_from_lanes(state: State, worker: Worker) -> bool:
         for test in list(itertools.islice(portion.tests, LOOK)):
             if not may_go(worker, test):
                 _reserve(state, worker, portion, test)
-            elif _in_order(state, worker, test):
-                return _launch(state, worker, backlog.take(portion, test))
+            elif in_order(state, worker, test):
+                return launch(state, worker, backlog.take(portion, test))
     if worker.gpu is not None and worker.gpu.group != worker.group:
         backlog.shared.release(worker.gpu)  # who begins with the module is to have the rest of it
         worker.gpu = None
@@ -222,8 +249,8 @@ def _run_from_elsewhere(state: State, worker: Worker) -> bool:
     for card in state.cluster.cards.values():
         reserved = card.reserved
         fits = reserved and state.cluster.fits(worker, reserved.test)
-        if reserved and fits and _in_order(state, worker, reserved.test):
-            return _launch(state, worker, reserved.end())
+        if reserved and fits and in_order(state, worker, reserved.test):
+            return launch(state, worker, reserved.end())
     return False
 
 
@@ -251,7 +278,7 @@ def _lanes(state: State, worker: Worker) -> Iterator[Portion]:
     if (
         backlog.last.tests
         and empty
-        and not (len(backlog.cpu) or state.cluster.disturbed(worker.card))
+        and not (len(backlog.cpu) or backlog.ram.tests or state.cluster.disturbed(worker.card))
     ):
         yield backlog.last
 
@@ -305,14 +332,6 @@ def _gpu_portion(state: State, worker: Worker) -> Portion | None:
     return portion
 
 
-def _in_order(state: State, worker: Worker, test: int) -> bool:
-    """Return whether ``test`` may follow what ``worker`` will have set up."""
-    if not worker.to_set_up or state.order.permits(test, worker.to_set_up):
-        return True
-    worker.out_of_order = True
-    return False
-
-
 # Reservations
 
 
@@ -362,6 +381,8 @@ def _prefetch(state: State, worker: Worker) -> None:
     """
     if len(worker.given) > worker.refill or (state.gpu_waits and may_use(state, worker)):
         return
+    if worker.too_large:
+        return  # it may be replaced next
     cpu, pace = state.backlog.cpu, state.seen.pace(gpu=False)
     first, *rest = (pace * state.tests[test].duration for test in worker.given)
     ahead = sum(rest)
@@ -374,7 +395,7 @@ def _prefetch(state: State, worker: Worker) -> None:
         last = first + ahead > pace * cpu.time / len(state.cluster.workers)
         if ahead + duration > AHEAD or last or lanes.uses_card(state, test):
             break
-        _run(state, worker, cpu.take(portion, test))
+        run(state, worker, cpu.take(portion, test))
         ahead += duration
     worker.refill = max(1, len(worker.given) // 2)
 
@@ -405,36 +426,3 @@ def _enough_comes_back(state: State, worker: Worker) -> bool:
     cluster = state.cluster
     lacks = cluster.asks(worker, card, reserved.test) - cluster.room(worker, card)
     return lacks <= sum(each.owed for each in card.workers if each.waiting)
-
-
-# What a rule does
-
-
-def _launch(state: State, worker: Worker, test: int, *, alone: bool = False) -> bool:
-    """Run GPU test ``test`` with what it needs set aside, or alone on its cards."""
-    state.cluster.start(worker, test, alone=alone)
-    size = None if state.seen.need(test) is None else worker.asked
-    grant = Grant(size, len(worker.using), worker.using[0].exclusive)
-    return _run(state, worker, test, grant)
-
-
-def _run(state: State, worker: Worker, test: int, grant: Grant | None = None) -> bool:
-    worker.given.append(test)
-    worker.to_set_up = state.order.after(test, worker.to_set_up)
-    worker.group = state.tests[test].group
-    worker.given_back = 0
-    worker.stalled = False
-    if grant is None and not state.tests[test].seen:
-        state.cluster.surprises(worker)
-    state.out.append(Run(worker.name, test, grant))
-    return True
-
-
-def _give_back(state: State, worker: Worker) -> bool:
-    """Let a worker tear down what it keeps: fixtures of modules first, then all."""
-    state.out.append((Reset if worker.given_back else Flush)(worker.name))
-    worker.given_back += 1
-    worker.waiting = True
-    worker.stalled = False
-    worker.group = ""
-    return True

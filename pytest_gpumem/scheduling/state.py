@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
     from pytest_gpumem.scheduling.fixtures import SetUpOrder
     from pytest_gpumem.scheduling.places import Worker
+    from pytest_gpumem.scheduling.ram import MainMemory
 
 
 class State:
@@ -26,6 +27,7 @@ class State:
         cluster: Cluster,
         backlog: Backlog,
         *,
+        ram: MainMemory,
         optimistic: bool,
     ) -> None:
         self.tests = tests
@@ -33,6 +35,7 @@ class State:
         self.order = order
         self.cluster = cluster
         self.backlog = backlog
+        self.ram = ram
         self.optimistic = optimistic
         self.asking: dict[str, Worker] = {}
         """Workers that may be given something."""

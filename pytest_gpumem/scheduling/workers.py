@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
+from pytest_gpumem.devices import host
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class WorkerCount(NamedTuple):
 
 def worker_count(
     wanted: int,
-    host: Host,
+    machine: Host,
     free: Sequence[int],
     learned: Iterable[Learned],
     *,
@@ -55,7 +56,7 @@ def worker_count(
 
     Args:
         wanted: what xdist would start.
-        host: the machine.
+        machine: what there is.
         free: bytes free on each card.
         learned: what earlier runs taught, of any tests.
         context: bytes each process costs that uses a card.
@@ -72,11 +73,14 @@ def worker_count(
     by_card = bool(free and on_card)
     if not (by_card or each_ram or packs_ram):
         return None
-    limits = [(max(1, wanted), "as xdist would start"), (host.cpus, _plural(host.cpus, "CPU"))]
-    if host.ram is not None:
+    limits = [
+        (max(1, wanted), "as xdist would start"),
+        (machine.cpus, _plural(machine.cpus, "CPU")),
+    ]
+    if machine.ram is not None:
         most = min(count for count, _ in limits)
         packed = packs_ram and scheduled
-        limits.append(_by_ram(host.ram, each_ram, known, most, packed=packed))
+        limits.append(_by_ram(machine.ram, each_ram, known, most, packed=packed))
     busy = sum(test.duration for test in on_card)
     nearly_all = busy >= (1 - _CPU_SHARE) * sum(test.duration for test in known)
     if by_card and (nearly_all or not scheduled):
@@ -246,6 +250,44 @@ class CardUse:
             return {}
         self._looked = now
         return {card.uuid: devices.used_bytes(card) for card in self._cards()}
+
+
+class RamUse:
+    """What this process keeps of main memory more than before its first test.
+
+    Args:
+        bound: bytes beyond which it is to be replaced; None: never.
+
+    """
+
+    STEP = 16 * 2**20
+    """Bytes by which it has to change to be told again."""
+
+    def __init__(self, bound: int | None) -> None:
+        self._bound = bound
+        self._first = host.resident() or 0
+        self._told = 0
+        self._large = False
+
+    @property
+    def problem(self) -> str:
+        """In one sentence, why the bound is none; "" if it is one."""
+        if self._bound is None or self._first <= self._bound:
+            return ""
+        return (
+            f"--gpumem-worker-ram: a worker has {format_bytes(self._first)} before its first test, "
+            f"more than {format_bytes(self._bound)}: none is replaced"
+        )
+
+    def __call__(self) -> tuple[int, int] | None:
+        """Return the bytes, and all that it has if that is too much, else 0; None: nothing new."""
+        now = host.resident() or 0
+        grown = max(0, now - self._first)
+        large = self._bound is not None and self._first <= self._bound < now
+        if abs(grown - self._told) < self.STEP and large <= self._large:
+            return None
+        self._told, self._large = grown, large
+        return grown, now if large else 0
 
 
 def give_back() -> None:

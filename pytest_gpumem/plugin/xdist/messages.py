@@ -40,6 +40,19 @@ def cards_of(
     return totals, used
 
 
+def rooms_of(hellos: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the main memory that tests may take, in bytes by host, where workers told of it.
+
+    The least that one told: the others of its host may not have loaded all of theirs before.
+    """
+    rooms: dict[str, int] = {}
+    for hello in hellos:
+        room, host = hello.get("ram"), hello.get("host", "")
+        if room is not None:
+            rooms[host] = min(room, rooms.get(host, room))
+    return rooms
+
+
 def taken(told: Iterable[tuple[str, object]]) -> Taken:
     """Return what a test took, from its report."""
     usage = properties.read(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections import deque
@@ -14,6 +15,8 @@ from pytest_gpumem.plugin.xdist.messages import Taken
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    import pytest
+
     from pytest_gpumem.scheduling.commands import CardKey
 
 STALL = 0.05
@@ -23,6 +26,8 @@ LONGEST_STALL = 10.0
 """... but no more than these."""
 _SOON = 0.01
 """Seconds between two looks, at least."""
+_GONE = 0.5
+"""Seconds that a process has to be gone whose pipe has ended."""
 LOOK_AGAIN: Mapping[str, Any] = {}
 """A message of nobody's: by it the clock's thread has the controller look for such tests."""
 
@@ -64,6 +69,10 @@ class Worker:
     """Of those sent, the tests that it passes over."""
     oom: bool = False
     """Whether the running test shall be tried again because it shared the card."""
+    too_large: int = 0
+    """Bytes of main memory that it has, where that is too much."""
+    replaced: bool = False
+    """Whether it was told to end because it had grown, so that another one begins."""
     moved: float = 0.0
     """When it was last heard or told to do something."""
     setup: float = 0.0
@@ -90,6 +99,41 @@ class Worker:
     def busy(self) -> bool:
         """Whether it has more to do than to wait behind a sentinel."""
         return len(self.sent) > 1
+
+
+# What follows rests on xdist 3.8's and execnet 2.1's own affairs; without them nothing is told or
+# done, and a test names the versions.
+
+
+def ended_well(node: Node) -> bool:
+    """Return whether a worker that is gone came to its end: only then it leaves its output."""
+    return hasattr(node, "workeroutput")
+
+
+def replace(config: pytest.Config, node: Node) -> bool:
+    """Let another worker begin in the place of one that ended as it was told; return if it does.
+
+    xdist replaces a worker that crashed by the same function, which counts it as a failure of the
+    run: after four for each worker the run would end.
+    """
+    session: Any = config.pluginmanager.get_plugin("dsession")
+    clone = getattr(session, "_clone_node", None)
+    if clone is None or getattr(session, "shuttingdown", True):
+        return False
+    clone(node)
+    return True
+
+
+def exit_status(node: Node) -> int | None:
+    """Return how the process of a worker that is gone ended, as ``Popen.returncode`` says it.
+
+    None where that is not known, as of one on another machine.
+    """
+    popen: Any = getattr(getattr(node.gateway, "_io", None), "popen", None)
+    try:
+        return None if popen is None else int(popen.wait(timeout=_GONE))
+    except subprocess.TimeoutExpired:
+        return None
 
 
 class StallClock:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_gpumem.plugin import attempts
+from pytest_gpumem.plugin.xdist import lost
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
-from pytest_gpumem.plugin.xdist.messages import Taken, cards_of, taken
+from pytest_gpumem.plugin.xdist.messages import Taken, cards_of, rooms_of, taken
 from pytest_gpumem.plugin.xdist.nodes import LOOK_AGAIN, Node, StallClock, Worker
 from pytest_gpumem.scheduling import commands
 from pytest_gpumem.scheduling.estimates import planned_tests
@@ -183,6 +184,9 @@ class GpumemScheduling:
             worker.holding[uuid] = size, fixtures
             if planner is not None:
                 planner.resident(worker.name, size, (worker.host, uuid), fixtures)
+        if planner is not None and "ram" in indices:
+            grown, worker.too_large = indices["ram"]
+            planner.main_memory(worker.name, grown, too_large=bool(worker.too_large))
         for uuid, used in indices.get("used", {}).items():
             if planner is not None:
                 planner.used((worker.host, uuid), used)
@@ -197,11 +201,11 @@ class GpumemScheduling:
         worker, planner = self._workers.pop(node), self._planner
         if planner is None or worker.collection is None:
             return None
+        crashed = None if worker.left is not None else self._running(worker)
         if worker.left is not None:
             self._complete(worker, worker.left, 0.0)
-            crashed = None
-        else:
-            crashed = self._running(worker)
+        if worker.replaced:
+            lost.replace(self.config, worker, self._collection)
         given = planner.remove_worker(worker.name)
         if given is not None and given != crashed:
             planner.requeue(given)
@@ -273,10 +277,12 @@ class GpumemScheduling:
                 wide=hellos[0]["wide"],
                 apart=hellos[0].get("apart", ()),
                 context=self._settings.context,
+                rams=hellos[0].get("rams", ()),
             ),
             totals,
             context=self._settings.context,
             headroom=self._settings.headroom,
+            rooms=rooms_of(hellos),
             optimistic=self._settings.optimistic,
         )
         for worker in ready:
@@ -285,7 +291,7 @@ class GpumemScheduling:
             self._planner.used(card, size)
 
     def _join(self, planner: Planner, worker: Worker) -> None:
-        planner.add_worker(worker.name, worker.cards)
+        planner.add_worker(worker.name, worker.cards, worker.host)
         for uuid, (size, fixtures) in worker.holding.items():
             planner.resident(worker.name, size, (worker.host, uuid), fixtures)
 
@@ -299,7 +305,8 @@ class GpumemScheduling:
         for command in self._planner.commands():
             if isinstance(command, commands.Fail):
                 self._report_failure(command)
-            elif isinstance(command, commands.Stop):
+            elif isinstance(command, commands.Stop | commands.Replace):
+                by_name[command.worker].replaced = isinstance(command, commands.Replace)
                 by_name[command.worker].node.shutdown()
             elif isinstance(command, commands.Run):
                 queues.setdefault(command.worker, []).append(command.test)

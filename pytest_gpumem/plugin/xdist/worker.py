@@ -107,6 +107,10 @@ class Worker:
         self._hello = hello
         self.holding = holding
         self.used = used
+        self.ram: Callable[[], tuple[int, int] | None] | None = None
+        """Returns the bytes of main memory that this process keeps more than before its first test,
+        and all that it has if that is too much, else 0; None when nothing is new. None where nobody
+        asks."""
         self.release = release
         self.spoiled = spoiled
         self.late = late
@@ -246,6 +250,10 @@ class Stage:
         if holding != self._told or used:
             self._told = holding
             self._worker.send(holding=dict(holding), used=dict(used))
+        if self._worker.ram is not None and (ram := self._worker.ram()) is not None:
+            self._worker.send(ram=ram)
+            if ram[1]:  # what waits here of other modules is for whoever takes its place
+                self._worker.return_queue()
 
 
 def tear_down(item: pytest.Item, nextitem: pytest.Item | None) -> pytest.TestReport | None:

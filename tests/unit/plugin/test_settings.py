@@ -33,6 +33,7 @@ EXAMPLES = {
     "children": ("off", "off"),
     "sample_interval": ("0.5", 0.5),
     "ram": ("yes", True),
+    "worker_ram": ("3GiB", 3 * 2**30),
     "archive": ("store", None),
     "archive_key_file": ("key", None),
     "archive_quota": ("20GiB", 20 * 2**30),

@@ -8,7 +8,8 @@ from pytest_gpumem.scheduling.backlog import Backlog, Lane
 from pytest_gpumem.scheduling.cluster import Cluster
 from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
 from pytest_gpumem.scheduling.fixtures import SetUpOrder
-from pytest_gpumem.scheduling.lanes import admit, lane_of, scout_ended
+from pytest_gpumem.scheduling.lanes import admit, lane_of, open_lanes, scout_ended
+from pytest_gpumem.scheduling.ram import MainMemory
 from pytest_gpumem.scheduling.state import State
 
 CONTEXT, HEADROOM, TOTAL = 10, 5, 100
@@ -16,14 +17,20 @@ CPU = PlannedTest("m.py::c", False, None, 1.0, "m.py")
 GPU = PlannedTest("m.py::g", True, 20, 1.0, "m.py")
 
 
-def state_of(*tests: PlannedTest, workers: int = 2, optimistic: bool = False) -> State:
+def state_of(
+    *tests: PlannedTest,
+    workers: int = 2,
+    optimistic: bool = False,
+    rooms: dict[str, int] | None = None,
+) -> State:
     seen, order = Estimates(tests, most=TOTAL, optimistic=optimistic), SetUpOrder(tests)
     cards = {("", "card0"): TOTAL, ("", "card1"): TOTAL}
     cluster = Cluster(tests, seen, cards, {}, context=CONTEXT, headroom=HEADROOM)
     for number in range(workers):
         cluster.join(f"w{number}", [*cards])
     backlog = Backlog(tests, seen, order.late_modules)
-    return State(tests, seen, order, cluster, backlog, optimistic=optimistic)
+    ram = MainMemory(tests, rooms or {})
+    return State(tests, seen, order, cluster, backlog, ram=ram, optimistic=optimistic)
 
 
 @pytest.mark.parametrize(
@@ -86,3 +93,40 @@ def test_work_and_area_are_those_of_the_tests_that_wait_to_share() -> None:
     state.backlog.take(state.backlog.wide, 1)
     state.backlog.take(state.backlog.alone, 2)
     assert (state.backlog.work, state.backlog.area) == (1.0, 20.0)
+
+
+def in_ram(name: str, ram: int) -> PlannedTest:
+    return CPU._replace(nodeid=f"m.py::{name}", ram=ram)
+
+
+@pytest.mark.parametrize(
+    ("rams", "workers", "packed"),
+    [
+        ([0, 0, 0], 2, []),
+        ([40, 60, 5], 2, []),  # the two largest fit at once
+        ([200], 1, []),  # one worker: nobody is beside it
+        ([60, 60, 20, 20], 2, [60, 60]),  # two of 20 fit beside one of 60
+        ([60, 60, 21], 2, [60, 60, 21]),
+        ([500, 5, 5, 7], 2, [500, 7]),  # for one that never fits, seven eighths are reckoned
+        ([100, 0, 0], 3, []),
+        ([90, 20, 3], 3, [90, 20]),
+    ],
+)
+def test_tests_are_packed_that_would_not_fit_beside_the_largest_in_each_worker(
+    rams, workers, packed
+) -> None:
+    tests = [in_ram(str(number), size) for number, size in enumerate(rams)]
+    state = state_of(*tests, workers=workers, rooms={"": 100})
+    open_lanes(state)
+
+    assert [rams[test] for test in state.backlog.ram.tests] == packed
+    assert len(state.backlog.cpu) == len(rams) - len(packed)
+    for test, size in enumerate(rams):
+        assert lane_of(state, test) is (Lane.RAM if size in packed else Lane.CPU)
+
+
+def test_without_a_room_that_was_told_nothing_is_packed() -> None:
+    state = state_of(in_ram("a", 500), in_ram("b", 500), rooms={"elsewhere": 100})
+    open_lanes(state)
+
+    assert not state.backlog.ram.tests
