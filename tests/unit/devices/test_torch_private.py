@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import pytest
 from device_fakes import stats
 
 from pytest_gpumem.devices import (
+    Recording,
     allocation_stacks,
     notes,
     record_stacks,
@@ -40,6 +42,7 @@ def test_every_private_name_is_in_the_torch_of_the_named_version_and_in_newer_on
         torch_private.HAS_CONTEXT,
         torch_private.IS_RECORDING,
         torch_private.RECORD,
+        torch_private.RECORD_AS_BEFORE,
     )
     assert [name for name in names if name not in declared] == []
     assert callable(torch.cuda._lazy_call)
@@ -168,13 +171,20 @@ class Recorder:
 
     def record(self, **options: Any) -> None:
         self.asked.append(options)
-        self.on = True
+        self.on = options.get("enabled") is not None
+
+    def suite_records(self) -> None:
+        """Let the suite start a recording of its own, as torch does it."""
+        sys.modules["torch"]._C._cuda_record_memory_history("all")
 
 
 @pytest.fixture
 def recorder(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder(cuda)
-    sys.modules["torch"]._C._cuda_record_memory_history = made.record
+    sys.modules["torch"]._C._cuda_record_memory_history = lambda enabled: made.record(
+        enabled=enabled
+    )
+    monkeypatch.setattr(torch_private, "_ours", threading.Event())
     return made
 
 
@@ -248,3 +258,75 @@ def test_a_snapshot_that_fails_is_noted(recorder: Recorder, cuda: FakeCuda) -> N
     cuda.memory._snapshot = fails
     assert allocation_stacks() == {}
     assert notes() == ("reading allocation stacks failed: CUDA error: unspecified launch failure",)
+
+
+ALL = {"enabled": "all", "context": "alloc", "stacks": "python", "max_entries": 7}
+OFF = {"enabled": None}
+STATE = {"enabled": "state", "context": "state", "stacks": "python"}
+
+
+def test_a_recording_begins_with_cuda_and_ends_with_the_test(recorder: Recorder) -> None:
+    recording = Recording(7)
+    assert recording.read() is None
+    recorder.waiting[0]()
+    assert recorder.asked == [OFF, ALL]
+    assert recording.read() == {"segments": [{"blocks": []}]}
+    recording.end()
+    assert recorder.asked == [OFF, ALL, OFF]
+    assert not recorder.on
+
+
+def test_stacks_of_living_allocations_go_on_behind_a_recording(recorder: Recorder) -> None:
+    record_stacks()
+    recording = Recording(7)
+    for start in recorder.waiting:
+        start()
+    recording.end()
+    assert recorder.asked == [STATE, OFF, ALL, OFF, STATE]
+
+
+def test_a_recording_that_was_over_before_cuda_began_records_nothing(recorder: Recorder) -> None:
+    Recording(7).end()
+    recorder.waiting[0]()
+    assert recorder.asked == []
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_recording_gives_way_to_one_of_the_suite(recorder: Recorder, before: bool) -> None:
+    recorder.on = before
+    recording = Recording(7)
+    recorder.waiting[0]()
+    if not before:
+        recorder.suite_records()
+    asked = list(recorder.asked)
+    assert recording.read() is None
+    recording.end()
+    assert recorder.asked == asked
+    assert recorder.on
+    who = "suite" if before else "test"
+    assert recording.why_not == f"the {who} records torch's memory history itself"
+
+
+def test_a_torch_that_cannot_record_events_says_so(cuda: FakeCuda) -> None:
+    assert Recording(7).why_not == "torch 2.13.0 cannot record allocations"
+
+
+def test_without_torch_no_events_are_recorded(no_torch: None) -> None:
+    recording = Recording(7)
+    assert recording.why_not == "torch was not loaded when the test began"
+    assert recording.read() is None
+    recording.end()
+
+
+def test_what_torch_does_not_tell_is_a_note_and_no_error(
+    recorder: Recorder, cuda: FakeCuda
+) -> None:
+    def fails(**_options: Any) -> None:
+        raise RuntimeError("cudaMallocAsync does not yet support recordHistory")
+
+    cuda.memory._record_memory_history = fails
+    recording = Recording(7)
+    recorder.waiting[0]()
+    assert recording.read() is None
+    assert "does not yet support recordHistory" in recording.why_not
+    assert "recording allocations failed: cudaMallocAsync" in notes()[0]

@@ -247,3 +247,60 @@ def test_a_configuration_that_is_nested_too_deeply_is_one_sentence(tmp_path, cap
 
     assert cli.main(["groups", "--config", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def with_lines(**lines):
+    """Return a run whose test had these MiB alive by line at its peak; names are lines' keys."""
+    made = record(A)
+    groups = [
+        {"size": size * MIB, "owner": "this test", "kind": "unknown", "where": where}
+        for where, size in lines.items()
+    ]
+    alive = {"card": "GPU-1", "moment": "peak", "size": sum(lines.values()) * MIB}
+    made["tests"][0]["alive"] = [alive | {"groups": groups, "recorded": True}]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        # What grew, what is new and what is gone, the most grown first.
+        (
+            {"i.py:88 build": 10, "i.py:9 load": 5, "in torch": 1},
+            {"i.py:88 build": 369, "i.py:70 keep": 2, "in torch": 1},
+            [("i.py:88 build", 10, 369), ("i.py:70 keep", 0, 2), ("i.py:9 load", 5, 0)],
+        ),
+        # Lines that moved by what was written above them are the same lines.
+        ({"i.py:10 f": 1, "i.py:11 f": 2, "i.py:12 f": 3}, {"i.py:11 f": 1, "i.py:12 f": 2,
+          "i.py:13 f": 3}, []),
+        ({"i.py:10 f": 1, "i.py:11 f": 2}, {"i.py:12 f": 1, "i.py:13 f": 9}, [("i.py:13 f", 2, 9)]),
+        # A line was put between them.
+        (
+            {"i.py:10 f": 1, "i.py:11 f": 2, "i.py:14 f": 4},
+            {"i.py:10 f": 1, "i.py:11 f": 2, "i.py:15 f": 5, "i.py:16 f": 7},
+            [("i.py:16 f", 0, 7), ("i.py:15 f", 4, 5)],
+        ),
+        # Another function of that name, in another file, is another line.
+        ({"i.py:10 f": 1}, {"j.py:10 f": 1}, [("j.py:10 f", 0, 1), ("i.py:10 f", 1, 0)]),
+        ({"C:/a.py:10 <lambda>": 1}, {"C:/a.py:11 <lambda>": 3}, [("C:/a.py:11 <lambda>", 1, 3)]),
+        # What was not recorded has no lines.
+        ({}, {"i.py:10 f": 1}, []),
+    ],
+)  # fmt: skip
+def test_lines_at_the_peak_are_compared(compare, before, after, changes):
+    sides = [with_lines(**each) if each else record(A) for each in (before, after)]
+    _, told = compare(*sides)
+    found = [(each["where"], each["before"] / MIB, each["after"] / MIB) for each in told["lines"]]
+    assert found == changes
+    assert {each["test"] for each in told["lines"]} <= {"t.py::test_a"}
+
+
+def test_the_terminal_shows_by_how_much_a_line_grew(tmp_path, capsys):
+    for name, size in (("before", 10), ("after", 369)):
+        (tmp_path / name).write_text(json.dumps(with_lines(**{"index.py:88 build_table": size})))
+    cli.main(["compare", str(tmp_path / "before"), str(tmp_path / "after")])
+    row = next(line for line in capsys.readouterr().out.splitlines() if "index.py:88" in line)
+    assert row.split() == [
+        *("index.py:88", "build_table", "+359.00", "MiB", "10.00", "MiB", "369.00", "MiB"),
+        "t.py::test_a",
+    ]

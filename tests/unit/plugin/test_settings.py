@@ -8,6 +8,7 @@ import pytest
 
 from pytest_gpumem.devices import CardsFound
 from pytest_gpumem.plugin import hooks as plugin
+from pytest_gpumem.plugin.option import Which, which
 from pytest_gpumem.plugin.resolve import BadSettingError, check_files, resolve
 from pytest_gpumem.plugin.settings import OPTIONS, Settings
 from pytest_gpumem.plugin.state import STATE, State
@@ -22,6 +23,8 @@ EXAMPLES = {
     "simulate_card": ("card", None),
     "json": ("run.json", None),
     "stacks": ("yes", True),
+    "peaks": ("5", Which(largest=5)),
+    "snapshots": ("snapshots", None),
     "top": ("3", 3),
     "vram_limit": ("2GiB", 2**31),
     "vram_leak_limit": ("0B", 0),
@@ -104,6 +107,10 @@ def test_asking_for_the_plugin_turns_it_on_unless_the_mode_is_given():
         ("simulate_context", "-1MiB", "'-1MiB' is not a size"),
         ("simulate_anyway", "perhaps", "'perhaps' is neither true nor false"),
         ("top", "ten", "'ten' is not a number of lines"),
+        ("peaks", "0", "'0' is not a number of tests; allowed is 1 or more"),
+        ("peaks", "-3", "'-3' is not a number of tests"),
+        ("peaks", "2.5", "'2.5' is not a number of tests"),
+        ("peaks", "--", "'--' names no tests; allowed are offenders, a number, and a nodeid"),
         ("vram_limit", "much", "'much' is not a size"),
         ("archive_quota", "all", "'all' is not a size"),
         ("consolidate_above", "0%", "'0%' is not a part; allowed is more than 0% and up to 100%"),
@@ -171,3 +178,37 @@ def test_a_simulated_card_that_no_test_can_use_is_said_to_be_so(monkeypatch):
         SimpleNamespace(stash={STATE: state}, get_verbosity=lambda: 0)
     )
     assert "gpumem: torch is not installed: no test can use the simulated card" in lines
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named", "others"),
+    [
+        ("test_a.py", ["test_a.py::test_x", "test_a.py::TestX::test_y[1]"], ["test_a.py2::test_x"]),
+        ("tests", ["tests/test_a.py::test_x"], ["tests2/test_a.py::test_x", "test_a.py::tests"]),
+        ("a.py::test_x", ["a.py::test_x", "a.py::test_x[1]"], ["a.py::test_xy", "b.py::test_x"]),
+        ("a.py::test_x[1]", ["a.py::test_x[1]"], ["a.py::test_x[11]", "a.py::test_x1"]),
+        ("*big*", ["a.py::test_big", "big/a.py::test_x[\nü]"], ["a.py::test_small"]),
+        ("a.py::test_x[?]", ["a.py::test_x[?]"], ["a.py::test_x[1]"]),
+        ("a.py::Test*::test_x", ["a.py::TestA::test_x"], ["a.py::test_x"]),
+    ],
+)
+def test_a_pattern_names_tests_as_they_are_written(pattern, named, others):
+    chosen = which(pattern)
+    assert not chosen.later
+    assert [name for name in (*named, *others) if chosen.names(name)] == named
+
+
+def test_offenders_and_the_largest_name_no_test_beforehand():
+    for chosen in (which("offenders"), which(" 3 ")):
+        assert chosen.later
+        assert not chosen.names("offenders")
+    assert which("offenders").offenders
+    assert which("3").largest == 3
+
+
+def test_a_directory_for_snapshots_can_be_made_and_be_written(tmp_path):
+    check_files(Settings(snapshots=tmp_path / "not" / "yet"))
+    (tmp_path / "file").touch()
+    for name, words in (("file", "is a file"), ("file/x", "not writable")):
+        with pytest.raises(BadSettingError, match="--gpumem-snapshots: .*" + words):
+            check_files(Settings(snapshots=tmp_path / name))

@@ -6,6 +6,9 @@ import re
 
 from pytest_gpumem import records
 from pytest_gpumem.records import (
+    Alive,
+    AliveGroup,
+    BudgetVerdict,
     Card,
     CardUsage,
     FixtureUsage,
@@ -31,7 +34,12 @@ def recorded(name: str, *cards: CardUsage, **more: object) -> RecordedTest:
     return RecordedTest(name, "passed", 0.5, "", cards)._replace(**more)
 
 
-def shown(*tests: RecordedTest, top: int = 10, verbosity: int = 0) -> list[str]:
+def shown(
+    *tests: RecordedTest,
+    top: int = 10,
+    verbosity: int = 0,
+    budgets: tuple[BudgetVerdict, ...] = (),
+) -> list[str]:
     run = RunRecord(
         schema=records.SCHEMA,
         mode="on",
@@ -39,6 +47,7 @@ def shown(*tests: RecordedTest, top: int = 10, verbosity: int = 0) -> list[str]:
         simulated=False,
         workers=0,
         tests=tests,
+        budgets=budgets,
     )
     return [line.text for line in terminal.lines(run, top, verbosity)]
 
@@ -202,3 +211,72 @@ def test_who_only_tears_a_fixture_down_used_no_vram():
     )
 
     assert lines[0].startswith("2 of 3 tests used VRAM")
+
+
+def group(size: int, where: str = "", owner: str = "this test", **more: object) -> AliveGroup:
+    return AliveGroup(size * MIB, owner, "unknown", where)._replace(**more)
+
+
+def alive(*groups: AliveGroup, moment: str = "peak", **more: object) -> Alive:
+    size = sum(each.size for each in groups)
+    return Alive("GPU-1", moment, size, groups, moment != "failed")._replace(**more)
+
+
+def section(lines: list[str], title: str) -> list[str]:
+    """Return the lines below a title."""
+    rest = lines[lines.index(title) + 1 :] if title in lines else []
+    return rest[: rest.index("")] if "" in rest else rest
+
+
+def test_what_was_alive_is_told_by_line_and_owner():
+    groups = (
+        group(20, "t.py:6 take"),
+        group(5, "t.py:9 run", kind="activation"),
+        group(4, "t.py:9 run", kind="gradient"),
+        group(3, "", "left by t.py::test_b"),
+        group(2, "t.py:1 model", "fixture 'model' (module)", kind="parameter"),
+        group(1, "t.py:7 take"),
+        group(1, "t.py:8 take"),
+    )
+    test = recorded("t.py::test_a", alive=(alive(*groups, note="cut", snapshot="/x.pickle"),))
+    assert section(shown(test), "alive") == [
+        "  t.py::test_a: 36.00 MiB at its peak",
+        "        20.00 MiB  t.py:6 take",
+        "         9.00 MiB  t.py:9 run, activation, gradient",
+        "         3.00 MiB  left by t.py::test_b",
+        "         2.00 MiB  t.py:1 model, parameter, fixture 'model' (module)",
+        "         1.00 MiB  t.py:7 take",
+        "         1.00 MiB  in 1 more; -v shows all",
+        "      cut",
+        "      snapshot: /x.pickle",
+    ]
+    assert "         1.00 MiB  t.py:8 take" in shown(test, verbosity=1)
+
+
+def test_of_several_attempts_the_recorded_one_is_told_and_recovery_only_with_lines():
+    full = alive(group(9, "t.py:6 take"), moment="out of memory", refused=8 * MIB)
+    left = alive(group(7, dtype="uint8", shape=(7, MIB), allocations=2), moment="failed")
+    oom = {"oom": "out of memory"}
+    tests = [
+        recorded("felled", outcome="failed", alive=(left,), **oom),
+        recorded("told", outcome="rerun", alive=(left,), **oom),
+        recorded("told", step="alone", outcome="failed", alive=(full,), **oom),
+        recorded("recovered", outcome="rerun", alive=(left,), **oom),
+        recorded("recovered", step="cpu"),
+    ]
+    assert section(shown(*tests), "alive") == [
+        "  told: 9.00 MiB when it ran out of memory, asking for 8.00 MiB",
+        "         9.00 MiB  t.py:6 take",
+        "  felled: 7.00 MiB still held by tensors when it had failed",
+        "         7.00 MiB  2 tensors uint8 7x1048576",
+    ]
+    assert section(shown(*tests, top=1), "alive")[-1] == "  ... 1 more; --gpumem-top=0 shows all"
+
+
+def test_a_test_above_its_budget_is_told_how_to_see_its_lines():
+    above = BudgetVerdict("t.py::test_a", "A card", "above", 9 * MIB, 0, 5 * MIB)
+    hint = "    --gpumem-peaks=offenders tells line by line what was alive"
+    lines = shown(recorded("t.py::test_a", usage(9 * MIB)), budgets=(above,))
+    assert hint in section(lines, "budgets")
+    known = recorded("t.py::test_a", usage(9 * MIB), alive=(alive(group(9, "t.py:6 take")),))
+    assert hint not in section(shown(known, budgets=(above,)), "budgets")
