@@ -32,15 +32,9 @@ from pytest_gpumem.units import parse_bytes
 
 # What is not used of a dataclass would cost each start of pytest a millisecond.
 @dataclass(frozen=True, eq=False, repr=False, match_args=False)
-class Settings:
-    """What the user asked for; sizes in bytes."""
+class SimulationSettings:
+    """What the user asked for of simulated cards; sizes in bytes."""
 
-    mode: str = declared(
-        one_of(("off", "track", "on"), "a mode"),
-        "off: do nothing; track: measure and report; on: everything (what -p gpumem means).",
-        "MODE",
-        default="track",
-    )
     simulate: tuple[int, ...] | None = declared(
         simulated_sizes,
         "Give the suite a simulated CUDA card of this size, shared by all workers, such as "
@@ -65,6 +59,91 @@ class Settings:
         "Use the simulated card that another run made, named by its file.",
         "FILE",
         group="simulate",
+    )
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the run uses simulated cards."""
+        return self.simulate is not None or self.simulate_card is not None
+
+
+@dataclass(frozen=True, eq=False, repr=False, match_args=False)
+class PlaceSettings:
+    """What the user asked for of archives and of where tasks run; sizes in bytes."""
+
+    archive: Path | None = declared(
+        user_path,
+        "The store of archived model state.",
+        "DIR",
+        otherwise="gpumem/archive in the user's data directory",
+        group="place",
+    )
+    archive_key_file: Path | None = declared(
+        user_path,
+        "The key file of the archives.",
+        "FILE",
+        otherwise="gpumem/archive.key in the user's config directory",
+        group="place",
+    )
+    archive_quota: int | None = declared(
+        parse_bytes,
+        "The most that the archives may take on the disk.",
+        "SIZE",
+        group="place",
+    )
+    consolidate_above: float = declared(
+        share,
+        "Consolidate registered models when more than this part of a card is used.",
+        "PERCENT",
+        default="85%",
+        group="place",
+    )
+    route_full: float = declared(
+        share,
+        "Send tasks to the CPU when more than this part of a card is used.",
+        "PERCENT",
+        default="85%",
+        group="place",
+    )
+    route_busy: float = declared(
+        share,
+        "Send large tasks to the CPU when more than this part is used.",
+        "PERCENT",
+        default="70%",
+        group="place",
+    )
+    route_large: int = declared(
+        parse_bytes,
+        "A task that needs more than this is a large one.",
+        "SIZE",
+        default="200MiB",
+        group="place",
+    )
+    route_transformers: float = declared(
+        share,
+        "Send sentence transformers to the CPU when more than this part is reserved.",
+        "PERCENT",
+        default="80%",
+        group="place",
+    )
+    embedding_model: str = declared(
+        str,
+        "Name or path of the model of the fixture embedding_model.",
+        "MODEL",
+        default="all-MiniLM-L6-v2",
+        group="place",
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False, match_args=False)
+class Settings(SimulationSettings, PlaceSettings):
+    """What the user asked for; sizes in bytes."""
+
+    mode: str = declared(
+        one_of(("off", "track", "on"), "a mode"),
+        "off: do nothing; track: measure and report; on: everything (what -p gpumem means).",
+        "MODE",
+        default="track",
     )
     json: Path | None = declared(
         file,
@@ -154,68 +233,6 @@ class Settings:
     ram: bool = declared(
         flag,
         "Measure the main memory of tests and of what they start, and let workers share it.",
-    )
-    archive: Path | None = declared(
-        user_path,
-        "The store of archived model state.",
-        "DIR",
-        otherwise="gpumem/archive in the user's data directory",
-        group="place",
-    )
-    archive_key_file: Path | None = declared(
-        user_path,
-        "The key file of the archives.",
-        "FILE",
-        otherwise="gpumem/archive.key in the user's config directory",
-        group="place",
-    )
-    archive_quota: int | None = declared(
-        parse_bytes,
-        "The most that the archives may take on the disk.",
-        "SIZE",
-        group="place",
-    )
-    consolidate_above: float = declared(
-        share,
-        "Consolidate registered models when more than this part of a card is used.",
-        "PERCENT",
-        default="85%",
-        group="place",
-    )
-    route_full: float = declared(
-        share,
-        "Send tasks to the CPU when more than this part of a card is used.",
-        "PERCENT",
-        default="85%",
-        group="place",
-    )
-    route_busy: float = declared(
-        share,
-        "Send large tasks to the CPU when more than this part is used.",
-        "PERCENT",
-        default="70%",
-        group="place",
-    )
-    route_large: int = declared(
-        parse_bytes,
-        "A task that needs more than this is a large one.",
-        "SIZE",
-        default="200MiB",
-        group="place",
-    )
-    route_transformers: float = declared(
-        share,
-        "Send sentence transformers to the CPU when more than this part is reserved.",
-        "PERCENT",
-        default="80%",
-        group="place",
-    )
-    embedding_model: str = declared(
-        str,
-        "Name or path of the model of the fixture embedding_model.",
-        "MODEL",
-        default="all-MiniLM-L6-v2",
-        group="place",
     )
     schedule: str = declared(
         one_of(("careful", "optimistic", "off"), "a way to schedule"),
@@ -349,11 +366,6 @@ class Settings:
     )
     without_effect: tuple[str, ...] = ()
     """Options that were given and need another mode, each with where it stands."""
-
-    @property
-    def simulated(self) -> bool:
-        """Whether the run uses simulated cards."""
-        return self.simulate is not None or self.simulate_card is not None
 
     @property
     def context_cost(self) -> int:
