@@ -58,6 +58,19 @@ class _Late:
         self.alive: tuple[records.Alive, ...] = ()
         """What was alive when it ran once more."""
 
+    def add(
+        self,
+        fixtures: Iterable[Any],
+        children: Iterable[Any],
+        scopes: Iterable[Any],
+        reserved: dict[str, int],
+    ) -> None:
+        """Add what a worker told in plain values."""
+        self.fixtures += [records.from_plain(records.FixtureUsage, each) for each in fixtures]
+        self.children += [records.from_plain(records.ChildUsage, each) for each in children]
+        self.scopes += [records.from_plain(records.ScopeUsage, each) for each in scopes]
+        self.reserved.update(reserved)
+
 
 class Reporting:
     """Collects every test's record in the process that reports, and shows them at the end."""
@@ -82,12 +95,11 @@ class Reporting:
         """The workers, by machine and number of process."""
         self._late: dict[tuple[str, str], _Late] = {}
         """By test and worker."""
-        settings = state.settings
-        self._files = bool(settings.json or settings.trace or settings.html)
         self._notes: list[str] = []
         self._failures: list[str] = []
         self._usage_error = ""
         settings = state.settings
+        self._files = bool(settings.json or settings.trace or settings.html)
         self._github = settings.github == "auto" and _in_github_actions()
         told = settings.json or settings.html or self._github
         self._commit = commit_of(config.rootpath) if told else ""
@@ -183,13 +195,9 @@ class Reporting:
             self._cards.setdefault((card.host, card.uuid), card)
         for nodeid, fixtures, children, scopes, reserved in output.get(LATE, ()):
             late = self._late.setdefault((nodeid, worker), _Late())
-            late.fixtures += [records.from_plain(records.FixtureUsage, each) for each in fixtures]
-            late.children += [records.from_plain(records.ChildUsage, each) for each in children]
-            late.scopes += [records.from_plain(records.ScopeUsage, each) for each in scopes]
-            late.reserved.update(reserved)
+            late.add(fixtures, children, scopes, reserved)
         self._notes += [note for note in output.get(NOTES, ()) if note not in self._notes]
         self._state.worker_ram = max(self._state.worker_ram, output.get(RAM, 0))
-
         for nodeid, alive in output.get(ALIVE, ()):
             self.note_alive(nodeid, worker, alive)
 
