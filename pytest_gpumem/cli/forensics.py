@@ -195,7 +195,7 @@ def _no_test(cause: str | None) -> int:
 
 def _formatted(found: Findings, chosen: argparse.Namespace) -> Iterator[str]:
     if chosen.format == "json":
-        return iter([json.dumps(to_plain(found), indent=1)])
+        return _json(found)
     from pytest_gpumem.reports import forensics as report
     from pytest_gpumem.reports import html, sections
 
@@ -203,6 +203,17 @@ def _formatted(found: Findings, chosen: argparse.Namespace) -> Iterator[str]:
     if chosen.format == "html":
         return html.page(told, "GPU memory forensics")
     return sections.markdown(told) if chosen.format == "markdown" else sections.text(told)
+
+
+def _json(told: Findings | compare.Comparison) -> Iterator[str]:
+    """Return the lines of an object: its text as a whole took the most memory of all."""
+    line = ""
+    for piece in json.JSONEncoder(indent=1).iterencode(to_plain(told)):
+        before, ends, rest = piece.rpartition("\n")
+        if ends:
+            yield line + before
+        line = rest if ends else line + piece
+    yield line
 
 
 def _write(lines: Iterator[str], output: Path | None) -> None:
@@ -229,7 +240,7 @@ def _compare(chosen: argparse.Namespace) -> int:
     compare.check(before, after, limits, incomplete=chosen.allow_incomplete)
     told = compare.compare(before, after, limits)
     if chosen.format == "json":
-        sys.stdout.write(json.dumps(to_plain(told), indent=1) + "\n")
+        _write(_json(told), None)
     else:
         from pytest_gpumem.reports import sections
         from pytest_gpumem.reports.forensics import compared

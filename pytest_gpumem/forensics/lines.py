@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import html
+import itertools
 import json
+import os
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,10 +19,16 @@ from pytest_gpumem.forensics import grammars
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from concurrent.futures import Executor
 
 WINDOW = 1 << 16
 """Bytes on either side of an anchor that can be read as its context."""
-_REGION = 1 << 19
+_REGION = 1 << 20
+_PART = 1 << 18
+"""Bytes of a region that a thread searches at a time: few enough to stay near the processor."""
+_ANCHOR = 1 << 13
+"""No anchor is longer: what stands so far behind a part need not be searched with it."""
+_THREADS = 4
 _WIDE = 1 << 14
 _NEWLINE = ord("\n")
 _LONG = 1 << 14
@@ -117,11 +125,12 @@ def scan(chunks: Iterable[bytes]) -> Iterator[Line]:
     that of a region and its windows.
     """
     number, position = 1, 0
+    search = _Search()
     for region in _regions(chunks):
         buffer, begin, limit, base = region
         counted = begin
         # A region may begin within a line too long for the last one, of which a part was told.
-        for start, end, at, reach in _hits(buffer, max(begin, position - base), limit):
+        for start, end, at, reach in search.hits(buffer, max(begin, position - base), limit):
             number += _newlines(buffer, counted, start)
             counted = max(start, counted)
             raw = buffer[max(start, position - base) : end]
@@ -137,6 +146,15 @@ def _newlines(buffer: bytes, start: int, end: int) -> int:
     import numpy as np
 
     return int(np.count_nonzero(np.frombuffer(buffer, np.uint8, end - start, start) == _NEWLINE))
+
+
+class _Hit(NamedTuple):
+    """Where a line with an anchor starts and ends, and where its anchor does."""
+
+    start: int
+    end: int
+    at: int
+    reach: int
 
 
 class _Region(NamedTuple):
@@ -165,17 +183,45 @@ def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
             buffer, begin, base = buffer[cut:], limit - cut, base + cut
 
 
-def _hits(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
-    """Return where each line with an anchor starts and ends, and where its anchor does."""
+class _Search:
+    """Finds the anchors of a region: by several threads, for RE2 lets others run meanwhile."""
+
+    @functools.cached_property
+    def _threads(self) -> Executor:
+        from concurrent.futures import ThreadPoolExecutor
+
+        return ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+
+    def hits(self, buffer: bytes, position: int, limit: int) -> Iterator[_Hit]:
+        """Return the lines with an anchor, in order."""
+        parts = tuple(_parts(buffer, position, limit))
+        if len(parts) == 1:
+            return iter(_hits(buffer, position, limit))
+        begun = [self._threads.submit(_hits, buffer, *part) for part in parts]
+        return itertools.chain.from_iterable(each.result() for each in begun)
+
+
+def _parts(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Return where the parts of a region begin and end, each with whole lines."""
+    while cut := buffer.rfind(b"\n", position, min(position + _PART, limit - 1)) + 1:
+        yield position, cut
+        position = cut
+    yield position, limit
+
+
+def _hits(buffer: bytes, position: int, limit: int) -> list[_Hit]:
+    """Return the lines with an anchor that begins before ``limit``."""
     search = _anchors(grammars.needles()).search
+    hits = []
     while position < limit:
-        match = search(buffer, position)
+        match = search(buffer, position, limit + _ANCHOR)
         if match is None or match.start() >= limit:
-            return
+            break
         at = match.start()
         start, end = _line(buffer, at)
-        yield start, end, at, match.end()
+        hits.append(_Hit(start, end, at, match.end()))
         position = max(end, at + 1)
+    return hits
 
 
 def _gather(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, int | None]]:

@@ -114,6 +114,7 @@ _SUBJECT = 3
 _NEAR, _BEHIND = 60, 100
 _AFTER = 200
 _SIZE = compile_figures(r"<tried>|(?i:\b(?:size|bytes)\W{1,3})<other#>")
+_REQUESTED = compile_figures(r"<tried> (?:was |were )?requested\b")
 _NOT_ASKED = re.compile(
     r"(?i)(?:free|available|only|have|has|left|used?|total|capacity|limit|budget)\W{0,3}(?:is\W)?$"
 )
@@ -162,7 +163,12 @@ def whose(text: str) -> str:
 
 
 def _asked(text: str, start: int) -> str:
-    """Return the first size behind the words that is not one of what there is."""
+    """Return the first size behind the words that is not one of what there is.
+
+    Before them only one that is said to be requested.
+    """
+    if requested := _REQUESTED.search(text, max(0, start - _NEAR), start):
+        return requested["tried"]
     for match in _SIZE.finditer(text, start, start + _AFTER):
         before, after = text[start : match.start()], text[match.end() :]
         if not _NOT_ASKED.search(before) and not _NOT_ASKED_AFTER.match(after):

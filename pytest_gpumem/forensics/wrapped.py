@@ -33,6 +33,9 @@ _ABOVE, _BELOW = 20, 4
 _TEXT = re.compile(r"\s*[rbfu]{0,2}[\"']")
 _STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
 _MARK = re.compile("\"{3}|'{3}")
+_RAW_MARK = re.compile(_MARK.pattern.encode())
+_NEAR = 1 << 11
+"""Bytes above a message in which the text that holds it may begin."""
 _BLOCK = re.compile(rf"[=(,]\s*[rfbu]{{0,2}}(?:{_MARK.pattern})\\?\s*$")
 _CLOSES = re.compile(r"\s*(?:[\]}]*\)|\};)")
 _JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
@@ -65,6 +68,9 @@ def listed(at: Cursor, line: Line, body: str) -> bool:
     """
     above = (text.body for text in preceding(line, _LIST, at.carrier))
     if not _TEXT.match(body):
+        start = line.end - len(line.raw)
+        if not _RAW_MARK.search(line.buffer, max(0, start - _NEAR), start):
+            return False
         marked = next((text for text in above if len(_MARK.findall(text)) % 2), "")
         return _BLOCK.search(marked) is not None
     opener = next((text for text in above if not _TEXT.match(text)), "").rstrip()
