@@ -13,14 +13,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from pytest_gpumem.simulator.blocks import (
-    MIN_BLOCK,
-    SMALL_REQUEST,
-    Block,
-    Figure,
-    describe_segment,
-    merge,
-)
+from pytest_gpumem.simulator.blocks import Block, Figure, describe_segment, merge
+from pytest_gpumem.simulator.policy import MIN_BLOCK, SMALL_REQUEST
 from pytest_gpumem.simulator.segments import Segments
 
 if TYPE_CHECKING:
@@ -83,8 +77,10 @@ class CachingAllocator:
         self._small, self._large = self._segments.small, self._segments.large
         self._all = self._segments.figures
         self._oversize = Figure()
+        self._shared: set[Block] = set()
+        """Those that other streams were told to use."""
         self._waiting: list[Block] = []
-        """Given back, but other streams were told to use them."""
+        """Those of them that were given back."""
         self._told: bytes | None = None
         """What ``stats`` returned last; None: something has changed since."""
 
@@ -155,25 +151,25 @@ class CachingAllocator:
         self._told = None
         if self._waiting:
             self._cache_waiting()
-        policy = self._segments.policy
-        rounded = policy.rounded(size)
+        segments = self._segments
+        policy = segments.policy
+        plain = -(-size // MIN_BLOCK) * MIN_BLOCK
+        rounded = policy.rounded(size) if policy.divisions else plain
         pool = self._small if rounded <= SMALL_REQUEST else self._large
-        block = self._segments.reuse(pool, rounded, stream) or self._segments.take(
-            pool, rounded, stream
-        )
+        block = segments.reuse(pool, rounded, stream) or segments.take(pool, rounded, stream)
         self._cut(block, rounded)
         block.requested = size
         block.allocated = True
         self._all.handed_out(block)
         pool.figures.handed_out(block)
-        if policy.is_oversize(block.size):
+        if policy.max_split is not None and policy.is_oversize(block.size):
             self._oversize.add(1)
         return block
 
     def use(self, block: Block, stream: int) -> None:
         """Say that another stream uses ``block``: once given back it is free when that is done."""
         if stream != block.stream:
-            block.users |= {stream}
+            self._shared.add(block)
 
     def free(self, block: Block) -> None:
         """Give ``block`` back to the cache; it merges with cached neighbours.
@@ -290,9 +286,11 @@ class CachingAllocator:
             self._cache_waiting()
             self._segments.release_cached()
             return
-        if self._segments.policy.is_oversize(block.size):
+        policy = self._segments.policy
+        if policy.max_split is not None and policy.is_oversize(block.size):
             self._oversize.take(1)
-        if block.users:
+        if block in self._shared:
+            self._shared.remove(block)
             self._all.waits(block)
             block.pool.figures.waits(block)
             self._waiting.append(block)
@@ -305,7 +303,6 @@ class CachingAllocator:
         """Cache what other streams used: they are done."""
         waiting, self._waiting = self._waiting, []
         for block in waiting:
-            block.users = frozenset()
             self._all.waited(block)
             block.pool.figures.waited(block)
             self._cache(block)
@@ -334,7 +331,8 @@ class CachingAllocator:
         rest = block.size - size
         if block.pool.small:
             return rest >= MIN_BLOCK
-        return rest > SMALL_REQUEST and not self._segments.policy.is_oversize(size)
+        policy = self._segments.policy
+        return rest > SMALL_REQUEST and (policy.max_split is None or not policy.is_oversize(size))
 
     def _cache(self, block: Block) -> None:
         """Put a block that nobody uses into its pool, merged with its cached neighbours."""

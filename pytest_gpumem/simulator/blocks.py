@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-MIN_BLOCK = 512
-SMALL_REQUEST = 2**20
+if TYPE_CHECKING:
+    from pytest_gpumem.simulator.policy import Policy
 
 
 class Block:
-    """A range of a segment, handed out or cached; ``size`` and ``requested`` are bytes."""
+    """A range of a segment, handed out or cached; ``size`` and ``requested`` are bytes.
+
+    ``cached_at`` is how often its pool had been asked for a block when it was cached.
+    """
 
     __slots__ = (
         "address",
@@ -24,7 +27,6 @@ class Block:
         "requested",
         "size",
         "stream",
-        "users",
     )
 
     def __init__(self, address: int, size: int, pool: Pool, stream: int = 0) -> None:
@@ -34,10 +36,6 @@ class Block:
         self.pool = pool
         self.stream = stream
         """Number of the stream that it is handed out to; 0 is the default one."""
-        self.users: frozenset[int] = frozenset()
-        """Other streams that use it: it is not free before they are asked."""
-        self.cached_at = 0
-        """How often its pool had been asked for a block when it was cached."""
         self.allocated = False
         self.cached = False
         self.prev: Block | None = None
@@ -123,7 +121,10 @@ class Figures:
         """Count a block that a tensor gave back and nobody else uses."""
         self.allocation.take(1)
         self.allocated_bytes.take(block.size)
-        self.waited(block)
+        self.requested_bytes.take(block.requested)
+        if self.active is not self.allocation:
+            self.active.take(1)
+            self.active_bytes.take(block.size)
 
     def waits(self, block: Block) -> None:
         """Count a block that a tensor gave back and another stream still uses: it stays active."""
@@ -133,11 +134,10 @@ class Figures:
         self.allocated_bytes.take(block.size)
 
     def waited(self, block: Block) -> None:
-        """Count a block that is free again."""
+        """Count one of these that no stream uses any more."""
         self.requested_bytes.take(block.requested)
-        if self.active is not self.allocation:
-            self.active.take(1)
-            self.active_bytes.take(block.size)
+        self.active.take(1)
+        self.active_bytes.take(block.size)
 
     def inactive_moved(self, count: int, size: int) -> None:
         """Count a net change, as PyTorch does: a sum of single steps would raise the peaks."""
@@ -168,12 +168,21 @@ class Pool:
         block.cached = False
         del self._entries[bisect_left(self._entries, (block.stream, block.size, block.address))]
 
-    def best(self, size: int, stream: int) -> Block | None:
-        """Return the stream's smallest block that holds ``size``; of equal ones the lowest."""
-        index = bisect_left(self._entries, (stream, size))
-        if index == len(self._entries) or self._entries[index][0] != stream:
+    def take_best(self, size: int, stream: int, policy: Policy) -> Block | None:
+        """Take the stream's smallest block that holds ``size``; of equal ones the lowest.
+
+        None where there is none, or where the policy forbids to hand out that one.
+        """
+        entries = self._entries
+        index = bisect_left(entries, (stream, size))
+        if index == len(entries):
             return None
-        return self._entries[index][3]
+        of, held, _, block = entries[index]
+        if of != stream or (policy.max_split is not None and not policy.allows(held, size)):
+            return None
+        del entries[index]
+        block.cached = False
+        return block
 
     def of_stream(self, stream: int) -> list[Block]:
         """Return the stream's cached blocks, smallest first."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from pytest_gpumem.simulator.blocks import MIN_BLOCK
-
+MIN_BLOCK = 512
+"""Bytes that every block is a multiple of."""
+SMALL_REQUEST = 2**20
+"""Bytes up to which requests come from the small pool."""
 _MIB = 2**20
 _LEAST_SPLIT = 20
 """MiB of the segments for large requests, below which no limit of splitting may lie."""

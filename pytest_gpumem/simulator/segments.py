@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.simulator.blocks import SMALL_REQUEST, Block, Figure, Figures, Pool
-from pytest_gpumem.simulator.policy import Policy
+from pytest_gpumem.simulator.blocks import Block, Figure, Figures, Pool
+from pytest_gpumem.simulator.policy import SMALL_REQUEST, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +65,7 @@ class Segments:
         """Segments that the policy forbids to split."""
         self.fraction = 1.0
         self.policy = Policy()
+        """Asked in every request, so its fields are looked at before its methods are called."""
         self.heads: dict[int, Block] = {}
         """The first block of each, by address."""
         self.noting: Callable[[str, int, int], None] = lambda _action, _address, _size: None
@@ -87,13 +88,9 @@ class Segments:
 
     def reuse(self, pool: Pool, rounded: int, stream: int) -> Block | None:
         """Return the smallest cached block for ``rounded`` bytes, unless the policy forbids it."""
-        if self.collects:
+        if self.policy.collection and self.collects:
             pool.asked += 1
-        block = pool.best(rounded, stream)
-        if block is None or not self.policy.allows(block.size, rounded):
-            return None
-        pool.take(block)
-        return block
+        return pool.take_best(rounded, stream, self.policy)
 
     def take(self, pool: Pool, rounded: int, stream: int) -> Block:
         """Take a segment from the card for a block of ``rounded`` bytes.
