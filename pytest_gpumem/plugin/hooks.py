@@ -285,15 +285,16 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
             f"--gpumem-simulate: a real card is visible ({real.cards[0].name}); "
             "add --gpumem-simulate-anyway to simulate one all the same"
         )
+    sizes = settings.simulate or (), settings.simulate_context, settings.simulate_workspace
     if settings.simulate_card is not None:
         try:
             simulation = Simulation.attach(str(settings.simulate_card))
         except (OSError, ValueError) as error:
             raise BadSettingError(f"--gpumem-simulate-card: {error}") from None
     elif name := os.environ.pop(SIMULATED_AS, ""):
-        simulation = Simulation.join(name, settings.simulate or (), settings.simulate_context)
+        simulation = Simulation.join(name, *sizes)
     else:
-        simulation = Simulation.start(settings.simulate or (), settings.simulate_context)
+        simulation = Simulation.start(*sizes)
     simulation.install()
     exported = CARD_VARIABLE not in os.environ
     os.environ.setdefault(CARD_VARIABLE, simulation.path)

@@ -49,6 +49,14 @@ class SimulationSettings:
         default="384MiB",
         group="simulate",
     )
+    simulate_workspace: int = declared(
+        parse_bytes,
+        "VRAM that cuBLAS takes on the simulated card for each thread and stream that multiplies "
+        "matrices, such as 8320KiB.",
+        "SIZE",
+        default="0B",
+        group="simulate",
+    )
     simulate_anyway: bool = declared(
         flag,
         "Simulate a card even though a real one is visible.",

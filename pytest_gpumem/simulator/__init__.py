@@ -30,8 +30,7 @@ class Simulation:
 
     NOT_SIMULATED = (
         "not simulated: speed, streams, CUDA graphs, TF32, library workspaces, scratch memory"
-        " inside one operation, sparse tensors, DLPack, IPC, NCCL, TorchScript devices, CUDA"
-        " extensions"
+        " inside one operation, DLPack, IPC, NCCL, TorchScript devices, CUDA extensions"
     )
 
     installed: ClassVar[Simulation | None] = None
@@ -45,10 +44,11 @@ class Simulation:
         self._directory = directory
 
     @classmethod
-    def start(cls, totals: Sequence[int], context: int) -> Simulation:
+    def start(cls, totals: Sequence[int], context: int, workspace: int = 0) -> Simulation:
         """Create a card of so many bytes for each of ``totals``; a process costs ``context`` on it.
 
-        Their files lie in a new directory that only this user may enter.
+        cuBLAS takes ``workspace`` bytes for each thread and stream that multiplies. Their files
+        lie in a new directory that only this user may enter.
 
         Raises:
             ValueError: when the sizes make no sense.
@@ -57,7 +57,12 @@ class Simulation:
         directory = Path(tempfile.mkdtemp(prefix="gpumem-", dir=_private_directory()))
         try:
             cards = [
-                SharedCard.create(_file(directory / "card", place), total=total, context=context)
+                SharedCard.create(
+                    _file(directory / "card", place),
+                    total=total,
+                    context=context,
+                    workspace=workspace,
+                )
                 for place, total in enumerate(totals)
             ]
         except ValueError:
@@ -66,7 +71,7 @@ class Simulation:
         return cls(cards, directory)
 
     @classmethod
-    def join(cls, name: str, totals: Sequence[int], context: int) -> Simulation:
+    def join(cls, name: str, totals: Sequence[int], context: int, workspace: int = 0) -> Simulation:
         """Open the cards that are called ``name`` on this machine; the first one makes them.
 
         For processes that start at the same time and have no common parent here. ``name`` must
@@ -79,7 +84,7 @@ class Simulation:
         directory = Path(_private_directory() or tempfile.gettempdir()) / f"gpumem-{name}"
         if directory.exists():
             return cls.attach(str(directory / "card"))
-        own = cls.start(totals, context)
+        own = cls.start(totals, context, workspace)
         for card in own.cards:
             card.close()
         made = Path(own.path).parent

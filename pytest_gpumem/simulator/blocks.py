@@ -29,6 +29,8 @@ class Block:
         "stream",
     )
 
+    cached_at: int
+
     def __init__(self, address: int, size: int, pool: Pool, stream: int = 0) -> None:
         self.address = address
         self.size = size

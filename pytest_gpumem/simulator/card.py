@@ -19,10 +19,10 @@ from pytest_gpumem.slots import WORD, Slots, pid_namespace
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MAGIC = b"gpumem\0\2"
+_MAGIC = b"gpumem\0\3"
 _MAX_PROCESSES = 1024
-_HEADER = 6
-_TOTAL, _CONTEXT, _UUID = 1, 2, 3
+_HEADER = 7
+_TOTAL, _CONTEXT, _UUID, _WORKSPACE = 1, 2, 3, 5
 _SLOT = 4
 _PID, _NAMESPACE, _OWN_CONTEXT, _RESERVED = range(_SLOT)
 
@@ -46,6 +46,8 @@ class SharedCard:
         self._words, self._alone = self._slots.words, self._slots.alone
         self.total = self._words[_TOTAL]
         self.context = self._words[_CONTEXT]
+        self.workspace = self._words[_WORKSPACE]
+        """Bytes that cuBLAS takes for each thread and stream; 0: none."""
         identity = self._slots.map[WORD * _UUID : WORD * (_UUID + 2)]
         self.uuid = f"GPU-{uuid.UUID(bytes=identity)}"
         self._slot = 0
@@ -54,8 +56,10 @@ class SharedCard:
         """Called when this process has allocated more than ever before."""
 
     @classmethod
-    def create(cls, path: Path, *, total: int, context: int) -> SharedCard:
+    def create(cls, path: Path, *, total: int, context: int, workspace: int = 0) -> SharedCard:
         """Make the file of a new card; every process that joins it costs ``context`` bytes.
+
+        In each, cuBLAS takes ``workspace`` bytes for each thread and stream that multiplies.
 
         Raises:
             ValueError: when the sizes make no sense or the file exists already.
@@ -66,8 +70,10 @@ class SharedCard:
                 f"a simulated card of {total} bytes with a context of {context} bytes:"
                 " the total must be above 0 and the context between 0 and the total"
             )
+        if workspace < 0:
+            raise ValueError(f"a simulated card with a workspace of {workspace} bytes: below 0")
         identity = uuid.uuid4().bytes
-        header = struct.pack("=8sqq16sq", _MAGIC, total, context, identity, 0)
+        header = struct.pack("=8sqq16sqq", _MAGIC, total, context, identity, workspace, 0)
         try:
             Slots.create(path, header, slot=_SLOT, most=_MAX_PROCESSES)
         except FileExistsError:

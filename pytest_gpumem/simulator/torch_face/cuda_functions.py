@@ -71,7 +71,7 @@ def _life(memory: CardMemory) -> Functions:
         "_cuda_sleep": _nothing,
         "_cuda_get_sync_debug_mode": lambda: 0,
         "_cuda_set_sync_debug_mode": _nothing,
-        "_cuda_clearCublasWorkspaces": _nothing,
+        "_cuda_clearCublasWorkspaces": memory.clear_workspaces,
         "_cuda_isCurrentStreamCapturing": lambda: False,
     }
 

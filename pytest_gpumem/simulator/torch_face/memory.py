@@ -16,6 +16,7 @@ from pytest_gpumem.simulator.pinned import PinnedMemory
 from pytest_gpumem.simulator.policy import Policy, read_settings
 from pytest_gpumem.simulator.segments import OutOfMemory
 from pytest_gpumem.simulator.torch_face.history import History
+from pytest_gpumem.simulator.torch_face.inner import made_of
 from pytest_gpumem.simulator.torch_face.refusal import (
     OutOfMemoryError,
     beyond_any_card,
@@ -56,6 +57,8 @@ class TorchCard:
         self.shared = shared
         self.allocator = CachingAllocator(shared.reserve, shared.release, shared.total, index)
         self.generator = CardGenerator(index)
+        self.workspaces: dict[tuple[int, int], Block | None] = {}
+        """What cuBLAS took, by thread and stream."""
         self.entered = False
         """Whether this process has a context on it."""
         self.told = 0
@@ -191,8 +194,8 @@ class CardMemory:
         try:
             held = self._held.get(_storage_address(tensor))
         except NotImplementedError:
-            inner = unwrapped(tensor)
-            return None if inner is None else self.where(inner)
+            inner = made_of(tensor)
+            return self.where(inner[-1]) if inner else None
         return None if held is None else held.device
 
     def where_storage(self, storage: torch.UntypedStorage) -> torch.device | None:
@@ -211,13 +214,19 @@ class CardMemory:
 
         Raises:
             torch.OutOfMemoryError: when it does not fit.
-            NotImplementedError: for tensors without one storage, such as sparse ones.
+            NotImplementedError: for tensors without storages, such as those of MKL-DNN.
 
         """
         try:
             known = _storage_address(tensor) in self._held
         except NotImplementedError:
-            self._charge_wrapped(tensor, device)
+            inner = made_of(tensor)
+            if not inner:
+                raise NotImplementedError(
+                    f"a {tensor.layout} tensor on the simulated card is not simulated"
+                ) from None
+            for each in inner:
+                self.charge(each, device)
             return
         if not known:
             storage = tensor.untyped_storage()
@@ -225,19 +234,16 @@ class CardMemory:
                 return  # it stands for a tensor that has data
             self.put(storage, self.take(storage.nbytes(), device), device)
 
-    def _charge_wrapped(self, tensor: torch.Tensor, device: torch.device) -> None:
-        inner = unwrapped(tensor)
-        if inner is None:
-            raise NotImplementedError(
-                f"a {tensor.layout} tensor on the simulated card: only strided ones are simulated"
-            )
-        self.charge(inner, device)
-
     def recharge(self, tensor: torch.Tensor) -> None:
         """Take a new block where an operation changed the size of a storage on a card."""
-        storage = tensor.untyped_storage()
-        self.resize(storage, storage.nbytes())
-        self.placed(storage)
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:
+            for each in made_of(tensor):
+                self.recharge(each)
+        else:
+            self.resize(storage, storage.nbytes())
+            self.placed(storage)
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
         """Take a new block of ``size`` bytes, then free the old one, as CUDA's resize does."""
@@ -318,6 +324,27 @@ class CardMemory:
         # Outside the handler, so that the error has no context the real one would not have.
         raise self._out_of_memory(refusal, card)
 
+    def multiply(self, device: torch.device, thread: int) -> None:
+        """Take cuBLAS's workspace for a thread and its stream, as their first product does.
+
+        ``aten/src/ATen/cuda/CublasHandlePool.cpp``: it comes from the allocator and is kept until
+        ``torch._C._cuda_clearCublasWorkspaces``.
+
+        Raises:
+            torch.OutOfMemoryError: when it does not fit.
+
+        """
+        card = self.cards[device.index]
+        key = thread, self.stream(card.index)
+        if card.shared.workspace and key not in card.workspaces:
+            card.workspaces[key] = self.take(card.shared.workspace, device)
+
+    def clear_workspaces(self) -> None:
+        """Give back what cuBLAS took."""
+        for card in self.cards:
+            while card.workspaces:
+                self._free(card.workspaces.popitem()[1], card)
+
     def give_back(self, block: Block | None, device: torch.device) -> None:
         """Free a block that no storage got."""
         self._free(block, self.cards[device.index])
@@ -342,10 +369,3 @@ class CardMemory:
         return error
 
 
-def unwrapped(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensor inside one that ``torch.func`` wrapped, None for any other."""
-    functorch = _C._functorch
-    if functorch.is_functorch_wrapped_tensor(tensor):
-        inner: torch.Tensor = functorch.get_unwrapped(tensor)
-        return inner
-    return None

@@ -56,6 +56,24 @@ _MIXING = _INDEXING | {
 }
 # torch's tensors of symbolic zeros crash the interpreter when they pass a dispatch mode.
 _INSTEAD = {torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default}
+# What cuBLAS does, which works in memory of its own.
+_PRODUCTS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "mm",
+        "addmm",
+        "_addmm_activation",
+        "bmm",
+        "baddbmm",
+        "addmv",
+        "dot",
+        "vdot",
+        "_int_mm",
+        "_scaled_mm",
+    )
+)
+_ENGINE = -1
+"""Stands for the thread of autograd's that works for a card."""
 _HOST_FULL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 
 
@@ -72,6 +90,8 @@ class _Traits(NamedTuple):
     """May change the size of a storage it is given."""
     composite: bool
     """Is made of other operations."""
+    multiplies: bool = False
+    """Multiplies matrices, with cuBLAS."""
 
 
 def _traits_of(func: Any) -> _Traits:
@@ -88,6 +108,7 @@ def _traits_of(func: Any) -> _Traits:
         composite=_C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
         ),
+        multiplies=name in _PRODUCTS,
     )
 
 
@@ -101,6 +122,8 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         self.memory = memory
         self.aside = False
         """Whether someone else decides where the results of this thread's operations live."""
+        self.thread = threading.get_ident()
+        """Which thread would do this on a card: this one, or autograd's."""
         self.call: tuple[Any, ...] = ()
         """The arguments of the call under way that led to these operations."""
         self._traits: dict[Any, _Traits] = {}
@@ -229,6 +252,8 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
     def _run_on_card(
         self, traits: _Traits, func: Any, args: Any, kwargs: Any, card: torch.device
     ) -> Any:
+        if traits.multiplies:
+            self.memory.multiply(card, self.thread)
         try:
             if traits.random:
                 generator = self.memory.cards[card.index].generator
@@ -375,7 +400,14 @@ def backward_on_the_card(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def run_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        with making_tensors_beside(tensors):
+        face = getattr(_this_thread, "face", None)
+        if face is None:
             return run(tensors, *args, **kwargs)
+        outer, face.charges.thread = face.charges.thread, _ENGINE
+        try:
+            with face.charges.during(*tensors):
+                return run(tensors, *args, **kwargs)
+        finally:
+            face.charges.thread = outer
 
     return run_backward

@@ -57,6 +57,7 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     run = backward_on_the_card(_torch.autograd.graph._engine_run_backward)
     _torch.autograd._engine_run_backward = _torch.autograd.graph._engine_run_backward = run
     when_imported("torch._dynamo.config", _run_compiled_functions_eagerly)
+    when_imported("torch._dynamo.eval_frame", _expect_no_compiled_frames)
     when_imported("torch._subclasses.fake_tensor", _let_fake_tensors_see_the_host)
     when_imported("torch.jit._serialization", _load_programs_on_the_host)
     when_imported("torch.nn.parallel.distributed", _let_buckets_lie_on_the_card)
@@ -271,6 +272,13 @@ def _group_by_seen_device(memory: CardMemory) -> None:
 
 def _run_compiled_functions_eagerly() -> None:
     sys.modules["torch._dynamo.config"].disable = True  # type: ignore[attr-defined]  # a config module
+
+
+def _expect_no_compiled_frames() -> None:
+    """Let ``torch.compile(fullgraph=True)`` be content with nothing compiled (since torch 2.13)."""
+    stance: Any = getattr(sys.modules["torch._dynamo.eval_frame"], "_stance", None)
+    if stance is not None:
+        stance.stance = "force_eager"
 
 
 def _let_fake_tensors_see_the_host() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 
 import pytest
 from card_process import MIB, on_card
@@ -216,3 +217,60 @@ def test_pools_of_graphs_are_refused_in_a_sentence():
 
     with pytest.raises(NotImplementedError, match=r"has no torch\.cuda\.graph_pool_handle"):
         torch.cuda.graph_pool_handle()
+
+
+@on_card
+def test_sparse_tensors_live_where_their_parts_do():
+    import torch
+
+    torch.sparse.check_sparse_tensor_invariants.disable()  # which torch warns of where it is open
+    warnings.simplefilter("ignore")  # of its compressed sparse tensors being new
+    before = torch.cuda.memory_allocated()
+    dense = torch.eye(100, device="cuda")
+    with_dense = torch.cuda.memory_allocated()
+    sparse = dense.to_sparse()
+    assert torch.cuda.memory_allocated() == with_dense + 512 + 2048  # values, indices
+    assert (sparse.device, sparse.is_cuda, sparse.is_cpu) == (torch.device("cuda:0"), True, False)
+    assert "device='cuda:0'" in repr(sparse)
+    on_host = torch.eye(3).to_sparse()
+    sent = on_host.to("cuda")
+    assert (on_host.is_cuda, sent.is_cuda, sent.cpu().is_cuda) == (False, True, False)
+    assert sent.cuda() is sent
+    for made in (
+        sparse @ dense,
+        sparse.to_dense(),
+        sparse.coalesce().values(),
+        sparse.t(),
+        sparse + sparse,
+        sparse.to(torch.float64),
+        torch.sparse_coo_tensor([[0], [1]], [2.0], (2, 2), device="cuda"),
+        torch.sparse_coo_tensor((3, 3), device="cuda"),
+        dense.to_sparse_csr(),
+        dense.to_sparse_csc() @ dense,
+        dense.to_sparse_bsr((2, 2)).values(),
+    ):
+        assert made.is_cuda
+    with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+        torch.sparse.mm(on_host, torch.eye(3, device="cuda"))
+    del dense, sparse, sent, made
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+@on_card
+def test_sparse_gradients_train_on_the_card():
+    import torch
+
+    torch.sparse.check_sparse_tensor_invariants.disable()
+    table = torch.nn.Embedding(10, 3, sparse=True).cuda()
+    optimizers = torch.optim.SGD(table.parameters()), torch.optim.SparseAdam(table.parameters())
+    for optimizer in optimizers:
+        table(torch.tensor([1, 2], device="cuda")).sum().backward()
+        assert table.weight.grad.layout is torch.sparse_coo
+        assert table.weight.grad.is_cuda
+        optimizer.step()
+        optimizer.zero_grad()
+    values = torch.ones(2, device="cuda", requires_grad=True)
+    indices = torch.tensor([[0, 1], [1, 0]], device="cuda")
+    torch.sparse.sum(torch.sparse_coo_tensor(indices, values, (2, 2))).backward()
+    assert values.grad.is_cuda

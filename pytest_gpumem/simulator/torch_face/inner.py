@@ -1,0 +1,31 @@
+"""The tensors that a tensor without a storage of its own is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_C: Any = torch._C
+_aten: Any = torch.ops.aten
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+
+
+def made_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensor inside one that ``torch.func`` wrapped, or the parts of a sparse one.
+
+    The last says where the whole is. Nothing for any other tensor.
+    """
+    functorch = _C._functorch
+    if functorch.is_functorch_wrapped_tensor(tensor):
+        return [functorch.get_unwrapped(tensor)]
+    names = _PARTS.get(tensor.layout, ())
+    # Below the modes, which would ask where the tensor is, and below autograd.
+    with _C._DisableTorchDispatch(), _C._AutoDispatchBelowAutograd():
+        return [getattr(_aten, name).default(tensor) for name in names]
