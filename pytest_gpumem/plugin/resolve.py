@@ -118,4 +118,12 @@ def resolve(
             f"a context of {format_bytes(settings.simulate_context)}; "
             "make --gpumem-simulate-context smaller"
         )
+    if settings.simulate is not None and (
+        settings.simulate_context + settings.simulate_workspace > min(settings.simulate)
+    ):
+        raise BadSettingError(
+            f"--gpumem-simulate-workspace: a card of {format_bytes(min(settings.simulate))} has no "
+            f"room for {format_bytes(settings.simulate_workspace)} beside a context of "
+            f"{format_bytes(settings.simulate_context)}"
+        )
     return settings

@@ -19,6 +19,7 @@ EXAMPLES = {
     "mode": ("off", "off"),
     "simulate": ("1GiB", (2**30,)),
     "simulate_context": ("1MiB", 2**20),
+    "simulate_workspace": ("8320KiB", 8320 * 2**10),
     "simulate_anyway": ("true", True),
     "simulate_card": ("card", None),
     "json": ("run.json", None),
@@ -151,6 +152,13 @@ def test_a_file_that_is_no_history_is_not_replaced_by_one(tmp_path):
 def test_a_card_too_small_for_one_context_is_refused():
     with pytest.raises(BadSettingError, match=r"no room for a context of 384\.00 MiB"):
         settings({"gpumem_simulate": "300MiB"})
+
+
+def test_a_card_too_small_for_context_and_workspace_is_refused():
+    sizes = {"gpumem_simulate": "400MiB", "gpumem_simulate_workspace": "8320KiB"}
+    assert settings(sizes).simulate_workspace == 8320 * 2**10
+    with pytest.raises(BadSettingError, match=r"no room for 32\.00 MiB beside a context of 384"):
+        settings(sizes | {"gpumem_simulate_workspace": "32MiB"})
 
 
 @pytest.mark.parametrize(
