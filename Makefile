@@ -86,6 +86,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/engines.py
 	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours --pytest8 $(VENV)/pytest8
 	$(BIN)/python tests/soak/peers.py --cache $(VENV)/suites
+	$(BIN)/python tests/soak/foreign_suites.py --cache $(VENV)/foreign
 	$(BIN)/python tests/soak/exclusive_fixtures.py
 	$(BIN)/python tests/soak/budgets.py
 	$(BIN)/python tests/soak/plan_against_runs.py

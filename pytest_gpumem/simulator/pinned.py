@@ -40,7 +40,7 @@ class PinnedMemory:
 
     def pin(self, storage: Any) -> None:
         """Count ``storage`` as page-locked from now on."""
-        if self.holds(storage):
+        if storage._cdata in self._pinned:
             return
         size: int = storage.nbytes()
         pinned = _Pinned(storage, self._died)
@@ -59,10 +59,6 @@ class PinnedMemory:
             self._active_requests.add(1)
             self._active_bytes.add(pinned.block)
 
-    def holds(self, storage: Any) -> bool:
-        """Tell whether ``storage`` is pinned."""
-        return storage._cdata in self._pinned
-
     def register(self, address: int, size: int, _flags: int = 0) -> int:
         """Lock a range of memory, as ``cudaHostRegister`` does; returns its code of success."""
         self._registered[address] = size
@@ -73,8 +69,13 @@ class PinnedMemory:
         self._registered.pop(address, None)
         return 0
 
-    def covers(self, address: int) -> bool:
-        """Tell whether an address lies in a range that the program locked."""
+    def covers(self, tensor: Any, storage: Any) -> bool:
+        """Tell whether a tensor is pinned, or lies in a range that the program locked."""
+        if storage._cdata in self._pinned:
+            return True
+        if not self._registered:  # nor has each tensor an address
+            return False
+        address: int = tensor.data_ptr()
         return any(first <= address < first + size for first, size in self._registered.items())
 
     def _died(self, pinned: Any) -> None:

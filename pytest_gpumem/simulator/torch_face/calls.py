@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._device import DeviceContext, _device_constructors
 
+from pytest_gpumem.simulator.torch_face.inner import made_of
 from pytest_gpumem.simulator.torch_face.legacy import CardType
 from pytest_gpumem.simulator.torch_face.modes import face_again
 from pytest_gpumem.simulator.torch_face.stubs import Device
@@ -320,8 +321,10 @@ def _pin_memory(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
 
 
 def _is_pinned(face: Face, _func: Function, args: Any, _kwargs: Any) -> bool:
-    pinned, tensor = face.memory.pinned, args[0]
-    return pinned.holds(tensor.untyped_storage()) or pinned.covers(tensor.data_ptr())
+    return all(
+        face.memory.pinned.covers(each, each.untyped_storage())
+        for each in made_of(args[0]) or (args[0],)
+    )
 
 
 class ToCopy(torch.autograd.Function):
@@ -390,7 +393,8 @@ def _bind(names: tuple[str, ...], args: Any, kwargs: Any) -> list[Any]:
 
 
 def _pin(face: Face, tensor: Any) -> Any:
-    face.memory.pinned.pin(tensor.untyped_storage())
+    for each in made_of(tensor) or (tensor,):
+        face.memory.pinned.pin(each.untyped_storage())
     return tensor
 
 

@@ -25,7 +25,9 @@ def made_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     functorch = _C._functorch
     if functorch.is_functorch_wrapped_tensor(tensor):
         return [functorch.get_unwrapped(tensor)]
-    names = _PARTS.get(tensor.layout, ())
+    names = _PARTS.get(tensor.layout)
+    if names is None:
+        return []
     # Below the modes, which would ask where the tensor is, and below autograd.
     with _C._DisableTorchDispatch(), _C._AutoDispatchBelowAutograd():
         return [getattr(_aten, name).default(tensor) for name in names]

@@ -126,7 +126,10 @@ class CardMemory:
             ValueError: in torch's words, for a value that it refuses.
 
         """
-        self._policy, ignored = read_settings(settings, self._policy)
+        try:
+            self._policy, ignored = read_settings(settings, self._policy)
+        except ValueError as error:
+            raise ValueError(f"{given_by}={settings!r}: {error}") from None
         for card in self.cards:
             card.allocator.policy = self._policy
         if ignored:

@@ -176,6 +176,13 @@ class Stream:
         return f"<torch.cuda.Stream device={self.device} cuda_stream={self.cuda_stream:#x}>"
 
 
+class ExternalStream(Stream):
+    """``torch.cuda.ExternalStream``: a stream that somebody else made, by its handle."""
+
+    def __init__(self, stream_ptr: int, device: Any = None, **_others: Any) -> None:
+        super().__init__(device, stream_id=stream_ptr)
+
+
 class Event:
     """``torch.cuda.Event``; times are the host's."""
 

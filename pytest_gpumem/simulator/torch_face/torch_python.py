@@ -76,7 +76,7 @@ def _give_cuda_its_objects(memory: CardMemory) -> None:
     _cuda._cached_device_count = None
     for module in (_cuda, _cuda.streams, _torch):
         module.Stream, module.Event = stubs.Stream, stubs.Event
-    _cuda.ExternalStream = _cuda.streams.ExternalStream = stubs.Stream
+    _cuda.ExternalStream = _cuda.streams.ExternalStream = stubs.ExternalStream
     if TORCH_VERSION < (2, 5):  # where the compiler asks for these bases
         _torch._streambase._StreamBase.register(stubs.Stream)
         _torch._streambase._EventBase.register(stubs.Event)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING, Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,9 @@ from hypothesis import strategies as st
 from pytest_gpumem.simulator.allocator import CachingAllocator
 from pytest_gpumem.simulator.policy import Policy, read_settings
 from pytest_gpumem.simulator.segments import OutOfMemory
+
+if TYPE_CHECKING:
+    from pytest_gpumem.simulator.blocks import Block
 
 MIB = 2**20
 
@@ -241,3 +247,60 @@ def test_an_empty_cache_waits_for_the_other_streams() -> None:
     made.free(block)
     made.empty_cache()
     assert (made.reserved, made.stats()["active_bytes"]["all"]["current"]) == (0, 0)
+
+
+POLICIES = st.sampled_from(
+    [
+        Policy(),
+        Policy(max_split=30 * MIB),
+        Policy(max_split=20 * MIB, max_rounding=25 * MIB),
+        Policy(collection=0.2),
+        Policy(collection=0.9, max_split=40 * MIB),
+        Policy(divisions=(4,) * 16),
+        Policy(divisions=(0, 2, 8) + (1,) * 13, collection=0.5),
+    ]
+)
+STEPS = st.one_of(
+    st.tuples(st.just("take"), st.integers(1, 90 * MIB), st.sampled_from([0, 0, 3])),
+    st.tuples(st.just("free"), st.integers(0, 99), st.just(0)),
+    st.tuples(st.just("use"), st.integers(0, 99), st.sampled_from([0, 3, 9])),
+    st.tuples(st.just("policy"), POLICIES, st.just(0)),
+    st.tuples(st.just("fraction"), st.sampled_from([1.0, 0.7, 0.3]), st.just(0)),
+    st.tuples(st.just("empty"), st.just(0), st.just(0)),
+)
+
+
+def bytes_of(made: CachingAllocator, name: str) -> int:
+    return int(made.stats()[name]["all"]["current"])
+
+
+@given(st.lists(STEPS, max_size=60))
+def test_the_books_are_right_whatever_the_settings_and_streams(steps: list[Any]) -> None:
+    made = allocator(total=300 * MIB)
+    held: list[Block] = []
+    for what, value, stream in steps:
+        if what == "take":
+            with contextlib.suppress(OutOfMemory):
+                held.append(made.malloc(value, stream))
+        elif what == "free" and held:
+            made.free(held.pop(value % len(held)))
+        elif what == "use" and held:
+            made.use(held[value % len(held)], stream)
+        elif what == "policy":
+            made.policy = value
+        elif what == "fraction":
+            made.memory_fraction = value
+        elif what == "empty":
+            made.empty_cache()
+        segments = made.snapshot()
+        assert sum(each["total_size"] for each in segments) == made.reserved <= 300 * MIB
+        assert made.allocated == sum(block.size for block in held)
+        assert sum(each["active_size"] for each in segments) == bytes_of(made, "active_bytes")
+        assert bytes_of(made, "active_bytes") >= made.allocated
+    for block in held:
+        made.free(block)
+    made.empty_cache()
+    stats = made.stats()
+    pooled = [each for each in stats.values() if isinstance(each, dict) and "all" in each]
+    assert all(pool["current"] == 0 for each in pooled for pool in each.values())
+    assert made.reserved == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 
 import pytest
@@ -44,6 +45,9 @@ def test_pinned_memory_has_its_own_figures():
     assert now("allocated_bytes") == [sizes[1], sizes[1], 0, 0]
     assert torch.cuda.memory_allocated() == 0
     assert second.is_pinned()
+    sparse = torch.eye(3).to_sparse()
+    assert (sparse.is_pinned(), sparse.pin_memory().is_pinned()) == (False, True)
+    assert not torch.ones(3, device="meta").is_pinned()
 
 
 @on_card
@@ -274,3 +278,23 @@ def test_sparse_gradients_train_on_the_card():
     indices = torch.tensor([[0, 1], [1, 0]], device="cuda")
     torch.sparse.sum(torch.sparse_coo_tensor(indices, values, (2, 2))).backward()
     assert values.grad.is_cuda
+
+
+@on_card
+def test_bad_settings_of_the_environment_are_refused_by_name():
+    import torch
+
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:many"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="PYTORCH_CUDA_ALLOC_CONF='max_split_size_mb:many': "):
+            torch.ones(1, device="cuda")
+
+
+@on_card
+def test_a_stream_of_somebody_else_has_the_handle_that_was_given():
+    import torch
+
+    stream = torch.cuda.ExternalStream(77)
+    with torch.cuda.stream(stream):
+        assert torch.cuda.current_stream().cuda_stream == 77
+        assert torch.ones(1, device="cuda").is_cuda
