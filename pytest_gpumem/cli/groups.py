@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import files, records
+from pytest_gpumem.cli import subset
 from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 MODES = ("isolated", "sequential", "parallel")
 _SAVED = Path(".pytest_cache/d/gpumem/groups")
-_NO_TESTS = 5
-"""pytest's exit status where nothing was collected."""
 
 
 class Group(NamedTuple):
@@ -197,8 +195,9 @@ def run(group: Group, directory: Path, output: Path) -> Result:
         for name, tests in _parts(group, directory):
             part = output / f".{group.name}.part.json"
             part.unlink(missing_ok=True)
-            done = _pytest(group, tests, directory, file, f"--gpumem-json={part}")
-            status = status or done
+            words = [*_arguments(group), f"--gpumem-json={part}"]
+            done = subset.run(words, directory, file, wanted=tests)
+            status = status or done.status
             if part.exists():
                 runs[name] = records.load_run(part)
                 part.unlink()
@@ -214,48 +213,28 @@ def run(group: Group, directory: Path, output: Path) -> Result:
     return Result(group, whole, found, seconds, status)
 
 
-def _parts(group: Group, directory: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Return what is to be run in a process each, with a name."""
+def _parts(group: Group, directory: Path) -> Iterator[tuple[str, tuple[str, ...] | None]]:
+    """Return what is to be run in a process each, with a name; None is all of it."""
     if group.mode != "isolated":
-        yield group.name, group.paths
+        yield group.name, None
         return
-    command = [*_command(group, group.paths), "--collect-only", "-q", "--no-header"]
-    done = subprocess.run(  # noqa: S603  # the user's own arguments
-        command, cwd=directory, capture_output=True, text=True, check=False
-    )
-    if done.returncode not in (0, _NO_TESTS):
-        last = (done.stderr or done.stdout).strip().rpartition("\n")[2]
-        raise ValueError(f"group {group.name!r} cannot be collected: {last}")
-    nodeids = [line for line in done.stdout.splitlines() if "::" in line]
+    try:
+        nodeids = subset.collect(_arguments(group), directory).collected
+    except ValueError as error:
+        raise ValueError(f"group {group.name!r} cannot be collected: {error}") from None
     if not nodeids:
-        yield group.name, group.paths  # and let pytest say that there are none
+        yield group.name, None  # and let pytest say that there are none
     for number, nodeid in enumerate(nodeids, 1):
         yield f"process {number}", (nodeid,)
 
 
-def _pytest(group: Group, tests: Sequence[str], directory: Path, log: Any, *arguments: str) -> int:
-    distributed = ["-n", group.workers] if group.mode == "parallel" else []
-    # What is isolated, or in sequence, is one process whatever addopts says.
-    if group.mode != "parallel" and _has_xdist():
-        distributed = ["-n", "0"]
-    done = subprocess.run(  # noqa: S603  # the user's own arguments
-        [*_command(group, tests), *distributed, *arguments],
-        cwd=directory,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    return done.returncode
-
-
-def _has_xdist() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("xdist") is not None
-
-
-def _command(group: Group, tests: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-p", "gpumem", *group.args, *tests]
+def _arguments(group: Group) -> list[str]:
+    if group.mode == "parallel":
+        distributed = ["-n", group.workers]
+    else:
+        # What is isolated, or in sequence, is one process whatever addopts says.
+        distributed = subset.one_process(group.args)
+    return ["-p", "gpumem", *group.args, *group.paths, *distributed]
 
 
 def _table(results: Sequence[Result], output: Path) -> Iterator[str]:

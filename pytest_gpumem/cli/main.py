@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pytest_gpumem import __version__, records
-from pytest_gpumem.cli import archive, doctor, forensics, groups, marks, monitor, plan, ps, run
+from pytest_gpumem.cli import (
+    archive,
+    blame,
+    doctor,
+    forensics,
+    groups,
+    marks,
+    monitor,
+    plan,
+    ps,
+    run,
+)
 from pytest_gpumem.cli.arguments import read_count
 from pytest_gpumem.cli.learned import HISTORY, load_history
 from pytest_gpumem.errors import LeaseError
@@ -53,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     forensics.add_forensics(commands)
     forensics.add_compare(commands)
     groups.add(commands)
+    blame.add(commands)
     plan.add(commands)
     marks.add(commands)
     monitor.add(commands)

@@ -1,9 +1,9 @@
 """The documents' examples do what they show.
 
 A block ```` ```python NAME.py ```` is a file; the ```` ```console ```` block after it that begins
-with ``$ pytest`` or ``$ gpumem run`` is run beside the files of its section, and must print the lines it shows, in that
-order. ``...`` stands for lines left out; times, and parts of the time, may differ. Further commands
-of that block are run too.
+with ``$ pytest`` or ``$ gpumem run`` is run beside the files of its section, and must print the
+lines it shows, in that order. ``...`` stands for lines left out; times, and parts of the time, may
+differ. Further commands of that block are run too.
 """
 
 import os

@@ -1,0 +1,325 @@
+"""``gpumem blame``: which of the tests before one make it fail, where it passes alone."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_gpumem import records
+from pytest_gpumem.cli import subset
+from pytest_gpumem.cli.culprits import culprits
+from pytest_gpumem.units import format_bytes, printable
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Collection, Iterator, Sequence
+
+NOBODY = 1
+"""Exit status where no test is to blame."""
+_SURE = 3
+"""Runs that say once more what was found: after it, alone, and with its file only imported."""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Enter ``gpumem blame``."""
+    parser = commands.add_parser(
+        "blame",
+        help="Find the test before another one that makes it fail, where that one passes alone.",
+        epilog="Exit status: 0 when it was found, 1 when no test is to blame, 2 for bad input.",
+    )
+    parser.add_argument("nodeid", metavar="NODEID", help="The test that fails.")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="RUN.json",
+        help="A run in which it failed, written by --gpumem-json: those that came before it in "
+        "its process are meant. Default: those before it in the suite's order.",
+    )
+    parser.add_argument(
+        "arguments", nargs="*", metavar="ARGUMENT", help="After --: arguments for pytest."
+    )
+    parser.set_defaults(run_command=_blame)
+
+
+def _blame(chosen: argparse.Namespace) -> int:
+    arguments = [*chosen.arguments, *subset.one_process(chosen.arguments)]
+    there = subset.collect(arguments, Path.cwd())
+    nodeid = _find(chosen.nodeid, there)
+    before = list(there.collected[: there.collected.index(nodeid)])
+    if chosen.record is not None:
+        before = _recorded(chosen.record, nodeid, there.collected)
+    with tempfile.TemporaryDirectory(prefix="gpumem-") as place, _progress() as show:
+        search = _Search(nodeid, arguments, Path(place), show)
+        try:
+            found = search.find(before)
+            lines = list(search.verdict(found, chosen.arguments))
+        except _NobodyError as error:
+            found, lines = [], [str(error)]
+        except KeyboardInterrupt:
+            found, lines = [], [f"ended after {search.runs} runs"]
+    for line in lines:
+        sys.stdout.write(f"{printable(line)}\n")
+    return 0 if found else NOBODY
+
+
+def _find(text: str, there: subset.Ended) -> str:
+    """Return the node id that is meant.
+
+    Raises:
+        ValueError: in one sentence, when there is none, or there are several.
+
+    """
+    # From another directory than pytest's root the names begin otherwise.
+    text = text.removeprefix("./")
+    matches = [
+        nodeid for nodeid in there.collected if nodeid == text or nodeid.endswith(f"/{text}")
+    ]
+    exact = [nodeid for nodeid in matches if nodeid == text]
+    if len(found := exact or matches) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{text!r} may be any of {', '.join(sorted(set(found))[:5])}")
+    if text in there.deselected:
+        raise ValueError(f"{text!r} is deselected by pytest's arguments or configuration")
+    close = difflib.get_close_matches(text, there.collected, 1)
+    hint = f"; {close[0]!r} is" if close else ""
+    raise ValueError(f"{text!r} is not among the {len(there.collected)} tests collected{hint}")
+
+
+def _recorded(path: Path, nodeid: str, collected: Collection[str]) -> list[str]:
+    """Return the tests that came before one in its process, as a run's records say.
+
+    Raises:
+        OSError, ValueError: when the record cannot be read, or does not have the test.
+
+    """
+    tests = records.load_run(path).tests
+    mine = [test for test in tests if test.nodeid == nodeid]
+    if not mine:
+        raise ValueError(f"{str(path)!r} has no test {nodeid!r}")
+    last = next((test for test in mine if test.outcome in ("failed", "error")), mine[-1])
+    before = sorted(
+        (
+            test
+            for test in tests
+            if (test.host, test.worker) == (last.host, last.worker) and test.start < last.start
+        ),
+        key=lambda test: test.start,
+    )
+    names = dict.fromkeys(test.nodeid for test in before if test.nodeid != nodeid)
+    there = set(collected)
+    if gone := [name for name in names if name not in there]:
+        sys.stderr.write(
+            f"gpumem blame: left out, for pytest does not collect them here: {len(gone)} of the "
+            f"{len(names)} tests before it, {printable(gone[0])} is the first\n"
+        )
+    return [name for name in names if name in there]
+
+
+class _NobodyError(Exception):
+    """No test is to blame; says why."""
+
+
+class _Search:
+    """The runs that find who is to blame for ``nodeid``."""
+
+    def __init__(self, nodeid: str, arguments: Sequence[str], place: Path, show: Any) -> None:
+        self._nodeid = nodeid
+        self._words = [*arguments, "--maxfail=0"]
+        if "no:cacheprovider" not in " ".join(arguments):
+            # What these runs learn is not the suite's.
+            self._words += ["-o", f"cache_dir={place / 'cache'}"]
+        self._record = place / "run.json"
+        self._show = show
+        self._before: Sequence[str] = ()
+        self.runs = 0
+        self.why = ""
+        """Of its last failure."""
+
+    def find(self, before: Sequence[str]) -> list[str]:
+        """Return the tests to blame.
+
+        Raises:
+            _NobodyError: when none is.
+
+        """
+        self._before = before
+        self._show.expect(2 + math.ceil(math.log2(len(before) or 1)) + 1 + _SURE)
+        name = self._nodeid
+        if self._fails(()):
+            raise _NobodyError(f"{name} fails alone: no test before it is to blame ({self.why})")
+        if not before:
+            raise _NobodyError(f"{name} passes alone, and no test comes before it")
+        if not self._fails(before):
+            raise _NobodyError(
+                f"{name} passes alone and after the {_tests(before)} before it; --record RUN.json "
+                "takes the order of a run in which it failed"
+            )
+        return culprits(self._fails, before)
+
+    def verdict(self, found: Sequence[str], given: Sequence[str]) -> Iterator[str]:
+        """Say who is to blame, once that was seen again."""
+        name, why = self._nodeid, self.why
+        names = " and ".join(found)
+        again = self._fails(found, record=True), self._fails(())
+        if again != (True, False):
+            seen = "failed alone" if again[1] else f"passed after {names}"
+            raise _NobodyError(
+                f"{name} is flaky: it failed after {names} and passed alone, and then {seen}"
+            )
+        if len(found) == 1:
+            yield f"{names} makes {name} fail"
+        else:
+            yield f"{names} make {name} fail together; without any one of them it passes"
+        yield f"  it passes alone and fails after {_them(found)}, each seen twice: {why}"
+        apart = {each.partition("::")[0] for each in found} != {name.partition("::")[0]}
+        if apart and self._fails((), imported=found):
+            yield (
+                "  to import its file is enough"
+                if len(found) == 1
+                else ("  to import their files is enough")
+            )
+        for each in found:
+            yield from self._left(each)
+        yield f"  {self.runs} runs for the {_tests(self._before)} before it; to see it again:"
+        yield f"  {shlex.join(['pytest', *given, *found, name])}"
+
+    def _left(self, culprit: str) -> Iterator[str]:
+        """Say what a culprit left behind, as far as the plugin measured it."""
+        if not self._record.exists():
+            return
+        for test in records.load_run(self._record).tests:
+            if test.nodeid != culprit:
+                continue
+            for card in test.cards:
+                if card.leftover > 0:
+                    where = card.holders[0].where if card.holders else card.note
+                    held = f": {where}" if where else ""
+                    yield f"  {culprit} left {format_bytes(card.leftover)}{held}"
+            for left in test.left:
+                yield f"  {culprit} left {left.what} at {left.after}, it was {left.before}"
+
+    def _fails(
+        self, before: Sequence[str], *, imported: Sequence[str] = (), record: bool = False
+    ) -> bool:
+        """Run the test after ``before``; return whether it fails."""
+        words = self._words
+        if record and _measures(words):
+            words = [*words, f"--gpumem-json={self._record}"]
+        self.runs += 1
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+            told = subset.run(
+                words, Path.cwd(), log, wanted=[*before, self._nodeid], imported=imported
+            )
+            ran = self._nodeid in told.failed or self._nodeid in told.passed
+            if not ran and not before and not imported:
+                raise _NobodyError(_not_run(self._nodeid, told, log))
+        failed = self._nodeid in told.failed
+        if failed:
+            self.why = told.failed[self._nodeid]
+        elif not ran and len(before) == len(self._before):
+            raise _NobodyError(_ended_before(self._nodeid, told, before))
+        how = "fails" if failed else "passes" if ran else "does not run"
+        after = f"after {_tests(before)}" if before else "alone"
+        self._show.step(f"{how} {after}")
+        return failed
+
+
+def _measures(words: Sequence[str]) -> bool:
+    """Return whether the plugin is loaded in these runs."""
+    text = " ".join(words)
+    if "no:gpumem" in text:
+        return False
+    return not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD") or "gpumem" in text
+
+
+def _not_run(nodeid: str, told: subset.Ended, log: IO[str]) -> str:
+    if nodeid in told.skipped:
+        return f"{nodeid} is skipped, or expected to fail, alone"
+    return f"{nodeid} does not run alone: {subset.last_line(log)}"
+
+
+def _ended_before(nodeid: str, told: subset.Ended, before: Sequence[str]) -> str:
+    """Say why a test was not reached."""
+    if nodeid in told.skipped:
+        return f"{nodeid} is skipped, or expected to fail, after the {_tests(before)} before it"
+    reached = told.passed | told.failed.keys() | told.skipped
+    last = [each for each in before if each in reached][-1:] or ["the first test"]
+    return f"{nodeid} is not reached: the run ended with status {told.status} in {last[0]}"
+
+
+def _tests(some: Sequence[str]) -> str:
+    return f"{len(some)} test{'' if len(some) == 1 else 's'}"
+
+
+def _them(found: Sequence[str]) -> str:
+    return "that one" if len(found) == 1 else "these"
+
+
+class _Lines:
+    """Shows a line for each run, where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._total = self._done = 0
+
+    def expect(self, total: int) -> None:
+        """Take note of how many runs it will be, if one test is to blame."""
+        self._total = total
+
+    def step(self, text: str) -> None:
+        """Show what a run came to."""
+        self._done += 1
+        about = max(self._total, self._done)
+        sys.stderr.write(f"gpumem blame: run {self._done} of about {about}: {text}\n")
+        sys.stderr.flush()
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Bar:
+    """Shows a bar."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn("run"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("alone", total=None)
+
+    def expect(self, total: int) -> None:
+        """Take note of how many runs it will be, if one test is to blame."""
+        self._bar.update(self._task, total=total)
+
+    def step(self, text: str) -> None:
+        """Show what a run came to."""
+        task = self._bar.tasks[0]
+        self._bar.update(self._task, total=max(task.total or 0, task.completed + 1))
+        self._bar.update(self._task, advance=1, description=f"the last one {text}")
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _progress() -> _Lines | _Bar:
+    return _Bar() if sys.stderr.isatty() else _Lines()

@@ -1,0 +1,121 @@
+"""Pytest, run on some tests of a suite in a process of its own: the one way of all commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+NO_TESTS = 5
+"""pytest's exit status where nothing was collected."""
+_PLUGIN = "pytest_gpumem.plugin.subset"
+_VARIABLE = "GPUMEM_SUBSET"
+
+
+class Ended(NamedTuple):
+    """What one run told."""
+
+    status: int
+    """pytest's, negative where a signal ended it."""
+    collected: tuple[str, ...]
+    """In the order in which they run."""
+    deselected: tuple[str, ...]
+    failed: dict[str, str]
+    """The first line of why, by test; also of one in which the process ended."""
+    passed: frozenset[str]
+    skipped: frozenset[str]
+
+
+def run(
+    arguments: Sequence[str],
+    directory: Path,
+    log: IO[str],
+    *,
+    wanted: Sequence[str] | None = None,
+    imported: Sequence[str] = (),
+) -> Ended:
+    """Run pytest with ``arguments`` in ``directory``; what it prints goes into ``log``.
+
+    ``wanted`` are node ids in the order in which they are to run; None runs all. Files of which
+    none is wanted are not imported, but for those of ``imported``.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpumem-") as place:
+        wish, told = Path(place) / "wish.json", Path(place) / "told.jsonl"
+        told.touch()
+        asked = {
+            "told": str(told),
+            "wanted": None if wanted is None else list(wanted),
+            "imported": list(imported),
+        }
+        wish.write_text(json.dumps(asked), encoding="utf-8")
+        done = subprocess.run(  # noqa: S603  # the user's own arguments
+            [sys.executable, "-m", "pytest", "-p", _PLUGIN, *arguments],
+            cwd=directory,
+            env=os.environ | {_VARIABLE: str(wish)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        log.flush()
+        return _read(done.returncode, told.read_text(encoding="utf-8").splitlines())
+
+
+def _read(status: int, lines: Iterable[str]) -> Ended:
+    collected: list[str] = []
+    deselected: list[str] = []
+    failed: dict[str, str] = {}
+    began: set[str] = set()
+    ended: set[str] = set()
+    skipped: set[str] = set()
+    for told in map(json.loads, lines):
+        collected = told.get("collected", collected)
+        deselected = told.get("deselected", deselected)
+        began |= {told["began"]} if "began" in told else set()
+        ended |= {told["ended"]} if "ended" in told else set()
+        skipped |= {told["skipped"]} if "skipped" in told else set()
+        if "failed" in told:
+            failed.setdefault(told["failed"], told["why"])
+    for nodeid in began - ended:
+        failed.setdefault(nodeid, f"its process ended with status {status}")
+    passed = frozenset(ended - failed.keys() - skipped)
+    return Ended(status, tuple(collected), tuple(deselected), failed, passed, frozenset(skipped))
+
+
+def collect(arguments: Sequence[str], directory: Path) -> Ended:
+    """Return what pytest would run, in its order.
+
+    Raises:
+        ValueError: with pytest's last line, when that cannot be collected.
+
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        words = [*arguments, "--collect-only", "-q", "--no-header"]
+        found = run(words, directory, log)
+        if found.status not in (0, NO_TESTS):
+            raise ValueError(last_line(log))
+        return found
+
+
+def last_line(log: IO[str]) -> str:
+    """Return the last line of a log that says something."""
+    log.seek(0)
+    lines = [line.strip() for line in log if line.strip()]
+    return lines[-1] if lines else "pytest said nothing"
+
+
+def one_process(arguments: Sequence[str]) -> list[str]:
+    """Return what keeps pytest from starting workers, whatever its configuration says."""
+    text = " ".join(arguments)
+    if find_spec("xdist") is None or "no:xdist" in text:
+        return []
+    loaded = not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD") or "xdist" in text
+    return ["-n", "0"] if loaded else []
