@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -48,17 +46,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _blame(chosen: argparse.Namespace) -> int:
-    arguments = [*chosen.arguments, *subset.one_process(chosen.arguments)]
-    there = subset.collect(arguments, Path.cwd())
+    there = subset.collect(chosen.arguments, Path.cwd())
     nodeid = _find(chosen.nodeid, there)
     before = list(there.collected[: there.collected.index(nodeid)])
     if chosen.record is not None:
         before = _recorded(chosen.record, nodeid, there.collected)
     with tempfile.TemporaryDirectory(prefix="gpumem-") as place, _progress() as show:
-        search = _Search(nodeid, arguments, Path(place), show)
+        search = _Search(nodeid, chosen.arguments, Path(place), show)
         try:
             found = search.find(before)
-            lines = list(search.verdict(found, chosen.arguments))
+            lines = list(search.verdict(found, measured=there.measured))
+            lines.append(f"  {subset.command(chosen.arguments, there, [*found, nodeid])}")
         except _NobodyError as error:
             found, lines = [], [str(error)]
         except KeyboardInterrupt:
@@ -163,11 +161,11 @@ class _Search:
             )
         return culprits(self._fails, before)
 
-    def verdict(self, found: Sequence[str], given: Sequence[str]) -> Iterator[str]:
+    def verdict(self, found: Sequence[str], *, measured: bool) -> Iterator[str]:
         """Say who is to blame, once that was seen again."""
         name, why = self._nodeid, self.why
         names = " and ".join(found)
-        again = self._fails(found, record=True), self._fails(())
+        again = self._fails(found, record=measured), self._fails(())
         if again != (True, False):
             seen = "failed alone" if again[1] else f"passed after {names}"
             raise _NobodyError(
@@ -188,7 +186,6 @@ class _Search:
         for each in found:
             yield from self._left(each)
         yield f"  {self.runs} runs for the {_tests(self._before)} before it; to see it again:"
-        yield f"  {shlex.join(['pytest', *given, *found, name])}"
 
     def _left(self, culprit: str) -> Iterator[str]:
         """Say what a culprit left behind, as far as the plugin measured it."""
@@ -210,7 +207,7 @@ class _Search:
     ) -> bool:
         """Run the test after ``before``; return whether it fails."""
         words = self._words
-        if record and _measures(words):
+        if record:
             words = [*words, f"--gpumem-json={self._record}"]
         self.runs += 1
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -229,14 +226,6 @@ class _Search:
         after = f"after {_tests(before)}" if before else "alone"
         self._show.step(f"{how} {after}")
         return failed
-
-
-def _measures(words: Sequence[str]) -> bool:
-    """Return whether the plugin is loaded in these runs."""
-    text = " ".join(words)
-    if "no:gpumem" in text:
-        return False
-    return not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD") or "gpumem" in text
 
 
 def _not_run(nodeid: str, told: subset.Ended, log: IO[str]) -> str:

@@ -196,7 +196,9 @@ def run(group: Group, directory: Path, output: Path) -> Result:
             part = output / f".{group.name}.part.json"
             part.unlink(missing_ok=True)
             words = [*_arguments(group), f"--gpumem-json={part}"]
-            done = subset.run(words, directory, file, wanted=tests)
+            # What is isolated, or in sequence, is one process whatever addopts says.
+            spread = group.mode == "parallel"
+            done = subset.run(words, directory, file, wanted=tests, spread=spread)
             status = status or done.status
             if part.exists():
                 runs[name] = records.load_run(part)
@@ -229,11 +231,7 @@ def _parts(group: Group, directory: Path) -> Iterator[tuple[str, tuple[str, ...]
 
 
 def _arguments(group: Group) -> list[str]:
-    if group.mode == "parallel":
-        distributed = ["-n", group.workers]
-    else:
-        # What is isolated, or in sequence, is one process whatever addopts says.
-        distributed = subset.one_process(group.args)
+    distributed = ["-n", group.workers] if group.mode == "parallel" else []
     return ["-p", "gpumem", *group.args, *group.paths, *distributed]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,6 +32,14 @@ class Ended(NamedTuple):
     """The first line of why, by test; also of one in which the process ended."""
     passed: frozenset[str]
     skipped: frozenset[str]
+    root: str
+    """pytest's root, to which node ids are relative."""
+    paths: tuple[str, ...]
+    """Which of the arguments name files, directories or tests."""
+    measured: bool
+    """Whether the plugin was there, and measured."""
+    spread: bool
+    """Whether xdist would have spread them, had it not been kept from it."""
 
 
 def run(
@@ -41,11 +49,13 @@ def run(
     *,
     wanted: Sequence[str] | None = None,
     imported: Sequence[str] = (),
+    spread: bool = False,
 ) -> Ended:
     """Run pytest with ``arguments`` in ``directory``; what it prints goes into ``log``.
 
     ``wanted`` are node ids in the order in which they are to run; None runs all. Files of which
-    none is wanted are not imported, but for those of ``imported``.
+    none is wanted are not imported, but for those of ``imported``. It is one process whatever the
+    configuration says, unless it may ``spread`` them over xdist's workers.
     """
     with tempfile.TemporaryDirectory(prefix="gpumem-") as place:
         wish, told = Path(place) / "wish.json", Path(place) / "told.jsonl"
@@ -54,6 +64,7 @@ def run(
             "told": str(told),
             "wanted": None if wanted is None else list(wanted),
             "imported": list(imported),
+            "spread": spread,
         }
         wish.write_text(json.dumps(asked), encoding="utf-8")
         done = subprocess.run(  # noqa: S603  # the user's own arguments
@@ -70,15 +81,13 @@ def run(
 
 
 def _read(status: int, lines: Iterable[str]) -> Ended:
-    collected: list[str] = []
-    deselected: list[str] = []
+    there: dict[str, Any] = {}
     failed: dict[str, str] = {}
     began: set[str] = set()
     ended: set[str] = set()
     skipped: set[str] = set()
     for told in map(json.loads, lines):
-        collected = told.get("collected", collected)
-        deselected = told.get("deselected", deselected)
+        there = told if "collected" in told else there
         began |= {told["began"]} if "began" in told else set()
         ended |= {told["ended"]} if "ended" in told else set()
         skipped |= {told["skipped"]} if "skipped" in told else set()
@@ -87,7 +96,18 @@ def _read(status: int, lines: Iterable[str]) -> Ended:
     for nodeid in began - ended:
         failed.setdefault(nodeid, f"its process ended with status {status}")
     passed = frozenset(ended - failed.keys() - skipped)
-    return Ended(status, tuple(collected), tuple(deselected), failed, passed, frozenset(skipped))
+    return Ended(
+        status,
+        tuple(there.get("collected", ())),
+        tuple(there.get("deselected", ())),
+        failed,
+        passed,
+        frozenset(skipped),
+        there.get("root", ""),
+        tuple(there.get("paths", ())),
+        there.get("measured", False),
+        there.get("spread", False),
+    )
 
 
 def collect(arguments: Sequence[str], directory: Path) -> Ended:
@@ -105,17 +125,23 @@ def collect(arguments: Sequence[str], directory: Path) -> Ended:
         return found
 
 
+def command(arguments: Sequence[str], there: Ended, nodeids: Sequence[str]) -> str:
+    """Return how a shell runs these tests in this order, with ``arguments`` that collect more."""
+    options = list(arguments)
+    for path in there.paths:
+        if path in options:
+            options.remove(path)
+    if there.spread:
+        options += ["-n", "0"]
+    names = []
+    for nodeid in nodeids:
+        file, apart, rest = nodeid.partition("::")
+        names.append(f"{os.path.relpath(Path(there.root) / file)}{apart}{rest}")
+    return shlex.join(["pytest", *options, *names])
+
+
 def last_line(log: IO[str]) -> str:
     """Return the last line of a log that says something."""
     log.seek(0)
     lines = [line.strip() for line in log if line.strip()]
     return lines[-1] if lines else "pytest said nothing"
-
-
-def one_process(arguments: Sequence[str]) -> list[str]:
-    """Return what keeps pytest from starting workers, whatever its configuration says."""
-    text = " ".join(arguments)
-    if find_spec("xdist") is None or "no:xdist" in text:
-        return []
-    loaded = not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD") or "xdist" in text
-    return ["-n", "0"] if loaded else []

@@ -15,18 +15,38 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
 VARIABLE = "GPUMEM_SUBSET"
 """Names the file that says what is wanted: ``told`` is the file to write, ``wanted`` are the node
-ids in their order or null for all, ``imported`` those whose files are imported as well."""
+ids in their order or null for all, ``imported`` those whose files are imported as well, ``spread``
+whether xdist may start workers."""
+
+
+_SPREAD = pytest.StashKey[bool]()
+"""Whether xdist would have started workers."""
+
+
+def _wish() -> dict[str, Any] | None:
+    asked = os.environ.get(VARIABLE)
+    return None if asked is None else json.loads(Path(asked).read_text(encoding="utf-8"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object]:
+    """Keep what is to be one process so, whatever the configuration says of xdist's workers."""
+    wish = _wish()
+    if wish is not None and not wish["spread"] and hasattr(config.option, "numprocesses"):
+        config.stash[_SPREAD] = bool(config.option.numprocesses)
+        # What -n 0 comes to, before xdist reads it.
+        config.option.numprocesses, config.option.dist, config.option.tx = 0, "no", []
+    return (yield)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Take part where a command asked for it."""
-    asked = os.environ.get(VARIABLE)
-    if asked is not None:
-        wish = json.loads(Path(asked).read_text(encoding="utf-8"))
+    wish = _wish()
+    if wish is not None:
         config.pluginmanager.register(Subset(config, wish), "gpumem-subset")
 
 
@@ -73,8 +93,15 @@ class Subset:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Tell what there is."""
-        collected = [item.nodeid for item in session.items]
-        self._tell(collected=collected, deselected=self._deselected)
+        config = session.config
+        self._tell(
+            collected=[item.nodeid for item in session.items],
+            deselected=self._deselected,
+            root=str(config.rootpath),
+            spread=config.stash.get(_SPREAD, False),
+            measured=config.pluginmanager.hasplugin("gpumem"),
+            paths=config.args if config.args_source is config.ArgsSource.ARGS else [],
+        )
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Tell that a test begins: it may end its process."""
