@@ -89,6 +89,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/foreign_suites.py --cache $(VENV)/foreign
 	$(BIN)/python tests/soak/exclusive_fixtures.py
 	$(BIN)/python tests/soak/budgets.py
+	$(BIN)/python tests/soak/blame.py
 	$(BIN)/python tests/soak/plan_against_runs.py
 	$(BIN)/python tests/soak/outcomes_fuzz.py
 	$(BIN)/pytest -p no:cacheprovider tests/soak/replay.py

@@ -1,9 +1,9 @@
 """The documents' examples do what they show.
 
 A block ```` ```python NAME.py ```` is a file; the ```` ```console ```` block after it that begins
-with ``$ pytest`` or ``$ gpumem run`` is run beside the files of its section, and must print the
-lines it shows, in that order. ``...`` stands for lines left out; times, and parts of the time, may
-differ. Further commands of that block are run too.
+with ``$ pytest``, ``$ gpumem run`` or ``$ gpumem blame`` is run beside the files of its section,
+and must print the lines it shows, in that order. ``...`` stands for lines left out; times, and
+parts of the time, may differ. Further commands of that block are run too.
 """
 
 import os
@@ -42,7 +42,7 @@ def sections():
 
 def is_run(info, body):
     # The demo's output is compared by scripts/demo.py.
-    begins = body.startswith(("$ pytest", "$ gpumem run"))
+    begins = body.startswith(("$ pytest", "$ gpumem run", "$ gpumem blame"))
     return info == "console" and begins and "docs/demo" not in body
 
 
