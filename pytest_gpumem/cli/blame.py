@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -52,10 +53,10 @@ def _blame(chosen: argparse.Namespace) -> int:
     if chosen.record is not None:
         before = _recorded(chosen.record, nodeid, there.collected)
     with tempfile.TemporaryDirectory(prefix="gpumem-") as place, _progress() as show:
-        search = _Search(nodeid, chosen.arguments, Path(place), show)
+        search = _Search(nodeid, chosen.arguments, there, Path(place), show)
         try:
             found = search.find(before)
-            lines = list(search.verdict(found, measured=there.measured))
+            lines = list(search.verdict(found))
             lines.append(f"  {subset.command(chosen.arguments, there, [*found, nodeid])}")
         except _NobodyError as error:
             found, lines = [], [str(error)]
@@ -73,16 +74,16 @@ def _find(text: str, there: subset.Ended) -> str:
         ValueError: in one sentence, when there is none, or there are several.
 
     """
-    # From another directory than pytest's root the names begin otherwise.
-    text = text.removeprefix("./")
-    matches = [
-        nodeid for nodeid in there.collected if nodeid == text or nodeid.endswith(f"/{text}")
-    ]
-    exact = [nodeid for nodeid in matches if nodeid == text]
-    if len(found := exact or matches) == 1:
+    # From another directory than pytest's root, or named in full.
+    file, apart, rest = text.partition("::")
+    here = os.path.relpath(Path(file).absolute(), there.root).replace(os.sep, "/")
+    exact = {nodeid for nodeid in there.collected if nodeid in (text, f"{here}{apart}{rest}")}
+    matches = {nodeid for nodeid in there.collected if nodeid.endswith(f"/{text}")}
+    found = sorted(exact or matches)
+    if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"{text!r} may be any of {', '.join(sorted(set(found))[:5])}")
+        raise ValueError(f"{text!r} may be any of {', '.join(found[:5])}")
     if text in there.deselected:
         raise ValueError(f"{text!r} is deselected by pytest's arguments or configuration")
     close = difflib.get_close_matches(text, there.collected, 1)
@@ -127,12 +128,12 @@ class _NobodyError(Exception):
 class _Search:
     """The runs that find who is to blame for ``nodeid``."""
 
-    def __init__(self, nodeid: str, arguments: Sequence[str], place: Path, show: Any) -> None:
+    def __init__(
+        self, nodeid: str, arguments: Sequence[str], there: subset.Ended, place: Path, show: Any
+    ) -> None:
         self._nodeid = nodeid
         self._words = [*arguments, "--maxfail=0"]
-        if "no:cacheprovider" not in " ".join(arguments):
-            # What these runs learn is not the suite's.
-            self._words += ["-o", f"cache_dir={place / 'cache'}"]
+        self._there = there
         self._record = place / "run.json"
         self._show = show
         self._before: Sequence[str] = ()
@@ -161,11 +162,11 @@ class _Search:
             )
         return culprits(self._fails, before)
 
-    def verdict(self, found: Sequence[str], *, measured: bool) -> Iterator[str]:
+    def verdict(self, found: Sequence[str]) -> Iterator[str]:
         """Say who is to blame, once that was seen again."""
         name, why = self._nodeid, self.why
         names = " and ".join(found)
-        again = self._fails(found, record=measured), self._fails(())
+        again = self._fails(found, record=self._there.measured), self._fails(())
         if again != (True, False):
             seen = "failed alone" if again[1] else f"passed after {names}"
             raise _NobodyError(
@@ -211,9 +212,9 @@ class _Search:
             words = [*words, f"--gpumem-json={self._record}"]
         self.runs += 1
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-            told = subset.run(
-                words, Path.cwd(), log, wanted=[*before, self._nodeid], imported=imported
-            )
+            wanted = [*before, self._nodeid]
+            fresh = self._there.cached
+            told = subset.run(words, Path.cwd(), log, wanted=wanted, imported=imported, fresh=fresh)
             ran = self._nodeid in told.failed or self._nodeid in told.passed
             if not ran and not before and not imported:
                 raise _NobodyError(_not_run(self._nodeid, told, log))
@@ -231,7 +232,7 @@ class _Search:
 def _not_run(nodeid: str, told: subset.Ended, log: IO[str]) -> str:
     if nodeid in told.skipped:
         return f"{nodeid} is skipped, or expected to fail, alone"
-    return f"{nodeid} does not run alone: {subset.last_line(log)}"
+    return f"{nodeid} does not run alone: {subset.trouble(log)}"
 
 
 def _ended_before(nodeid: str, told: subset.Ended, before: Sequence[str]) -> str:

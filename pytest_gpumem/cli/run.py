@@ -9,23 +9,22 @@ import os
 import shlex
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices, files
 from pytest_gpumem.cli import simulated
 from pytest_gpumem.cli.arguments import read_size
+from pytest_gpumem.cli.measured import Measured, Took, say
 from pytest_gpumem.errors import LeaseError
-from pytest_gpumem.units import format_bytes, printable
+from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_gpumem.leases.store import Lease, LeaseStore
     from pytest_gpumem.records import Card, ChildUsage
-    from pytest_gpumem.tracking.accounts import Owner
-    from pytest_gpumem.tracking.children import Children
 
 FAILED = 125
 """Exit status for what kept the command from being tried, as of env(1) and nohup(1)."""
@@ -120,10 +119,10 @@ def _run(chosen: argparse.Namespace) -> int:
             context = simulated.use(chosen.simulate, stack) or CONTEXT
             return _Run(chosen, _cards(chosen.card), context).through()
     except CannotStartError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.status
     except (LeaseError, ValueError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return FAILED
 
 
@@ -159,29 +158,6 @@ def _is_named(card: Card, text: str) -> bool:
     return uuid.startswith(text) or uuid.partition("-")[2].startswith(text)
 
 
-class Took(NamedTuple):
-    """What the command and all that it started took of a card, in bytes."""
-
-    card: Card
-    asked: int | None
-    """None: the whole card."""
-    peak: int | None
-    """The most that was seen, contexts included; None where the driver does not tell."""
-
-    def __str__(self) -> str:
-        """Return it in words."""
-        asked = "the whole card" if self.asked is None else format_bytes(self.asked)
-        if self.peak is None:
-            return f"what it took of {self.card.name} cannot be told; asked for: {asked}"
-        if not self.peak:
-            return f"was not seen on {self.card.name}; asked for: {asked}"
-        took = f"took {format_bytes(self.peak)} of {self.card.name}"
-        if self.asked is not None and self.peak > self.asked:
-            more = format_bytes(self.peak - self.asked)
-            return f"{took}, {more} more than the {asked} it asked for"
-        return f"{took}, asked for: {asked}"
-
-
 class _Run:
     """One command, from its request to its end."""
 
@@ -195,30 +171,33 @@ class _Run:
 
     def through(self) -> int:
         """Wait, run it, and say what it took; return its status."""
-        from pytest_gpumem.cli.foreground import Foreground
+        from pytest_gpumem.cli.foreground import CannotStartError, Foreground
         from pytest_gpumem.leases.api import store
 
         leases = store()
         lease = self._acquire(leases)
         if lease.short:
-            _say(f"starts though other programs use {format_bytes(lease.short)} of what it needs")
+            say(f"starts though other programs use {format_bytes(lease.short)} of what it needs")
         if self._chosen.card is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(card.uuid for card in self._cards)
-        children, owner = self._watch()
+        measured = Measured(self._label, self._cards, self._context)
         begun = time.monotonic()
         foreground = Foreground(self._command)
         # Should this process be killed, its lease is the command's, and of whom that starts.
-        with leases.ledger.standing.alive.inherited():
-            foreground.start()
-        status = foreground.attend(children.look, INTERVAL)
+        try:
+            with leases.ledger.standing.alive.inherited():
+                foreground.start()
+        except CannotStartError:
+            measured.end()
+            leases.close()
+            raise
+        status = foreground.attend(measured.look, INTERVAL)
         seconds = time.monotonic() - begun
-        children.settle([owner])
-        usages = children.report()
-        took = self._took(children.held_by([owner], living=False), usages)
-        children.close()
-        self._give_back(leases, lease, [usage for usage in usages if usage.used])
+        left = measured.end()
+        self._give_back(leases, lease, left)
+        took = [Took(card, self._chosen.vram, measured.peak(card)) for card in self._cards]
         told = "; ".join(map(str, took))
-        _say(f"{told}; waited {lease.waited:.1f} s, ran {seconds:.1f} s")
+        say(f"{told}; waited {lease.waited:.1f} s, ran {seconds:.1f} s")
         if self._chosen.json is not None:
             self._save(took, lease.waited, seconds, status)
         return status
@@ -241,42 +220,14 @@ class _Run:
         now = time.monotonic()
         if now - self._said >= _EVERY:
             self._said = now
-            _say(f"waits for {text}")
-
-    def _watch(self) -> tuple[Children, Owner]:
-        """Let what is started from now on tell what it holds."""
-        from pytest_gpumem.leases.family import new_book
-        from pytest_gpumem.tracking.accounts import Owner
-        from pytest_gpumem.tracking.children import Children
-        from pytest_gpumem.tracking.starters import Starters
-
-        starters = Starters(lambda: new_book(self._context))
-        children = Children(starters, lambda: self._cards, self._context)
-        owner = Owner(self._label)
-        owner.number = children.enter(owner.name)
-        return children, owner
-
-    def _took(self, peaks: dict[str, int], usages: Sequence[ChildUsage]) -> list[Took]:
-        silent = {
-            usage.card
-            for usage in usages
-            if usage.used_peak is None and usage.reserved_peak is None
-        }
-        return [
-            Took(
-                card,
-                self._chosen.vram,
-                None if card.uuid in silent else peaks.get(card.uuid, 0),
-            )
-            for card in self._cards
-        ]
+            say(f"waits for {text}")
 
     def _give_back(self, leases: LeaseStore, lease: Lease, left: Sequence[ChildUsage]) -> None:
         """End the lease, unless somebody who uses the card has it still."""
         heirs = [usage for usage in left if leases.ledger.alive.is_inherited_by(usage.pid)]
         for usage in left:
             keeps = "keeps the lease" if usage in heirs else "has no lease"
-            _say(
+            say(
                 f"pid {usage.pid} ({usage.command}) goes on, {keeps} and uses "
                 f"{format_bytes(usage.used)}"
             )
@@ -306,17 +257,10 @@ class _Run:
                 json.dump(told, file, indent=1)
                 file.write("\n")
         except OSError as error:
-            _say(f"error: --json: {error.filename!r}: {error.strerror}")
+            say(f"error: --json: {error.filename!r}: {error.strerror}")
 
 
 def _label(command: Sequence[str]) -> str:
     """Return what others see of a command: one line of it."""
     text = " ".join(shlex.join(command).split())
     return text if len(text) <= _LABEL else f"{text[:_LABEL]}..."
-
-
-def _say(sentence: str) -> None:
-    """Write a line to standard error, which may be closed: the command's status comes first."""
-    with suppress(OSError, ValueError):
-        sys.stderr.write(f"gpumem run: {printable(sentence)}\n")
-        sys.stderr.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 NO_TESTS = 5
 """pytest's exit status where nothing was collected."""
+_ERROR = re.compile(r"^ERROR:? (?!usage:)|: error: ")
+"""Lines in which pytest says what is wrong with a file, or with its arguments."""
 _PLUGIN = "pytest_gpumem.plugin.subset"
 _VARIABLE = "GPUMEM_SUBSET"
 
@@ -38,6 +41,8 @@ class Ended(NamedTuple):
     """Which of the arguments name files, directories or tests."""
     measured: bool
     """Whether the plugin was there, and measured."""
+    cached: bool
+    """Whether pytest keeps a cache."""
     spread: bool
     """Whether xdist would have spread them, had it not been kept from it."""
 
@@ -50,12 +55,14 @@ def run(
     wanted: Sequence[str] | None = None,
     imported: Sequence[str] = (),
     spread: bool = False,
+    fresh: bool = False,
 ) -> Ended:
     """Run pytest with ``arguments`` in ``directory``; what it prints goes into ``log``.
 
     ``wanted`` are node ids in the order in which they are to run; None runs all. Files of which
     none is wanted are not imported, but for those of ``imported``. It is one process whatever the
-    configuration says, unless it may ``spread`` them over xdist's workers.
+    configuration says, unless it may ``spread`` them over xdist's workers. With ``fresh``
+    pytest's cache is an empty one, and stays as it was: no run knows of another one.
     """
     with tempfile.TemporaryDirectory(prefix="gpumem-") as place:
         wish, told = Path(place) / "wish.json", Path(place) / "told.jsonl"
@@ -67,8 +74,9 @@ def run(
             "spread": spread,
         }
         wish.write_text(json.dumps(asked), encoding="utf-8")
+        words = ["-o", f"cache_dir={place}/cache"] if fresh else []
         done = subprocess.run(  # noqa: S603  # the user's own arguments
-            [sys.executable, "-m", "pytest", "-p", _PLUGIN, *arguments],
+            [sys.executable, "-m", "pytest", "-p", _PLUGIN, *arguments, *words],
             cwd=directory,
             env=os.environ | {_VARIABLE: str(wish)},
             stdin=subprocess.DEVNULL,
@@ -106,6 +114,7 @@ def _read(status: int, lines: Iterable[str]) -> Ended:
         there.get("root", ""),
         tuple(there.get("paths", ())),
         there.get("measured", False),
+        there.get("cached", False),
         there.get("spread", False),
     )
 
@@ -114,14 +123,14 @@ def collect(arguments: Sequence[str], directory: Path) -> Ended:
     """Return what pytest would run, in its order.
 
     Raises:
-        ValueError: with pytest's last line, when that cannot be collected.
+        ValueError: with pytest's line that says why, when that cannot be collected.
 
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         words = [*arguments, "--collect-only", "-q", "--no-header"]
         found = run(words, directory, log)
         if found.status not in (0, NO_TESTS):
-            raise ValueError(last_line(log))
+            raise ValueError(trouble(log))
         return found
 
 
@@ -140,8 +149,9 @@ def command(arguments: Sequence[str], there: Ended, nodeids: Sequence[str]) -> s
     return shlex.join(["pytest", *options, *names])
 
 
-def last_line(log: IO[str]) -> str:
-    """Return the last line of a log that says something."""
+def trouble(log: IO[str]) -> str:
+    """Return the line of a log that says what went wrong, or else its last one."""
     log.seek(0)
     lines = [line.strip() for line in log if line.strip()]
-    return lines[-1] if lines else "pytest said nothing"
+    errors = [line for line in lines if _ERROR.search(line)]
+    return [*(errors or lines), "pytest said nothing"][-1 if not lines else -2]

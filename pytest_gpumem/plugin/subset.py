@@ -99,6 +99,7 @@ class Subset:
             deselected=self._deselected,
             root=str(config.rootpath),
             spread=config.stash.get(_SPREAD, False),
+            cached=config.pluginmanager.hasplugin("cacheprovider"),
             measured=config.pluginmanager.hasplugin("gpumem"),
             paths=config.args if config.args_source is config.ArgsSource.ARGS else [],
         )

@@ -78,10 +78,10 @@ class Suite:
         monkeypatch.setattr(subset, "collect", lambda *_: self._ended([], [], []))
         monkeypatch.setattr(subset, "run", self._run)
 
-    def _run(self, arguments, directory, log, *, wanted, imported=()):
+    def _run(self, arguments, directory, log, *, wanted, imported=(), fresh=False):
         self.runs.append(tuple(wanted))
         outcome = self.outcome(list(wanted), list(imported), self.runs.count(tuple(wanted)))
-        log.write("the last line\n")
+        log.write("ERROR t.py - the reason\nthe last line\n")
         *before, last = wanted
         ended = {"passed": [], "failed": [], "skipped": []}
         for each in before if outcome != "ends" else before[:1]:
@@ -93,7 +93,7 @@ class Suite:
     def _ended(self, passed, failed, skipped):
         return subset.Ended(
             -9, tuple(self.tests), ("t.py::gone",), dict.fromkeys(failed, "why"),
-            frozenset(passed), frozenset(skipped), str(Path.cwd()), (), False, False,
+            frozenset(passed), frozenset(skipped), str(Path.cwd()), (), False, False, False,
         )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def said(capsys, *words):
         (lambda *_: "failed", 1, "t.py::t fails alone: no test before it is to blame (why)"),
         (lambda *_: "passed", 1, "t.py::t passes alone and after the 5 tests before it; --record"),
         (lambda *_: "skipped", 1, "t.py::t is skipped, or expected to fail, alone"),
-        (lambda *_: "none", 1, "t.py::t does not run alone: the last line"),
+        (lambda *_: "none", 1, "t.py::t does not run alone: ERROR t.py - the reason"),
         (
             lambda wanted, *_: "ends" if len(wanted) > 1 else "passed",
             1,
