@@ -16,11 +16,13 @@ from pytest_gpumem.leases.entries import (
     RESIDENT,
     WAITING,
     card_key,
+    entry_named,
     entry_of,
 )
 from pytest_gpumem.leases.family import kin_among
 from pytest_gpumem.leases.ledger import Ledger
 from pytest_gpumem.leases.page import Page
+from pytest_gpumem.leases.request import YIELDS
 
 KEYS = st.text("abcdefABCDEF0123456789", min_size=1, max_size=8)
 CLAIMS = st.builds(Claim, st.just(0), st.integers(0, 2**63), st.booleans())
@@ -176,3 +178,21 @@ def test_a_living_process_is_not_buried(ledgers):
     assert not other.bury([entry.process])
     assert other.label(entry) == "living"
     assert other.read().entries == [entry]
+
+
+def test_one_of_low_priority_lets_a_thousand_later_ones_go_first_and_no_more():
+    def named(number, name, **kind):
+        claims = {"cafe": Claim(0, 700, exclusive=False)}
+        return entry_of(WAITING, number, f"{name}.0a", claims, **kind)
+
+    first, low = named(7, 1), named(7 + 1 + YIELDS, 2, low=True)
+    assert entry_named(low.name) == low
+    page = Page([first.name, low.name])
+    assert page.last == 7  # whoever comes now comes before it
+    later = [named(page.last + 2 + place, 10 + place) for place in range(YIELDS + 10)]
+    page = Page([first.name, low.name, *(each.name for each in later)])
+    assert page.last == later[-1].number
+    assert page.waiting.index(low) == 1 + YIELDS - 1
+    assert len(page.ahead(low, "cafe")) == YIELDS
+    assert low.claims["cafe"] in page.ahead(later[-1], "cafe")
+    assert len(page.ahead(later[-1], "cafe")) == len(later) + 1
