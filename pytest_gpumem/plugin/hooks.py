@@ -72,6 +72,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.mode == "off":
         return
     if not is_worker(config):
+        if settings.oom_at is not None and not settings.simulated:
+            raise pytest.UsageError(
+                "--gpumem-oom-at: only a simulated card can be made full at one allocation; add "
+                "--gpumem-simulate 4GiB"
+            )
         try:
             check_files(settings)
         except BadSettingError as error:
@@ -127,6 +132,10 @@ def _measure(config: pytest.Config) -> None:
     state = config.stash[STATE]
     measuring = Measuring(config, state)
     config.pluginmanager.register(measuring, Measuring.NAME)
+    if state.settings.oom_at is not None:
+        from pytest_gpumem.plugin.oom_at import Proving
+
+        config.pluginmanager.register(Proving(state), Proving.NAME)
     if state.settings.budget is not None:
         from pytest_gpumem.plugin import budget
 

@@ -266,7 +266,7 @@ class Ladder:
         if first:
             self.leases.note_others()  # a child may have run the test
         return retry.Situation(
-            answer=self._settings.oom,
+            answer=self._settings.oom if self._settings.oom_at is None else "fail",
             step=self._step,
             may_fall_back=may_fall_back(item, routed=properties.is_routed(told)),
             fits_nowhere=release.fits_nowhere(
@@ -286,7 +286,7 @@ class Ladder:
         A test that took nothing, as expected, teaches nothing.
         """
         usage = stashed(item, USAGE)
-        if usage is None:
+        if usage is None or self._settings.oom_at is not None:
             return
         if not self._is_scheduled:
             # Of a test without a mark, this was asked when it began.

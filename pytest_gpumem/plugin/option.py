@@ -135,6 +135,17 @@ def count(what: str) -> Callable[[str], int]:
     return parse
 
 
+def allocation(text: str) -> str | int:
+    """Return the number of an allocation, or which of them are meant."""
+    if text in ("first", "every"):
+        return text
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise ValueError(
+            f"{text!r} is not an allocation; allowed are first, every and a number from 1 on"
+        )
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """Return a number of seconds."""
     try:

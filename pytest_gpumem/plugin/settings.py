@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pytest_gpumem.plugin.option import (
     Which,
+    allocation,
     count,
     declared,
     file,
@@ -294,6 +295,19 @@ class Settings(SimulationSettings, PlaceSettings):
         default="marked",
         needs_on=True,
         group="share",
+    )
+    oom_at: str | int | None = declared(
+        allocation,
+        "Let each test run out of memory, on the simulated card, at the allocation of its call "
+        "with this number, at the first, or at every one in turn, and say which it recovered from.",
+        "N",
+        otherwise="none",
+    )
+    oom_tries: int = declared(
+        count("allocations"),
+        "Allocations of each test that --gpumem-oom-at=every lets fail at most; 0: all.",
+        "N",
+        default="100",
     )
     lease_timeout: float | None = declared(
         seconds,

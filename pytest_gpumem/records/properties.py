@@ -18,6 +18,7 @@ from pytest_gpumem.records.run import (
     Grant,
     Left,
     Process,
+    Proof,
     RamUsage,
     Route,
     ScopeUsage,
@@ -38,6 +39,7 @@ _OOM = "gpumem_oom"
 BROKE = "gpumem_broke"
 _CONSOLIDATED = "gpumem_consolidated"
 RAM = "gpumem_ram"
+_PROOF = "gpumem_proof"
 
 
 class Told(NamedTuple):
@@ -56,6 +58,7 @@ class Told(NamedTuple):
     step: str = ""
     broke: str = ""
     ram: RamUsage | None = None
+    proof: Proof | None = None
 
 
 _IN_RECORD = (
@@ -136,6 +139,11 @@ def tell_ram(properties: Properties, usage: RamUsage) -> None:
     properties.append((RAM, json.dumps(usage)))
 
 
+def tell_proof(properties: Properties, proof: Proof) -> None:
+    """Tell what became of a test whose allocations were made to fail."""
+    properties.append((_PROOF, json.dumps(to_plain(proof))))
+
+
 def tell_consolidated(properties: Properties, done: object) -> None:
     """Tell, beside what was told before, what was consolidated after the test or for it."""
     properties.append((_CONSOLIDATED, str(done)))
@@ -157,6 +165,8 @@ def read(properties: Iterable[tuple[str, object]]) -> Told:
         plain["broke"] = broke
     if isinstance(ram := found.get(RAM), str):
         plain["ram"] = dict(zip(RamUsage._fields, json.loads(ram), strict=True))
+    if isinstance(proof := found.get(_PROOF), str):
+        plain["proof"] = json.loads(proof)
     return from_plain(Told, plain)
 
 

@@ -295,6 +295,32 @@ class Route(NamedTuple):
     """Whether it is on the CPU though it was worth a card."""
 
 
+class Refusal(NamedTuple):
+    """What a test did when one of its allocations was made to fail."""
+
+    at: int
+    """The number of the allocation, from 1, in the order of the test's call."""
+    verdict: str
+    """``recovered`` (the test passed), ``leaked``, ``other error`` (than out of memory), ``out of
+    memory`` (which nobody handled), ``endless`` (it tried again and again), ``not reached`` (this
+    time it made fewer allocations)."""
+    text: str = ""
+    """The error that ended it, in a sentence."""
+    leaked: int = 0
+    """Bytes beyond what it leaks without that."""
+
+
+class Proof(NamedTuple):
+    """Whether a test recovers wherever it runs out of memory."""
+
+    allocations: int
+    """That its call makes, undisturbed."""
+    tried: tuple[Refusal, ...] = ()
+    """Fewer than that where the trials were cut, or only some were asked for."""
+    why: str = ""
+    """Why none was tried."""
+
+
 class RecordedTest(NamedTuple):
     """One test (or one attempt of it), with its usage on every card it touched."""
 
@@ -340,6 +366,8 @@ class RecordedTest(NamedTuple):
     """What was alive on each card at its peak, or when memory ran out, where that is known."""
     ram: RamUsage | None = None
     """What it did to main memory, None where that was not measured or is not worth telling."""
+    proof: Proof | None = None
+    """What became of it when its allocations were made to fail, where that was asked for."""
 
     @property
     def fell_back(self) -> bool:

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.records import short
-from pytest_gpumem.reports import alive, budgets, children, ram, timeline
+from pytest_gpumem.reports import alive, budgets, children, proofs, ram, timeline
 from pytest_gpumem.reports.counted import (
     Counted,
     Leak,
@@ -90,6 +90,9 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _section("out of memory", _ooms(counted, shown, verbosity), "red")
     each = None if verbosity > 0 else _ALIVE_SHOWN
     yield from _section("alive", alive.lines(run, shown, each))
+    yield from _section(
+        "running out of memory, where it was made to", proofs.lines(run.tests, run.cards, shown)
+    )
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))
     yield from _section("routing", _routing(run.tests))

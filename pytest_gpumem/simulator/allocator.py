@@ -11,16 +11,17 @@ import functools
 import marshal
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from pytest_gpumem.simulator.blocks import Block, Figure, describe_segment, merge
 from pytest_gpumem.simulator.policy import MIN_BLOCK, SMALL_REQUEST
-from pytest_gpumem.simulator.segments import Segments
+from pytest_gpumem.simulator.segments import OutOfMemory, Segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.simulator.policy import Policy
+    from pytest_gpumem.simulator.refusing import Refusing
 
 _FIRST_ADDRESS = 0x7F00_0000_0000
 _DEVICE_SPACE = 2**48
@@ -60,6 +61,9 @@ class CachingAllocator:
     same thread. So ``free`` and ``empty_cache`` only queue what they want; it is settled before
     they return, or, where a call is under way, as soon as that call ends.
     """
+
+    refusing: ClassVar[Refusing | None] = None
+    """What makes the card full before it is, for all devices of this process."""
 
     def __init__(
         self,
@@ -155,6 +159,8 @@ class CachingAllocator:
         policy = segments.policy
         plain = -(-size // MIN_BLOCK) * MIN_BLOCK
         rounded = policy.rounded(size) if policy.divisions else plain
+        if self.refusing is not None:
+            self._ask(self.refusing, rounded)
         pool = self._small if rounded <= SMALL_REQUEST else self._large
         block = segments.reuse(pool, rounded, stream) or segments.take(pool, rounded, stream)
         self._cut(block, rounded)
@@ -165,6 +171,14 @@ class CachingAllocator:
         if policy.max_split is not None and policy.is_oversize(block.size):
             self._oversize.add(1)
         return block
+
+    def _ask(self, refusing: Refusing, size: int) -> None:
+        allocated = self._all.allocated_bytes.current
+        if refusing.refuses(self._index, allocated, size):
+            segments = self._segments
+            segments.refused += 1
+            reserved = self._all.reserved_bytes.current
+            raise OutOfMemory(size, allocated, reserved, segments.allowed)
 
     def use(self, block: Block, stream: int) -> None:
         """Say that another stream uses ``block``: once given back it is free when that is done."""

@@ -116,6 +116,12 @@ def oom_sentence(error: BaseException) -> str:
     return f"{sentence}{limit}" if said.allowed and said.allowed not in sentence else sentence
 
 
+def says_oom(error: BaseException) -> bool:
+    """Return whether this very error says that a card is out of memory, and not one behind it."""
+    said = _said(error)
+    return said is not None and not said.host and not said.weak
+
+
 def oom_text(error: BaseException) -> str:
     """Return all that such an error says of the card, "" without one in the chain."""
     said = _out_of_memory(error)

@@ -370,5 +370,3 @@ class CardMemory:
             out_of_memory_text(refusal, card.shared, card.index, free)
         )
         return error
-
-

@@ -1,0 +1,184 @@
+"""Runs each test again with one of its allocations made to fail; only where that is asked for.
+
+A test runs undisturbed first, twice: what it leaks the second time is no handler's doing, and one
+that does not pass both times is not tried. Then comes an attempt for each allocation of its call.
+Fixtures are left alone: one that is set up for several tests would fail them all. The test has one
+outcome, which is reported when all attempts are over: passed if it recovered from all.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpumem import records
+from pytest_gpumem.plugin.state import USAGE, State, marks_of, stashed
+from pytest_gpumem.plugin.xdist.worker import run_unreported
+from pytest_gpumem.records import properties
+from pytest_gpumem.reports import proofs
+from pytest_gpumem.simulator.allocator import CachingAllocator
+from pytest_gpumem.simulator.refusing import Refusing
+from pytest_gpumem.tracking import release
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+_LENGTH = 200
+"""Characters of an error that are kept."""
+
+
+class _Attempt:
+    """One run of a test, in which the allocation ``at`` fails; 0: none does."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.refusing = Refusing(at)
+        self.error = ""
+        """What ended it."""
+        self.oom = False
+        """Whether that was the lack of memory itself."""
+        self.leaked = 0
+        self.holders: list[str] = []
+        self.reports: list[pytest.TestReport] = []
+        """Of its phases."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all of it simply passed: nothing was skipped or expected to fail."""
+        simply = all(each.passed and not hasattr(each, "wasxfail") for each in self.reports)
+        return simply and any(each.when == "call" for each in self.reports)
+
+    def end(self, item: pytest.Item) -> None:
+        """Take over what it left; what its reports tell is not to change with further attempts."""
+        for report in self.reports:
+            report.user_properties = list(report.user_properties)
+        usage = stashed(item, USAGE)
+        for card in usage.cards if usage is not None else ():
+            self.leaked += card.leaked
+            self.holders += [each.where for each in card.holders]
+
+    def judge(self, leaked_before: int) -> records.Refusal:
+        """Return what became of the test, which leaks so many bytes undisturbed."""
+        at, leaked = self.refusing.at, max(0, self.leaked - leaked_before)
+        if not self.refusing.refused:
+            verdict = "not reached"
+        elif self.refusing.endless:
+            verdict = "endless"
+        elif not self.passed:
+            verdict = "out of memory" if self.oom else "other error"
+        else:
+            verdict = "leaked" if leaked else "recovered"
+        held = f"held by {self.holders[0]}" if leaked and self.holders else ""
+        return records.Refusal(at, verdict, self.error or held, leaked)
+
+
+class Proving:
+    """Makes allocations fail, and reports what became of the tests."""
+
+    NAME = "gpumem-oom-at"
+
+    def __init__(self, state: State) -> None:
+        self._wanted = state.settings.oom_at
+        self._most = state.settings.oom_tries
+        self._cards = state.found.cards
+        self._attempt: _Attempt | None = None
+
+    # Within the ladder, which holds a lease for all attempts, and in the place of plugins that
+    # run a failed test again.
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
+        """Run a test undisturbed, and then once for each allocation that is to fail."""
+        if marks_of(item).off:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        plain, again, tried = _Attempt(), _Attempt(), list[_Attempt]()
+        try:
+            self._run(item, nextitem, plain)
+            if plain.passed and plain.refusing.counted:
+                self._run(item, nextitem, again)
+                for at in self._numbers(again.refusing.counted) if again.passed else ():
+                    attempt = _Attempt(at)
+                    self._run(item, nextitem, attempt)
+                    tried.append(attempt)
+        finally:  # also where all of the run is interrupted
+            if again.reports:
+                self._conclude(item, (plain, again), tried)
+            for report in plain.reports:
+                item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def _run(self, item: pytest.Item, nextitem: pytest.Item | None, attempt: _Attempt) -> None:
+        self._attempt = attempt
+        try:
+            attempt.reports = run_unreported(item, nextitem)
+        finally:
+            self._attempt = None
+        attempt.end(item)
+
+    def _numbers(self, counted: int) -> range:
+        """Return the allocations that are to fail."""
+        if self._wanted == "every":
+            return range(1, (min(counted, self._most) if self._most else counted) + 1)
+        at = 1 if self._wanted == "first" else int(self._wanted or 0)
+        return range(at, at + 1) if at <= counted else range(0)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self) -> Generator[None, object, object]:
+        """Count the allocations of the call, and make one fail."""
+        if self._attempt is None:
+            return (yield)
+        with _refusing(self._attempt.refusing):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(self) -> Generator[None, object, object]:
+        """Leave fixtures alone that a test asks for as late as it runs."""
+        if CachingAllocator.refusing is None:
+            return (yield)
+        with CachingAllocator.refusing.paused():
+            return (yield)
+
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
+        """Keep in words what ended an attempt."""
+        attempt = self._attempt
+        if attempt is not None and call.excinfo is not None and not attempt.error:
+            error = call.excinfo.value
+            attempt.oom = release.says_oom(error)
+            said = release.oom_sentence(error) if attempt.oom else str(error).strip()
+            attempt.error = f"{type(error).__name__}: {said.partition(chr(10))[0]}"[:_LENGTH]
+
+    def _conclude(
+        self, item: pytest.Item, undisturbed: tuple[_Attempt, _Attempt], tried: list[_Attempt]
+    ) -> None:
+        """Let the reports of the first attempt tell the outcome of all."""
+        plain, again = undisturbed
+        found = tuple(each.judge(again.leaked) for each in tried)
+        call = next(each for each in plain.reports if each.when == "call")
+        if bad := [each for each in found if proofs.is_bad(each)]:
+            failed = [each for one in tried for each in one.reports if each.failed]
+            text = "\n".join(self._told(item, each) for each in bad)
+            call.outcome = "failed"
+            call.longrepr = failed[0].longrepr if failed else text
+            if failed:
+                call.sections.append(("GPU memory: it was made to run out", text))
+        why = "" if again.passed else f"it did not pass again: {again.error}"
+        proof = records.Proof(again.refusing.counted, found, why)
+        properties.tell_proof(plain.reports[-1].user_properties, proof)
+
+    def _told(self, item: pytest.Item, refusal: records.Refusal) -> str:
+        line = proofs.repeat(item.nodeid, refusal, self._cards)
+        return f"{proofs.text(refusal)}\n    {line}"
+
+
+@contextmanager
+def _refusing(refusing: Refusing) -> Iterator[None]:
+    """Ask ``refusing`` for every allocation of this process."""
+    CachingAllocator.refusing = refusing
+    try:
+        yield
+    finally:
+        CachingAllocator.refusing = None
