@@ -84,6 +84,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/stopped_holders.py
 	$(BIN)/python tests/soak/children.py
 	$(BIN)/python tests/soak/engines.py
+	$(BIN)/python tests/soak/alive.py
 	$(BIN)/python tests/soak/neutrality.py --neighbours $(VENV)/neighbours --pytest8 $(VENV)/pytest8
 	$(BIN)/python tests/soak/peers.py --cache $(VENV)/suites
 	$(BIN)/python tests/soak/foreign_suites.py --cache $(VENV)/foreign
