@@ -19,11 +19,16 @@ from pytest_gpumem.plugin.report import Reporting
 from pytest_gpumem.plugin.state import ALIVE, USAGE, State, marks_of, stashed
 from pytest_gpumem.plugin.xdist.worker import run_unreported, why_not_unreported
 from pytest_gpumem.records import properties, to_plain
+from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
 
     from pytest_gpumem.tracking.tracker import Tracker
+
+
+_SAME = 0.02
+"""By how much of it a peak may differ from run to run and still be the same."""
 
 
 class _Ran(NamedTuple):
@@ -123,8 +128,7 @@ class Peaks:
             ladder: Ladder | None = self._config.pluginmanager.getplugin(Ladder.NAME)
             with nullcontext() if ladder is None else ladder.alone():
                 reports = run_unreported(item, following.item if following else None)
-            failed = any(each.failed for each in reports if each.when != "teardown")
-            self._tell(ran, failed=failed)
+            self._tell(ran, reports)
 
     def _chosen(self) -> Iterator[_Ran]:
         """Yield those that run once more, in the order in which they ran."""
@@ -133,15 +137,27 @@ class Peaks:
             if ran in largest or (self._which.offenders and ran.offends):
                 yield ran
 
-    def _tell(self, ran: _Ran, *, failed: bool) -> None:
-        alive = properties.read(ran.item.user_properties).alive
+    def _tell(self, ran: _Ran, reports: Sequence[pytest.TestReport]) -> None:
+        """Keep what was alive in a further run; say where that was another one than the first."""
+        told = properties.read(ran.item.user_properties)
+        own = max((card.own for card in told.cards), default=0)
+        failed = any(each.failed for each in reports if each.when != "teardown")
+        note = ""
         if failed != ran.failed:
-            note = f"told of a further run, in which the test {'failed' if failed else 'passed'}"
-            alive = tuple(
-                each._replace(note="; ".join(filter(None, (each.note, note)))) for each in alive
+            note = f"the test {'failed' if failed else 'passed'}"
+        elif abs(own - ran.own) > _SAME * ran.own:
+            note = f"its own peak was {format_bytes(own)}, not {format_bytes(ran.own)}"
+        if not told.alive:
+            why = note or "nothing was allocated"
+            self._state.notes.append(
+                f"{ran.item.nodeid} was run again for its peak, in which {why}"
             )
-        if alive:
-            self._told.append((ran.item.nodeid, [to_plain(each) for each in alive]))
+            return
+        note = f"told of a further run, in which {note}" if note else ""
+        alive = [
+            each._replace(note="; ".join(filter(None, (each.note, note)))) for each in told.alive
+        ]
+        self._told.append((ran.item.nodeid, [to_plain(each) for each in alive]))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

@@ -89,15 +89,13 @@ class Recordings:
 
     def begin(self, nodeid: str) -> None:
         """Begin to record what is to be, as far as torch is there; right as the test begins."""
-        wanted, self._next = self._next == nodeid, ""
-        if "torch" in sys.modules:
-            if self._stacks:
-                self._stacks = False
-                devices.record_stacks()
-            if wanted:
-                self._recorder = Recorder(nodeid, self._known)
-                self.running = True
-        self.wanted = self._stacks
+        if self._stacks and "torch" in sys.modules:
+            self._stacks = False
+            devices.record_stacks()
+        if self._next == nodeid:
+            self._recorder = Recorder(nodeid, self._known)
+            self.running = True
+        self._next, self.wanted = "", self._stacks
 
     def turn(self) -> None:
         """Take note that from now on somebody else is charged."""
@@ -202,11 +200,10 @@ class Recorder:
                 for block in segment["blocks"]
                 if block["state"] != "inactive"
             ]
-            if uuid is None or not (trace or living):
-                continue
             moment = alive.replay(trace, living, self._marks, felled=felled)
-            cut = len(trace) >= MOST_EVENTS
-            yield self._alive(moment, uuid, cut=cut)._replace(snapshot=path)
+            if uuid is not None and (moment.blocks or moment.refused):
+                cut = len(trace) >= MOST_EVENTS
+                yield self._alive(moment, uuid, cut=cut)._replace(snapshot=path)
 
     def _alive(self, moment: Moment, uuid: str, *, cut: bool) -> Alive:
         refused = moment.refused

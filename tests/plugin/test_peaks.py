@@ -39,6 +39,14 @@ def test_grown(model):
 def test_above_its_limit(model):
     parts = [take(10) for _ in range(4)]
 
+@pytest.fixture
+def once():
+    open("once", "x").close()
+
+@pytest.mark.vram_limit("1KiB")
+def test_runs_once(once):
+    take(2)
+
 def test_is_too_large():
     held = take(400)
     torch.zeros(2**33, dtype=torch.uint8, device="cuda")
@@ -89,13 +97,17 @@ def test_offenders_run_once_more_and_nothing_but_their_lines_is_told(run, mode, 
     )
     ran = Counter((finished.directory / "ran").read_text().split())
     offenders = {"test_grown", "test_above_its_limit", "test_is_too_large"}
+    again = offenders | ({"test_runs_once"} if tests == "offenders" else set())
     told = {test.nodeid.partition("::")[2]: test for test in finished.record.tests}
 
-    assert finished.outcomes == {"passed": 3, "failed": 2, "error": 1}, finished.output
-    assert (finished.directory / "junit.xml").read_text().count("<testcase") == 5
-    assert ran == {name: 1 + (name in offenders) for name in told}
+    assert finished.outcomes == {"passed": 3, "failed": 3, "error": 1}, finished.output
+    assert (finished.directory / "junit.xml").read_text().count("<testcase") == 6
+    assert ran == {name: 1 + (name in again) for name in told}
     recorded = {name for name, test in told.items() if any(a.recorded for a in test.alive)}
-    assert recorded == offenders
+    assert recorded - {"test_runs_once"} == offenders
+    assert ("in which its own peak was 0 B, not 2.00 KiB" in finished.section) == (
+        tests == "offenders"
+    )
 
     by_line = lines(told["test_grown"])
     assert by_line[TAKEN, "this test", "unknown"] == 20 * KIB
@@ -113,13 +125,12 @@ def test_offenders_run_once_more_and_nothing_but_their_lines_is_told(run, mode, 
     assert "test_it.py::test_grown: " in finished.section
     assert f"128.00 KiB  {LAYER}, parameter, fixture 'model' (module)" in finished.section
 
-    snapshots = sorted((finished.directory / "snapshots").iterdir())
-    inside = [pickle.loads(path.read_bytes()) for path in snapshots]  # noqa: S301  # ours
-    assert {each["gpumem"]["nodeid"] for each in inside} == {f"test_it.py::{n}" for n in offenders}
-    assert all(each["device_traces"][0] for each in inside)
-    assert {Path(a.snapshot) for test in told.values() for a in test.alive if a.recorded} == set(
-        snapshots
-    )
+    for name in offenders:
+        (alive,) = told[name].alive
+        snapshot = pickle.loads(Path(alive.snapshot).read_bytes())  # noqa: S301  # ours
+        assert Path(alive.snapshot).parent == finished.directory / "snapshots"
+        assert snapshot["gpumem"]["nodeid"] == f"test_it.py::{name}"
+        assert snapshot["device_traces"][0]
 
 
 def test_named_tests_are_recorded_as_they_run(run):
@@ -133,3 +144,50 @@ def test_named_tests_are_recorded_as_they_run(run):
     (holder,) = finished.card("test_leaks").holders
     assert any(frame.endswith("test_leaks") for frame in holder.stack)
     assert "Alive at the peak" in (finished.directory / "page.html").read_text()
+
+
+LIARS = """
+import time
+
+def wait_for(name):
+    deadline = time.monotonic() + 30
+    while not os.path.exists(name) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+def fill():
+    return torch.empty(600 * 2**20, dtype=torch.uint8, device="cuda")
+
+@pytest.mark.gpu(vram="50MiB")
+def test_first():
+    x = fill()
+    open("taken", "w").close()
+    wait_for("failed")
+    time.sleep(0.2)
+"""
+SECOND = """
+import pytest
+from test_it import fill, wait_for
+
+@pytest.mark.gpu(vram="50MiB")
+def test_second():
+    wait_for("taken")
+    try:
+        x = fill()
+    except RuntimeError:
+        open("failed", "w").close()
+        raise
+"""
+
+
+def test_a_test_that_runs_again_after_an_oom_is_recorded_then(tmp_path):
+    write_suite(tmp_path, test_it=TAKE + LIARS, test_other=SECOND)
+    card = ("-p", "gpumem", "--gpumem-simulate=1GiB", "--gpumem-simulate-context=32MiB")
+    finished = run_pytest(tmp_path, *card, "--gpumem-json=run.json", "-n", "2")
+    tests = [each for each in finished.record.tests if each.nodeid.endswith("second")]
+
+    assert [each.outcome for each in tests] == ["rerun", "passed"], finished.output
+    (told,) = tests[1].alive
+    assert told.recorded
+    (group,) = told.groups
+    assert (group.size, group.where.partition(":")[0]) == (600 * 2**20, "test_it.py")
+    assert not any(each.alive for each in finished.record.tests if each.nodeid.endswith("first"))
