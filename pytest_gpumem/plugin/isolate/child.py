@@ -12,7 +12,6 @@ import signal
 import sys
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -112,14 +111,17 @@ class Serving:
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Let the terminal be silent, after those that look for it have found it."""
+        """Let the terminal's reporter say nothing of itself, after who looks for it has found it.
+
+        It is there for those that write by it, as pytest-timeout writes stacks.
+        """
         plugins = config.pluginmanager
         reporter = plugins.getplugin("terminalreporter")
         if reporter is not None:
             plugins.unregister(reporter)
-            nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # to the end
-            config.add_cleanup(nowhere.close)
-            plugins.register(pytest.TerminalReporter(config, nowhere), "terminalreporter")
+            hooks = [name for name in dir(pytest.TerminalReporter) if name.startswith("pytest_")]
+            silent = type("Silent", (pytest.TerminalReporter,), dict.fromkeys(hooks))
+            plugins.register(silent(config), "terminalreporter")
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         """Keep each test: a plugin that shards or shuffles may leave out the one that is asked for.

@@ -197,8 +197,12 @@ class Isolating:
         config = self._config
         factory: Any = getattr(config, "_tmp_path_factory", None)  # as xdist finds it
         self._count += 1
+        arguments = [str(each) for each in config.invocation_params.args]
+        if config.pluginmanager.hasplugin("_cov"):
+            # Or each process, as it begins, would erase what those before it counted.
+            arguments.append("--cov-append")
         blueprint = Blueprint(
-            [str(each) for each in config.invocation_params.args],
+            arguments,
             str(config.invocation_params.dir),
             self._environment,
             self._path,

@@ -107,7 +107,7 @@ def test_with_a_cleared_environment_it_belongs_to_who_ran_as_it_began(children, 
 @pytest.fixture
 def childless(monkeypatch):
     """Leave out what tests before this one started, such as a forkserver."""
-    monkeypatch.setattr("pytest_gpumem.tracking.offspring.has_children", lambda: False)
+    monkeypatch.setattr("pytest_gpumem.tracking.offspring.has_children", lambda _besides: False)
 
 
 def test_an_orphan_is_judged_once_and_told_again_when_it_ends(children, driver, start, childless):
