@@ -93,6 +93,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/blame.py
 	$(BIN)/python tests/soak/plan_against_runs.py
 	$(BIN)/python tests/soak/outcomes_fuzz.py
+	$(BIN)/python tests/soak/isolated_crashes.py
 	$(BIN)/pytest -p no:cacheprovider tests/soak/replay.py
 	$(BIN)/python tests/soak/archive_kills.py
 	$(BIN)/python tests/soak/archive_faults.py

@@ -56,6 +56,8 @@ class Result(NamedTuple):
     @property
     def growth(self) -> int:
         """How much higher the last test's baseline was than the first's, in the worst process."""
+        if self.group.mode == "isolated":
+            return 0  # each began with nothing
         first: dict[tuple[str, str, str], int] = {}
         most = 0
         for test in self._tests:
@@ -182,30 +184,23 @@ def run(group: Group, directory: Path, output: Path) -> Result:
 
     Raises:
         OSError: when something cannot be written.
-        ValueError: in one sentence, when its tests cannot be collected.
 
     """
     from pytest_gpumem.forensics import analysis
 
     saved, log = output / f"{group.name}.json", output / f"{group.name}.log"
     begun = time.monotonic()
-    runs: dict[str, records.RunRecord] = {}
-    status = 0
+    whole, part = None, output / f".{group.name}.part.json"
+    part.unlink(missing_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        for name, tests in _parts(group, directory):
-            part = output / f".{group.name}.part.json"
-            part.unlink(missing_ok=True)
-            words = [*_arguments(group), f"--gpumem-json={part}"]
-            # What is isolated, or in sequence, is one process whatever addopts says.
-            spread = group.mode == "parallel"
-            done = subset.run(words, directory, file, wanted=tests, spread=spread)
-            status = status or done.status
-            if part.exists():
-                runs[name] = records.load_run(part)
-                part.unlink()
+        words = [*_arguments(group), f"--gpumem-json={part}"]
+        # What is isolated, or in sequence, is one process whatever addopts says.
+        spread = group.mode == "parallel"
+        status = subset.run(words, directory, file, spread=spread).status
     seconds = time.monotonic() - begun
-    whole = next(iter(runs.values())) if len(runs) == 1 else records.merge(runs) if runs else None
-    if whole is not None:
+    if part.exists():
+        whole = records.load_run(part)
+        part.unlink()
         if saved.exists():
             shutil.move(saved, saved.with_suffix(".before.json"))
         records.save(whole, saved)
@@ -215,24 +210,9 @@ def run(group: Group, directory: Path, output: Path) -> Result:
     return Result(group, whole, found, seconds, status)
 
 
-def _parts(group: Group, directory: Path) -> Iterator[tuple[str, tuple[str, ...] | None]]:
-    """Return what is to be run in a process each, with a name; None is all of it."""
-    if group.mode != "isolated":
-        yield group.name, None
-        return
-    try:
-        nodeids = subset.collect(_arguments(group), directory).collected
-    except ValueError as error:
-        raise ValueError(f"group {group.name!r} cannot be collected: {error}") from None
-    if not nodeids:
-        yield group.name, None  # and let pytest say that there are none
-    for number, nodeid in enumerate(nodeids, 1):
-        yield f"process {number}", (nodeid,)
-
-
 def _arguments(group: Group) -> list[str]:
-    distributed = ["-n", group.workers] if group.mode == "parallel" else []
-    return ["-p", "gpumem", *group.args, *group.paths, *distributed]
+    how = {"parallel": ["-n", group.workers], "isolated": ["--gpumem-isolate=all"]}
+    return ["-p", "gpumem", *group.args, *group.paths, *how.get(group.mode, ())]
 
 
 def _table(results: Sequence[Result], output: Path) -> Iterator[str]:
