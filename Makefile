@@ -89,6 +89,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/peers.py --cache $(VENV)/suites
 	$(BIN)/python tests/soak/foreign_suites.py --cache $(VENV)/foreign
 	$(BIN)/python tests/soak/exclusive_fixtures.py
+	$(BIN)/python tests/soak/host_memory.py
 	$(BIN)/python tests/soak/budgets.py
 	$(BIN)/python tests/soak/blame.py
 	$(BIN)/python tests/soak/plan_against_runs.py

@@ -91,6 +91,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_gpumem.plugin import ram
 
         ram.begin(config, state, runs_tests=not controller)
+    alone = not (controller or is_worker(config))
+    if settings.worker_ram is not None and settings.mode == "on" and alone:
+        state.notes.append("--gpumem-worker-ram does nothing without xdist's workers")
     files = settings.json or settings.trace or settings.html
     asked = files or settings.budget or settings.ram
     to_tell = state.found.cards or asked or controller or state.notes

@@ -266,6 +266,12 @@ class Sharing:
         self._controller = controller
         self._history = history
 
+    def pytest_sessionstart(self) -> None:
+        """Say what nobody does who does not schedule."""
+        why_not = self._controller.why_not
+        if why_not and self._state.settings.worker_ram is not None:
+            self._state.notes.append(f"--gpumem-worker-ram replaces no worker: {why_not}")
+
     def pytest_report_header(self) -> list[str]:
         """Say how many workers there are and why, and who schedules."""
         lines = [self._state.worker_reason] if self._state.worker_reason else []

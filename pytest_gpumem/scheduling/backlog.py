@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import enum
 from collections import deque
 from typing import TYPE_CHECKING
@@ -97,6 +98,8 @@ class Backlog:
             self.tallest = max(self.tallest, self._seen.whole(test))
         if isinstance(place, Pile):
             place.add(test)
+        elif lane is Lane.RAM:
+            place.add(test, self._tests[test].duration, self.first_within(self._tests[test].ram))
         else:
             place.add(test, self._tests[test].duration)
 
@@ -123,10 +126,14 @@ class Backlog:
         for test in sharing:
             self._count(test)
 
-    def fill_ram(self, tests: Sequence[int]) -> None:
-        """Let all tests wait that need main memory and no card."""
-        for test in sorted(tests, key=lambda test: -self._tests[test].ram):
-            self.add(test, Lane.RAM)
+    def first_within(self, room: int | None) -> int:
+        """Return the place in the lane for main memory from which on tests need ``room`` or less.
+
+        None is room for any.
+        """
+        if room is None:
+            return 0
+        return bisect.bisect_left(self.ram.tests, -room, key=lambda test: -self._tests[test].ram)
 
     def fill_shared(self, tests: Sequence[int], long: float, room: int) -> None:
         """Let all expected tests wait: in the large lane if they need more than ``room`` bytes."""

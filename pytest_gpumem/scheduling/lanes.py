@@ -103,7 +103,8 @@ def open_lanes(state: State) -> None:
         else:
             admit(state, test)
     state.backlog.expect(sharing)
-    state.backlog.fill_ram(in_ram)
+    for test in in_ram:
+        state.backlog.add(test, Lane.RAM)
     long = _long(state)
     state.backlog.cpu.fill(on_cpu, long)
     contexts.replan(state)

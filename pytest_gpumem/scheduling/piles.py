@@ -29,9 +29,9 @@ class Portion:
         self.work = 0.0
         self.owned = False
 
-    def add(self, test: int, duration: float) -> None:
-        """Append ``test``, which lasts ``duration`` seconds."""
-        self.tests.append(test)
+    def add(self, test: int, duration: float, place: int | None = None) -> None:
+        """Insert ``test``, which lasts ``duration`` seconds, at ``place``; None: at the end."""
+        self.tests.insert(len(self.tests) if place is None else place, test)
         self.work += duration
 
     def take(self, test: int, duration: float) -> int:

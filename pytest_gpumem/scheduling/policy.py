@@ -118,10 +118,14 @@ def make_way_for_gpu_test(state: State, worker: Worker) -> bool:
 
 
 def run_ram_test(state: State, worker: Worker) -> bool:
-    """Run a test without a card that needs main memory, if there is room: of its module first."""
+    """Run the largest test without a card for which there is main memory, one of its module first.
+
+    Whoever ends makes as much room as it had: the next of its size takes it before smaller ones.
+    """
     lane = state.backlog.ram
-    first = list(itertools.islice(lane.tests, LOOK))
-    for test in sorted(first, key=lambda each: state.tests[each].group != worker.group):
+    first = state.backlog.first_within(state.ram.room(worker)) if lane.tests else 0
+    fitting = itertools.islice(lane.tests, first, first + LOOK)
+    for test in sorted(fitting, key=lambda each: state.tests[each].group != worker.group):
         if in_order(state, worker, test):
             return run(state, worker, state.backlog.take(lane, test))
     return False

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.scheduling.estimates import PlannedTest
     from pytest_gpumem.scheduling.places import Worker
 
+_SLACK = 1.02
+"""What fewer packed tests may cost of the shortest run: they do not go module by module."""
+
 
 class MainMemory:
     """Who has what of the main memory of each host.
@@ -42,36 +45,54 @@ class MainMemory:
     def open(self, workers: Iterable[Worker]) -> None:
         """Decide which tests are packed, now that the workers are known.
 
-        None where all that can run at once fit. Else those are left alone of which one in each
-        worker fits beside the largest test.
+        None where all that can run at once fit. Else as few as keep the run short: for those that
+        are not, what the largest of them needs is set aside in each worker, and that much less
+        is there for the others, whose byte-seconds the run cannot be shorter than / the rest.
         """
         names = [worker.host for worker in workers if worker.host in self._rooms]
-        count = max(map(names.count, set(names)), default=0)
-        needs = sorted((test.ram for test in self._tests if test.ram), reverse=True)
+        each = max(map(names.count, set(names)), default=0)
+        tests = sorted((test for test in self._tests if test.ram), key=lambda test: test.ram)
         room = min((self._rooms[name] for name in names), default=0)
-        if count > 1 and sum(needs[:count]) > room:
-            largest = min(needs[0], room * 7 // 8)  # one that no room is for runs all the same
-            fair = (room - largest) // count
-            self._small = max((need for need in needs if need <= fair), default=0)
-            self._set_aside = count * self._small
+        if each < 2 or sum(test.ram for test in tests[-each:]) <= room:
+            return
+        even = sum(test.duration for test in self._tests) / len(names)
+        areas = [min(test.ram, room) * test.duration / len(set(names)) for test in tests]
+        packed = sum(areas)
+        largest = min(tests[-1].ram, room * 7 // 8)  # one that no room is for runs all the same
+        bounds = [(max(even, packed / max(1, room)), 0)]
+        for test, area in zip(tests, areas, strict=True):
+            packed = max(0.0, packed - area)
+            rest = room - each * test.ram
+            if rest < largest:
+                break
+            bounds.append((max(even, packed / rest), test.ram))
+        shortest = min(seconds for seconds, _ in bounds)
+        self._small = max(ram for seconds, ram in bounds if seconds <= _SLACK * shortest)
+        self._set_aside = each * self._small
 
     def packs(self, test: int) -> bool:
         """Return whether ``test`` may run only where there is room for it."""
         return self._small is not None and self._tests[test].ram > self._small
 
-    def fits(self, worker: Worker, test: int) -> bool:
-        """Return whether ``test`` may start at ``worker`` now, as far as main memory goes.
+    def room(self, worker: Worker) -> int | None:
+        """Return the bytes that a packed test may take at ``worker`` now; None: any number.
 
-        Where no other test that is packed runs, it may: nothing that ends would make more room.
+        As where no other one runs: nothing that ends would make more room.
         """
-        if not self.packs(test) or worker.host not in self._rooms:
+        if worker.host not in self._rooms:
+            return None
+        claims = [claim for name, claim in self._claims[worker.host].items() if name != worker.name]
+        if not any(claim.extra for claim in claims):
+            return None
+        claims.append(Claim(worker.grown, 0, exclusive=False))
+        return admission.room(self._rooms[worker.host], 0, self._set_aside, claims)
+
+    def fits(self, worker: Worker, test: int) -> bool:
+        """Return whether ``test`` may start at ``worker`` now, as far as main memory goes."""
+        if not self.packs(test):
             return True
-        claims = self._claims[worker.host]
-        others = [claim for name, claim in claims.items() if name != worker.name]
-        if not any(claim.extra for claim in others):
-            return True
-        new = Claim(worker.grown, self._tests[test].ram, exclusive=False)
-        return admission.fits(self._rooms[worker.host], 0, self._set_aside, others, new)
+        room = self.room(worker)
+        return room is None or self._tests[test].ram <= room
 
     def start(self, worker: Worker, test: int) -> None:
         """Set aside what ``test`` needs at ``worker``."""

@@ -96,11 +96,13 @@ def run_pytest(
     beside: Sequence[str] | None = ("xdist",),
     env: dict[str, str] | None = None,
     timeout: float = 300,
+    within: Sequence[Path] | None = None,
 ) -> Run:
     """Run pytest in ``directory`` with our plugin and those ``beside`` it.
 
     With None, or where the arguments do not name ours, all that are installed are there, as a user
     finds them; starting them is then most of the time of a small run, in each worker again.
+    ``within`` are a script, and its arguments, that goes on as pytest with all that follows.
     """
     if not {"gpumem", "no:gpumem"} & set(arguments):
         beside = None
@@ -113,7 +115,8 @@ def run_pytest(
         or not name.startswith(("GPUMEM", "PYTEST_", "CUDA_", "HF_", "GITHUB_"))
     }
     cache = directory.with_name(f"{directory.name}-cache")
-    command = [sys.executable, "-m", "pytest", "--color=no", "-o", f"cache_dir={cache}"]
+    program = ["-m", "pytest"] if within is None else list(map(str, within))
+    command = [sys.executable, *program, "--color=no", "-o", f"cache_dir={cache}"]
     if beside is None or "asyncio" in beside:  # which warns of its absence
         command += ["-o", "asyncio_default_fixture_loop_scope=function"]
     if beside is not None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from harness import MODES, run_pytest, write_suite
+
+from pytest_gpumem.devices.host import Killed
+from pytest_gpumem.plugin.xdist.lost import _why
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -53,7 +58,7 @@ CARD = ("--gpumem-simulate", "256MiB", "--gpumem-simulate-context", "16MiB")
 
 
 @pytest.mark.parametrize(
-    ("mode", "card"), [*((mode, ()) for mode in MODES), ("plain", CARD), ("n2", CARD)]
+    ("mode", "card"), [("plain", CARD), ("n0", ()), ("n2", CARD), ("no-xdist", ())]
 )
 def test_every_test_has_what_it_took_and_kept(tmp_path, mode, card):
     write_suite(tmp_path, test_it=TESTS)
@@ -109,13 +114,179 @@ def test_auto_starts_as_many_workers_as_there_is_main_memory_for(tmp_path):
     history.write_text(json.dumps({"schema": 1, "worker_ram": [2**50], "tests": tests}))
     auto = ("-n", "auto", "--gpumem-history", str(history))
     bounded = run_pytest(tmp_path, *ON, *auto)
-    unasked = run_pytest(tmp_path, "-p", "gpumem", *auto, "--maxprocesses=2")
+    unasked = run_pytest(tmp_path, "-p", "gpumem", *auto, "--maxprocesses=1")
 
     assert re.search(
         r"^gpumem: 1 worker: [\d.]+ GiB of main memory left, of which a worker keeps "
-        r"1126399.99 GiB and the largest test takes 1126399.99 GiB$",
+        r"1153433.60 GiB and the largest test takes 1153433.60 GiB$",
         bounded.output,
         re.MULTILINE,
     ), bounded.output
     assert bounded.outcomes == unasked.outcomes == {"passed": 1}
     assert "main memory" not in unasked.output
+
+
+GROWING = """
+import pytest
+
+KEPT = []
+
+@pytest.fixture(scope="module", autouse=True)
+def around(request):
+    yield
+    with open(request.config.rootpath / "log", "a") as log:
+        log.write(f"{request.module.__name__}\\n")
+
+@pytest.mark.parametrize("number", range(2))
+def test_keeps(number):
+    KEPT.append(bytearray(60 << 20))
+"""
+
+
+@pytest.mark.parametrize("card", [(), CARD], ids=["no-card", "card"])
+def test_a_worker_that_has_grown_is_replaced_between_modules(tmp_path, card):
+    modules = {f"test_{letter}": GROWING for letter in "abc"}
+    write_suite(tmp_path, **modules)
+    options = (*card, "--gpumem-worker-ram", "140MiB", "--gpumem-json", "run.json")
+    # One that crashes would end the run: these do not count.
+    run = run_pytest(tmp_path, *ON, *options, "-n", "1", "--max-worker-restart=0")
+
+    assert run.outcomes == {"passed": 6}, run.output
+    assert "crashed" not in run.output
+    record = run.record
+    assert [each.worker for each in record.lost] == ["gw0", "gw1"]
+    # Each module ran in one worker, and its fixtures were torn down once.
+    found = {(test.worker, test.nodeid.partition("::")[0]) for test in record.tests}
+    assert len(found) == 3
+    assert sorted((tmp_path / "log").read_text().split()) == sorted(modules)
+    assert re.search(
+        r"^  gw0 at test_\w.py::test_keeps\[\d\]: it had grown to 1\d\d.\d\d MiB of main "
+        r"memory, and was replaced\n +6\d.\d\d MiB kept by test_\w.py::test_keeps\[\d\]\n",
+        run.section,
+        re.MULTILINE,
+    ), run.section
+
+
+def test_a_bound_that_no_worker_keeps_to_replaces_none_and_says_so(tmp_path):
+    write_suite(tmp_path, test_a=GROWING, test_b=GROWING)
+    run = run_pytest(tmp_path, *ON, "--gpumem-worker-ram", "1MiB", "-n", "1")
+    plain = run_pytest(tmp_path, *ON, "--gpumem-worker-ram", "1MiB")
+
+    assert run.outcomes == plain.outcomes == {"passed": 4}
+    assert "more than 1.00 MiB: none is replaced" in run.section
+    assert "replaced workers" not in run.section
+    assert "--gpumem-worker-ram does nothing" in plain.section
+
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+HEAVY = """
+import time
+import pytest
+
+KEPT = []
+
+def test_keeps():
+    KEPT.append(bytearray(40 << 20))
+
+@pytest.mark.ram("110MiB")
+@pytest.mark.parametrize("number", range(4))
+def test_peaks(number):
+    taken = bytearray(100 << 20)
+    time.sleep(0.4)
+"""
+IN_GROUP = """
+import os, sys
+open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
+os.execv(sys.executable, [sys.executable, "-m", "pytest", *sys.argv[2:]])
+"""
+
+
+@pytest.fixture
+def group(tmp_path):
+    """Make a control group with a limit of main memory; return a program that runs pytest in it."""
+    made = GROUPS / f"gpumem-test-{os.getpid()}"
+    try:
+        made.mkdir()
+        (made / "memory.limit_in_bytes").write_text(str(320 * MIB))
+    except OSError as error:
+        pytest.skip(f"no control group of version 1 can be made here: {error.strerror}")
+    script = tmp_path / "in_group.py"
+    script.write_text(IN_GROUP)
+    yield made
+    made.rmdir()
+
+
+def test_a_suite_that_is_killed_without_us_comes_to_its_end(tmp_path, group):
+    write_suite(tmp_path, test_it=HEAVY)
+    script = tmp_path / "in_group.py"
+    three = (*ON, "-n", "3", "--gpumem-json", "run.json")
+    unpacked = run_pytest(tmp_path, *three, "--gpumem-schedule=off", within=[script, group])
+    lost = unpacked.record.lost
+    packed = run_pytest(tmp_path, *three, within=[script, group])
+
+    assert unpacked.outcomes["failed"] == len(lost) > 0, unpacked.output
+    assert sum(unpacked.outcomes.values()) == 5
+    for each in lost:
+        assert each.nodeid.startswith("test_it.py::test_peaks[")
+        assert "SIGKILL ended it, and because main memory of 320.00 MiB ran out" in each.why
+        assert each.why in unpacked.output
+    assert "replaced workers" in unpacked.section
+    assert packed.outcomes == {"passed": 5}, packed.output
+
+
+KILLED = """
+import os, signal
+import pytest
+
+KEPT = []
+
+def test_before():
+    KEPT.append(bytearray(20 << 20))
+
+def test_dies():
+    os.kill(os.getpid(), signal.%s)
+
+def test_after():
+    pass
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_who_was_killed_for_another_reason_is_not_said_to_have_had_too_much(tmp_path, name):
+    write_suite(tmp_path, test_it=KILLED % name)
+    run = run_pytest(tmp_path, *ON, "-n", "1")
+
+    assert run.outcomes == {"passed": 2, "failed": 1}, run.output
+    told = "SIGKILL ended it; nothing says that main memory ran out" in run.output
+    assert told == (name == "SIGKILL")
+    assert "because main memory" not in run.output
+    if told:
+        kept = r"gw0 at .*::test_dies: SIGKILL.*\n +20.\d\d MiB kept by .*::test_before$"
+        assert re.search(kept, run.section, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ((0, 0), (0, 0), "nothing says that main memory ran out"),
+        ((3, 5), (3, 5), "nothing says that main memory ran out"),
+        ((0, 7), (1, 8), "1 process of its control group meanwhile: this one"),
+        ((1, 7), (3, 9), "2 processes of its control group meanwhile: probably this one"),
+        ((1, 7), (1, 8), "1 process of the machine meanwhile: probably this one"),
+        ((5, 5), (0, 0), "nothing says that main memory ran out"),
+    ],
+)
+def test_what_is_said_of_a_killed_worker_follows_from_what_was_counted(before, now, said):
+    assert _why(Killed(*before), Killed(*now)).endswith(said)
+
+
+def test_private_surface_of_xdist_and_execnet_is_there():
+    """Tried with xdist 3.8 and execnet 2.1; without it grown workers stay, and nothing is told."""
+    from execnet.gateway_io import Popen2IOMaster
+    from xdist.dsession import DSession
+    from xdist.workermanage import WorkerController
+
+    assert {"setup_node", "_active_nodes"} <= set(DSession._clone_node.__code__.co_names)
+    assert "remove_node" in DSession.worker_workerfinished.__code__.co_names
+    assert "workeroutput" in WorkerController.process_from_remote.__code__.co_names
+    assert "popen" in Popen2IOMaster.__init__.__code__.co_names

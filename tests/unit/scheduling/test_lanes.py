@@ -109,10 +109,10 @@ def in_ram(name: str, ram: int) -> PlannedTest:
         ([60, 60, 21], 2, [60, 60, 21]),
         ([500, 5, 5, 7], 2, [500, 7]),  # for one that never fits, seven eighths are reckoned
         ([100, 0, 0], 3, []),
-        ([90, 20, 3], 3, [90, 20]),
+        ([90, 20, 3], 3, [90, 20, 3]),  # what 3 would have set aside keeps 90 from 20
     ],
 )
-def test_tests_are_packed_that_would_not_fit_beside_the_largest_in_each_worker(
+def test_tests_are_packed_where_setting_their_size_aside_for_each_worker_costs_time(
     rams, workers, packed
 ) -> None:
     tests = [in_ram(str(number), size) for number, size in enumerate(rams)]
