@@ -341,7 +341,7 @@ class Reporting:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Show the GPU memory section, if any test touched a card."""
         run, verbosity = self.run_record(), terminalreporter.config.get_verbosity()
-        if not (run.tests or run.notes or self._failures):
+        if not (run.tests or run.notes or run.lost or self._failures):
             return
         from pytest_gpumem.reports import terminal
 

@@ -96,11 +96,13 @@ class MainMemory:
 
     def start(self, worker: Worker, test: int) -> None:
         """Set aside what ``test`` needs at ``worker``."""
-        self._claim(worker, self._tests[test].ram if self.packs(test) else 0)
+        if self._small is not None:
+            self._claim(worker, self._tests[test].ram if self.packs(test) else 0)
 
     def end(self, worker: Worker) -> None:
         """Take back what was set aside for the test that ``worker`` ran."""
-        self._claim(worker, 0)
+        if self._small is not None:
+            self._claim(worker, 0)
 
     def keeps(self, worker: Worker, size: int) -> None:
         """Take note that ``worker`` keeps ``size`` more than before its first test."""
