@@ -370,6 +370,6 @@ def _attach(item: pytest.Item, usage: Usage, oom: str, alive: tuple[records.Aliv
         usage.children,
         tuple(beside),
         usage.scopes,
-        alive,
+        alive=alive,
     )
     properties.tell_usage(item.user_properties, told)

@@ -1,5 +1,6 @@
 """What a run leaves behind."""
 
+from pytest_gpumem.records.joined import merge
 from pytest_gpumem.records.plain import (
     from_plain,
     load_run,
@@ -29,7 +30,6 @@ from pytest_gpumem.records.run import (
     Route,
     RunRecord,
     ScopeUsage,
-    merge,
     short,
 )
 

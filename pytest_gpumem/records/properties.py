@@ -53,10 +53,10 @@ class Told(NamedTuple):
     children: tuple[ChildUsage, ...] = ()
     beside: tuple[Process, ...] = ()
     scopes: tuple[ScopeUsage, ...] = ()
-    alive: tuple[Alive, ...] = ()
     routes: tuple[Route, ...] = ()
     step: str = ""
     broke: str = ""
+    alive: tuple[Alive, ...] = ()
     ram: RamUsage | None = None
     proof: Proof | None = None
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from pytest_gpumem.simulator.blocks import Block, Figure, describe_segment, merge
 from pytest_gpumem.simulator.policy import MIN_BLOCK, SMALL_REQUEST
-from pytest_gpumem.simulator.segments import OutOfMemory, Segments
+from pytest_gpumem.simulator.segments import OutOfMemory, Segments, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -211,45 +211,9 @@ class CachingAllocator:
         and to put forty dicts together takes ten times as long.
         """
         if self._told is None:
-            self._told = marshal.dumps(self._count())
+            self._told = marshal.dumps(counted(self._segments, self._oversize))
         found: dict[str, Any] = marshal.loads(self._told)  # noqa: S302  # written above
         return found
-
-    def _count(self) -> dict[str, Any]:
-        every, small, large = self._all, self._small.figures, self._large.figures
-        segments = self._segments
-
-        def pools(name: str) -> dict[str, dict[str, int]]:
-            return {
-                "all": getattr(every, name).as_dict(),
-                "small_pool": getattr(small, name).as_dict(),
-                "large_pool": getattr(large, name).as_dict(),
-            }
-
-        return {
-            "num_alloc_retries": segments.retries,
-            "num_ooms": segments.refused,
-            "num_oom_rejections": 0,
-            # Without a limit -1, as the real one shows it.
-            "max_split_size": -1
-            if segments.policy.max_split is None
-            else segments.policy.max_split,
-            "num_sync_all_streams": segments.flushes,
-            "num_device_alloc": segments.taken,
-            "num_device_free": segments.given_back,
-            "allocation": pools("allocation"),
-            "segment": pools("segment"),
-            "active": pools("active"),
-            "inactive_split": pools("inactive_split"),
-            "allocated_bytes": pools("allocated_bytes"),
-            "reserved_bytes": pools("reserved_bytes"),
-            "reserved_bytes_by_private_pools": {},
-            "active_bytes": pools("active_bytes"),
-            "inactive_split_bytes": pools("inactive_split_bytes"),
-            "requested_bytes": pools("requested_bytes"),
-            "oversize_allocations": self._oversize.as_dict(),
-            "oversize_segments": segments.oversize.as_dict(),
-        }
 
     @_exclusive
     def reset_peak_stats(self) -> None:

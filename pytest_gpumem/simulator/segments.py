@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.simulator.blocks import Block, Figure, Figures, Pool
 from pytest_gpumem.simulator.policy import SMALL_REQUEST, Policy
@@ -190,3 +190,38 @@ class Segments:
         del self.heads[block.address]
         self.noting("segment_free", block.address, block.size)
         self._release(block.size)
+
+
+def counted(segments: Segments, oversize: Figure) -> dict[str, Any]:
+    """Return what ``torch._C._cuda_memoryStats`` returns; ``oversize`` are blocks."""
+    every, small, large = segments.figures, segments.small.figures, segments.large.figures
+
+    def pools(name: str) -> dict[str, dict[str, int]]:
+        return {
+            "all": getattr(every, name).as_dict(),
+            "small_pool": getattr(small, name).as_dict(),
+            "large_pool": getattr(large, name).as_dict(),
+        }
+
+    return {
+        "num_alloc_retries": segments.retries,
+        "num_ooms": segments.refused,
+        "num_oom_rejections": 0,
+        # Without a limit -1, as the real one shows it.
+        "max_split_size": -1 if segments.policy.max_split is None else segments.policy.max_split,
+        "num_sync_all_streams": segments.flushes,
+        "num_device_alloc": segments.taken,
+        "num_device_free": segments.given_back,
+        "allocation": pools("allocation"),
+        "segment": pools("segment"),
+        "active": pools("active"),
+        "inactive_split": pools("inactive_split"),
+        "allocated_bytes": pools("allocated_bytes"),
+        "reserved_bytes": pools("reserved_bytes"),
+        "reserved_bytes_by_private_pools": {},
+        "active_bytes": pools("active_bytes"),
+        "inactive_split_bytes": pools("inactive_split_bytes"),
+        "requested_bytes": pools("requested_bytes"),
+        "oversize_allocations": oversize.as_dict(),
+        "oversize_segments": segments.oversize.as_dict(),
+    }

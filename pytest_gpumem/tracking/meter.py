@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from pytest_gpumem import devices
 from pytest_gpumem.devices import Allocator, AllocatorReading
-from pytest_gpumem.records import Card
+from pytest_gpumem.records import Card, CardUsage
 from pytest_gpumem.units import format_bytes
 
 ReleaseCache = Callable[[Card, AllocatorReading], bool]
@@ -146,6 +146,11 @@ class Meters:
     def reserved(self) -> dict[str, int]:
         """Bytes reserved at the last boundary, by card."""
         return {meter.card.uuid: meter.last.reserved for meter in self}
+
+    def untouched(self, uuid: str) -> CardUsage:
+        """Return the usage of a card on which this process did nothing."""
+        held = sum(meter.last.allocated for meter in self if meter.card.uuid == uuid)
+        return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
 
     def boundary(self) -> None:
         """Charge what changed since the last boundary."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.records import CardUsage, ChildUsage
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import (
     NOTHING_USED,
@@ -32,6 +31,7 @@ from pytest_gpumem.tracking.turns import Turns
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
 
 if TYPE_CHECKING:
+    from pytest_gpumem.records import CardUsage, ChildUsage
     from pytest_gpumem.tracking.children import Children
 
 
@@ -252,12 +252,7 @@ class Tracker:
         if self.children is None or not self.children.known:
             return usages
         used = [each for each in {*self._turns.wide, *self._turns.moved} if each.name in fixtures]
-        return self.children.widen(usages, test, used, self._untouched)
-
-    def _untouched(self, uuid: str) -> CardUsage:
-        """Return the usage of a card on which this process did nothing."""
-        held = sum(each.last.allocated for each in self.meters if each.card.uuid == uuid)
-        return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
+        return self.children.widen(usages, test, used, self.meters.untouched)
 
     # Fixtures
 

@@ -6,6 +6,8 @@ import pytest
 
 from pytest_gpumem import files, records
 from pytest_gpumem.records import (
+    Alive,
+    AliveGroup,
     Card,
     CardUsage,
     ChildUsage,
@@ -14,7 +16,10 @@ from pytest_gpumem.records import (
     Holder,
     Left,
     Process,
+    Proof,
+    RamUsage,
     RecordedTest,
+    Refusal,
     Route,
     RunRecord,
     ScopeUsage,
@@ -82,12 +87,20 @@ TOLD = properties.Told(
     (ScopeUsage("module", "test_x.py", "GPU-1", 5),),
     (Route("encode", 5, "cpu", "the card is full"), Route("encode", 5, "cuda", "there is room")),
     "alone",
+    alive=(Alive("GPU-1", "peak", 5, (AliveGroup(5, "this test", "unknown"),)),),
+    ram=RamUsage(7, 5, 3, 1),
+    proof=Proof(3, (Refusal(1, "recovered"),)),
 )
 
 
 def tell(told):
     found = [("somebody_elses", 1)]
-    properties.tell_usage(found, told._replace(routes=(), step=""))
+    elsewhere = {"routes": (), "step": "", "ram": None, "proof": None}
+    properties.tell_usage(found, told._replace(**elsewhere))
+    if told.ram is not None:
+        properties.tell_ram(found, told.ram)
+    if told.proof is not None:
+        properties.tell_proof(found, told.proof)
     properties.tell_routes(found, told.routes)
     properties.tell_step(found, told.step)
     return found
@@ -103,7 +116,7 @@ def test_what_a_test_told_is_read_whether_it_told_one_thing_or_all(field):
 
 
 def test_a_further_attempt_takes_the_place_of_the_one_before():
-    found = tell(TOLD)
+    found = tell(TOLD._replace(ram=None, proof=None))
     properties.tell_consolidated(found, "3 MiB")
     properties.tell_usage(found, properties.Told())
     properties.tell_routes(found, ())

@@ -95,6 +95,13 @@ class Worker:
         told = self.hello["cards"] if self.hello else ()
         return [(self.host, str(card[0])) for card in told]
 
+    def running(self, tests: int) -> int | None:
+        """Return the one of so many ``tests`` that it runs, or whose late teardown it runs."""
+        if not self.sent or self.sent[0] < tests:
+            return self.sent[0] if self.sent else None
+        released = len(self.sent) > 1 or self.node.shutting_down
+        return self.last if released else None
+
     @property
     def busy(self) -> bool:
         """Whether it has more to do than to wait behind a sentinel."""

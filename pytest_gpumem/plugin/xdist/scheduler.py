@@ -201,7 +201,7 @@ class GpumemScheduling:
         worker, planner = self._workers.pop(node), self._planner
         if planner is None or worker.collection is None:
             return None
-        crashed = None if worker.left is not None else self._running(worker)
+        crashed = None if worker.left is not None else worker.running(len(self._collection))
         if worker.left is not None:
             self._complete(worker, worker.left, 0.0)
         if worker.replaced:
@@ -211,13 +211,6 @@ class GpumemScheduling:
             planner.requeue(given)
         self._obey()
         return None if crashed is None else self._collection[crashed]
-
-    def _running(self, worker: Worker) -> int | None:
-        """Return the test that a worker runs, or whose late teardown it runs."""
-        if not worker.sent or worker.sent[0] < len(self._collection):
-            return worker.sent[0] if worker.sent else None
-        released = len(worker.sent) > 1 or worker.node.shutting_down
-        return worker.last if released else None
 
     def mark_test_pending(self, item: str) -> None:
         """Run a test again that crashed its worker, as a plugin may ask."""
