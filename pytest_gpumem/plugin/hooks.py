@@ -399,6 +399,8 @@ def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
     found = item.stash.setdefault(ITEM_MARKS, ItemMarks())
     if mark.name == "gpu":
         found.need = meaning
+        if meaning.ram is not None:
+            found.ram = meaning.ram
         state = item.config.stash[STATE]
         state.isolates |= meaning.isolated and state.settings.isolate != "off"
     elif mark.name == "gpumem_off":

@@ -24,6 +24,8 @@ class Need(NamedTuple):
     fallback: str | None = None
     isolated: bool = False
     """Whether it runs in a process of its own."""
+    ram: int | None = None
+    """Bytes of main memory that it takes beside that; None: not said."""
 
 
 def gpu(
@@ -32,8 +34,13 @@ def gpu(
     exclusive: bool = False,
     fallback: str | None = None,
     isolated: bool = False,
+    *,
+    ram: str | int | None = None,
 ) -> Need:
-    """Say how the test uses VRAM: peak, cards, alone, or on the "cpu"; in a process of its own."""
+    """Say how the test uses VRAM: peak, cards, alone, or on the "cpu"; in a process of its own.
+
+    With ``ram`` also what it takes of main memory, as the mark of that name says of any test.
+    """
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"count={count!r} is not a number of cards; allowed is 1 or more")
     for name, value in (("exclusive", exclusive), ("isolated", isolated)):
@@ -42,7 +49,8 @@ def gpu(
     if fallback not in (None, "cpu"):
         raise ValueError(f"fallback={fallback!r} is not a device to fall back to; allowed is 'cpu'")
     size = None if vram is None else _size("vram", vram)
-    return Need(size, count, exclusive, fallback, isolated)
+    in_ram = None if ram is None else _size("ram", ram)
+    return Need(size, count, exclusive, fallback, isolated, in_ram)
 
 
 def ram(size: str | int) -> int:
@@ -85,9 +93,8 @@ def describe(name: str) -> str:
     shown = ", ".join(
         p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters
     )
-    return (
-        f"{name}({shown}): {inspect.getdoc(mark)}" if shown else f"{name}: {inspect.getdoc(mark)}"
-    )
+    meaning = (inspect.getdoc(mark) or "").partition("\n")[0]
+    return f"{name}({shown}): {meaning}" if shown else f"{name}: {meaning}"
 
 
 def read(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

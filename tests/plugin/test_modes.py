@@ -171,8 +171,8 @@ def test_marks_and_options_explain_themselves(tmp_path):
     options = run_pytest(tmp_path, "-p", "gpumem", "--help").output
 
     assert (
-        "@pytest.mark.gpu(vram=None, count=1, exclusive=False, fallback=None): Say that the test"
-        in marks
+        "@pytest.mark.gpu(vram=None, count=1, exclusive=False, fallback=None, isolated=False, "
+        "ram=None): Say how" in marks
     )
     assert "--gpumem-simulate=SIZE" in options
     assert "GPU memory: measuring and limits" in options

@@ -9,6 +9,7 @@ def test_a_gpu_mark_says_what_a_test_needs():
     assert marks.read("gpu", (), {}) == marks.Need(None, 1, False)
     need = marks.read("gpu", (), {"vram": "2GiB", "count": 2, "exclusive": True})
     assert need == marks.Need(2**31, 2, True)
+    assert marks.read("gpu", (), {"ram": "1GiB"}).ram == 2**30 == marks.read("ram", ("1GiB",), {})
 
 
 def test_limits_are_sizes():
@@ -31,6 +32,7 @@ def test_limits_are_sizes():
         ("vram_limit", (1.5,), {}, "limit=1.5 is not a size"),
         ("gpu", (), {"vram": "2 potatoes"}, "vram='2 potatoes': '2 potatoes' is not a size"),
         ("gpu", (), {"memory": "2GiB"}, "got an unexpected keyword argument 'memory'"),
+        ("gpu", (), {"ram": "much"}, "ram='much': 'much' is not a size"),
         ("gpu", (), {"count": 0}, "count=0 is not a number of cards"),
         ("gpu", (), {"count": True}, "count=True is not a number of cards"),
         ("gpu", (), {"exclusive": "yes"}, "exclusive='yes' is neither True nor False"),
@@ -47,7 +49,7 @@ def test_a_bad_mark_is_one_sentence(name, args, kwargs, sentence):
 
 def test_marks_describe_themselves_for_pytest():
     assert marks.describe("gpu").startswith(
-        "gpu(vram=None, count=1, exclusive=False, fallback=None, isolated=False): Say how"
+        "gpu(vram=None, count=1, exclusive=False, fallback=None, isolated=False, ram=None): Say how"
     )
     assert marks.describe("vram_limit").startswith("vram_limit(limit): Fail the test")
     assert marks.describe("gpumem_off").startswith("gpumem_off: Leave")
