@@ -218,3 +218,27 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, arguments, sentence):
     assert sum(sentence in line for line in run.output.splitlines()) == 1
     assert run.status == pytest.ExitCode.USAGE_ERROR
     assert "INTERNALERROR" not in run.output
+
+
+ON_CARD = """
+KEPT = []
+
+@pytest.mark.gpu(vram="100MiB", isolated=True)
+def test_apart():
+    KEPT.append(take(1024))
+    assert len(KEPT) == 1
+
+@pytest.mark.gpu(vram="100MiB")
+def test_in_its_worker(): take(1024)
+"""
+
+
+@pytest.mark.parametrize("arguments", [("-n", "2"), ("-p", "no:xdist")])
+def test_a_process_of_its_own_costs_a_context_and_leaves_nothing(run_without_torch, arguments):
+    finished = run_without_torch(ON_CARD, *arguments)
+
+    assert finished.outcomes == {"passed": 2}, finished.output
+    test, card = finished.test("test_apart"), finished.card("test_apart")
+    assert test.lease.size == (100 + 384) * 2**20
+    assert (card.peak - card.baseline, card.leftover, card.leaked) == (2**20, 0, 0)
+    assert test.children == ()

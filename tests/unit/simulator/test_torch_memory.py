@@ -570,3 +570,18 @@ def test_a_context_that_does_not_fit_is_cudas_out_of_memory():
         torch.ones(1, device="cuda")
     neighbour.kill()
     assert torch.ones(1, device="cuda").is_cuda
+
+
+@on_card
+def test_a_false_assertion_on_the_card_loses_the_context_for_good():
+    import torch
+
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+    tensor = torch.zeros(4, device="cuda")
+    torch._assert_async(torch.ones(1, device="cuda"))
+    torch.cuda.synchronize()
+    torch._assert_async(tensor[:1])  # which is seen by the next call
+    for call in (torch.cuda.synchronize, lambda: tensor + 1, lambda: fill(1), tensor.cpu):
+        with pytest.raises(kind, match="CUDA error: device-side assert triggered"):
+            call()
+    assert (tensor.shape, torch.ones(2).sum().item()) == ((4,), 2)
