@@ -82,7 +82,7 @@ def test_each_report_is_that_of_the_runs_own_process(tmp_path):
         run = run_pytest(tmp_path, "-p", "gpumem", *arguments)
         told.append((run.outcomes, run.status, seen(tmp_path)))
 
-    assert told[0] == told[1]
+    assert told[0] == told[1], run.output
     assert len(told[0][2]) >= 25
 
 

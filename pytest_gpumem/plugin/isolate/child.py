@@ -205,6 +205,8 @@ class Serving:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Tell what a phase came to."""
+        # As the terminal's reporter asks: pytest fails a test by this whose subtests failed.
+        self._config.hook.pytest_report_teststatus(report=report, config=self._config)
         told = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
         if self._item is not None and told.get("nodeid") == self._item.nodeid:
             told["nodeid"] = self._nodeid
