@@ -298,10 +298,9 @@ class Settings(SimulationSettings, PlaceSettings):
     )
     oom_at: str | int | None = declared(
         allocation,
-        "Let each test run out of memory, on the simulated card, at the allocation of its call "
-        "with this number, at the first, or at every one in turn, and say which it recovered from.",
+        "Let each test run out of memory, on the simulated card, at this allocation of its call, "
+        "at the first, or at every one in turn, and say which it recovered from.",
         "N",
-        otherwise="none",
     )
     oom_tries: int = declared(
         count("allocations"),
@@ -336,8 +335,7 @@ class Settings(SimulationSettings, PlaceSettings):
     )
     jax_preallocate: str = declared(
         one_of(("keep", "off"), "a way to treat JAX's preallocation"),
-        "keep: JAX reserves most of a card when it starts, unless its own settings say otherwise; "
-        "off: it takes what it needs, in the processes of this run.",
+        "keep: JAX reserves most of a card, unless its own settings differ; off: what it needs.",
         "HOW",
         default="keep",
         group="share",

@@ -57,9 +57,15 @@ def test_is_let_alone():
 """
 
 
-@pytest.mark.parametrize("mode", MODES)
+FEW = ("right_halves_0", "wrong_keeps_the_error_0", "wrong_tries_for_ever_0", "wrong_frees_0")
+"""Enough to see that each way of running pytest does the same."""
+
+
+@pytest.mark.parametrize("mode", ["plain", "n2"])
 def test_every_wrong_handler_is_found_and_no_right_one(tmp_path, mode):
     known = handlers(random.Random(mode), 1)  # noqa: S311  # sizes are no secrets
+    if mode != "plain":
+        known = {name: known[name] for name in FEW}
     write_suite(tmp_path, test_it=suite(known) + MORE)
     run = run_pytest(
         tmp_path, *CARD, "--gpumem-json=run.json", "--gpumem-oom-at=every", *MODES[mode]
@@ -97,7 +103,8 @@ def test_every_wrong_handler_is_found_and_no_right_one(tmp_path, mode):
     (leaky,) = rest["leaks_anyhow"][1].tried
     assert (leaky.verdict, leaky.leaked) == ("out of memory", 0)
     assert "rerun" not in run.outcomes
-    assert "--gpumem-oom-at 1 test_it.py::test_wrong_has_none_0" in run.output
+    line = "pytest -p gpumem --gpumem-simulate 1024MiB --gpumem-oom-at 2 test_it.py::"
+    assert f"{line}test_wrong_keeps_the_error_0" in run.output
     assert "INTERNALERROR" not in run.output
 
 
@@ -108,12 +115,17 @@ def test_two():
 """
 
 
-def test_one_allocation_the_first_and_a_limit(run):
-    one = run(TWO, "--gpumem-oom-at=2")
-    assert [each.at for each in one.test("test_two").proof.tried] == [2]
-    cut = run(TWO, "--gpumem-oom-at=every", "--gpumem-oom-tries=1")
-    assert [each.at for each in cut.test("test_two").proof.tried] == [1]
-    assert "1 of 2 allocations of test_it.py::test_two were tried" in cut.section
+@pytest.mark.parametrize(
+    ("mode", "asked", "tried"),
+    [("no-xdist", ("--gpumem-oom-at=2",), [2]), ("n0", ("--gpumem-oom-tries=1",), [1])],
+)
+def test_one_allocation_and_a_limit(tmp_path, mode, asked, tried):
+    every = ("--gpumem-oom-at=every", "--gpumem-json=run.json")
+    write_suite(tmp_path, test_it=suite({}) + TWO)
+    run = run_pytest(tmp_path, *CARD, *every, *asked, *MODES[mode])
+
+    assert [each.at for each in run.test("test_two").proof.tried] == tried
+    assert "1 of 2 allocations of test_it.py::test_two were tried" in run.section
 
 
 def test_it_needs_a_simulated_card_and_a_number(tmp_path):

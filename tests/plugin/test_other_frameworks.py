@@ -10,6 +10,7 @@ from harness import MODES, SIMULATE, run_pytest, write_suite
 
 FAKES = Path(__file__).parents[1] / "unit" / "devices" / "framework_fakes.py"
 
+JAX = "--gpumem-jax-preallocate=off"
 CONFTEST = """
 import sys
 import pynvml  # as NVML is on a machine with a card
@@ -20,7 +21,7 @@ contexts.held = lambda: (0,)
 sys.modules["cupy"] = framework_fakes.cupy(limit=64 * 2**20)
 """
 SUITE = """
-import cupy, pytest, sys
+import cupy, os, pytest, sys
 
 CACHE = []
 
@@ -69,6 +70,7 @@ def test_says(error):
 def test_loaded_nothing():
     names = {"rmm", "jax", "jaxlib", "numba", "tensorflow"}
     assert not names & set(sys.modules)
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 """
 
 
@@ -76,7 +78,7 @@ def test_loaded_nothing():
 def test_another_framework_is_measured_judged_and_understood(tmp_path, mode):
     write_suite(tmp_path, conftest=CONFTEST, test_it=SUITE)
     shutil.copy(FAKES, tmp_path)
-    run = run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json", *MODES[mode])
+    run = run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json", JAX, *MODES[mode])
 
     outcomes = run.outcomes
     # Beside another test of its card, one that ran out of memory is run again.
@@ -92,28 +94,3 @@ def test_another_framework_is_measured_judged_and_understood(tmp_path, mode):
     said = [each for each in run.record.tests if "test_says" in each.nodeid]
     assert {each.nodeid for each in said if each.oom} == {each.nodeid for each in said}
     assert [note for note in run.record.notes if "CuPy" in note] == []
-
-
-JAX = """
-import os, sys
-
-def test_environment():
-    assert os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == {wanted!r}
-    assert "jax" not in sys.modules
-"""
-
-
-@pytest.mark.parametrize(("how", "wanted"), [("off", "false"), ("keep", None)])
-def test_jax_is_kept_from_preallocating_where_that_is_asked_for(tmp_path, how, wanted):
-    write_suite(tmp_path, test_it=JAX.format(wanted=wanted))
-    run = run_pytest(tmp_path, *SIMULATE, f"--gpumem-jax-preallocate={how}", "-n", "2")
-
-    assert run.outcomes == {"passed": 1}
-
-
-def test_bad_words_are_refused(tmp_path):
-    write_suite(tmp_path, test_it="def test(): pass")
-    run = run_pytest(tmp_path, *SIMULATE, "--gpumem-jax-preallocate=maybe")
-
-    assert run.status == 4
-    assert "'maybe' is not a way to treat JAX's preallocation; allowed are keep, off" in run.output
