@@ -65,8 +65,10 @@ class _Attempt:
             verdict = "not reached"
         elif self.refusing.endless:
             verdict = "endless"
-        elif not self.passed:
+        elif any(each.failed for each in self.reports):
             verdict = "out of memory" if self.oom else "other error"
+        elif not self.passed:
+            verdict = "skipped"
         else:
             verdict = "leaked" if leaked else "recovered"
         held = f"held by {self.holders[0]}" if leaked and self.holders else ""
@@ -148,8 +150,12 @@ class Proving:
         if attempt is not None and call.excinfo is not None and not attempt.error:
             error = call.excinfo.value
             attempt.oom = release.says_oom(error)
-            said = release.oom_sentence(error) if attempt.oom else str(error).strip()
-            attempt.error = f"{type(error).__name__}: {said.partition(chr(10))[0]}"[:_LENGTH]
+            # An error of the suite's own may have no words, or such as no terminal shows.
+            said = call.excinfo.exconly().strip().partition("\n")[0]
+            if attempt.oom:
+                said = f"{type(error).__name__}: {release.oom_sentence(error)}"
+            shown = (each if each.isprintable() else " " for each in said[:_LENGTH])
+            attempt.error = "".join(shown)
 
     def _conclude(
         self, item: pytest.Item, undisturbed: tuple[_Attempt, _Attempt], tried: list[_Attempt]

@@ -302,8 +302,8 @@ class Refusal(NamedTuple):
     """The number of the allocation, from 1, in the order of the test's call."""
     verdict: str
     """``recovered`` (the test passed), ``leaked``, ``other error`` (than out of memory), ``out of
-    memory`` (which nobody handled), ``endless`` (it tried again and again), ``not reached`` (this
-    time it made fewer allocations)."""
+    memory`` (which nobody handled), ``endless`` (it tried again and again), ``skipped`` (or
+    expected to fail), ``not reached`` (this time it made fewer allocations)."""
     text: str = ""
     """The error that ended it, in a sentence."""
     leaked: int = 0

@@ -19,6 +19,7 @@ VERDICTS = {
     "other error": "ended in another error",
     "out of memory": "ran out of memory",
     "endless": "tried again and again",
+    "skipped": "was skipped or expected to fail",
     "not reached": "made fewer allocations this time",
 }
 
@@ -54,7 +55,7 @@ def lines(tests: Sequence[RecordedTest], cards: Sequence[Card], shown: int) -> I
 
 def is_bad(refusal: Refusal) -> bool:
     """Return whether a test did not recover."""
-    return refusal.verdict not in ("recovered", "not reached")
+    return refusal.verdict not in ("recovered", "skipped", "not reached")
 
 
 def text(refusal: Refusal) -> str:

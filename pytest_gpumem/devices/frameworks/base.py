@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -106,12 +107,13 @@ class Framework(ABC):
         self._last = tuple(self._reading(at, levels.get(at, Level(0, 0))) for at in range(count))
 
     def _reading(self, index: int, level: Level) -> AllocatorReading:
-        ever = level.allocated if level.peak is None else level.peak
+        allocated = max(0, level.allocated)
+        ever = allocated if level.peak is None else level.peak
         self._highest[index] = ever
         risen = self.exact_peaks or ever > self._seen.get(index, 0)
-        peak = max(ever if risen else 0, level.allocated)
-        reserved = max(level.reserved, level.allocated)
-        return AllocatorReading(level.allocated, peak, reserved, max(reserved, peak), 0, 0)
+        peak = max(ever if risen else 0, allocated)
+        reserved = max(level.reserved, allocated)
+        return AllocatorReading(allocated, peak, reserved, max(reserved, peak), 0, 0)
 
     def card(self, index: int) -> Card:
         """Return the card behind a device index, a nameless one where nothing tells it."""
@@ -155,9 +157,10 @@ class Framework(ABC):
 
         def look() -> None:
             for thing in self.things():
-                with suppress(Exception):  # one whose making failed has not all that it should
+                # One whose making failed has not all that it should; a subclass may have slots.
+                with suppress(Exception):
                     array = self.array(thing)
-                    if array is not None and array.size:
+                    if array is not None and array.size > 0 and weakref.ref(thing):
                         found.append(array)
 
         self._attempt("looking for the arrays of", look)

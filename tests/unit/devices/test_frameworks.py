@@ -230,6 +230,37 @@ def test_jaxs_arrays_are_those_that_its_gpus_have(load):
     assert found == [(whole, 32, "JAX:0"), (spread, 16, "JAX:0")]
 
 
+def test_arrays_that_cannot_be_asked_hide_no_others(load):
+    gpu = fakes.JaxDevice({})
+    good, empty, bad = JaxArray(gpu), JaxArray(gpu, part=(0, 2)), JaxArray(gpu)
+    bad.devices = lambda: 1 // 0
+    tuple_like = type("Tuple", (tuple,), {"__slots__": ()})()  # has no weak references
+    load(fakes.jax(gpu, arrays=[tuple_like, bad, empty, None, object(), good]))
+    assert [each.thing for each in devices.living_arrays()] == [good]
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda stats: stats.clear(),
+        lambda stats: stats.update(bytes_in_use=None),
+        lambda stats: stats.update(bytes_in_use="many"),
+        lambda stats: stats.update(bytes_in_use=-5, peak_bytes_in_use=-5),
+        lambda stats: stats.update(bytes_in_use=2**70, peak_bytes_in_use=0),
+        lambda stats: stats.update(pool_bytes=0, bytes_in_use=7),
+    ],
+    ids=["empty", "none", "words", "below zero", "beyond any card", "more than reserved"],
+)
+def test_odd_figures_raise_nothing(load, break_it):
+    stats = jax_stats(5, 9, 16)
+    allocator = load(fakes.jax(fakes.JaxDevice(stats)))
+    allocator.read()
+    break_it(stats)
+    for reading in allocator.read():
+        assert reading.allocated_peak >= reading.allocated >= 0
+        assert reading.reserved_peak >= reading.reserved >= reading.allocated
+
+
 class NumbaCUDAMemoryManager:
     def __init__(self, living=(), pending=()):
         self.allocations = dict(enumerate(living))
