@@ -12,6 +12,7 @@ import pytest
 from device_fakes import GIB, FakeBoard, FakeDriver, uuid
 
 from pytest_gpumem import devices
+from pytest_gpumem.devices import allocator as looked
 from pytest_gpumem.devices import contexts, frameworks
 
 A, B = uuid("a"), uuid("b")
@@ -20,6 +21,7 @@ A, B = uuid("a"), uuid("b")
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     monkeypatch.setattr(frameworks, "_met", {})
+    monkeypatch.setattr(looked, "_quiet", -1)
     for module in ("torch", *frameworks.MODULES):
         monkeypatch.delitem(sys.modules, module, raising=False)
     for name in frameworks.MODULES.values():
