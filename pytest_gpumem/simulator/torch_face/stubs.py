@@ -75,6 +75,7 @@ class CardGenerator(_HostGenerator):  # type: ignore[misc]  # a C class
         """Return a new one for ``cuda:index``, seeded as torch seeds."""
         generator = super().__new__(cls, "cpu")
         generator.index = index
+        generator.offset = 0
         cls._living[generator._cdata] = generator
         return generator
 
@@ -83,6 +84,22 @@ class CardGenerator(_HostGenerator):  # type: ignore[misc]  # a C class
         """Its card."""
         device: torch.device = Device("cuda", self.index)
         return device
+
+    def get_offset(self) -> int:
+        """Return what ``set_offset`` set; the host's generator counts none."""
+        offset: int = self.offset
+        return offset
+
+    def set_offset(self, offset: int) -> None:
+        """Keep ``offset``: numbers are drawn as without it."""
+        self.offset = offset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CardGenerator, (self.index,), (self.get_state(), self.offset)
+
+    def __setstate__(self, state: tuple[torch.Tensor, int]) -> None:
+        self.set_state(state[0])
+        self.offset = state[1]
 
     @contextmanager
     def instead_of_the_hosts(self, chosen: Any = None) -> Iterator[None]:

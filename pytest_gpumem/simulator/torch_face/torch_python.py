@@ -52,6 +52,7 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     _refuse_graphs_and_pools()
     _look_through_face()
     _place_storages(memory)
+    _construct_subclasses()
     _let_autocast_reach_the_host()
     _group_by_seen_device(memory)
     run = backward_on_the_card(_torch.autograd.graph._engine_run_backward)
@@ -221,6 +222,23 @@ def _place_storages(memory: CardMemory) -> None:
     storage_class.is_shared = is_shared
     storage_class.__new__ = new
     storage_class.resize_ = resize
+
+
+def _construct_subclasses() -> None:
+    """Let ``Subclass(tensor)`` work, which torch's own constructor refuses under its modes.
+
+    What a mode returns has a Python object already, and cannot be given another class.
+    """
+    base: Any = _C.TensorBase
+
+    # torch's compiler puts a function of its own in its place, and compares their parameters
+    # unless these are all that there may be.
+    def new(*args: Any, **kwargs: Any) -> Any:
+        cls, *rest = args
+        made = base.__new__(_torch.Tensor, *rest, **kwargs)
+        return made if cls is _torch.Tensor else made.as_subclass(cls)
+
+    _torch.Tensor.__new__ = new
 
 
 def _let_autocast_reach_the_host() -> None:

@@ -298,3 +298,43 @@ def test_a_stream_of_somebody_else_has_the_handle_that_was_given():
     with torch.cuda.stream(stream):
         assert torch.cuda.current_stream().cuda_stream == 77
         assert torch.ones(1, device="cuda").is_cuda
+
+
+@on_card
+def test_subclasses_of_tensor_are_made_of_tensors_and_of_numbers():
+    import torch
+
+    class Named(torch.Tensor):
+        pass
+
+    class Slotted(torch.Tensor):
+        __slots__ = ("label",)
+
+    leaf = torch.ones(2, device="cuda", requires_grad=True)
+    for kind in (Named, Slotted):
+        made = kind(leaf)
+        assert (type(made), made.device) == (kind, leaf.device)
+        made.label = "a"
+        (made * 2).sum().backward()
+        assert type(made + 1) is kind
+        assert [type(kind(*args)) for args in (([1, 2],), (2, 3), (torch.ones(2),))] == [kind] * 3
+    assert leaf.grad.tolist() == [4, 4]
+    assert kind([1, 2]).tolist() == [1, 2]
+    assert torch.Tensor([1, 2]).tolist() == [1, 2]
+    assert type(torch.nn.Parameter(leaf)) is torch.nn.Parameter
+
+
+@on_card
+def test_generators_of_the_card_are_pickled():
+    import pickle
+
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(5)
+    generator.set_offset(100)
+    torch.randn(3, device="cuda", generator=generator)
+    again = pickle.loads(pickle.dumps(generator))  # noqa: S301  # its own
+    assert (again.device, again.get_offset()) == (generator.device, 100)
+    assert again.initial_seed() == 5
+    drawn = [torch.randn(3, device="cuda", generator=each).tolist() for each in (generator, again)]
+    assert drawn[0] == drawn[1]
