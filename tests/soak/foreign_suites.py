@@ -161,6 +161,8 @@ class Outcomes:
     how: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     leaks: int = 0
+    cut: bool = False
+    """Whether the run was ended before its end."""
 
 
 # In the runs: a plugin of pytest.
@@ -350,6 +352,7 @@ def run(
     if status is None:
         print(f"  {results.stem}: cut after {chosen.minutes:g} minutes", flush=True)
         found.how.popitem()  # it was under way
+        found.cut = True
     if (where / "run.json").exists():
         tests = json.loads((where / "run.json").read_text()).get("tests", [])
         found.leaks = sum(any(card.get("leaked") for card in test["cards"]) for test in tests)
@@ -398,7 +401,9 @@ def differing(cpu: Outcomes, card: Outcomes) -> Iterator[str]:
 def only_on_card(cpu: Outcomes, card: Outcomes) -> Iterator[str]:
     """Yield the tests that do not run on the CPU and do on the card."""
     for test, how in card.how.items():
-        if how != "skipped" and cpu.how.get(test, "skipped") == "skipped":
+        # Of what a run that was cut has not reached nothing is known.
+        beside = cpu.how.get(test, "not reached" if cpu.cut else "skipped")
+        if how != "skipped" and beside == "skipped":
             yield test
 
 
