@@ -1,4 +1,4 @@
-"""Records what a test allocates, where that is asked for, and says what was alive in it.
+"""Records what one test allocates, and says what was alive in it.
 
 The stack of each allocation comes from torch's own record (``devices.Recording``), who was charged
 when from the boundaries, and what torch uses memory for from looks at the heap: as the test
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import time
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,72 +60,6 @@ class Known(NamedTuple):
             address: words.get(owner) or (f"left by {owner}" if "::" in owner else owner)
             for address, owner in self.tensors.owners()
         }
-
-
-class Recordings:
-    """Has those tests recorded that are to be; costs the others nothing.
-
-    Args:
-        known: what is known of the running test and of the cards.
-        stacks: whether the stacks of all living allocations are to be kept, for leaks.
-
-    """
-
-    def __init__(self, known: Known, *, stacks: bool = False) -> None:
-        self._known = known
-        self._stacks = stacks
-        self._next = ""
-        self._recorder: Recorder | None = None
-        """Of the running test."""
-        self.wanted = stacks
-        """Whether ``begin`` has anything to do."""
-        self.running = False
-        """Whether the running test is recorded."""
-
-    def record_next(self, nodeid: str) -> None:
-        """Have the test ``nodeid`` recorded if it is the next one."""
-        self._next, self.wanted = nodeid, True
-
-    def begin(self, nodeid: str) -> None:
-        """Begin to record what is to be, as far as torch is there; right as the test begins."""
-        if self._stacks and "torch" in sys.modules:
-            self._stacks = False
-            devices.record_stacks()
-        if self._next == nodeid:
-            self._recorder = Recorder(nodeid, self._known)
-            self.running = True
-        self._next, self.wanted = "", self._stacks
-
-    def turn(self) -> None:
-        """Take note that from now on somebody else is charged."""
-        if self._recorder is not None:
-            self._recorder.turn()
-
-    def look(self) -> None:
-        """Take note of what torch uses memory for now, where its test is recorded."""
-        if self._recorder is not None:
-            self._recorder.look()
-
-    def end(self, *, felled: bool, snapshots: Path | None = None) -> tuple[Alive, ...]:
-        """Return what was alive in the test that has ended, if it was recorded.
-
-        Args:
-            felled: whether memory ran out in it: then the moment of that counts, not the peak.
-            snapshots: directory into which the whole record is written.
-
-        """
-        recorder, self._recorder = self._recorder, None
-        self.running = False
-        return () if recorder is None else recorder.end(felled=felled, snapshots=snapshots)
-
-    def left(self) -> tuple[Alive, ...]:
-        """Return what tensors hold now in a test that ran out of memory and is not recorded.
-
-        Their lines are not known, and neither is what has died since.
-        """
-        if self.running or "torch" not in sys.modules:
-            return ()
-        return _left(self._known)
 
 
 class Recorder:
@@ -269,7 +202,8 @@ def _save(snapshot: dict[str, Any], nodeid: str, directory: Path) -> str:
     return str(path)
 
 
-def _left(known: Known) -> tuple[Alive, ...]:
+def left(known: Known) -> tuple[Alive, ...]:
+    """Return what tensors hold now, by shape and owner, see ``Recordings.left``."""
     from pytest_gpumem.tracking import torch_heap
 
     test, meters = known.turns.test, known.meters

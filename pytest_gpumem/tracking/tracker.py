@@ -25,7 +25,7 @@ from pytest_gpumem.tracking.accounts import (
 )
 from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.meter import Meters, ReleaseCache
-from pytest_gpumem.tracking.recorder import Known, Recordings
+from pytest_gpumem.tracking.recordings import Recordings
 from pytest_gpumem.tracking.scopes import Scopes
 from pytest_gpumem.tracking.turns import Turns
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
@@ -62,7 +62,7 @@ class Tracker:
         self.children: Children | None = None
         """What tests start; whoever has a place for their book gives it before the first test."""
         known = self._turns, self.meters, self._tensors
-        self.recordings = Recordings(Known(*known, root or Path.cwd()), stacks=stacks)
+        self.recordings = Recordings(*known, root or Path.cwd(), stacks=stacks)
         self.scopes = Scopes(*known, self._end_teardowns, self._remember)
 
     def standing(self) -> dict[str, Counter[str]]:
@@ -292,8 +292,7 @@ class Tracker:
         """Let what is started from now on belong to who runs."""
         if self.children is not None:
             self.children.starters.resume(self._turns.number)
-        if self.recordings.running:
-            self.recordings.turn()
+        self.recordings.turn()
 
     def end_fixture(self, fixture: Fixture, value: object = None, function: object = None) -> None:
         """End charging the set-up of ``fixture``, where ``function`` made ``value``."""
@@ -330,5 +329,4 @@ class Tracker:
             self._look()
             self._turns.leave_teardowns()
             self._tensors.late.clear()  # what died until now was credited
-            if self.recordings.running:
-                self.recordings.turn()
+            self.recordings.turn()

@@ -179,6 +179,7 @@ def test_second():
 """
 
 
+@pytest.mark.slow  # two workers with torch, for one line of what they are told
 def test_a_test_that_runs_again_after_an_oom_is_recorded_then(tmp_path):
     write_suite(tmp_path, test_it=TAKE + LIARS, test_other=SECOND)
     card = ("-p", "gpumem", "--gpumem-simulate=1GiB", "--gpumem-simulate-context=32MiB")

@@ -295,6 +295,7 @@ def test_the_report_tells_what_somebody_has_to_look_at():
         "    a.py::grown_2: 200.00 MiB, budget 1.00 MiB, NVIDIA L4",
         "    a.py::grown_1: 200.00 MiB, budget 1.00 MiB, NVIDIA L4",
         "    and 1 more",
+        "    --gpumem-peaks=offenders tells line by line what was alive",
         "  1 gone (--gpumem-budget-update writes them)",
         "    a.py::lost, NVIDIA L4",
     ]
