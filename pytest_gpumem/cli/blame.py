@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -47,6 +48,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _blame(chosen: argparse.Namespace) -> int:
+    try:
+        return _search(chosen)
+    except KeyboardInterrupt:
+        sys.stderr.write("gpumem blame: ended by Ctrl-C\n")
+        return 128 + signal.SIGINT
+
+
+def _search(chosen: argparse.Namespace) -> int:
     there = subset.collect(chosen.arguments, Path.cwd())
     nodeid = _find(chosen.nodeid, there)
     before = list(there.collected[: there.collected.index(nodeid)])
@@ -60,8 +69,6 @@ def _blame(chosen: argparse.Namespace) -> int:
             lines.append(f"  {subset.command(chosen.arguments, there, [*found, nodeid])}")
         except _NobodyError as error:
             found, lines = [], [str(error)]
-        except KeyboardInterrupt:
-            found, lines = [], [f"ended after {search.runs} runs"]
     for line in lines:
         sys.stdout.write(f"{printable(line)}\n")
     return 0 if found else NOBODY
@@ -179,11 +186,7 @@ class _Search:
         yield f"  it passes alone and fails after {_them(found)}, each seen twice: {why}"
         apart = {each.partition("::")[0] for each in found} != {name.partition("::")[0]}
         if apart and self._fails((), imported=found):
-            yield (
-                "  to import its file is enough"
-                if len(found) == 1
-                else ("  to import their files is enough")
-            )
+            yield f"  to import {'its file' if len(found) == 1 else 'their files'} is enough"
         for each in found:
             yield from self._left(each)
         yield f"  {self.runs} runs for the {_tests(self._before)} before it; to see it again:"

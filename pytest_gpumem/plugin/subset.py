@@ -113,7 +113,7 @@ class Subset:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             why = str(getattr(crash, "message", "") or report.longrepr or "").strip()
-            self._tell(failed=report.nodeid, when=report.when, why=why.partition("\n")[0][:500])
+            self._tell(failed=report.nodeid, when=report.when, why=why.partition("\n")[0][:200])
         elif report.skipped:
             self._tell(skipped=report.nodeid)
 

@@ -10,6 +10,7 @@ status is 0 when the card never lacked what was leased, nobody starved and nothi
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -135,6 +136,13 @@ class Campaign:
         return self.told.read_text().splitlines()
 
 
+def looked():
+    """Return whether ``gpumem ps`` tells of what is going on."""
+    words = [sys.executable, "-m", "pytest_gpumem.cli.main", "ps", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and bool(json.loads(done.stdout))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=150)
@@ -148,11 +156,13 @@ def main():
         simulation = Simulation.start([TOTAL], CONTEXT)
         os.environ["GPUMEM_SIMULATE_CARD"] = simulation.path
         campaign = Campaign(directory, chance)
-        end, kills = time.monotonic() + options.seconds, {}
+        end, kills, looks = time.monotonic() + options.seconds, {}, []
         begun = time.monotonic()
         while time.monotonic() < end and sum(kills.values()) < options.kills:
             campaign.fill(16, 2)
             time.sleep(chance.random() * 0.4)
+            if chance.random() < 0.05:
+                looks.append(looked())
             if what := campaign.kill():
                 kills[what] = kills.get(what, 0) + 1
         seconds = time.monotonic() - begun
@@ -180,9 +190,9 @@ def main():
         f"seed {options.seed}: {sum(kills.values())} SIGKILLs in {seconds:.0f} s {kills}; "
         f"{lines.count('command')} commands and {lines.count('test')} tests had the card, {lacked} "
         f"lacked what they had leased, {starved} starved, {len(leaked)} entries and {used} bytes "
-        "were left"
+        f"were left; {sum(looks)} of {len(looks)} looks by gpumem ps told something"
     )
-    return 1 if lacked or starved or leaked or used else 0
+    return 1 if lacked or starved or leaked or used or not all(looks) else 0
 
 
 if __name__ == "__main__":
