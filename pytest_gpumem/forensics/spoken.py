@@ -49,6 +49,8 @@ LITERAL = re.compile(
 _ALTERNATIVE = re.compile(r"[/|(]\0\||\|\0[/|)]")
 """One of several in a regular expression; ``\\0`` stands for the words."""
 _DEFINED = re.compile(r"[)}\]]+;$")
+_CHECKED = re.compile(r"(?i)\b(?:fail\w*|error|assertion)\b[^=]*: ")
+"""Before a comparison that a program prints since it did not hold."""
 _LISTED = re.compile(r"[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$")
 """What follows a name where it is defined, listed or returned, rather than printed."""
 _STARRED = re.compile(r"\s*\*(?!\*)")
@@ -70,7 +72,7 @@ _PROSE_TAIL = re.compile(
     r"(?i)[\"'`*]*\s*(?:,? ?(?:errors?|issues?|problems?|exceptions?|conditions?|handling|"
     r"handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will"
     r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
-    r"|\. This (?:error )?(?:occurs|happens|arises|means|indicates)\b"
+    r"|\. This (?:error )?(?:(?:occurs|happens|arises) (?:when|if|because)|means|indicates)\b"
     r"|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
     r"| [\u0400-\ud7ff])"
 )
@@ -139,7 +141,7 @@ def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
     alone = " " not in text[slice(*span)]
     if alone and (
         _DEFINED.match(text, span[1])
-        or head.rstrip().endswith(("==", "!="))
+        or (head.rstrip().endswith(("==", "!=")) and not _CHECKED.search(head))
         or (head.endswith(" = ") and text[span[1] :] in ("", ";"))
     ):
         return True

@@ -20,7 +20,8 @@ _BETWEEN = r"(?:[a-z]{1,14}[ _-]?){0,3}?"
 _STORE = r"(?:memory|v?ram\b|mem\b)"
 _ENOUGH = (
     r"(?:insufficient|(?:not|n't) (?:[a-z]{3,10} )?(?:sufficient|enough)|too little|lack(?:s|ing)?"
-    r"|\bno [a-z]{1,12} (?:[a-z]{1,12} )?with (?:sufficient|enough))"
+    r"|\bno (?:[a-z]{1,12} )?(?:gpu|device|card|adapter|accelerator|node|machine|worker)s?"
+    r" with (?:sufficient|enough))"
 )
 _REFUSED = (
     r"(?:fail(?:ed|ure|s)? to|unable to|not able to|impossible to|(?:could|can) ?n[o']t"

@@ -32,6 +32,7 @@ _ABOVE, _BELOW = 20, 4
 """Lines that are searched for whose memory ran out, where the message does not say it."""
 _TEXT = re.compile(r"\s*[rbfu]{0,2}[\"']")
 _STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
+_STAR_ALONE = re.compile(r"\s+\*/?\s*$|\s*/\*")
 _MARK = re.compile("\"{3}|'{3}")
 _RAW_MARK = re.compile(_MARK.pattern.encode())
 _NEAR = 1 << 11
@@ -86,11 +87,12 @@ def commented(at: Cursor, line: Line, body: str) -> bool:
     """Tell whether a line is within a comment each of whose lines begins with a star."""
     if not _STARRED.match(body):
         return False
-    around = (
-        next(preceding(line, 1, at.carrier), None),
-        next(following(line, 1, at.carrier), None),
-    )
-    return all(text is not None and _STARRED.match(text.body) for text in around)
+    above = [text.body for text in preceding(line, _LIST, at.carrier)]
+    below = [text.body for text in following(line, _LIST, at.carrier)]
+    if not all(side and _STARRED.match(side[0]) for side in (above, below)):
+        return False
+    # The items of a list have stars, too, but none alone.
+    return any(_STAR_ALONE.match(text) for text in (*above, *below))
 
 
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:

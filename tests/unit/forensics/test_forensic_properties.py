@@ -54,12 +54,21 @@ def test_events_do_not_depend_on_how_the_bytes_arrive(data, sizes):
     whole = events([data])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "_REGION", 1)
+        patch.setattr(lines, "_PART", 64)
         pieces, at, turn = [], 0, 0
         while at < len(data):
             pieces.append(data[at : at + sizes[turn % len(sizes)]])
             at += len(pieces[-1])
             turn += 1
         assert events(pieces) == whole
+
+
+def test_an_anchor_may_go_on_in_the_next_part(monkeypatch):
+    monkeypatch.setattr(lines, "_PART", 20)
+
+    (found,) = lines.scan([b"step 1\nthe card is out of\nmemory\nstep 2\n"])
+
+    assert found.raw == b"the card is out of"
 
 
 @settings(deadline=None)
