@@ -85,14 +85,13 @@ TOLD = properties.Told(
     (ChildUsage(7, "python", "GPU-1", "test_x.py::test_a"),),
     (Process(7, "python", None),),
     (ScopeUsage("module", "test_x.py", "GPU-1", 5),),
-    (
+    (Route("encode", 5, "cpu", "the card is full"), Route("encode", 5, "cuda", "there is room")),
+    "alone",
+    alive=(
         Alive(
             "GPU-1", "out of memory", 9, (AliveGroup(9, "this test", "gradient", "a.py:1 f"),), True
         ),
     ),
-    (Route("encode", 5, "cpu", "the card is full"), Route("encode", 5, "cuda", "there is room")),
-    "alone",
-    alive=(Alive("GPU-1", "peak", 5, (AliveGroup(5, "this test", "unknown"),)),),
     ram=RamUsage(7, 5, 3, 1),
     proof=Proof(3, (Refusal(1, "recovered"),)),
 )

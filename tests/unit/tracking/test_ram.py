@@ -18,8 +18,16 @@ def about(mib):
     return pytest.approx(mib * MIB, abs=4 * MIB)
 
 
+@pytest.fixture
+def childless(monkeypatch):
+    """Leave out what tests before this one started, such as a forkserver."""
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "has_children", lambda: False)
+        yield patch
+
+
 @linux
-def test_peak_and_kept_of_the_process_are_those_of_the_test():
+def test_peak_and_kept_of_the_process_are_those_of_the_test(childless):
     if not host.reset_peak():
         pytest.skip("nobody may reset the high-water mark here")
     meter = RamMeter()
@@ -42,7 +50,7 @@ def test_peak_and_kept_of_the_process_are_those_of_the_test():
 
 
 @linux
-def test_a_mark_that_nobody_may_reset_tells_the_peak_of_who_raised_it(monkeypatch):
+def test_a_mark_that_nobody_may_reset_tells_the_peak_of_who_raised_it(monkeypatch, childless):
     marks = iter([100, 300, 300, 300])
     readings = iter([60, 80, 70, 90])
     monkeypatch.setattr(host, "reset_peak", lambda: False)
@@ -83,9 +91,10 @@ def test_marks_of_children_count_only_where_the_test_raised_them(monkeypatch):
 
 
 @linux
-def test_a_look_waits_in_proportion_to_what_the_last_one_took(monkeypatch):
+def test_a_look_waits_in_proportion_to_what_the_last_one_took(monkeypatch, childless):
     meter = RamMeter()
     assert not meter.worth_a_look()  # without children there is nothing to look at
+    childless.undo()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert meter.worth_a_look()
         clock = iter([1.0, 1.5])
