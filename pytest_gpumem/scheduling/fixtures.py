@@ -9,6 +9,7 @@ ends too if no worker sets up a fixture beside one that it would never find besi
 A worker of plain xdist sets up G while it has F if a test that uses G comes after one that uses F,
 and F is not torn down between them. So F must give way to G where the first test that uses F does
 not come before the last one that uses G within the module, class or package to which F belongs.
+Nor where that is the same test, the first there, which sets G up before F, and others follow it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ class SetUpOrder:
         for index, test in enumerate(tests):
             for fixture in test.wide:
                 self._first.setdefault(fixture, index)
+        self._spans = self._find_spans()
         self._late = self._find_late()
+        self._early = self._find_early()
+        """By fixture that no test within its node comes before: those that it must give way to."""
+        self._held = self._late.union(self._early)
         self.late_modules = self._find_late_modules()
         """By module with late fixtures that outlive it: the first test that uses the last of them.
 
@@ -79,14 +84,38 @@ class SetUpOrder:
             for node in nodes.intersection(nodes_of(test.nodeid) if test.wide else ()):
                 self._last.update(((node, fixture), index) for fixture in test.wide)
 
-    def _find_late(self) -> SetUp:
-        """Return the fixtures that a test within their node comes before; no others give way."""
-        begins: dict[str, int] = {}
+    def _find_spans(self) -> dict[str, tuple[int, int]]:
+        """Return the first and the last test of each node that has wide fixtures."""
+        spans: dict[str, tuple[int, int]] = {}
         nodes = {fixture.node for fixture in self._first}
         for index, test in enumerate(self._tests) if nodes else ():
             for node in nodes.intersection(nodes_of(test.nodeid)):
-                begins.setdefault(node, index)
-        return SetUp(each for each, first in self._first.items() if first > begins[each.node])
+                spans[node] = spans.get(node, (index, index))[0], index
+        return spans
+
+    def _find_late(self) -> SetUp:
+        """Return the fixtures that a test within their node comes before."""
+        return SetUp(
+            each for each, first in self._first.items() if first > self._spans[each.node][0]
+        )
+
+    def _find_early(self) -> dict[WideFixture, SetUp]:
+        """Return the others that give way, and to which: of their first test, used by no later."""
+        alone: dict[WideFixture, set[WideFixture]] = {}
+        for fixture, first in self._first.items():
+            begins, ends = self._spans[fixture.node]
+            wide = self._tests[first].wide
+            if first == begins < ends and (before := wide[: wide.index(fixture)]):
+                alone[fixture] = set(before)
+        by_node: dict[str, list[WideFixture]] = {}
+        for fixture in alone:
+            by_node.setdefault(fixture.node, []).append(fixture)
+        for index, test in enumerate(self._tests) if alone else ():
+            for node in by_node.keys() & set(nodes_of(test.nodeid)) if test.wide else ():
+                for fixture in by_node[node]:
+                    if index > self._first[fixture]:
+                        alone[fixture].difference_update(test.wide)
+        return {fixture: SetUp(others) for fixture, others in alone.items() if others}
 
     def _find_late_modules(self) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -98,7 +127,7 @@ class SetUpOrder:
 
     def after(self, test: int, before: SetUp) -> SetUp:
         """Return what a worker has set up after ``test`` if it had ``before``."""
-        if not self._late:
+        if not self._held:
             return NOTHING
         planned = self._tests[test]
         new = {(each.node, each.name) for each in planned.wide}
@@ -110,16 +139,22 @@ class SetUpOrder:
         """Return whether a worker that has set up ``before`` may run ``test`` next."""
         if not before:
             return True
-        held = before & self._late
+        held = before & self._held
         planned = self._tests[test]
         nodes = set(nodes_of(planned.nodeid))
         return not any(
-            self._last[each.node, new] <= self._first[each] and each[:2] != new[:2]
+            each[:2] != new[:2] and self._gives_way(each, new)
             for each in held
             if each.node in nodes
             for new in planned.wide
             if new not in before
         )
+
+    def _gives_way(self, each: WideFixture, new: WideFixture) -> bool:
+        """Return whether a worker of plain xdist would never set up ``new`` beside ``each``."""
+        if each in self._late:
+            return self._last[each.node, new] <= self._first[each]
+        return new in self._early[each]
 
     def unless_late(self, suits: Callable[[int], bool]) -> Callable[[int], bool]:
         """Return what tells whether a test ``suits`` and is of no late module."""

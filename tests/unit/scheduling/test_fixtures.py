@@ -25,6 +25,7 @@ IN_TURNS = order_of(("m1.py::t", (A,)), ("m2.py::t", (B,)), ("m3.py::t", (A,)))
 TOGETHER = order_of(("m1.py::t", (A,)), ("m1.py::u", (A, B)), ("m2.py::t", (B,)))
 OF_A_MODULE = order_of(("m1.py::t", (OF_M1,)), ("m2.py::t", (A,)), ("m2.py::u", (OF_M2, A)))
 ALL_THROUGH = order_of(("m1.py::t", (A, OF_M1)), ("m2.py::t", (A, OF_M2)))
+FIRST_ALONE = order_of(("m1.py::t", (A, OF_M1)), ("m1.py::u", (OF_M1,)), ("m2.py::t", (A,)))
 PARAMS = [WideFixture("", "a", number) for number in range(2)]
 OF_PARAMETERS = order_of(("m1.py::t[0]", (PARAMS[0],)), ("m1.py::t[1]", (PARAMS[1],)))
 
@@ -42,6 +43,9 @@ OF_PARAMETERS = order_of(("m1.py::t[0]", (PARAMS[0],)), ("m1.py::t[1]", (PARAMS[
         (OF_A_MODULE, [1], 0, False),  # the session's fixture, of a later test, outlives m2.py
         (OF_A_MODULE, [2], 1, True),
         (ALL_THROUGH, [1], 0, True),
+        (FIRST_ALONE, [1], 0, False),  # it sets up the session's before the module's, as none later
+        (FIRST_ALONE, [2, 1], 0, True),
+        (FIRST_ALONE, [1], 2, True),  # the module's is torn down
         (OF_PARAMETERS, [1], 0, True),  # the one is torn down before the other is set up
     ],
 )
