@@ -93,6 +93,7 @@ def test_served(engine, number):
     assert {card.fixture_bytes for test in later for card in test.cards} == {500 * MIB + CONTEXT}
 
 
+@pytest.mark.slow  # several processes with torch
 def test_a_test_whose_child_ran_out_of_memory_beside_others_runs_again(tmp_path):
     write_suite(
         tmp_path,

@@ -143,7 +143,9 @@ def test_keeps(number):
 """
 
 
-@pytest.mark.parametrize("card", [(), CARD], ids=["no-card", "card"])
+@pytest.mark.parametrize(
+    "card", [(), pytest.param(CARD, marks=pytest.mark.slow)], ids=["no-card", "card"]
+)
 def test_a_worker_that_has_grown_is_replaced_between_modules(tmp_path, card):
     modules = {f"test_{letter}": GROWING for letter in "abc"}
     write_suite(tmp_path, **modules)

@@ -61,7 +61,7 @@ FEW = ("right_halves_0", "wrong_keeps_the_error_0", "wrong_tries_for_ever_0", "w
 """Enough to see that each way of running pytest does the same."""
 
 
-@pytest.mark.parametrize("mode", ["plain", "n2"])
+@pytest.mark.parametrize("mode", ["plain", pytest.param("n2", marks=pytest.mark.slow)])
 def test_every_wrong_handler_is_found_and_no_right_one(tmp_path, mode):
     known = handlers(random.Random(mode), 1)  # noqa: S311  # sizes are no secrets
     if mode != "plain":

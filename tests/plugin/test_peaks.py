@@ -85,7 +85,12 @@ def lines(test):
 
 @pytest.mark.parametrize(
     ("mode", "tests"),
-    [("plain", "offenders"), ("n0", "3"), ("n2", "offenders"), ("no-xdist", "3")],
+    [
+        ("plain", "offenders"),
+        pytest.param("n0", "3", marks=pytest.mark.slow),
+        ("n2", "offenders"),
+        ("no-xdist", "3"),
+    ],
 )
 def test_offenders_run_once_more_and_nothing_but_their_lines_is_told(run, mode, tests):
     finished = run(

@@ -115,7 +115,10 @@ def attempts(done):
     return made
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    ["plain", "n2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("n0", "no-xdist"))],
+)
 def test_what_runs_out_of_memory_takes_the_cpu_if_it_asked_where_to_work(run, mode):
     done = run(LADDER, "-x", *MODES[mode], beside=["xdist", "asyncio"])
 

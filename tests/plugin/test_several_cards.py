@@ -76,7 +76,11 @@ def taken(test, cards):
 
 
 # Ranks take long to start.
-@pytest.mark.parametrize("mode", [("-k", "not ranks"), ("-n", "2")], ids=["plain", "n2"])
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(("-k", "not ranks"), marks=pytest.mark.slow), ("-n", "2")],
+    ids=["plain", "n2"],
+)
 def test_each_test_is_charged_on_the_cards_that_it_uses(tmp_path, mode):
     (tmp_path / "test_two.py").write_text(SUITE)
     run = run_pytest(tmp_path, *TWO, *mode, "-v", "--gpumem-json=run.json", "--gpumem-html=p.html")
