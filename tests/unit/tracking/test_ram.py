@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 
@@ -26,21 +27,29 @@ def childless(monkeypatch):
         yield patch
 
 
+def take(mib):
+    """Map so much memory and touch it: malloc may hand out what this process has already."""
+    taken = mmap.mmap(-1, mib * MIB)
+    for place in range(0, len(taken), mmap.PAGESIZE):
+        taken[place] = 1
+    return taken
+
+
 @linux
 def test_peak_and_kept_of_the_process_are_those_of_the_test(childless):
     if not host.reset_peak():
         pytest.skip("nobody may reset the high-water mark here")
     meter = RamMeter()
-    bytearray(96 * MIB)  # of nobody's: before the test
+    take(96).close()  # of nobody's: before the test
     meter.begin()
-    kept = bytearray(16 * MIB)
-    bytearray(48 * MIB)
+    kept = take(16)
+    take(48).close()
     usage = meter.end()
     meter.begin()
     small = meter.end()
-    del kept
+    kept.close()
     meter.begin()
-    bytearray(8 * MIB)
+    take(8).close()
     last = meter.end()
 
     assert (usage.own_peak, usage.kept, usage.children_peak) == (about(64), about(16), 0)
