@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -20,6 +21,7 @@ from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
+    from pathlib import Path
 
     from pytest_gpumem.devices import CardsFound
     from pytest_gpumem.simulator import Simulation
@@ -283,6 +285,7 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
         raise BadSettingError("--gpumem-simulate: not on Windows, which has no POSIX file locks")
     from pytest_gpumem.simulator import Simulation
 
+    notes: list[str] = []
     # A run within a test, as of pytester: torch has the card of the run around it.
     if (around := Simulation.installed) is not None:
         if around.closed:
@@ -303,16 +306,31 @@ def _simulate(settings: Settings, real: CardsFound) -> State:
             simulation = Simulation.attach(str(settings.simulate_card))
         except (OSError, ValueError) as error:
             raise BadSettingError(f"--gpumem-simulate-card: {error}") from None
-    elif name := os.environ.pop(SIMULATED_AS, ""):
-        simulation = Simulation.join(name, *sizes)
     else:
-        simulation = Simulation.start(*sizes)
+        library = _compiled(settings, notes)
+        name = os.environ.pop(SIMULATED_AS, "")
+        make = functools.partial(Simulation.join, name) if name else Simulation.start
+        simulation = make(*sizes, library=library)
+        simulation.notes += notes
     simulation.install()
     exported = CARD_VARIABLE not in os.environ
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
     # Whoever made the cards decided what a context costs.
     settings = replace(settings, simulate_context=simulation.cards[0].context)
     return State(settings, _cards_of(simulation), simulation=simulation, exported=exported)
+
+
+def _compiled(settings: Settings, notes: list[str]) -> Path | None:
+    """Return the library of the compiled card where it is asked for and can be made."""
+    if not settings.simulate_compiled:
+        return None
+    from pytest_gpumem.simulator.torch_face import building
+
+    try:
+        return building.library()
+    except building.CannotCompileError as error:
+        notes.append(f"the simulated card is not compiled, but simulated in Python: {error}")
+        return None
 
 
 def _cards_of(simulation: Simulation) -> CardsFound:
@@ -348,7 +366,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
             lines.append("gpumem: torch is not installed: no test can use the simulated card")
         if config.get_verbosity() > 0:
-            lines.append(f"gpumem: {state.simulation.NOT_SIMULATED}")
+            lines.append(f"gpumem: {state.simulation.not_simulated}")
     if state.found.note and not _is_controller(config):  # workers choose their cards by UUID
         lines.append(f"gpumem: {state.found.note}")
     return lines

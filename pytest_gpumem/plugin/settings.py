@@ -58,6 +58,12 @@ class SimulationSettings:
         default="0B",
         group="simulate",
     )
+    simulate_compiled: bool = declared(
+        flag,
+        "Compile the simulated card for the installed torch, once: torch's C++ then takes its "
+        "tensors for a card's, and tensors of the host cost nothing more.",
+        group="simulate",
+    )
     simulate_anyway: bool = declared(
         flag,
         "Simulate a card even though a real one is visible.",

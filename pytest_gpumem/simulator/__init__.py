@@ -21,6 +21,9 @@ from pytest_gpumem.simulator.card import SharedCard
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_LIBRARY = "library"
+"""The file beside the cards that names the compiled card's library."""
+
 
 class Simulation:
     """Simulated cards as this process sees them; ``start`` makes them, ``attach`` joins them.
@@ -28,9 +31,9 @@ class Simulation:
     The first card's file names them all; ``.1``, ``.2`` and so on is added for the others.
     """
 
-    NOT_SIMULATED = (
+    _NEVER_SIMULATED = (
         "not simulated: speed, streams, CUDA graphs, TF32, library workspaces, scratch memory"
-        " inside one operation, DLPack, IPC, NCCL, TorchScript devices, CUDA extensions"
+        " inside one operation, IPC, NCCL, CUDA extensions"
     )
 
     installed: ClassVar[Simulation | None] = None
@@ -41,14 +44,25 @@ class Simulation:
         self.closed = False
         self.notes: list[str] = []
         """A sentence for each setting that a program made and the simulated card does not obey."""
+        self.library: Path | None = None
+        """What the compiled card is loaded from, in processes whose torch it was made for."""
         self._directory = directory
 
+    @property
+    def not_simulated(self) -> str:
+        """What these cards lack, in one line."""
+        further = "" if self.library else ", DLPack, TorchScript devices"
+        return f"{self._NEVER_SIMULATED}{further}"
+
     @classmethod
-    def start(cls, totals: Sequence[int], context: int, workspace: int = 0) -> Simulation:
+    def start(
+        cls, totals: Sequence[int], context: int, workspace: int = 0, library: Path | None = None
+    ) -> Simulation:
         """Create a card of so many bytes for each of ``totals``; a process costs ``context`` on it.
 
         cuBLAS takes ``workspace`` bytes for each thread and stream that multiplies. Their files
-        lie in a new directory that only this user may enter.
+        lie in a new directory that only this user may enter. With a ``library`` every process of
+        a run has the compiled card.
 
         Raises:
             ValueError: when the sizes make no sense.
@@ -68,10 +82,21 @@ class Simulation:
         except ValueError:
             shutil.rmtree(directory)
             raise
-        return cls(cards, directory)
+        if library is not None:
+            (directory / _LIBRARY).write_text(str(library), encoding="utf-8")
+        started = cls(cards, directory)
+        started.library = library
+        return started
 
     @classmethod
-    def join(cls, name: str, totals: Sequence[int], context: int, workspace: int = 0) -> Simulation:
+    def join(
+        cls,
+        name: str,
+        totals: Sequence[int],
+        context: int,
+        workspace: int = 0,
+        library: Path | None = None,
+    ) -> Simulation:
         """Open the cards that are called ``name`` on this machine; the first one makes them.
 
         For processes that start at the same time and have no common parent here. ``name`` must
@@ -84,7 +109,7 @@ class Simulation:
         directory = Path(_private_directory() or tempfile.gettempdir()) / f"gpumem-{name}"
         if directory.exists():
             return cls.attach(str(directory / "card"))
-        own = cls.start(totals, context, workspace)
+        own = cls.start(totals, context, workspace, library)
         for card in own.cards:
             card.close()
         made = Path(own.path).parent
@@ -93,7 +118,9 @@ class Simulation:
         except OSError:  # somebody else was faster
             shutil.rmtree(made)
             return cls.attach(str(directory / "card"))
-        return cls(cls.attach(str(directory / "card")).cards, directory)
+        joined = cls.attach(str(directory / "card"))
+        joined._directory = directory
+        return joined
 
     @classmethod
     def attach(cls, path: str) -> Simulation:
@@ -106,7 +133,11 @@ class Simulation:
         cards = [SharedCard.open(Path(path))]
         while (further := _file(Path(path), len(cards))).exists():
             cards.append(SharedCard.open(further))
-        return cls(cards)
+        attached = cls(cards)
+        with suppress(FileNotFoundError):
+            named = Path(path).with_name(_LIBRARY).read_text(encoding="utf-8")
+            attached.library = Path(named)
+        return attached
 
     @staticmethod
     def card_files() -> list[Path]:
@@ -165,7 +196,7 @@ class Simulation:
     def _install_torch(self) -> None:
         from pytest_gpumem.simulator import torch_face
 
-        torch_face.install(self.cards, self._note)
+        torch_face.install(self.cards, self._note, self.library)
         import pynvml  # noqa: F401  # see install
 
 

@@ -114,6 +114,8 @@ def run_pytest(
         if name == "GPUMEM_RUN_DIR"
         or not name.startswith(("GPUMEM", "PYTEST_", "CUDA_", "HF_", "GITHUB_"))
     }
+    if "GPUMEM_TEST_COMPILED" in os.environ:  # every simulated card is to be a compiled one
+        clean["GPUMEM_SIMULATE_COMPILED"] = "1"
     cache = directory.with_name(f"{directory.name}-cache")
     program = ["-m", "pytest"] if within is None else list(map(str, within))
     command = [sys.executable, *program, "--color=no", "-o", f"cache_dir={cache}"]

@@ -1,13 +1,15 @@
 """Compare every operator of torch's own test database on the simulated card with the CPU.
 
 Run by hand, with ``expecttest`` installed: ``python tests/soak/opinfo_campaign.py [name ...]``.
-Prints the operators that differ and a line with the figure.
+Prints the operators that differ and a line with the figure. With ``GPUMEM_TEST_COMPILED=1`` it is
+the compiled card.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import os
 import sys
 import warnings
 
@@ -16,6 +18,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_map
 
 from pytest_gpumem.simulator import Simulation
+from pytest_gpumem.simulator.torch_face import building
 
 SAMPLES = 4
 NOT_COMPARED = (
@@ -86,7 +89,8 @@ def difference(op, dtype, sample):
 
 
 def main() -> None:
-    simulation = Simulation.start([32 * 2**30], 384 * 2**20)
+    library = building.library() if "GPUMEM_TEST_COMPILED" in os.environ else None
+    simulation = Simulation.start([32 * 2**30], 384 * 2**20, library)
     simulation.install()
     warnings.simplefilter("ignore")
     good, bad = 0, []

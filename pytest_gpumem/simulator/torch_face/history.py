@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from pytest_gpumem.simulator.blocks import Block
 
@@ -73,7 +73,7 @@ class History:
         most: int,
         *,
         clear: bool,
-        tensors: Iterable[tuple[Block, int]] = (),
+        addresses: Mapping[int, int],
     ) -> None:
         """Start (``"state"``: living blocks, ``"all"``: every event too) or stop (None).
 
@@ -83,7 +83,7 @@ class History:
                 ``"all"`` every event, None nothing.
             most: events that are kept of each device, the last ones.
             clear: whether what was kept until now is forgotten.
-            tensors: the blocks of living tensors, and the addresses that these tell.
+            addresses: those that living tensors tell, by those of their blocks.
 
         """
         if enabled is None or clear:
@@ -94,7 +94,7 @@ class History:
         self._most = min(most, sys.maxsize) if enabled == "all" else 0
         if enabled is None:
             self._addresses.clear()
-        self._addresses |= {block.address: told for block, told in tensors}
+        self._addresses |= addresses
 
     def allocated(self, block: Block, device: int) -> None:
         """Keep the stack of a new block."""

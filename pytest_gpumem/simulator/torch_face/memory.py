@@ -25,7 +25,7 @@ from pytest_gpumem.simulator.torch_face.refusal import (
 from pytest_gpumem.simulator.torch_face.stubs import CardGenerator, Device, device_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pytest_gpumem.simulator.blocks import Block
     from pytest_gpumem.simulator.card import SharedCard
@@ -51,12 +51,12 @@ class _Held(weakref.ref[Any]):
 class TorchCard:
     """A card as this process's torch knows it: ``cuda:index``."""
 
-    def __init__(self, index: int, shared: SharedCard) -> None:
+    def __init__(self, index: int, shared: SharedCard, generator: Any) -> None:
         self.index = index
         self.device = torch.device("cuda", index)
         self.shared = shared
         self.allocator = CachingAllocator(shared.reserve, shared.release, shared.total, index)
-        self.generator = CardGenerator(index)
+        self.generator = generator
         self.workspaces: dict[tuple[int, int], Block | None] = {}
         """What cuBLAS took, by thread and stream."""
         self.entered = False
@@ -77,7 +77,9 @@ class TorchCard:
             self.entered = True
 
 
-class _Current(threading.local):
+class Current(threading.local):
+    """Card and streams of this thread."""
+
     index = 0
     streams: Mapping[int, int] = MappingProxyType({})
     """By card, where it is not the default one, 0."""
@@ -102,7 +104,7 @@ class CardMemory:
         self.pinned = PinnedMemory()
         self.lost = ""
         """Of what error this process lost its context, in CUDA's words."""
-        self._current = _Current()
+        self._current = Current()
         self._policy = Policy()
         self._held: dict[int, _Held] = {}
         os.register_at_fork(after_in_child=self._after_fork)
@@ -113,11 +115,18 @@ class CardMemory:
 
     def begin(self, visible: Sequence[int]) -> None:
         """Initialise CUDA with these cards of the machine, in this order."""
-        self.cards = [TorchCard(index, self.machine[place]) for index, place in enumerate(visible)]
+        self.cards = [
+            TorchCard(index, self.machine[place], self._generator(index))
+            for index, place in enumerate(visible)
+        ]
         for card in self.cards:
             card.allocator.policy = self._policy
             card.allocator.note_segments(functools.partial(self.history.segment, card.index))
         self.ready = True
+
+    def _generator(self, index: int) -> Any:
+        """Return the default generator of a card."""
+        return CardGenerator(index)
 
     def obey(self, settings: str, given_by: str) -> None:
         """Let every card's allocator follow torch's settings, and note which change nothing here.
@@ -280,20 +289,17 @@ class CardMemory:
         A living block has the address that its tensors tell (``data_ptr``), which is the host's.
         """
         segments = [each for card in self.cards for each in card.allocator.snapshot()]
-        told = {block.address: address for block, address in self._told()}
-        return self.history.describe(segments, len(self.cards), told)
+        return self.history.describe(segments, len(self.cards), self._addresses())
 
     def record(self, enabled: str | None, context: str | None, most: int, *, clear: bool) -> None:
         """Start or stop recording, see ``History.record``."""
-        tensors = () if self.history.recording else self._told()
-        self.history.record(enabled, context, most, clear=clear, tensors=tensors)
+        known = {} if self.history.recording else self._addresses()
+        self.history.record(enabled, context, most, clear=clear, addresses=known)
 
-    def _told(self) -> Iterator[tuple[Block, int]]:
-        """Yield the blocks of living tensors, and the addresses that these tell."""
-        for held in list(self._held.values()):
-            storage = held()
-            if held.block is not None and storage is not None:
-                yield held.block, storage.data_ptr()
+    def _addresses(self) -> dict[int, int]:
+        """Return where the bytes of each living block are, by its address on the card."""
+        alive = [(held.block, held()) for held in list(self._held.values())]
+        return {block.address: it.data_ptr() for block, it in alive if block and it is not None}
 
     def take(self, size: int, device: torch.device) -> Block | None:
         """Return a block of ``device`` for ``size`` bytes, None for nothing.

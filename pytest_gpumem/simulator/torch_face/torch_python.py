@@ -44,12 +44,20 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     for name, function in functions.items():
         setattr(_C, name, function)
     _C._has_cuda = True
-    understand_numbers()
-    read_devices_of_to()
     _torch.version.cuda = _torch.version.cuda or spec.CUDA
     _C.__getattr__ = _say_what_is_missing
     _give_cuda_its_objects(memory)
     _refuse_graphs_and_pools()
+    when_imported("torch._dynamo.config", _run_compiled_functions_eagerly)
+    when_imported("torch._dynamo.eval_frame", _expect_no_compiled_frames)
+
+
+def prepare_for_modes(memory: CardMemory) -> None:
+    """Change what would see that the tensors on these cards are the host's."""
+    understand_numbers()
+    read_devices_of_to()
+    _torch.Generator = stubs.Generator
+    replace_types()
     _look_through_face()
     _place_storages(memory)
     _construct_subclasses()
@@ -57,8 +65,6 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     _group_by_seen_device(memory)
     run = backward_on_the_card(_torch.autograd.graph._engine_run_backward)
     _torch.autograd._engine_run_backward = _torch.autograd.graph._engine_run_backward = run
-    when_imported("torch._dynamo.config", _run_compiled_functions_eagerly)
-    when_imported("torch._dynamo.eval_frame", _expect_no_compiled_frames)
     when_imported("torch._subclasses.fake_tensor", _let_fake_tensors_see_the_host)
     when_imported("torch.jit._serialization", _load_programs_on_the_host)
     when_imported("torch.nn.parallel.distributed", _let_buckets_lie_on_the_card)
@@ -81,8 +87,6 @@ def _give_cuda_its_objects(memory: CardMemory) -> None:
     if TORCH_VERSION < (2, 5):  # where the compiler asks for these bases
         _torch._streambase._StreamBase.register(stubs.Stream)
         _torch._streambase._EventBase.register(stubs.Event)
-    _torch.Generator = stubs.Generator
-    replace_types()
     _cuda.nccl.is_available = lambda _tensors: False  # which would warn that it is not built
     _cuda.nvtx._nvtx = stubs.Marks()
     _torch.Tensor.record_stream = lambda tensor, stream: memory.use_on(tensor, stream.stream_id)

@@ -20,6 +20,7 @@ EXAMPLES = {
     "simulate": ("1GiB", (2**30,)),
     "simulate_context": ("1MiB", 2**20),
     "simulate_workspace": ("8320KiB", 8320 * 2**10),
+    "simulate_compiled": ("true", True),
     "simulate_anyway": ("true", True),
     "simulate_card": ("card", None),
     "json": ("run.json", None),
@@ -181,7 +182,7 @@ def test_a_simulated_card_that_no_test_can_use_is_said_to_be_so(monkeypatch):
     state = State(
         Settings(mode="on", simulate=(2**30,)),
         CardsFound((Card("GPU-1", "Simulated CUDA card", 2**30),)),
-        simulation=SimpleNamespace(NOT_SIMULATED="not simulated: speed", notes=[]),
+        simulation=SimpleNamespace(not_simulated="not simulated: speed", notes=[]),
     )
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)

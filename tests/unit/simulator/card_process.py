@@ -2,7 +2,9 @@
 
 ``@on_card`` sends a test to one server process, which has imported torch and installed the
 simulation but not initialised CUDA. The server forks a child per test: each begins with an
-untouched card of ``TOTAL`` bytes. ``@on_two_cards`` has a server with two of them.
+untouched card of ``TOTAL`` bytes. ``@on_two_cards`` has a server with two of them, and
+``@on_compiled_cards`` one with two compiled cards. ``GPUMEM_TEST_COMPILED=1`` has all of them
+compiled.
 """
 
 from __future__ import annotations
@@ -39,10 +41,20 @@ def on_two_cards(test: Callable[..., None]) -> Callable[..., None]:
     return _sent(test, 2)
 
 
-def _sent(test: Callable[..., None], cards: int) -> Callable[..., None]:
+def on_compiled_cards(test: Callable[..., None]) -> Callable[..., None]:
+    """Run ``test`` as ``on_two_cards`` does, with compiled cards; skip it without a compiler."""
+    return _sent(test, 2, compiled=True)
+
+
+COMPILED = "GPUMEM_TEST_COMPILED"
+
+
+def _sent(
+    test: Callable[..., None], cards: int, *, compiled: bool = COMPILED in os.environ
+) -> Callable[..., None]:
     @functools.wraps(test)
     def sent(**arguments: Any) -> None:
-        problem = _server(cards).ask(test.__code__.co_filename, test.__name__, arguments)
+        problem = _server(cards, compiled).ask(test.__code__.co_filename, test.__name__, arguments)
         if problem:
             raise AssertionError(problem)
 
@@ -50,9 +62,9 @@ def _sent(test: Callable[..., None], cards: int) -> Callable[..., None]:
 
 
 class _Server:
-    def __init__(self, cards: int) -> None:
+    def __init__(self, cards: int, library: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(cards)],
+            [sys.executable, "-W", "error", __file__, str(cards), library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -69,8 +81,22 @@ class _Server:
 
 
 @functools.cache
-def _server(cards: int) -> _Server:
-    return _Server(cards)
+def _server(cards: int, compiled: bool) -> _Server:
+    return _Server(cards, _library() if compiled else "")
+
+
+@functools.cache
+def _library() -> str:
+    import pytest
+
+    from pytest_gpumem.simulator.torch_face import building
+
+    try:
+        return str(building.library())
+    except building.CannotCompileError as error:
+        if "compiler for C++" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 @functools.cache
@@ -108,7 +134,8 @@ def _serve() -> None:
     os.dup2(2, 1)  # what tests print must not get between the answers
     from pytest_gpumem.simulator import Simulation
 
-    simulation = Simulation.start([TOTAL] * int(sys.argv[1]), CONTEXT)
+    library = Path(sys.argv[2]) if sys.argv[2] else None
+    simulation = Simulation.start([TOTAL] * int(sys.argv[1]), CONTEXT, library)
     simulation.install()
     import torch
 

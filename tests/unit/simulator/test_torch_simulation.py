@@ -67,9 +67,9 @@ def test_attaching_to_nothing_says_so(tmp_path):
         Simulation.attach(str(tmp_path / "card"))
 
 
-def test_what_is_not_simulated_is_one_line():
-    assert Simulation.NOT_SIMULATED.startswith("not simulated: ")
-    assert "\n" not in Simulation.NOT_SIMULATED
+def test_what_is_not_simulated_is_one_line(simulation):
+    assert simulation.not_simulated.startswith("not simulated: ")
+    assert "\n" not in simulation.not_simulated
 
 
 ATTACH = "from pytest_gpumem.simulator import Simulation; simulation = Simulation.attach({!r});"

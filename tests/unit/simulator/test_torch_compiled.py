@@ -1,0 +1,232 @@
+"""What only the compiled card can: below Python too, its tensors are a card's."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from card_process import CONTEXT, MIB, on_compiled_cards
+
+
+@on_compiled_cards
+def test_what_is_made_on_a_card_is_there_for_every_layer_of_torch():
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.extend(a.device.type for a in args if isinstance(a, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    tensor = torch.ones(3, device="cuda")
+    with Watching():
+        tensor + tensor
+    assert seen == ["cuda", "cuda"]
+    assert type(torch.device(1)) is torch.device
+    assert isinstance(tensor, torch.cuda.FloatTensor)
+    assert not isinstance(tensor, torch.FloatTensor)
+    shared = torch.from_dlpack(tensor)
+    shared += 1
+    assert (shared.device, tensor.tolist()) == (tensor.device, [2, 2, 2])
+    assert torch.cuda.memory_allocated() == 512
+    ragged = torch.nested.nested_tensor([tensor, tensor[:2]], layout=torch.jagged)
+    assert (ragged + 1).is_cuda
+
+
+@on_compiled_cards
+def test_operations_of_the_host_are_as_they_were():
+    import torch
+
+    assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+    with torch.autocast("cuda"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+    assert not torch.cuda.is_initialized()
+
+
+@on_compiled_cards
+def test_threads_that_were_there_before_and_autograds_own_have_the_cards():
+    import torch
+
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            main = threading.current_thread() is threading.main_thread()
+            seen.append((main, torch.cuda.current_device(), torch.ones(1, device="cuda").device))
+            return gradient
+
+    leaf = torch.ones(3, device="cuda:1", requires_grad=True)
+    Watched.apply(leaf).sum().backward()
+    assert seen == [(False, 1, torch.device("cuda:1"))]
+
+    def train(number):
+        for _ in range(20):
+            left, right = (torch.ones(9, 9, device=number % 2) for _ in range(2))
+            (left.requires_grad_() @ right).sum().backward()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(train, range(8)))
+    del leaf, seen[:]
+    assert torch.cuda.memory_allocated(0) == torch.cuda.memory_allocated(1) == 0
+
+
+@on_compiled_cards
+def test_programs_keep_the_card_that_is_written_in_them():
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    class Counting(torch.nn.Module):
+        def forward(self, batch):
+            return batch + torch.arange(batch.shape[0], device=batch.device)
+
+    batch = torch.ones(3, device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        exported = torch.export.export(Counting(), (batch,))
+        made = [node.kwargs.get("device") for node in exported.graph.nodes]
+        assert torch.device("cuda:0") in made
+        assert exported.module()(batch).tolist() == [1, 2, 3]
+        program = torch.jit.script(Counting())
+        for _ in range(3):  # torch compiles at the second call
+            assert program(batch).is_cuda
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 3).cuda(), batch), file)
+        file.seek(0)
+        loaded = torch.jit.load(file, map_location="cuda:1")
+        assert loaded(batch.to("cuda:1")).device == torch.device("cuda:1")
+    before = torch.cuda.memory_allocated()
+    with FakeTensorMode():
+        made = torch.ones(2**40, device="cuda") + 1
+    assert made.is_cuda
+    assert torch.cuda.memory_allocated() == before
+
+
+@on_compiled_cards
+def test_what_wraps_and_spreads_tensors_says_where_they_are():
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    card = torch.device("cuda:0")
+    batch = torch.ones(2, 4, device=card)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    spread = distribute_tensor(batch, init_device_mesh("cuda", (1,)), [Shard(0)])
+    assert (spread + spread).device == spread.full_tensor().device == card
+    gathered = [torch.empty_like(batch)]
+    dist.all_gather(gathered, batch)
+    sent = dist.all_reduce(batch, async_op=True)
+    sent.wait()
+    assert gathered[0].equal(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        sharded = fully_shard(torch.nn.Linear(4, 4).cuda())
+        sharded(batch).sum().backward()
+    assert sharded.weight.grad.device == card
+    before = torch.cuda.memory_allocated()
+    parallel = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(256, 256).cuda())
+    assert torch.cuda.memory_allocated() - before >= 2 * 4 * 256 * 257  # and its buckets
+    parallel(torch.ones(1, 256, device=card)).sum().backward()
+    assert parallel.module.weight.grad.is_cuda
+    dist.destroy_process_group()
+    spread = torch.nn.DataParallel(torch.nn.Linear(4, 4).cuda())
+    assert spread(batch).device == card
+
+
+@on_compiled_cards
+def test_kernels_that_only_cuda_has_give_the_values_of_the_cpu():
+    import torch
+
+    functional = torch.nn.functional
+    torch.manual_seed(0)
+
+    def gradients(device, run, *tensors):
+        moved = [tensor.detach().to(device).requires_grad_() for tensor in tensors]
+        result = run(*moved)
+        result = result[0] if isinstance(result, tuple) else result
+        return [result, *torch.autograd.grad(result.float().square().sum(), moved)]
+
+    queries = torch.randn(2, 4, 8, 16)
+    mask = torch.rand(2, 1, 8, 8) > 0.2
+    networks = torch.nn.LSTM(4, 5, 2), torch.nn.GRU(4, 5)
+
+    def attend(*pair, **how):
+        return functional.scaled_dot_product_attention(pair[0], pair[1], pair[1], **how)
+
+    cases = [
+        (lambda *pair: attend(*pair, is_causal=True), queries, queries),
+        (lambda *pair: attend(*pair, attn_mask=mask.to(pair[0].device)), queries, queries),
+        *((lambda it, n=n: n.to(it.device)(it), torch.randn(3, 2, 4)) for n in networks),
+        (lambda it: it.softmax(-1, dtype=torch.float32), torch.randn(4, 4).half()),
+        (lambda it: it.log_softmax(-1, dtype=torch.float32), torch.randn(4, 4).half()),
+    ]
+    for run, *tensors in cases:
+        for host, card in zip(
+            gradients("cpu", run, *tensors), gradients("cuda", run, *tensors), strict=True
+        ):
+            assert card.is_cuda
+            torch.testing.assert_close(card.cpu(), host)
+
+
+@pytest.mark.parametrize("kind", ["to_sparse", "quantize", "nest", "sparse_coo"])
+@on_compiled_cards
+def test_what_has_not_one_storage_is_refused_in_one_sentence(kind):
+    import torch
+
+    tensor = torch.eye(3, device="cuda")
+    make = {
+        "to_sparse": tensor.to_sparse,
+        "quantize": lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
+        "nest": lambda: torch.nested.nested_tensor([tensor, tensor]),
+        "sparse_coo": lambda: torch.sparse_coo_tensor([[0]], [1.0], (2,), device="cuda"),
+    }[kind]
+    warnings.simplefilter("ignore")  # of torch's own
+    with pytest.raises(NotImplementedError, match="only strided ones are simulated"):
+        make()
+
+
+@on_compiled_cards
+def test_memory_ends_with_the_last_who_needs_it():
+    import torch
+
+    tensor = torch.ones(MIB // 4, device="cuda")
+    view, storage = tensor[:2], tensor.untyped_storage()
+    del tensor
+    assert torch.cuda.memory_allocated() == MIB
+    del view
+    assert torch.cuda.memory_allocated() == MIB
+    storage.resize_(2 * MIB)
+    assert torch.cuda.memory_allocated() == 2 * MIB
+    del storage
+    assert torch.cuda.memory_allocated() == 0
+    most = torch.cuda.get_device_properties(0).total_memory - CONTEXT
+    half = torch.empty(most // 2 + MIB, dtype=torch.uint8)
+    for ask in (half.cuda, lambda: half.to("cuda:1"), lambda: torch.empty(2**45, device="cuda")):
+        with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried"):
+            ask(), ask()  # the first one lives while the second is asked for
+    assert torch.cuda.memory_allocated(0) == torch.cuda.memory_allocated(1) == 0
+
+
+@on_compiled_cards
+def test_a_forked_child_has_the_cards_unless_cuda_was_used():
+    import torch
+    from card_process import in_child
+
+    def use():
+        return str(torch.ones(1, device="cuda").device)
+
+    assert in_child(use) == (0, "cuda:0")
+    use()
+    status, said = in_child(use)
+    assert os.WIFEXITED(status)
+    assert "Cannot re-initialize CUDA in forked subprocess" in said
