@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,22 +13,15 @@ from pytest_gpumem.archive.consolidator import registered
 from pytest_gpumem.plugin import consolidate, marks, route
 from pytest_gpumem.plugin.option import GROUPS
 from pytest_gpumem.plugin.resolve import BadSettingError, check_files, resolve
-from pytest_gpumem.plugin.settings import OPTIONS, Settings
+from pytest_gpumem.plugin.settings import OPTIONS
 from pytest_gpumem.plugin.state import ITEM_MARKS, STATE, USAGE_ERROR, ItemMarks, State, is_worker
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
-    from pathlib import Path
 
     from pytest_gpumem.devices import CardsFound
-    from pytest_gpumem.simulator import Simulation
     from pytest_gpumem.tracking.memory import GpuMemory
-
-CARD_VARIABLE = "GPUMEM_SIMULATE_CARD"
-"""Carries the simulated card's file to xdist's workers, which start from the environment."""
-SIMULATED_AS = "GPUMEM_SIMULATED_AS"
-"""Carries the simulated card's name to workers on other machines, which share one there."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -210,9 +201,11 @@ def _report(config: pytest.Config) -> None:
 def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
     """Let the workers on each other machine share one simulated card."""
     if config.stash[STATE].simulation is not None:
+        from pytest_gpumem.plugin import simulate
+
         name = os.urandom(16).hex()
         for spec in specs:
-            spec.env.setdefault(SIMULATED_AS, name)
+            spec.env.setdefault(simulate.SIMULATED_AS, name)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -224,7 +217,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         state.restore_environ()
     if state is not None and state.simulation is not None and not state.borrowed:
         if state.exported:
-            os.environ.pop(CARD_VARIABLE, None)
+            from pytest_gpumem.plugin import simulate
+
+            os.environ.pop(simulate.CARD_VARIABLE, None)
         state.simulation.close()
 
 
@@ -239,7 +234,12 @@ def _begin(config: pytest.Config, options: dict[str, Any]) -> None:
             state = State(settings, devices.CardsFound((), "switched off"))
         else:
             found = devices.find_cards()
-            state = _simulate(settings, found) if settings.simulated else State(settings, found)
+            if settings.simulated:
+                from pytest_gpumem.plugin import simulate
+
+                state = simulate.begin(settings, found)
+            else:
+                state = State(settings, found)
             if settings.mode == "on" and state.found.cards:
                 state.found = _place(state.found)
             state.notes += [
@@ -270,79 +270,6 @@ def _place(found: CardsFound) -> CardsFound:
     from pytest_gpumem.scheduling import workers
 
     return found._replace(cards=tuple(workers.place(found.cards)))
-
-
-def _simulate(settings: Settings, real: CardsFound) -> State:
-    """Give this process the simulated cards.
-
-    Raises:
-        BadSettingError: when a real card is visible and the user did not ask twice, or the card
-            file that was named cannot be used, or the system has no means to share a card, or an
-            earlier run in this process simulated one.
-
-    """
-    if sys.platform == "win32":
-        raise BadSettingError("--gpumem-simulate: not on Windows, which has no POSIX file locks")
-    from pytest_gpumem.simulator import Simulation
-
-    notes: list[str] = []
-    # A run within a test, as of pytester: torch has the card of the run around it.
-    if (around := Simulation.installed) is not None:
-        if around.closed:
-            raise BadSettingError(
-                "--gpumem-simulate: an earlier run in this process simulated a card, which cannot "
-                "be undone; start a new process for each run"
-            )
-        settings = replace(settings, simulate_context=around.cards[0].context)
-        return State(settings, _cards_of(around), simulation=around, borrowed=True)
-    if real.cards and not settings.simulate_anyway:
-        raise BadSettingError(
-            f"--gpumem-simulate: a real card is visible ({real.cards[0].name}); "
-            "add --gpumem-simulate-anyway to simulate one all the same"
-        )
-    sizes = settings.simulate or (), settings.simulate_context, settings.simulate_workspace
-    if settings.simulate_card is not None:
-        try:
-            simulation = Simulation.attach(str(settings.simulate_card))
-        except (OSError, ValueError) as error:
-            raise BadSettingError(f"--gpumem-simulate-card: {error}") from None
-    else:
-        library = _compiled(settings, notes)
-        name = os.environ.pop(SIMULATED_AS, "")
-        make = functools.partial(Simulation.join, name) if name else Simulation.start
-        simulation = make(*sizes, library=library)
-        simulation.notes += notes
-    simulation.install()
-    exported = CARD_VARIABLE not in os.environ
-    os.environ.setdefault(CARD_VARIABLE, simulation.path)
-    # Whoever made the cards decided what a context costs.
-    settings = replace(settings, simulate_context=simulation.cards[0].context)
-    return State(settings, _cards_of(simulation), simulation=simulation, exported=exported)
-
-
-def _compiled(settings: Settings, notes: list[str]) -> Path | None:
-    """Return the library of the compiled card where it is asked for and can be made."""
-    if not settings.simulate_compiled:
-        return None
-    from pytest_gpumem.simulator.torch_face import building
-
-    try:
-        return building.library()
-    except building.CannotCompileError as error:
-        notes.append(f"the simulated card is not compiled, but simulated in Python: {error}")
-        return None
-
-
-def _cards_of(simulation: Simulation) -> CardsFound:
-    """Return the simulated cards that are visible to this process."""
-    from pytest_gpumem import devices
-    from pytest_gpumem.records import Card
-
-    if len(simulation.cards) == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        (card,) = simulation.cards
-        return devices.CardsFound((Card(card.uuid, card.name, card.total),))
-    simulation.load_driver()  # which tells which of them are visible
-    return devices.find_cards()
 
 
 def _is_controller(config: pytest.Config) -> bool:

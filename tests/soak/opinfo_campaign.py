@@ -90,7 +90,7 @@ def difference(op, dtype, sample):
 
 def main() -> None:
     library = building.library() if "GPUMEM_TEST_COMPILED" in os.environ else None
-    simulation = Simulation.start([32 * 2**30], 384 * 2**20, library)
+    simulation = Simulation.start([32 * 2**30], 384 * 2**20, library=library)
     simulation.install()
     warnings.simplefilter("ignore")
     good, bad = 0, []

@@ -135,7 +135,7 @@ def _serve() -> None:
     from pytest_gpumem.simulator import Simulation
 
     library = Path(sys.argv[2]) if sys.argv[2] else None
-    simulation = Simulation.start([TOTAL] * int(sys.argv[1]), CONTEXT, library)
+    simulation = Simulation.start([TOTAL] * int(sys.argv[1]), CONTEXT, library=library)
     simulation.install()
     import torch
 

@@ -79,7 +79,7 @@ def test_a_library_for_another_torch_is_not_loaded(compiler, tmp_path, monkeypat
     other = tmp_path / "0123456789abcdef" / "card.so"
     other.parent.mkdir()
     other.touch()
-    simulation = Simulation.start([64 * MIB], MIB, other)
+    simulation = Simulation.start([64 * MIB], MIB, library=other)
     script = (
         "from pytest_gpumem.simulator import Simulation;"
         f"it = Simulation.attach({simulation.path!r}); it.install(); import torch;"
@@ -95,8 +95,8 @@ def test_a_library_for_another_torch_is_not_loaded(compiler, tmp_path, monkeypat
 def test_all_processes_of_a_run_are_told_of_the_library(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     library = Path("/somewhere/card.so")
-    started = Simulation.start([64 * MIB], MIB, library)
-    joined = [Simulation.join("abc", [64 * MIB], MIB, library) for _ in range(2)]
+    started = Simulation.start([64 * MIB], MIB, library=library)
+    joined = [Simulation.join("abc", [64 * MIB], MIB, library=library) for _ in range(2)]
     told = [started, Simulation.attach(started.path), *joined]
     assert [each.library for each in told] == [library] * 4
     assert "DLPack" not in started.not_simulated
