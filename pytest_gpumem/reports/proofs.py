@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.reports.counted import plural
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def lines(tests: Sequence[RecordedTest], cards: Sequence[Card], shown: int) -> I
         f"{counts[verdict]} {VERDICTS[verdict]}" for verdict in VERDICTS if counts[verdict]
     )
     some = sum(bool(proof.tried) for _, proof in proofs)
-    yield f"  {len(tried)} allocations of {some} tests failed{f': {told}' if told else ''}"
+    failed = f"{plural(len(tried), 'allocation')} of {plural(some, 'test')}"
+    yield f"  {failed} failed{f': {told}' if told else ''}"
     cut = [
         f"  {len(proof.tried)} of {proof.allocations} allocations of {nodeid} were tried"
         f"{f': {proof.why}' if proof.why else ''}"
@@ -50,7 +52,7 @@ def lines(tests: Sequence[RecordedTest], cards: Sequence[Card], shown: int) -> I
         yield f"  and {len(bad) - shown} more"
     yield from cut[:shown]
     if len(cut) > shown:
-        yield f"  and so of {len(cut) - shown} more tests"
+        yield f"  and so of {plural(len(cut) - shown, 'more test')}"
 
 
 def is_bad(refusal: Refusal) -> bool:
