@@ -132,6 +132,7 @@ def in_child(work: Callable[[], Any]) -> tuple[int, str]:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what tests print must not get between the answers
+    sys.path.append(str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
     from pytest_gpumem.simulator import Simulation
 
     library = Path(sys.argv[2]) if sys.argv[2] else None
