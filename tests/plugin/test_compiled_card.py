@@ -42,7 +42,7 @@ def test_full():
 @pytest.mark.parametrize(
     "how",
     [
-        ("-n", "2"),
+        pytest.param(("-n", "2"), marks=pytest.mark.slow),
         pytest.param(("-n", "0"), marks=pytest.mark.slow),
         ("-p", "no:xdist", "--gpumem-simulate-workspace=1MiB"),
     ],

@@ -8,7 +8,11 @@ from harness import MODES, SIMULATE, SUITES, Run, run_pytest, write_suite
 UNIT = 16 * 2**10  # as in the suite
 
 
-@pytest.fixture(scope="module", params=list(MODES))
+# With -n 0 it is one process that xdist leaves alone.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(mode, marks=[pytest.mark.slow] * (mode == "n0")) for mode in MODES],
+)
 def run(request, tmp_path_factory) -> Run:
     directory = tmp_path_factory.mktemp(request.param)
     write_suite(directory, test_kinds=(SUITES / "kinds.py").read_text())

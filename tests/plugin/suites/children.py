@@ -168,16 +168,16 @@ IN_PYTHON = {"raw_fork", "fork", "spawn", "forkserver"}
 
 
 def cases():
+    """Each way with each end, or with one of them."""
     for number, way in enumerate(TORCH_WAYS):
-        for place, how in enumerate(ENDS):
-            if how != "end" and (way.__name__ in NO_SIGNALS or (FEW and place != 1 + number % 4)):
-                continue
-            if how in ("term", "raise") and way.__name__ in IN_PYTHON:
-                continue
-            if FEW and how == "end" and number % 3:
-                continue
-            mib = 20 + 4 * number + 2 * place  # even: the allocator's large blocks are
-            yield pytest.param(way, how, mib, id=f"{way.__name__}-{how}-{mib}")
+        name, ends = way.__name__, ENDS
+        if name in NO_SIGNALS:
+            ends = ["end"]
+        elif name in IN_PYTHON:
+            ends = ["end", "kill", "_exit"]
+        for how in [ends[number % len(ends)]] if FEW else ends:
+            mib = 20 + 4 * number + 2 * ENDS.index(how)  # even: the allocator's large blocks are
+            yield pytest.param(way, how, mib, id=f"{name}-{how}-{mib}")
 
 
 def wait_for(path):
