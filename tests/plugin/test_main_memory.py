@@ -7,12 +7,13 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from harness import MODES, run_pytest, write_suite
 
 from pytest_gpumem.devices.host import Killed
-from pytest_gpumem.plugin.xdist.lost import _why
+from pytest_gpumem.plugin.xdist.lost import Lost, _why
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -287,6 +288,22 @@ def test_who_was_killed_for_another_reason_is_not_said_to_have_had_too_much(
 )
 def test_what_is_said_of_a_killed_worker_follows_from_what_was_counted(before, now, said):
     assert _why(Killed(*before), Killed(*now)).endswith(said)
+
+
+def test_two_workers_that_are_killed_at_once_are_both_explained(monkeypatch):
+    counts = iter([Killed(0, 0), Killed(2, 2), Killed(2, 2), Killed(2, 2)])
+    monkeypatch.setattr("pytest_gpumem.devices.host.killed", lambda: next(counts))
+    monkeypatch.setattr("pytest_gpumem.plugin.xdist.nodes.ended_well", lambda _: False)
+    monkeypatch.setattr("pytest_gpumem.plugin.xdist.nodes.exit_status", lambda _: -9)
+    lost = Lost(None)
+    for name in ("gw0", "gw1", "gw2"):
+        lost.pytest_testnodedown(SimpleNamespace(gateway=SimpleNamespace(id=name)))
+
+    assert lost._why["gw0"].endswith(
+        "2 processes of its control group meanwhile: probably this one"
+    )
+    assert lost._why["gw1"].endswith("1 process of its control group meanwhile: probably this one")
+    assert lost._why["gw2"].endswith("nothing says that main memory ran out")
 
 
 def test_private_surface_of_xdist_and_execnet_is_there():

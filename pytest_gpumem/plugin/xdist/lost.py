@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_gpumem.plugin.state import State
+
+_AT_ONCE = 5.0
+"""Seconds in which xdist sees the ends of workers that were killed together."""
 
 
 def replace(config: pytest.Config, worker: nodes.Worker, collection: Sequence[str]) -> None:
@@ -37,7 +41,9 @@ class Lost:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._killed = host.killed()
+        self._killed = self._told = host.killed()
+        """What was counted, and what of it is explained: two may be killed at once."""
+        self._looked = 0.0
         self._why: dict[str, str] = {}
         """By worker, until it is known what it ran."""
 
@@ -46,8 +52,14 @@ class Lost:
         """Find out what ended a worker that crashed."""
         if nodes.ended_well(node) or nodes.exit_status(node) != -signal.SIGKILL:
             return
-        before, self._killed = self._killed, host.killed()
-        self._why[node.gateway.id] = _why(before, self._killed)
+        looked, self._looked = self._looked, time.monotonic()
+        before = self._told if self._looked - looked < _AT_ONCE else self._killed
+        sure = before == self._killed
+        self._killed = now = host.killed()
+        self._told = host.Killed(
+            min(before.here + 1, now.here), min(before.anywhere + 1, now.anywhere)
+        )
+        self._why[node.gateway.id] = _why(before, now, sure=sure)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport) -> None:
@@ -58,7 +70,7 @@ class Lost:
             report.longrepr = f"{report.longrepr}\n{why}"
 
 
-def _why(before: host.Killed, now: host.Killed) -> str:
+def _why(before: host.Killed, now: host.Killed, *, sure: bool = True) -> str:
     """Return in words what is known of why a process was killed."""
     here, anywhere = now.here - before.here, now.anywhere - before.anywhere
     count = here or anywhere
@@ -70,5 +82,5 @@ def _why(before: host.Killed, now: host.Killed) -> str:
     processes = f"{count} process{'es' * (count > 1)}"
     return (
         f"SIGKILL ended it, and because main memory{limit} ran out the kernel has killed "
-        f"{processes} of {of_whom} meanwhile: {'' if here == 1 else 'probably '}this one"
+        f"{processes} of {of_whom} meanwhile: {'' if here == 1 and sure else 'probably '}this one"
     )
