@@ -8,10 +8,13 @@ from harness import MODES, SIMULATE, SUITES, Run, run_pytest, write_suite
 UNIT = 16 * 2**10  # as in the suite
 
 
-# With -n 0 it is one process that xdist leaves alone.
+# With -n 0, and without xdist, it is one process as plain.
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(mode, marks=[pytest.mark.slow] * (mode == "n0")) for mode in MODES],
+    params=[
+        pytest.param(mode, marks=[pytest.mark.slow] * (mode in ("n0", "no-xdist")))
+        for mode in MODES
+    ],
 )
 def run(request, tmp_path_factory) -> Run:
     directory = tmp_path_factory.mktemp(request.param)

@@ -78,7 +78,7 @@ def taken(test, cards):
 # Ranks take long to start.
 @pytest.mark.parametrize(
     "mode",
-    [pytest.param(("-k", "not ranks"), marks=pytest.mark.slow), ("-n", "2")],
+    [("-k", "not ranks"), pytest.param(("-n", "2"), marks=pytest.mark.slow)],
     ids=["plain", "n2"],
 )
 def test_each_test_is_charged_on_the_cards_that_it_uses(tmp_path, mode):

@@ -629,7 +629,12 @@ def test_good(i):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("-n", "1"), ("-n", "2", "--reruns=1"), ("-n", "1", "--gpumem-schedule=off")]
+    "arguments",
+    [
+        ("-n", "1"),
+        pytest.param(("-n", "2", "--reruns=1"), marks=pytest.mark.slow),
+        ("-n", "1", "--gpumem-schedule=off"),
+    ],
 )
 def test_a_worker_whose_context_is_broken_is_replaced(run_torch, arguments):
     finished = run_torch(BREAK, *arguments)
