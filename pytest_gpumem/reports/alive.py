@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.reports.counted import plural
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -108,6 +109,18 @@ def lines(run: RunRecord, shown: int, each: int | None) -> Iterator[str]:
             yield f"      snapshot: {alive.snapshot}"
     if len(every) > shown:
         yield f"  ... {len(every) - shown} more; --gpumem-top=0 shows all"
+    if every and (others := _not_looked_at(run)):
+        yield (
+            f"  not looked at: {plural(others, 'further test')} out of memory; "
+            "--gpumem-peaks=offenders records all"
+        )
+
+
+def _not_looked_at(run: RunRecord) -> int:
+    """Return how many tests that memory felled have nothing to tell."""
+    last = {test.nodeid: test for test in run.tests}
+    felled = {each for each, test in last.items() if test.oom and test.outcome in _FELLED}
+    return len(felled - {test.nodeid for test in run.tests if test.alive})
 
 
 def table(run: RunRecord, each: int) -> list[tuple[str, ...]]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.tracking.turns import Turns
     from pytest_gpumem.tracking.verdict import TensorLedger
 
+LOOKS = 10
+"""Tests of a process that are looked at when they ran out of memory: each look is a pass over the
+heap, 0.1 s with torch loaded, and hundreds of tests may run out of memory."""
+
 
 class Recordings:
     """Has those tests recorded that are to be; costs the others nothing.
@@ -47,6 +51,7 @@ class Recordings:
         """Whether ``begin`` has anything to do."""
         self.running = False
         """Whether the running test is recorded."""
+        self._looks = 0
 
     def record_next(self, nodeid: str) -> None:
         """Have the test ``nodeid`` recorded if it is the next one."""
@@ -89,10 +94,11 @@ class Recordings:
     def left(self) -> tuple[Alive, ...]:
         """Return what tensors hold now in a test that ran out of memory and is not recorded.
 
-        Their lines are not known, and neither is what has died since.
+        Their lines are not known, and neither is what has died since. Nothing after ``LOOKS``.
         """
-        if self.running or "torch" not in sys.modules:
+        if self.running or "torch" not in sys.modules or self._looks == LOOKS:
             return ()
+        self._looks += 1
         from pytest_gpumem.tracking.recorder import Known, left
 
         return left(Known(*self._known))

@@ -271,6 +271,11 @@ def test_of_several_attempts_the_recorded_one_is_told_and_recovery_only_with_lin
         "         7.00 MiB  2 tensors uint8 7x1048576",
     ]
     assert section(shown(*tests, top=1), "alive")[-1] == "  ... 1 more; --gpumem-top=0 shows all"
+    unseen = recorded("unseen", outcome="failed", **oom)
+    assert section(shown(*tests, unseen), "alive")[-1] == (
+        "  not looked at: 1 further test out of memory; --gpumem-peaks=offenders records all"
+    )
+    assert "alive" not in shown(unseen)
 
 
 def test_a_test_above_its_budget_is_told_how_to_see_its_lines():

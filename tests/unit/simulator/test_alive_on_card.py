@@ -7,6 +7,7 @@ from collections import Counter
 import alive_programs
 from card_process import on_card
 
+from pytest_gpumem.tracking.recordings import LOOKS
 from pytest_gpumem.tracking.tracker import Tracker
 
 
@@ -72,3 +73,7 @@ def test_without_a_record_tensors_are_told_by_shape_and_owner():
         ("no Python tensor", "unknown", (), 0, 5000, ""),
     }
     del leaked, mine
+
+    # A pass over the heap at each of hundreds would cost the run minutes.
+    looks = [bool(tracker.recordings.left()) for _ in range(LOOKS)]
+    assert looks == [True] * (LOOKS - 1) + [False]
