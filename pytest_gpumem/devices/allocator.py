@@ -158,30 +158,30 @@ _registered: list[Allocator] = [
     TorchAllocator("torch.accelerator", torch_state.accelerator, _accelerator_figures),
 ]
 _OF_TORCH = len(_registered)
-_quiet = -1
-"""How many modules were loaded when there was no allocator to ask: until one more is, none is."""
+_alone = -1
+"""How many modules were loaded when no other framework was: until one more is, none is."""
 
 
 def register(allocator: Allocator) -> None:
     """Measure another framework too; it stays for the life of the process."""
-    global _quiet  # noqa: PLW0603  # see ``allocators``
-    _quiet = -1
     _registered.append(allocator)
 
 
 def allocators() -> tuple[Allocator, ...]:
     """Return the allocators whose framework is loaded and has initialised its devices."""
-    global _quiet  # noqa: PLW0603  # an attribute would take twice as long
+    global _alone  # noqa: PLW0603  # an attribute would take twice as long
     # Several times a test, and many a suite does not load any of them.
-    if len(sys.modules) == _quiet and "torch" not in sys.modules:
-        return ()
-    none = sys.modules.keys().isdisjoint(frameworks.MODULES)
-    beside: tuple[Allocator, ...] = () if none else frameworks.loaded()
-    if "torch" not in sys.modules and len(_registered) == _OF_TORCH and not beside:
-        _quiet = len(sys.modules)
-        return ()
+    if len(sys.modules) == _alone:
+        if "torch" not in sys.modules and len(_registered) == _OF_TORCH:
+            return ()
+        every = _registered
+    elif sys.modules.keys().isdisjoint(frameworks.MODULES):
+        _alone = len(sys.modules)
+        every = _registered
+    else:
+        every = [*_registered, *frameworks.loaded()]
+    cuda, *rest = every
     # torch has one kind of accelerator at a time, and CUDA is the one that is asked for fastest.
-    cuda, *rest = (*_registered, *beside)
     if cuda.active():
         return (cuda, *[each for each in rest[1:] if each.active()])
     return tuple([each for each in rest if each.active()])

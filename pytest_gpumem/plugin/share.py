@@ -198,23 +198,7 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
     measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
 
     def hello(items: Sequence[pytest.Item]) -> dict[str, Any]:
-        bound, in_ram = state.settings.worker_ram, _in_ram(items)
-        told: dict[str, Any] = {
-            "host": workers.host_name(),
-            "needs": _needs(items),
-            "wide": wide_fixtures(items),
-            "cards": workers.tell_cards(state.found.cards),
-            "apart": [
-                index
-                for index, item in enumerate(items)
-                if is_isolated(item, state.settings.isolate)
-            ],
-        }
-        if state.settings.ram or in_ram:
-            told |= {"ram": host.host().ram, "rams": in_ram}
-        if state.settings.ram or in_ram or bound is not None:
-            worker.ram = use = workers.RamUse(bound)
-            state.notes += [use.problem] * bool(use.problem)
+        worker.ram, told = _hello(state, items)
         return told
 
     worker = xdist_worker.Worker(
@@ -230,6 +214,26 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
     )
     config.pluginmanager.register(worker, "gpumem-worker")
     return ladder
+
+
+def _hello(
+    state: State, items: Sequence[pytest.Item]
+) -> tuple[workers.RamUse | None, dict[str, Any]]:
+    """Return what a worker says of itself and its tests, and who watches its main memory."""
+    settings, in_ram, use = state.settings, _in_ram(items), None
+    told: dict[str, Any] = {
+        "host": workers.host_name(),
+        "needs": _needs(items),
+        "wide": wide_fixtures(items),
+        "cards": workers.tell_cards(state.found.cards),
+        "apart": [index for index, item in enumerate(items) if is_isolated(item, settings.isolate)],
+    }
+    if settings.ram or in_ram:
+        told |= {"ram": host.host().ram, "rams": in_ram}
+    if settings.ram or in_ram or settings.worker_ram is not None:
+        use = workers.RamUse(settings.worker_ram)
+        state.notes += [use.problem] * bool(use.problem)
+    return use, told
 
 
 def _give_back() -> None:

@@ -21,7 +21,7 @@ A, B = uuid("a"), uuid("b")
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     monkeypatch.setattr(frameworks, "_met", {})
-    monkeypatch.setattr(looked, "_quiet", -1)
+    monkeypatch.setattr(looked, "_alone", -1)
     for module in ("torch", *frameworks.MODULES):
         monkeypatch.delitem(sys.modules, module, raising=False)
     for name in frameworks.MODULES.values():

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_gpumem.devices import host
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 GROUP = "proc/self/cgroup"
 V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
 
@@ -60,6 +60,59 @@ def test_what_control_groups_say_of_limits_and_kills(machine, files, killed, lim
 
     assert host.killed(root) == killed
     assert host.limit(root) == limit
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    8388608 kB\n"}
+
+
+def test_without_control_groups_the_system_tells(machine):
+    found = host.host(machine(MEMINFO))
+
+    assert found.ram == 8 * GIB
+    assert found.cpus == len(os.sched_getaffinity(0))
+
+
+def test_nothing_told_is_no_limit(tmp_path):
+    assert host.host(tmp_path).ram is None
+
+
+def test_the_tightest_control_group_above_the_process_holds(machine):
+    base = "sys/fs/cgroup"
+    root = machine(
+        MEMINFO
+        | {"proc/self/cgroup": "0::/outer/inner\n"}
+        | {f"{base}/outer/memory.max": str(6 * GIB), f"{base}/outer/memory.current": str(5 * GIB)}
+        | {f"{base}/outer/memory.stat": f"anon 1\ninactive_file {GIB}\n"}
+        | {f"{base}/outer/inner/memory.max": "max", f"{base}/outer/inner/memory.current": "7"}
+        | {f"{base}/outer/cpu.max": "max 100000", f"{base}/outer/inner/cpu.max": "50000 100000"}
+    )
+
+    # What the group only caches, it can have again.
+    assert host.host(root) == host.Host(cpus=1, ram=2 * GIB)
+
+
+def test_version_one_control_groups_are_understood(machine):
+    base = "sys/fs/cgroup"
+    root = machine(
+        MEMINFO
+        | {"proc/self/cgroup": "4:memory:/box\n3:cpu,cpuacct:/box\n"}
+        | {f"{base}/memory/box/memory.limit_in_bytes": str(3 * GIB)}
+        | {f"{base}/memory/box/memory.usage_in_bytes": str(GIB)}
+        | {f"{base}/cpu,cpuacct/box/cpu.cfs_quota_us": "100000"}
+        | {f"{base}/cpu,cpuacct/box/cpu.cfs_period_us": "100000"}
+    )
+
+    assert host.host(root) == host.Host(cpus=1, ram=2 * GIB)
+
+
+def test_a_version_one_group_without_a_quota_sets_no_limit(machine):
+    root = machine(
+        {"proc/self/cgroup": "3:cpu:/\n"}
+        | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1"}
+        | {"sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}
+    )
+
+    assert host.host(root).cpus == len(os.sched_getaffinity(0))
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
