@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +61,26 @@ class CompiledMemory(memory.CardMemory):
         install = self._library.gpumem_install
         install.argtypes = [ctypes.c_int, *[ctypes.py_object] * 3]
         install(len(self.machine), self._take, self._release, OutOfMemoryError)
-        atexit.register(self._library.gpumem_close)
+        atexit.register(self._close)
         _place_storages()
+
+    def _close(self) -> None:
+        """Stop asking Python, which is about to end.
+
+        ``backward()`` returns before autograd's thread of the card has let go of what it worked on,
+        of Python's objects too: at the end of the interpreter it would abort the process. A thread
+        that has taken up a later backward has done with those before it.
+        """
+        self._library.gpumem_close()
+        if not _torch.cuda.is_initialized():
+            return
+        for card in self.cards:
+            with suppress(RuntimeError):  # a full card; a child by fork, which has no such threads
+                leaf = _torch.empty(0, device=card.device, requires_grad=True)
+                # Without the context that Tensor.backward() gives the thread to keep.
+                _torch.autograd.Variable._execution_engine.run_backward(
+                    (leaf.clone(),), (leaf.detach(),), False, False, (), False, accumulate_grad=True
+                )
 
     def _generator(self, index: int) -> Any:
         return _torch.ops.gpumem_card.default_generator(index)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from card_process import CONTEXT, MIB, on_compiled_cards
+
+from pytest_gpumem.simulator.torch_face import building, proof
 
 
 @on_compiled_cards
@@ -230,3 +234,15 @@ def test_a_forked_child_has_the_cards_unless_cuda_was_used():
     status, said = in_child(use)
     assert os.WIFEXITED(status)
     assert "Cannot re-initialize CUDA in forked subprocess" in said
+
+
+@pytest.mark.slow
+def test_a_process_may_end_as_soon_as_backward_has_returned():
+    library = building.library()
+    ended = [
+        subprocess.run(
+            [sys.executable, "-m", proof.__name__, library], stderr=subprocess.PIPE, check=False
+        )
+        for _ in range(30)
+    ]
+    assert {(each.returncode, each.stderr) for each in ended} == {(0, b"")}
