@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ``gpumem compare`` returns 1 when a threshold is missed.
     """
     parser: argparse.ArgumentParser = _Parser(
-        prog="gpumem", description="Look at cards, finished runs, logs and archives."
+        prog="gpumem",
+        description="Look at cards, runs, logs and archives; share cards among tests and commands.",
     )
     parser.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
     commands = parser.add_subparsers(
