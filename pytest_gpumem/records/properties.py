@@ -61,6 +61,8 @@ class Told(NamedTuple):
     proof: Proof | None = None
 
 
+NOTHING = Told()
+
 _IN_RECORD = (
     "cards",
     "fixtures",
@@ -152,6 +154,8 @@ def tell_consolidated(properties: Properties, done: object) -> None:
 def read(properties: Iterable[tuple[str, object]]) -> Told:
     """Return what was told; the fields of which nothing was are their defaults."""
     found = dict(properties)
+    if not found:
+        return NOTHING
     plain: dict[str, object] = {}
     if isinstance(record := found.get(_RECORD), str):
         plain = json.loads(record)
