@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
-from harness import CARD, SIMULATE, TAKE, TAKE_WITHOUT_TORCH, run_pytest, write_suite
+from harness import (
+    CARD,
+    SIMULATE,
+    TAKE,
+    TAKE_WITHOUT_TORCH,
+    WITHOUT_TORCH,
+    run_pytest,
+    write_suite,
+)
 
 from pytest_gpumem.simulator.card import SharedCard
-
-WITHOUT_TORCH = Path(__file__).parents[2] / "scripts" / "bench" / "without_torch.py"
 
 
 @pytest.fixture

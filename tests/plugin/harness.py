@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from pytest_gpumem import records
 from pytest_gpumem.units import parse_bytes
 
 SUITES = Path(__file__).parent / "suites"
+WITHOUT_TORCH = Path(__file__).parents[2] / "scripts" / "bench" / "without_torch.py"
 TAKE = """
 import os, signal
 import pytest, torch
@@ -49,6 +52,10 @@ MODES = {
     "no-xdist": ("-p", "no:xdist"),
 }
 """The four ways in which every feature must work."""
+EACH_ONCE = [
+    pytest.param(mode, marks=[pytest.mark.slow] * (mode in ("n0", "no-xdist"))) for mode in MODES
+]
+"""The same, for what takes long: with -n 0, and without xdist, it is one process as plain."""
 
 
 @dataclass(frozen=True)

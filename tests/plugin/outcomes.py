@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import write_suite
+from harness import WITHOUT_TORCH, write_suite
 from neutral import NO_AUTOLOAD, run_outcomes
 
 from pytest_gpumem.simulator.card import SharedCard
 
-WITHOUT_TORCH = Path(__file__).parents[2] / "scripts" / "bench" / "without_torch.py"
 CARD, CONTEXT = 2**30, 64 * 2**20
 PLUGINS = ("-p", "xdist")
 HEAD = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness import SIMULATE, TAKE, run_pytest, write_suite
+from harness import SIMULATE, TAKE, TAKE_WITHOUT_TORCH, WITHOUT_TORCH, run_pytest, write_suite
 
 SUITE = (
     TAKE
@@ -65,12 +65,17 @@ def test_leaks_and_failures_are_told_once_at_their_lines(tmp_path, job, mode):
 
 
 def test_it_is_silent_when_switched_off_and_in_runs_within_tests(tmp_path, job):
-    suite = write_suite(tmp_path / "suite", test_it=SUITE, test_inner=INNER.replace("SUITE", SUITE))
-    off = run_pytest(suite, *SIMULATE, "--gpumem-github=off", "test_it.py", env=job)
+    source = SUITE.replace(TAKE, TAKE_WITHOUT_TORCH + "KEPT = []\n")
+    suite = write_suite(
+        tmp_path / "suite", test_it=source, test_inner=INNER.replace("SUITE", source)
+    )
+    here = {"PYTHONPATH": str(WITHOUT_TORCH.parent)}
+    off = run_pytest(suite, *SIMULATE, "--gpumem-github=off", "test_it.py", env=job | here)
     job["GITHUB_STEP_SUMMARY"] = "/no/such/directory"
-    inner = run_pytest(suite, *SIMULATE, "-s", "test_inner.py", env=job)
+    inner = run_pytest(suite, *SIMULATE, "-s", "test_inner.py", env=job | here)
 
     assert commands(off.output) == commands(inner.output) == []
+    assert "1 failed, 2 passed" in off.output, off.output
     assert (tmp_path / "summary.md").read_text() == "of an earlier command\n"
     assert inner.outcomes == {"passed": 1}, inner.output
     assert "1 failed, 2 passed" in inner.output

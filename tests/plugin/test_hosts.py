@@ -20,13 +20,12 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from harness import run_pytest
+from harness import WITHOUT_TORCH, run_pytest
 
 from pytest_gpumem.simulator.card import SharedCard
 from pytest_gpumem.units import parse_bytes
 
 MIB = 2**20
-WITHOUT_TORCH = Path(__file__).parents[2] / "scripts" / "bench" / "without_torch.py"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
 CARD = "/dev/shm/card"  # noqa: S108  # a machine's own, which the test makes
 NAMESPACES = ("--uts", "--ipc", "--mount")

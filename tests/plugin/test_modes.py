@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
-from harness import SIMULATE, run_pytest, write_suite
+from harness import SIMULATE, TAKE_WITHOUT_TORCH, WITHOUT_TORCH, run_pytest, write_suite
 
 SUITE = """
 import sys
@@ -22,6 +24,16 @@ def test_pytest_does_not_read_the_sources_of_the_plugin():
 """
 
 
+LOOKS_AROUND = """
+import os
+BEFORE = dict(os.environ)
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        new = {name for name in os.environ if name not in BEFORE and name.startswith("GPUMEM")}
+        assert not new, new
+"""
+
+
 def header(finished):
     return [line for line in finished.output.splitlines() if line.startswith("gpumem: ")]
 
@@ -29,15 +41,15 @@ def header(finished):
 @pytest.mark.parametrize(
     ("arguments", "mode"),
     [
-        ((), "track"),
-        (("-p", "gpumem"), "on"),
+        ((), "track"),  # these two find the plugin as any other that is installed
         (("--gpumem=on",), "on"),
+        (("-p", "gpumem"), "on"),
         (("-p", "gpumem", "--gpumem=track"), "track"),
         (("-p", "gpumem", "-n", "2"), "on"),
     ],
 )
 def test_without_a_card_there_is_one_header_line_and_nothing_else(tmp_path, arguments, mode):
-    finished = run_pytest(write_suite(tmp_path, test_it=SUITE), *arguments, beside=None)
+    finished = run_pytest(write_suite(tmp_path, test_it=SUITE), *arguments)
 
     assert finished.status == 0, finished.output
     (line,) = header(finished)
@@ -57,13 +69,23 @@ def test_switched_off_it_only_says_so(tmp_path):
     assert header(finished) == ["gpumem: off"]
 
 
-def test_the_ini_file_can_ask_for_everything(tmp_path):
-    write_suite(tmp_path, test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')")
-    ini = tmp_path / "pytest.ini"
+@pytest.fixture(scope="module")
+def from_ini(tmp_path_factory):
+    """Run a suite whose ini file asks for everything."""
+    directory = write_suite(
+        tmp_path_factory.mktemp("ini"),
+        test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')",
+        conftest=LOOKS_AROUND,
+    )
+    ini = directory / "pytest.ini"
     ini.write_text(
         ini.read_text() + "gpumem = on\ngpumem_simulate = 1GiB\ngpumem_json = run.json\n"
     )
-    finished = run_pytest(tmp_path)
+    return run_pytest(directory)
+
+
+def test_the_ini_file_can_ask_for_everything(from_ini):
+    finished = from_ini
 
     assert finished.status == 0, finished.output
     assert finished.record.mode == "on"
@@ -75,9 +97,10 @@ def test_the_ini_file_can_ask_for_everything(tmp_path):
 def test_a_suite_that_loads_the_plugin_in_its_conftest_is_measured(tmp_path):
     write_suite(
         tmp_path,
-        test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')",
+        test_it=TAKE_WITHOUT_TORCH + "def test_a(): take(512)",
         conftest="pytest_plugins = ['pytest_gpumem.plugin']",
     )
+    shutil.copy(WITHOUT_TORCH, tmp_path)
     finished = run_pytest(
         tmp_path,
         "-p",
@@ -85,28 +108,18 @@ def test_a_suite_that_loads_the_plugin_in_its_conftest_is_measured(tmp_path):
         env={"GPUMEM_SIMULATE": "1GiB", "GPUMEM_JSON": "run.json"},
     )
 
-    assert finished.card("test_a").peak == 512
+    assert finished.card("test_a").peak == 512 * 1024
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")])
-def test_it_leaves_nothing_behind_in_the_working_directory_or_the_environment(tmp_path, workers):
-    write_suite(
-        tmp_path,
-        test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')",
-        conftest="""
-import os
-BEFORE = dict(os.environ)
-def pytest_unconfigure(config):
-    if not hasattr(config, "workerinput"):
-        new = {name for name in os.environ if name not in BEFORE and name.startswith("GPUMEM")}
-        assert not new, new
-""",
-    )
+def test_it_leaves_nothing_behind_in_the_working_directory_or_the_environment(tmp_path, from_ini):
+    write_suite(tmp_path, test_it="def test_a(): pass", conftest=LOOKS_AROUND)
     before = {path.name for path in tmp_path.iterdir()}
-    finished = run_pytest(tmp_path, *SIMULATE, *workers)
+    finished = run_pytest(tmp_path, *SIMULATE, "-n", "2")
 
-    assert finished.status == 0, finished.output
+    assert finished.status == from_ini.status == 0, finished.output
     assert {path.name for path in tmp_path.iterdir()} - before <= {"__pycache__"}
+    after = {path.name for path in from_ini.directory.iterdir()}
+    assert after - before <= {"__pycache__", "run.json"}
 
 
 def test_tracking_only_never_empties_the_cache_and_changes_no_device(tmp_path):
@@ -144,10 +157,11 @@ def test_b():
 
 def test_a_run_can_use_the_card_that_another_run_made(tmp_path):
     outer = """
-import os, subprocess, sys, torch
+import os, subprocess, sys
+from without_torch import ALLOCATOR
 
 def test_outer():
-    mine = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+    ALLOCATOR.take(2**30)
     card = os.environ["GPUMEM_SIMULATE_CARD"]
     inner = subprocess.run(
         [sys.executable, "-m", "pytest", "inner", "-p", "gpumem", "--gpumem-simulate-card", card],
@@ -161,6 +175,7 @@ def test_outer():
     (tmp_path / "inner" / "test_inner.py").write_text(
         "import torch\ndef test_a(): torch.zeros(2**30, dtype=torch.uint8, device='cuda')"
     )
+    shutil.copy(WITHOUT_TORCH, tmp_path)
     finished = run_pytest(tmp_path, "test_outer.py", "-p", "gpumem", "--gpumem-simulate=2GiB")
 
     assert finished.outcomes == {"passed": 1}, finished.output
@@ -193,20 +208,17 @@ def test_a_cpu_only_suite_with_torch_is_left_alone(tmp_path):
     assert "GPU memory" not in finished.output
 
 
-def test_the_report_command_shows_the_same_section(tmp_path):
-    write_suite(tmp_path, test_it="import torch\ndef test_a(): torch.zeros(4, device='cuda')")
-    finished = run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json")
-    import subprocess
-
+def test_the_report_command_shows_the_same_section(from_ini):
+    record = from_ini.directory / "run.json"
     shown = subprocess.run(
-        [sys.executable, "-m", "pytest_gpumem.cli.main", "report", str(tmp_path / "run.json")],
+        [sys.executable, "-m", "pytest_gpumem.cli.main", "report", str(record)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
 
-    assert shown.strip() == finished.section.strip()
-    assert json.loads((tmp_path / "run.json").read_text())["schema"] == 1
+    assert shown.strip() == from_ini.section.strip()
+    assert json.loads(record.read_text())["schema"] == 1
 
 
 def test_another_makers_card_is_measured_once_the_suite_has_loaded_torch(tmp_path):

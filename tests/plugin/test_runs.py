@@ -102,7 +102,7 @@ def test_2_takes_it_all():
     assert outcomes(finished) == {"test_1_crash": "crashed", "test_2_takes_it_all": "passed"}
 
 
-def test_workers_are_told_of_one_another_and_their_last_teardowns_once(run):
+def test_workers_are_told_of_one_another_and_their_last_teardowns_once(run_without_torch):
     source = """
 import pathlib, time
 
@@ -118,7 +118,7 @@ def test_oom(model, i):
     take(4 * 2**20)
 """
     arguments = "-n2", "--reruns=1", "--gpumem-oom=fail"
-    finished = run(source, *arguments, beside=("xdist", "rerunfailures"))
+    finished = run_without_torch(source, *arguments, beside=("xdist", "rerunfailures"))
 
     tests = finished.record.tests
     assert [test.outcome for test in tests].count("rerun") == 2, finished.output
@@ -137,7 +137,7 @@ def test_oom(model, i):
     )
 
 
-def test_reruns_are_recorded_one_by_one(run):
+def test_reruns_are_recorded_one_by_one(run_without_torch):
     source = """
 TRIES = []
 
@@ -147,7 +147,7 @@ def test_a():
     x = take(64 * len(TRIES))
     assert len(TRIES) == 3
 """
-    finished = run(source, beside=["rerunfailures"])
+    finished = run_without_torch(source, beside=["rerunfailures"])
     peaks = [each.cards[0].peak for each in finished.record.tests]
 
     assert [each.outcome for each in finished.record.tests] == ["rerun", "rerun", "passed"]
@@ -155,7 +155,7 @@ def test_a():
     assert all(each.cards[0].leftover == 0 for each in finished.record.tests)
 
 
-def test_under_pdb_the_variables_of_a_failed_test_are_kept(run):
+def test_under_pdb_the_variables_of_a_failed_test_are_kept(run_without_torch):
     files = {
         "conftest": """
 import pytest
@@ -174,15 +174,16 @@ def test_a():
     x = take()
     assert 0
 """
-    finished = run(source, "--pdb", "--pdbcls=conftest:Debugger", "-s", **files)
+    finished = run_without_torch(source, "--pdb", "--pdbcls=conftest:Debugger", "-s", **files)
 
     assert re.search(r"LOCALS \[.*'x'", finished.output)
     assert finished.card("test_a").leaked == 0
 
 
-def test_pytest_html_gets_a_column(run):
+def test_pytest_html_gets_a_column(run_without_torch):
     page = ("-Wdefault", "--html=report.html", "--self-contained-html")
-    finished = run("def test_a(): take(2048)", *page, beside=["metadata", "html"])
+    source = "def test_a(): take(2048)"
+    finished = run_without_torch(source, *page, beside=["metadata", "html"])
     html = (finished.directory / "report.html").read_text()
 
     assert "VRAM peak (MiB)" in html

@@ -135,10 +135,11 @@ def test_only_the_first_test_of_a_module_asks_for_the_fixtures(tmp_path):
     assert run.outcomes == {"passed": 12}, run.output
 
 
-def test_plans_are_those_of_the_suite_and_the_fixtures_are_explained(suite):
-    asked = ("--setup-plan", "-q", "test_keeps.py")
+def test_plans_are_those_of_the_suite_and_the_fixtures_are_explained(tmp_path):
+    suite = write_suite(tmp_path, test_keeps=KEEPS.replace("import pytest, torch", "import pytest"))
+    asked = ("--setup-plan", "-q")
     plan, bare = run_pytest(suite, *SIMULATE, *asked), run_pytest(suite, "-p", "no:gpumem", *asked)
-    fixtures = run_pytest(suite, *SIMULATE, "--fixtures", "test_clean.py").output
+    fixtures = run_pytest(suite, *SIMULATE, "--fixtures").output
 
     def plan_of(run):
         return [line for line in run.output.splitlines() if "SETUP" in line or "::" in line]

@@ -106,8 +106,9 @@ def test_each_test_is_charged_on_the_cards_that_it_uses(tmp_path, mode):
 
 
 def test_visible_devices_are_those_of_the_simulated_cards(tmp_path):
-    (tmp_path / "test_two.py").write_text(SUITE)
-    run = run_pytest(tmp_path, *TWO, "-k", "test_both", env={"CUDA_VISIBLE_DEVICES": "1"})
+    suite = "import pytest\n@pytest.mark.gpu(count=2)\ndef test_both(): pass\n"
+    (tmp_path / "test_two.py").write_text(suite)
+    run = run_pytest(tmp_path, *TWO, env={"CUDA_VISIBLE_DEVICES": "1"})
 
     assert run.status == 1
     assert "needs 2 cards; no process that runs tests sees more than 1 card" in run.output
