@@ -66,7 +66,7 @@ def format_mib(size: int) -> str:
 
 def printable(text: str) -> str:
     """Return ``text`` with its control characters written out, so that a terminal obeys none."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return re.sub(_CONTROL, lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"

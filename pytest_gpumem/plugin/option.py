@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
@@ -39,6 +38,8 @@ class Option(NamedTuple):
     """Whether it is about sharing a card, and has no effect in another mode."""
     group: str
     """A key of ``GROUPS``, under which ``pytest --help`` shows it."""
+    value: Any
+    """What holds where it is not given."""
 
     @property
     def suffix(self) -> str:
@@ -76,7 +77,7 @@ def declared(
     needs_on: bool = False,
     group: str = "measure",
 ) -> Any:
-    """Declare a field of ``Settings`` and the option that sets it.
+    """Declare a field of ``Settings``, whose name is the option's.
 
     Args:
         parse: returns the value that a text means; raises ``ValueError`` in one sentence.
@@ -89,16 +90,16 @@ def declared(
 
     """
     value = False if metavar is None else None if default is None else parse(default)
-    rest = (parse, what, metavar, default or otherwise, needs_on, group)
-    return dataclasses.field(default=value, metadata={"option": rest})
+    return Option("", parse, what, metavar, default or otherwise, needs_on, group, value)
 
 
 def options_of(settings: type) -> tuple[Option, ...]:
     """Return the options that the fields of ``settings`` declare."""
     return tuple(
-        Option(field.name, *field.metadata["option"])
-        for field in dataclasses.fields(settings)
-        if "option" in field.metadata
+        each._replace(field=name)
+        for part in reversed(settings.__mro__)
+        for name, each in vars(part).items()
+        if isinstance(each, Option)
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.plugin.settings import OPTIONS, Settings
@@ -111,7 +110,7 @@ def resolve(
     if settings.mode != "on":
         idle = {option.field for option in OPTIONS if option.needs_on}
         without = tuple(place for field, place in places.items() if field in idle)
-        settings = replace(settings, without_effect=without)
+        settings = settings.replace(without_effect=without)
     if settings.simulate is not None and settings.simulate_context >= min(settings.simulate):
         raise BadSettingError(
             f"--gpumem-simulate: a card of {format_bytes(min(settings.simulate))} has no room for "

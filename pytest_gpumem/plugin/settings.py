@@ -7,8 +7,8 @@ environment and ``gpumem_NAME`` in the ini file; the mode itself is plain ``--gp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pytest_gpumem.plugin.option import (
     Which,
@@ -31,8 +31,6 @@ from pytest_gpumem.plugin.option import (
 from pytest_gpumem.units import parse_bytes
 
 
-# What is not used of a dataclass would cost each start of pytest a millisecond.
-@dataclass(frozen=True, eq=False, repr=False, match_args=False)
 class SimulationSettings:
     """What the user asked for of simulated cards; sizes in bytes."""
 
@@ -82,7 +80,6 @@ class SimulationSettings:
         return self.simulate is not None or self.simulate_card is not None
 
 
-@dataclass(frozen=True, eq=False, repr=False, match_args=False)
 class PlaceSettings:
     """What the user asked for of archives and of where tasks run; sizes in bytes."""
 
@@ -150,7 +147,6 @@ class PlaceSettings:
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False, match_args=False)
 class Settings(SimulationSettings, PlaceSettings):
     """What the user asked for; sizes in bytes."""
 
@@ -392,6 +388,14 @@ class Settings(SimulationSettings, PlaceSettings):
     )
     without_effect: tuple[str, ...] = ()
     """Options that were given and need another mode, each with where it stands."""
+
+    # No data class, which would take three milliseconds of each start of pytest.
+    def __init__(self, **values: Any) -> None:
+        vars(self).update({option.field: option.value for option in OPTIONS}, **values)
+
+    def replace(self, **values: Any) -> Settings:
+        """Return the same settings but for these values."""
+        return Settings(**vars(self) | values)
 
     @property
     def context_cost(self) -> int:

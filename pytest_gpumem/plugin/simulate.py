@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.plugin.resolve import BadSettingError
@@ -45,7 +44,7 @@ def begin(settings: Settings, real: CardsFound) -> State:
                 "--gpumem-simulate: an earlier run in this process simulated a card, which cannot "
                 "be undone; start a new process for each run"
             )
-        settings = replace(settings, simulate_context=around.cards[0].context)
+        settings = settings.replace(simulate_context=around.cards[0].context)
         return State(settings, _cards_of(around), simulation=around, borrowed=True)
     if real.cards and not settings.simulate_anyway:
         raise BadSettingError(
@@ -68,7 +67,7 @@ def begin(settings: Settings, real: CardsFound) -> State:
     exported = CARD_VARIABLE not in os.environ
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
     # Whoever made the cards decided what a context costs.
-    settings = replace(settings, simulate_context=simulation.cards[0].context)
+    settings = settings.replace(simulate_context=simulation.cards[0].context)
     return State(settings, _cards_of(simulation), simulation=simulation, exported=exported)
 
 

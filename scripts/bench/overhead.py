@@ -33,6 +33,8 @@ TESTS_PER_FILE = 100
 PEER_TESTS = 1_000
 IMPORT_TARGET_MS = 10.0
 AGENT_TARGET_MS = 1.0
+DONT_WRITE = "PYTHONDONTWRITEBYTECODE"
+"""With it every run would compile every module again, which no user's run does."""
 NOTHING = ("-p", "nothing")
 """An empty plugin: for each that is named with ``-p`` pytest looks through all packages that are
 installed, which is no cost of the one that is found."""
@@ -106,8 +108,7 @@ class Variant:
         settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
         found = os.environ | settings | {"BENCH_TORCH": self.torch} | extra
         found["BENCH_CHILD"] = "1" if self.child else ""
-        # Without it every run would compile every module again, which no user's run does.
-        found.pop("PYTHONDONTWRITEBYTECODE", None)
+        found.pop(DONT_WRITE, None)
         return found
 
 
@@ -266,8 +267,9 @@ def import_ms(repeat: int = 9) -> float:
         "print((time.process_time() - start) * 1e3)"
     )
     command = [sys.executable, "-c", code]
+    compiled = {name: value for name, value in os.environ.items() if name != DONT_WRITE}
     return min(
-        float(subprocess.run(command, capture_output=True, check=True).stdout)
+        float(subprocess.run(command, capture_output=True, check=True, env=compiled).stdout)
         for _ in range(repeat)
     )
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from pytest_gpumem.routing import thresholds
 def test_after_a_run_within_a_test_the_thresholds_are_those_of_the_run_around_it() -> None:
     before = thresholds.in_force, thresholds.context
     config: Any = SimpleNamespace(stash=pytest.Stash())
-    settings = replace(resolve({}, {}, lambda _name: "", asked=False), route_full=0.5)
+    settings = resolve({}, {}, lambda _name: "", asked=False).replace(route_full=0.5)
     config.stash[STATE] = State(settings, CardsFound((), "a test"))
     route.configure(config)
     assert thresholds.in_force.full == 0.5
