@@ -8,6 +8,9 @@ Sizes are bytes.
 
 from __future__ import annotations
 
+import heapq
+import math
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import admission
@@ -19,8 +22,74 @@ if TYPE_CHECKING:
     from pytest_gpumem.scheduling.estimates import PlannedTest
     from pytest_gpumem.scheduling.places import Worker
 
+WORTH_A_LEASE = 64 * 2**20
+"""Bytes of main memory for which a test takes a lease: to fill as many takes 100 times as long."""
 _SLACK = 1.02
 """What fewer packed tests may cost of the shortest run: they do not go module by module."""
+
+
+def largest_unpacked(tests: Iterable[tuple[int, float]], workers: int, room: int) -> int | None:
+    """Return the bytes up to which tests are not packed; None: none is, for all fit at once.
+
+    As few are as keep the run short: for those that are not, what the largest of them needs is set
+    aside in each worker, and that much less is there for the others, whose byte-seconds the run
+    cannot be shorter than / the rest.
+
+    Args:
+        tests: bytes and seconds of each.
+        workers: that share the main memory.
+        room: bytes that tests may take of it.
+
+    """
+    known = sorted(tests)
+    if workers < 2 or sum(ram for ram, _ in known[-workers:]) <= room:
+        return None
+    even = sum(seconds for _, seconds in known) / workers
+    areas = [min(ram, room) * seconds for ram, seconds in known]
+    packed = sum(areas)
+    largest = min(known[-1][0], room * 7 // 8)  # one that no room is for runs all the same
+    bounds = [(max(even, packed / max(1, room)), 0)]
+    for (ram, _), area in zip(known, areas, strict=True):
+        packed = max(0.0, packed - area)
+        rest = room - workers * ram
+        if rest < largest:
+            break
+        bounds.append((max(even, packed / rest), ram))
+    shortest = min(seconds for seconds, _ in bounds)
+    return max(ram for seconds, ram in bounds if seconds <= _SLACK * shortest)
+
+
+def run_time(tests: Sequence[tuple[int, float]], workers: int, room: int) -> float:
+    """Return about how many seconds a run takes whose workers share main memory.
+
+    As the planner runs it: whoever is idle takes the largest of the packed tests that there is room
+    for, and else one of the others. Arguments as for ``largest_unpacked``.
+    """
+    small = largest_unpacked(tests, workers, room)
+    if small is None:
+        longest = max((seconds for _, seconds in tests), default=0.0)
+        return max(longest, sum(seconds for _, seconds in tests) / workers)
+    packed = sorted(test for test in tests if test[0] > small)
+    others = [seconds for ram, seconds in tests if ram <= small][::-1]
+    free = room - workers * small
+    taken, now, idle = 0, 0.0, workers
+    ends: list[tuple[float, int]] = []
+    while packed or others or ends:
+        while idle and (packed or others):
+            at = bisect_right(packed, (free - taken, math.inf)) if taken else len(packed)
+            if packed and at:
+                ram, seconds = packed.pop(at - 1)
+            elif others:
+                ram, seconds = 0, others.pop()
+            else:
+                break
+            taken += ram
+            idle -= 1
+            heapq.heappush(ends, (now + seconds, ram))
+        now, ram = heapq.heappop(ends)
+        taken -= ram
+        idle += 1
+    return now
 
 
 class MainMemory:
@@ -43,32 +112,15 @@ class MainMemory:
         """For those that are not, on each host."""
 
     def open(self, workers: Iterable[Worker]) -> None:
-        """Decide which tests are packed, now that the workers are known.
-
-        None where all that can run at once fit. Else as few as keep the run short: for those that
-        are not, what the largest of them needs is set aside in each worker, and that much less
-        is there for the others, whose byte-seconds the run cannot be shorter than / the rest.
-        """
+        """Decide which tests are packed, now that the workers are known."""
         names = [worker.host for worker in workers if worker.host in self._rooms]
         each = max(map(names.count, set(names)), default=0)
-        tests = sorted((test for test in self._tests if test.ram), key=lambda test: test.ram)
         room = min((self._rooms[name] for name in names), default=0)
-        if each < 2 or sum(test.ram for test in tests[-each:]) <= room:
-            return
-        even = sum(test.duration for test in self._tests) / len(names)
-        areas = [min(test.ram, room) * test.duration / len(set(names)) for test in tests]
-        packed = sum(areas)
-        largest = min(tests[-1].ram, room * 7 // 8)  # one that no room is for runs all the same
-        bounds = [(max(even, packed / max(1, room)), 0)]
-        for test, area in zip(tests, areas, strict=True):
-            packed = max(0.0, packed - area)
-            rest = room - each * test.ram
-            if rest < largest:
-                break
-            bounds.append((max(even, packed / rest), test.ram))
-        shortest = min(seconds for seconds, _ in bounds)
-        self._small = max(ram for seconds, ram in bounds if seconds <= _SLACK * shortest)
-        self._set_aside = each * self._small
+        tests = (
+            [(test.ram, test.duration / len(set(names))) for test in self._tests] if each else ()
+        )
+        self._small = largest_unpacked(tests, each, room)
+        self._set_aside = each * (self._small or 0)
 
     def packs(self, test: int) -> bool:
         """Return whether ``test`` may run only where there is room for it."""
@@ -93,6 +145,14 @@ class MainMemory:
             return True
         room = self.room(worker)
         return room is None or self._tests[test].ram <= room
+
+    def to_lease(self, worker: Worker, test: int) -> int:
+        """Return the bytes for which ``test`` takes a lease at ``worker``, 0 for none.
+
+        Packed or not: other runs on the machine know nothing of this one's plan.
+        """
+        size = self._tests[test].ram
+        return size if size >= WORTH_A_LEASE and worker.host in self._rooms else 0
 
     def start(self, worker: Worker, test: int) -> None:
         """Set aside what ``test`` needs at ``worker``."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
 from pytest_gpumem.devices import host
+from pytest_gpumem.scheduling.ram import run_time
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ WORKER_RAM = 2**30
 about this much, and the suite's own data comes on top."""
 _CPU_SHARE = 0.02
 """Tests without a card that take less of the time are not worth workers of their own."""
+
+
+_AS_SHORT = 1.0
+"""What fewer workers may cost of the shortest run."""
 
 
 class WorkerCount(NamedTuple):
@@ -99,8 +104,7 @@ def _by_ram(
 
     Where nothing keeps large tests apart, each worker may run the largest one at the same moment.
     Where the scheduler packs them, more workers make the run shorter until what these keep leaves
-    too little for the tests: no run is shorter than its time / workers, nor than its byte-seconds
-    / the room beside the workers.
+    too little for the tests: the fewest whose run is about as short as it can be.
     """
     why = f"{format_bytes(room)} of main memory left"
     if not each:
@@ -110,13 +114,11 @@ def _by_ram(
     why += f" and the largest test takes {format_bytes(largest)}" if largest else ""
     if not packed or not largest:
         return max(1, room // (each + largest)), why
-    seconds = sum(test.duration for test in known)
-    area = sum(test.ram * test.duration for test in known)
+    tests = [(test.ram, test.duration) for test in known]
     counts = range(1, min(most, max(1, (room - largest) // each)) + 1)
-    return min(
-        counts,
-        key=lambda count: max(seconds / count, area / max(1, room - count * each)),
-    ), why
+    times = {count: run_time(tests, count, max(0, room - count * each)) for count in counts}
+    shortest = min(times.values())
+    return min(count for count in counts if times[count] <= _AS_SHORT * shortest), why
 
 
 def _contexts(room: int, peak: int, context: int) -> int:
