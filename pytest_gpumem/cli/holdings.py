@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import devices
 from pytest_gpumem.cli import simulated
-from pytest_gpumem.devices import family
+from pytest_gpumem.devices import family, host
+from pytest_gpumem.leases.request import called
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,6 +87,29 @@ def look(ledger: Ledger, watcher: Watcher | None = None) -> list[CardState]:
     placed = {row.pid for card in found for row in card.holdings}
     rest = [_seen(Holding(each.pid), each) for each in glimpses if each.pid not in placed]
     return [*found, CardState("", "no card", 0, 0, 0, tuple(rest))] if rest else found
+
+
+def in_main_memory(ledger: Ledger) -> list[CardState]:
+    """Return who has or wants leases of main memory: for each pool of which there are any.
+
+    Its ``holdings`` are these and all that they started, what each has for itself.
+    """
+    from pytest_gpumem.leases.entries import card_key
+
+    page, found = _page(ledger), []
+    if page is None:
+        return []
+    for pool in host.pools():
+        key = card_key(pool.name)
+        entries = [entry for entry in page.entries if key in entry.claims]
+        if entries:
+            pids = {entry.pid for entry in entries if ledger.alive.family.is_here(entry.process)}
+            pids.update(*map(host.descendants, pids))
+            used: dict[int, int | None] = {pid: host.share_of(pid).now for pid in pids}
+            sizes = pool.used, max(0, pool.total - pool.used), pool.total
+            holdings = _holdings(ledger, page, pool.name, used, ())
+            found.append(CardState(pool.name, called(pool.name), *sizes, holdings))
+    return [state for state in found if state.holdings]
 
 
 def _page(ledger: Ledger) -> Page | None:

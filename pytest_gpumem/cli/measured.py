@@ -6,7 +6,9 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.devices import host
 from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.tracking.ram import RamMeter
 from pytest_gpumem.units import format_bytes, printable
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Took(NamedTuple):
-    """What the command and all that it started took of a card, in bytes."""
+    """What the command and all that it started took of a card or main memory, in bytes."""
 
     card: Card
     asked: int | None
@@ -31,6 +33,8 @@ class Took(NamedTuple):
         asked = "the whole card" if self.asked is None else format_bytes(self.asked)
         if self.peak is None:
             return f"what it took of {self.card.name} cannot be told; asked for: {asked}"
+        if not self.peak and host.is_pool(self.card.uuid):
+            return f"ended before its main memory was looked at; asked for: {asked}"
         if not self.peak:
             return f"was not seen on {self.card.name}; asked for: {asked}"
         took = f"took {format_bytes(self.peak)} of {self.card.name}"
@@ -49,15 +53,24 @@ class Measured:
         name: of the command.
         cards: those that are looked at.
         context: bytes that a process is taken to cost where the driver does not tell.
+        in_ram: whether main memory is looked at as well.
 
     """
 
-    def __init__(self, name: str, cards: Sequence[Card], context: int) -> None:
+    def __init__(
+        self, name: str, cards: Sequence[Card], context: int, *, in_ram: bool = False
+    ) -> None:
+        self.ram_peak: int | None = None
+        """The most bytes of main memory that were seen; None where it is not looked at."""
+        self._ram = RamMeter() if in_ram else None
+        if self._ram is not None:
+            self._ram.begin()
         self._children: Children | None = None
         self._peaks: Mapping[str, int] = {}
         self._silent: set[str] = set()
         try:
-            self._begin(name, cards, context)
+            if cards:
+                self._begin(name, cards, context)
         except (LeaseError, OSError, RuntimeError) as error:
             self._stop(error)
 
@@ -80,6 +93,8 @@ class Measured:
 
     def look(self) -> None:
         """Take in what is told now."""
+        if self._ram is not None and self._ram.worth_a_look():
+            self._ram.look()
         if self._children is not None:
             try:
                 self._children.look()
@@ -88,6 +103,8 @@ class Measured:
 
     def end(self) -> list[ChildUsage]:
         """Sum up once the command has ended; return who goes on to use the cards."""
+        if self._ram is not None:
+            self.ram_peak = max(self._ram.end().children_peak, _largest_child())
         children = self._children
         if children is None:
             return []
@@ -111,6 +128,18 @@ class Measured:
         if self._children is None or card.uuid in self._silent:
             return None
         return self._peaks.get(card.uuid, 0)
+
+
+def _largest_child() -> int:
+    """Return what the largest process had at its most that ended below this one; 0: not told.
+
+    It is known also of one that nobody saw. A process begins with its parent's mark, see
+    ``exec_mmap`` of Linux's fs/exec.c: what is no more than this one's is not its own.
+    """
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return largest if largest > host.peak() else 0
 
 
 def say(sentence: str) -> None:

@@ -6,7 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpumem.cli.holdings import CardState, Holding, look
+from pytest_gpumem.cli.holdings import CardState, Holding, in_main_memory, look
+from pytest_gpumem.devices import host
 from pytest_gpumem.devices.family import lineage
 from pytest_gpumem.devices.processes import command
 from pytest_gpumem.units import format_bytes, printable
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Enter ``gpumem ps``."""
     parser = commands.add_parser(
-        "ps", help="Say who holds and who waits for the cards: tests, commands and their families."
+        "ps",
+        help="Say who holds and who waits for cards and main memory: tests, commands, families.",
     )
     parser.add_argument("--json", action="store_true", help="Say it as JSON.")
     parser.set_defaults(run_command=_ps)
@@ -29,19 +31,20 @@ def _ps(chosen: argparse.Namespace) -> int:
     from pytest_gpumem.leases.ledger import Ledger
     from pytest_gpumem.leases.place import run_directory
 
-    states = look(Ledger(run_directory()))
+    ledger = Ledger(run_directory())
+    states = [*look(ledger), *in_main_memory(ledger)]
     if chosen.json:
         sys.stdout.write(f"{json.dumps([_plain(state) for state in states], indent=1)}\n")
         return 0
     lines = [line for state in states for line in _lines(state)]
-    for line in lines or ["nobody holds or waits for a card"]:
+    for line in lines or ["nobody holds or waits for a card or main memory"]:
         sys.stdout.write(f"{printable(line)}\n")
     return 0
 
 
 def _lines(state: CardState) -> Iterator[str]:
     sizes = f"{format_bytes(state.used)} of {format_bytes(state.total)} used"
-    yield f"{state.name} {state.uuid}: {sizes}"
+    yield f"{state.name if host.is_pool(state.uuid) else f'{state.name} {state.uuid}'}: {sizes}"
     for row in _heads(state):
         yield f"  {_head(row)}"
         yield from (f"    {_member(each)}" for each in _family(state, row))
@@ -100,6 +103,7 @@ def _run_of(row: Holding) -> int:
 
 
 def _plain(state: CardState) -> dict[str, Any]:
+    what = "ram" if host.is_pool(state.uuid) else "vram"
     return {
         "uuid": state.uuid,
         "name": state.name,
@@ -110,7 +114,7 @@ def _plain(state: CardState) -> dict[str, Any]:
                 "state": row.state or None,
                 "kind": None if not row.state else "program" if row.program else "test",
                 "what": row.test if row.state else command(row.pid),
-                "vram": None if row.state == "alone" and not row.lease else row.lease,
+                what: None if row.state == "alone" and not row.lease else row.lease,
                 "exclusive": row.state == "alone",
                 "pid": row.pid,
                 "seen_here": row.here,

@@ -1,4 +1,4 @@
-"""``gpumem run``: a command that waits its turn for a card, among tests and other commands."""
+"""``gpumem run``: a command that waits its turn for a card, or main memory, among others."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from pytest_gpumem import devices, files
 from pytest_gpumem.cli import simulated
 from pytest_gpumem.cli.arguments import read_size
 from pytest_gpumem.cli.measured import Measured, Took, say
+from pytest_gpumem.devices import host
+from pytest_gpumem.devices.processes import command
 from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.records import Card
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_gpumem.leases.store import Lease, LeaseStore
-    from pytest_gpumem.records import Card, ChildUsage
+    from pytest_gpumem.records import ChildUsage
 
 FAILED = 125
 """Exit status for what kept the command from being tried, as of env(1) and nohup(1)."""
@@ -35,6 +38,9 @@ CONTEXT = 512 * 2**20
 _EVERY = 10.0
 """Seconds between two lines about what is waited for."""
 
+_LARGE = 64 * 2**20
+"""Bytes of main memory for which somebody who is left behind keeps a lease of it: not for a daemon
+that waits for work."""
 _LABEL = 100
 """Characters of a command that others see."""
 
@@ -43,7 +49,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Enter ``gpumem run``."""
     parser = commands.add_parser(
         "run",
-        help="Run a command with a lease of VRAM: it waits its turn among tests and commands.",
+        help="Run a command with a lease of VRAM, of main memory, or both: it waits its turn among "
+        "tests and commands.",
         epilog="Exit status: that of COMMAND (128 + N where signal N ended it); 127 when there is "
         "no such command, 126 when it cannot be run, 125 when there is no lease to be had, 2 when "
         "an option cannot be used.",
@@ -51,10 +58,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--vram",
         type=_size_or_all,
-        required=True,
+        default=0,
         metavar="SIZE",
         help="What the command and all that it starts use at their peak, contexts included; all: "
         "the whole card.",
+    )
+    parser.add_argument(
+        "--ram",
+        type=read_size,
+        metavar="SIZE",
+        help="What they use of main memory at their peak. One of --vram and --ram is needed.",
     )
     parser.add_argument(
         "--card",
@@ -108,6 +121,10 @@ def _run(chosen: argparse.Namespace) -> int:
         raise ValueError(
             "there is no command; it comes after --, as in gpumem run --vram 2GiB -- python x.py"
         )
+    if chosen.vram == 0 and not chosen.ram:
+        raise ValueError("there is nothing to lease: --vram, --ram or both say how much it takes")
+    if chosen.vram == 0 and chosen.card is not None:
+        raise ValueError("--card: nothing is leased of a card without --vram")
     if sys.platform != "linux":
         raise ValueError(f"{sys.platform} has no sigtimedwait(2), by which signals are passed on")
     from pytest_gpumem.cli.foreground import CannotStartError, check, leave_on_signals
@@ -117,7 +134,8 @@ def _run(chosen: argparse.Namespace) -> int:
         leave_on_signals()
         with ExitStack() as stack:
             context = simulated.use(chosen.simulate, stack) or CONTEXT
-            return _Run(chosen, _cards(chosen.card), context).through()
+            cards = [] if chosen.vram == 0 else _cards(chosen.card)
+            return _Run(chosen, cards, _pools(chosen.ram), context).through()
     except CannotStartError as error:
         say(f"error: {error}")
         return error.status
@@ -152,6 +170,21 @@ def _cards(text: str | None) -> list[Card]:
     return list(chosen.values())
 
 
+def _pools(size: int | None) -> list[Card]:
+    """Return what main memory is asked for of: the machine's, and what control groups allow.
+
+    Raises:
+        ValueError: when the system does not tell what there is.
+
+    """
+    if size is None:
+        return []
+    found = [Card(pool.name, "main memory", pool.total) for pool in host.pools()]
+    if not found:
+        raise ValueError("--ram: the system does not tell how much main memory there is")
+    return found
+
+
 def _is_named(card: Card, text: str) -> bool:
     """Return whether ``text`` is the beginning of a card's UUID, with or without its GPU-."""
     uuid, text = card.uuid.lower(), text.lower()
@@ -161,9 +194,16 @@ def _is_named(card: Card, text: str) -> bool:
 class _Run:
     """One command, from its request to its end."""
 
-    def __init__(self, chosen: argparse.Namespace, cards: Sequence[Card], context: int) -> None:
+    def __init__(
+        self,
+        chosen: argparse.Namespace,
+        cards: Sequence[Card],
+        pools: Sequence[Card],
+        context: int,
+    ) -> None:
         self._chosen = chosen
         self._cards = cards
+        self._pools = pools
         self._context = context
         self._command: list[str] = chosen.command_line
         self._label = _label(self._command)
@@ -180,7 +220,7 @@ class _Run:
             say(f"starts though other programs use {format_bytes(lease.short)} of what it needs")
         if self._chosen.card is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(card.uuid for card in self._cards)
-        measured = Measured(self._label, self._cards, self._context)
+        measured = Measured(self._label, self._cards, self._context, in_ram=bool(self._pools))
         begun = time.monotonic()
         foreground = Foreground(self._command)
         # Should this process be killed, its lease is the command's, and of whom that starts.
@@ -196,6 +236,7 @@ class _Run:
         left = measured.end()
         self._give_back(leases, lease, left)
         took = [Took(card, self._chosen.vram, measured.peak(card)) for card in self._cards]
+        took += [Took(pool, self._chosen.ram, measured.ram_peak) for pool in self._pools[-1:]]
         told = "; ".join(map(str, took))
         say(f"{told}; waited {lease.waited:.1f} s, ran {seconds:.1f} s")
         if self._chosen.json is not None:
@@ -206,9 +247,11 @@ class _Run:
         from pytest_gpumem.leases.request import Want
 
         chosen = self._chosen
-        return leases.acquire(
-            {card.uuid: Want(chosen.vram) for card in self._cards},
-            {card.uuid: card.total for card in self._cards},
+        wants = {card.uuid: Want(chosen.vram) for card in self._cards}
+        wants |= {pool.uuid: Want(chosen.ram) for pool in self._pools}
+        return leases.acquire(  # both at once: nobody has the one and waits for the other
+            wants,
+            {each.uuid: each.total for each in (*self._cards, *self._pools)},
             self._label,
             chosen.timeout,
             self._waits,
@@ -224,14 +267,19 @@ class _Run:
 
     def _give_back(self, leases: LeaseStore, lease: Lease, left: Sequence[ChildUsage]) -> None:
         """End the lease, unless somebody who uses the card has it still."""
-        heirs = [usage for usage in left if leases.ledger.alive.is_inherited_by(usage.pid)]
+        heirs = {pid: host.family_of(pid, ()) for pid in leases.ledger.alive.heirs()}
         for usage in left:
-            keeps = "keeps the lease" if usage in heirs else "has no lease"
+            keeps = "keeps the lease" if usage.pid in heirs else "has no lease"
             say(
                 f"pid {usage.pid} ({usage.command}) goes on, {keeps} and uses "
                 f"{format_bytes(usage.used)}"
             )
-        if not heirs:
+        named = {usage.pid for usage in left}
+        large = {pid for pid, size in heirs.items() if self._pools and size >= _LARGE} - named
+        for pid in sorted(large):
+            size = format_bytes(heirs[pid])
+            say(f"pid {pid} ({command(pid)}) goes on, keeps the lease and has {size}")
+        if not large | (named & heirs.keys()):
             lease.release()
             leases.close()
 
@@ -250,8 +298,11 @@ class _Run:
                     "peak": each.peak,
                 }
                 for each in took
+                if each.card in self._cards
             ],
         }
+        if self._pools:
+            told["ram"] = {"asked": took[-1].asked, "peak": took[-1].peak}
         try:
             with files.replace(self._chosen.json) as file:
                 json.dump(told, file, indent=1)

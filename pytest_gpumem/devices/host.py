@@ -7,12 +7,13 @@ Sizes are bytes.
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _ROOT = Path("/")
@@ -74,6 +75,11 @@ def _kib(file: str, name: str) -> int:
     return (_field(_text(Path("/proc", file)), name) or 0) * 1024
 
 
+def own() -> int:
+    """Return what this process has for itself: without the files that it maps; 0 if not told."""
+    return max(0, (resident() or 0) - of_files())
+
+
 def has_children() -> bool:
     """Return whether this process has any child; about 1 us."""
     try:
@@ -113,7 +119,67 @@ def share_of(pid: int) -> Share:
     return Share(now, now + max(0, more) * 1024)
 
 
+def family_of(pid: int, besides: Collection[int]) -> int:
+    """Return what a process and its descendants have for themselves, without mapped files.
+
+    Of pages that several share each has its part. Those of ``besides`` and theirs do not count.
+    """
+    text, found = _text(Path(f"/proc/{pid}/smaps_rollup")), 0
+    with suppress(OSError):
+        # Of each thread, those that it started; see proc_pid_task_children(5).
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, _text(thread / "children").split()):
+                found += 0 if child in besides else family_of(child, besides)
+    return found + max(0, (_field(text, "Pss:") or 0) - (_field(text, "Pss_File:") or 0)) * 1024
+
+
 # The machine
+
+
+class Pool(NamedTuple):
+    """Main memory that processes share: the machine's, or what a control group may take of it."""
+
+    name: str
+    """The same for all who share it, also from within a container."""
+    total: int
+    place: Path
+    """Where its figures are."""
+
+    @property
+    def used(self) -> int:
+        """Return the bytes that cannot be had again; what is only cached can."""
+        if self.name == MACHINE:
+            free = _field(_text(self.place), "MemAvailable:")
+            return 0 if free is None else max(0, self.total - free * 1024)
+        return _group_used(self.place) or 0
+
+
+MACHINE = "RAM-machine"
+_GROUP = re.compile("RAM-[0-9]+g")
+
+
+def is_pool(name: str) -> bool:
+    """Return whether something that is leased is a pool of main memory, and no card."""
+    return name == MACHINE or _GROUP.fullmatch(name) is not None
+
+
+def pools(root: Path = _ROOT) -> list[Pool]:
+    """Return the pools that this process takes its main memory from, each within the one before.
+
+    None where the system does not tell. A control group is known by the number of its directory,
+    which containers do not change.
+    """
+    meminfo, found = root / "proc/meminfo", []
+    text = _text(meminfo)
+    if (total := _field(text, "MemTotal:")) and _field(text, "MemAvailable:") is not None:
+        found.append(Pool(MACHINE, total * 1024, meminfo))
+    limits: dict[str, Pool] = {}
+    for group in _groups(root):
+        allowed = _group_limit(group)
+        if allowed is not None and (not found or allowed < found[0].total):
+            name = f"RAM-{group.stat().st_ino}g"
+            limits.setdefault(name, Pool(name, allowed, group))
+    return [*found, *reversed(limits.values())]
 
 
 def host(root: Path = _ROOT) -> Host:
@@ -126,10 +192,7 @@ def host(root: Path = _ROOT) -> Host:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     groups = list(_groups(root))
     quotas = [quota for group in groups if (quota := _quota(group)) is not None]
-    rooms = [room for group in groups if (room := _group_room(group)) is not None]
-    available = _available(root)
-    if available is not None:
-        rooms.append(available)
+    rooms = [max(0, pool.total - pool.used) for pool in pools(root)]
     return Host(max(1, min([cpus or 1, *quotas])), min(rooms, default=None))
 
 
@@ -157,13 +220,7 @@ def killed(root: Path = _ROOT) -> Killed:
 
 def limit(root: Path = _ROOT) -> int | None:
     """Return the least main memory that this process's control groups allow; None: they do not."""
-    found = [
-        int(text)
-        for group in _groups(root)
-        for name in ("memory.max", "memory.limit_in_bytes")
-        # Version 1 writes no limit as the largest number of whole pages.
-        if (text := _text(group / name).strip()).isdecimal() and int(text) < 2**60
-    ]
+    found = [each for group in _groups(root) if (each := _group_limit(group)) is not None]
     return min(found, default=None)
 
 
@@ -192,22 +249,27 @@ def _quota(group: Path) -> int | None:
     return -(-int(quota) // int(period))
 
 
-def _group_room(group: Path) -> int | None:
-    """Return the bytes a control group may still take; what is only cached counts as free."""
-    for limit, usage, inactive in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        top, used = _text(group / limit).strip(), _text(group / usage).strip()
-        if top.isdecimal() and used.isdecimal():
-            cached = _field(_text(group / "memory.stat"), inactive) or 0
-            return max(0, int(top) - int(used) + cached)
+def _group_limit(group: Path) -> int | None:
+    """Return the bytes that a control group may take; None: it is not limited."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        text = _text(group / name).strip()
+        # Version 1 writes no limit as the largest number of whole pages.
+        if text.isdecimal() and int(text) < 2**60:
+            return int(text)
     return None
 
 
-def _available(root: Path) -> int | None:
-    kib = _field(_text(root / "proc/meminfo"), "MemAvailable:")
-    return None if kib is None else kib * 1024
+def _group_used(group: Path) -> int | None:
+    """Return the bytes that a control group has taken; what is only cached does not count."""
+    for usage, inactive in (
+        ("memory.current", "inactive_file"),
+        ("memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        used = _text(group / usage).strip()
+        if used.isdecimal():
+            cached = _field(_text(group / "memory.stat"), inactive) or 0
+            return max(0, int(used) - cached)
+    return None
 
 
 def _field(text: str, name: str) -> int | None:

@@ -35,13 +35,17 @@ class Alive:
         with suppress(OSError):  # a full disk costs what is told, not the lease
             file.write(f"{own}\n{'' if terminal is None else terminal}\n{worker}\n")
 
-    def is_inherited_by(self, pid: int) -> bool:
-        """Return whether another process has this one's lock too, as far as the system tells."""
+    def heirs(self) -> list[int]:
+        """Return the other processes that have this one's lock too, as far as the system tells."""
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208  # as strange
+        return [pid for pid in pids if pid != os.getpid() and self._is_inherited_by(pid)]
+
+    def _is_inherited_by(self, pid: int) -> bool:
         own = f"{self.folder}/{self.process}"
         try:
             files = [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]  # noqa: PTH208  # as strange
             return any(os.readlink(file) == own for file in files)  # noqa: PTH115  # a Path takes longer
-        except OSError:  # another system, or it ends
+        except OSError:  # another user's, or it ends
             return False
 
     def others(self) -> set[str]:

@@ -1,10 +1,12 @@
-"""What a test asks for of a card, from what is known of the test and of its process."""
+"""What a test asks for of cards and of main memory, by what is known of it and its process."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from pytest_gpumem import admission
+from pytest_gpumem.devices import host
 from pytest_gpumem.leases.request import Want
 
 SOMETHING = 1
@@ -21,6 +23,8 @@ class Need(NamedTuple):
     alone: bool = False
     fixtures: int = 0
     """Bytes more, as far as the process does not keep the test's wider fixtures already."""
+    ram: int = 0
+    """Bytes of main memory beyond what its process has; 0: too few, or too little known, to ask."""
 
 
 class Place(NamedTuple):
@@ -34,6 +38,22 @@ class Place(NamedTuple):
     """What it keeps now, context and fixtures included."""
     standing: int = 0
     """What its wider fixtures hold now."""
+
+
+def in_main_memory(size: int, headroom: int) -> tuple[dict[str, Want], dict[str, int]]:
+    """Return by pool what to ask for ``size`` bytes more than this process has, and what there is.
+
+    What it has is a part of it: others then see in its lease what it takes of that meanwhile.
+    """
+    size += host.own()
+    totals = {pool.name: pool.total for pool in _pools()}
+    most = {name: max(SOMETHING, total - headroom) for name, total in totals.items()}
+    return {name: Want(min(size, most[name])) for name in totals}, totals
+
+
+@functools.cache
+def _pools() -> list[host.Pool]:
+    return host.pools()
 
 
 def want_of(need: Need, place: Place) -> Want:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.admission import room
 from pytest_gpumem.leases.entries import KEPT
-from pytest_gpumem.leases.request import Want
+from pytest_gpumem.leases.request import Want, called
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 
 def situation(view: View, request: Entry, owner: Callable[[Entry], str]) -> str:
-    """Return what ``request`` waits for and who has it; ``owner`` names an entry's."""
+    """Return what ``request`` waits for and who has it; ``owner`` names an entry's.
+
+    Of several cards, and main memory, those that it does not have to wait for are left out.
+    """
+    claims = request.claims
+    lacking = {key: claims[key] for key in claims if not view.admits_on(request, key)}
     return "; ".join(
-        f"{Want.of(claim)} of card {view.cards[key].uuid}: {_on_card(view, request, key, owner)}"
-        for key, claim in request.claims.items()
+        f"{Want.of(claim)} of {called(view.cards[key].uuid)}: {_on_card(view, request, key, owner)}"
+        for key, claim in (lacking or claims).items()
     )
 
 

@@ -1,4 +1,4 @@
-"""What processes without an entry in the ledger use of the cards."""
+"""What processes without an entry in the ledger use of the cards, and of main memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pytest_gpumem.admission import NOTHING, Claim, bounds, foreign
+from pytest_gpumem.devices import host
 from pytest_gpumem.leases.entries import card_key, pid_of
 
 if TYPE_CHECKING:
@@ -62,13 +63,22 @@ class Lookout:
         self._driver = driver
         self._found: dict[str, int] = {}
         """By card, the foreign bytes that were found last."""
+        self._pools: dict[str, host.Pool] = {}
+        """Those of main memory, once one was asked for."""
 
     def unused(self, uuid: str, total: int) -> int:
         """Return the bytes of a card of ``total`` that nobody uses at this moment."""
-        return total - self._driver.used(uuid)
+        return total - (self._used_of(uuid) if host.is_pool(uuid) else self._driver.used(uuid))
 
-    def look(self, uuid: str, total: int, page: Page, process: str, family: Families) -> Outside:
-        """Return what is outside of ``page``, as ``process`` of ``family`` sees it."""
+    def look(
+        self, uuid: str, total: int, page: Page, process: str, family: Families, *, needed: int
+    ) -> Outside:
+        """Return what is outside of ``page``, as ``process`` of ``family`` sees it.
+
+        Of main memory it is no more than told where that leaves the ``needed`` bytes all the same.
+        """
+        if host.is_pool(uuid):
+            return self._look_at_pool(uuid, total, page, process, family, needed=needed)
         ours, used = _ours(card_key(uuid), page), self._driver.used(uuid)
         if used <= sum(claim.resident for claim in ours.values()):
             self._found[uuid] = 0
@@ -96,6 +106,27 @@ class Lookout:
         size = foreign(used, uses, self._found.get(uuid, 0))
         self._found[uuid] = size
         return Outside(size, relatives, tuple((pid, told[pid]) for pid in sorted(strangers - kin)))
+
+    def _look_at_pool(
+        self, uuid: str, total: int, page: Page, process: str, family: Families, *, needed: int
+    ) -> Outside:
+        ours, used = _ours(card_key(uuid), page), self._used_of(uuid)
+        if used + sum(claim.resident + claim.extra for claim in ours.values()) + needed <= total:
+            return Outside(used)  # whose it is makes no difference, and takes milliseconds to find
+        here = {each: pid_of(each) for each in ours if family.is_here(each)}
+        pids = {*here.values(), os.getpid()}
+        told = {pid: host.family_of(pid, pids - {pid}) for pid in pids}
+        ours.pop(process, None)
+        own = told[os.getpid()]
+        uses = [bounds(claim, total, told.get(here.get(each, 0))) for each, claim in ours.items()]
+        size = foreign(used, [*uses, (own, own)], self._found.get(uuid, 0))
+        self._found[uuid] = size
+        return Outside(size)
+
+    def _used_of(self, pool: str) -> int:
+        if pool not in self._pools:
+            self._pools = {each.name: each for each in host.pools()}
+        return self._pools[pool].used if pool in self._pools else 0
 
 
 def _kin(pids: Collection[int], family: Families) -> set[int]:

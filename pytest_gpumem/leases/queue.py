@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.devices import host
 from pytest_gpumem.errors import LeaseError, LeaseTimeout
 from pytest_gpumem.leases import describe
 from pytest_gpumem.leases.entries import HELD, KEPT, LASTING, WAITING, Entry, entry_of
@@ -17,7 +18,7 @@ from pytest_gpumem.leases.request import YIELDS
 from pytest_gpumem.leases.view import Known, View
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
     from pytest_gpumem.admission import Claim
     from pytest_gpumem.leases.ledger import Ledger
@@ -62,6 +63,8 @@ class Queue:
         ledger = self._ledger
         ledger.join(terms.deadline, terms.on_wait)
         outside = self.outside(claims)
+        if terms.test:
+            claims = {key: self._in_reach(key, each, outside) for key, each in claims.items()}
         request, waited = None, 0.0
         try:
             with ExitStack() as stack:
@@ -205,15 +208,32 @@ class Queue:
     def _view(self, page: Page, outside: Mapping[str, Outside] | None = None) -> View:
         return View(page, self.cards, self.headroom, outside or {})
 
-    def outside(self, keys: Iterable[str]) -> dict[str, Outside]:
+    def _in_reach(self, key: str, claim: Claim, outside: Mapping[str, Outside]) -> Claim:
+        """Return what a test asks for, of main memory no more than other programs leave.
+
+        It runs beside these as it would without us, but not beside other tests that need much.
+        """
+        uuid, total = self.cards[key]
+        if not host.is_pool(uuid) or key not in outside:
+            return claim
+        most = total - self.headroom - outside[key].foreign
+        return claim._replace(extra=max(1, min(claim.extra, most)))
+
+    def outside(self, claims: Mapping[str, Claim]) -> dict[str, Outside]:
         """Return what processes without an entry in the ledger use of each card."""
         if self._lookout is None:
             return {}
         # Without the lock: the driver may take milliseconds.
         ledger, page = self._ledger, self._ledger.read()
         return {
-            key: self._lookout.look(*self.cards[key], page, ledger.process, ledger.alive.family)
-            for key in keys
+            key: self._lookout.look(
+                *self.cards[key],
+                page,
+                ledger.process,
+                ledger.alive.family,
+                needed=claim.extra + self.headroom,
+            )
+            for key, claim in claims.items()
         }
 
     def _note_short(self, view: View, request: Entry) -> int:
@@ -223,6 +243,8 @@ class Queue:
         """
         most = 0
         for key in request.claims:
+            if request.test and host.is_pool(self.cards[key].uuid):
+                continue  # it is not the card's, and nobody waits for it
             short = view.short(request, key)
             if short and (others := view.beside(key).foreign):
                 with suppress(OSError):  # then each process waits for itself

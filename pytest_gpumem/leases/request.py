@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pytest_gpumem.admission import Claim, never_fits
+from pytest_gpumem.devices import host
 from pytest_gpumem.errors import RequestRefusedError, TooLarge
 from pytest_gpumem.leases.entries import card_key
 from pytest_gpumem.units import format_bytes
@@ -92,15 +93,22 @@ def claims_of(
     found = {}
     for uuid, want in wants.items():
         if want.size is not None:
-            check_size(want.size, f"what is asked for of card {uuid}")
+            check_size(want.size, f"what is asked for of {called(uuid)}")
         claim, total = want.claim, totals[uuid]
         if never_fits(total, headroom, claim):
             kept = f", of which {format_bytes(headroom)} are kept free" if headroom else ""
-            has = f"card {uuid}, which has {format_bytes(total)}{kept}"
+            has = f"{called(uuid)}, which has {format_bytes(total)}{kept}"
             raise TooLarge(f"{want} asked for of {has}")
         if claim.extra or claim.exclusive:  # who asks for nothing waits for nobody
             found[card_key(uuid)] = claim
     return found
+
+
+def called(uuid: str) -> str:
+    """Return what a message calls that of which something is asked for: a card, or a pool."""
+    if not host.is_pool(uuid):
+        return f"card {uuid}"
+    return "main memory" if uuid == host.MACHINE else "its control group's main memory"
 
 
 def check_size(size: int, what: str) -> None:

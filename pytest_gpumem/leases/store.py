@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.admission import Claim
 from pytest_gpumem.errors import LeaseTimeout
 from pytest_gpumem.leases.entries import (
     HELD,
@@ -295,7 +296,7 @@ class LeaseStore:
     def _outside_of(self, uuid: str, total: int) -> Outside:
         key = card_key(uuid)
         self._queue.cards[key] = Known(uuid, total)
-        return self._queue.outside((key,)).get(key, Outside())
+        return self._queue.outside({key: Claim(0, total, exclusive=False)}).get(key, Outside())
 
     def close(self) -> None:
         """Give everything of this process back."""

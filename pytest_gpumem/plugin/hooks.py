@@ -161,10 +161,11 @@ def _share(config: pytest.Config) -> None:
 
 
 def _shares(config: pytest.Config) -> bool:
-    """Return whether this process shares anything: cards, or main memory among xdist's workers."""
+    """Return whether this process shares anything: cards, or main memory."""
     state, controller = config.stash[STATE], _is_controller(config)
     settings = state.settings
-    if (controller or is_worker(config)) and (settings.ram or settings.worker_ram is not None):
+    distributed = controller or is_worker(config)
+    if settings.ram or (distributed and settings.worker_ram is not None):
         return True
     return _may_meet_cards(config) if controller else bool(state.found.cards)
 

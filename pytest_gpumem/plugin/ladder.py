@@ -214,16 +214,19 @@ class Ladder:
 
         Who was beside the test is asked now: making a report can take longer than they stay.
         """
-        if call.when == "setup" and self.leases.waited:
-            # What others made it wait is not the test's time.
-            call.duration -= self.leases.waited
-            call.start += self.leases.waited
-            self.leases.waited = 0.0
+        if call.when == "setup":
+            self.uncount(call)
         if call.excinfo is None:
             return
         self.watch_reports()
         if tell_why(item, call, self._replacing, self._tracker):
             self.leases.note_others()
+
+    def uncount(self, call: pytest.CallInfo[Any]) -> None:
+        """Take what others made a test wait out of the time of its set-up."""
+        call.duration -= self.leases.waited
+        call.start += self.leases.waited
+        self.leases.waited = 0.0
 
     def watch_reports(self) -> None:
         """Settle reports from now on."""
@@ -290,7 +293,7 @@ class Ladder:
             return
         if not self._is_scheduled:
             # Of a test without a mark, this was asked when it began.
-            expected = self.leases.expected or self._history.expect(item.nodeid)
+            expected = self.leases.needs.expected or self._history.expect(item.nodeid)
             if usage.cards or expected.gpu or expected.source == "guess":
                 self._history.note_usage(item.nodeid, usage.cards, DURATION)
         elif any(card.extra or card.fixture_bytes or card.ooms for card in usage.cards):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from pytest_gpumem import admission, devices
+from pytest_gpumem import devices
 from pytest_gpumem.archive.consolidator import registered
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import telling
 from pytest_gpumem.leases.ledger import own_ledger
-from pytest_gpumem.plugin import marks, retry, wide_fixtures
+from pytest_gpumem.plugin import wide_fixtures
+from pytest_gpumem.plugin.needs import Needs, too_large
 from pytest_gpumem.plugin.state import GRANT, ItemMarks, State, marks_of
 from pytest_gpumem.records import Grant
 from pytest_gpumem.scheduling.workers import Holdings
-from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +26,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.leases.ask import Need
     from pytest_gpumem.leases.request import Want
     from pytest_gpumem.leases.store import Lease, LeaseStore
-    from pytest_gpumem.plugin.settings import Settings
     from pytest_gpumem.records import Card
-    from pytest_gpumem.scheduling.history import Expectation, History
+    from pytest_gpumem.scheduling.history import History
     from pytest_gpumem.tracking.tracker import Tracker
-
-ANY = marks.Need(vram=None, cards=1, exclusive=False)
-"""What a test without a mark asks for."""
 
 
 class Leases:
@@ -57,9 +52,10 @@ class Leases:
     ) -> None:
         self._settings = state.settings
         self._state = state
-        self._history = history
         self._tracker = tracker
-        self._granted = granted
+        self._is_scheduled = granted is not None
+        self.needs = Needs(state, history, granted)
+        """Tells what tests ask for."""
         self._holdings = Holdings(state.settings.context_cost)
         self._notes = state.notes
         self._without = False
@@ -75,8 +71,6 @@ class Leases:
         """The step that is being taken with the test, see ``retry``."""
         self._apart = False
         """Whether the test runs in a process of its own."""
-        self.expected: Expectation | None = None
-        """Of the test that runs, if it has no mark."""
         self.waited = 0.0
         """Seconds that the test which is set up, and its fixtures, waited for leases."""
         self.beside = False
@@ -125,13 +119,13 @@ class Leases:
             return ""
         if GRANT in item.stash:  # an earlier attempt's
             del item.stash[GRANT]
-        need = self._need(item, marked)
+        need = self.needs.of(item, marked, step)
         if need is None or self._without:
             return ""
         try:
             if self._is_within(item):
                 return ""
-            refusal = _too_large(item, need, self._cards, self._settings)
+            refusal = too_large(item, need, self._cards, self._settings)
             if not refusal:
                 self._acquire(item, need)
             return refusal
@@ -162,12 +156,7 @@ class Leases:
 
     def _acquire(self, item: pytest.Item, need: Need) -> None:
         cards = self._cards[: need.cards]
-        held, standing = self._kept(), self._standing()
-        names = wide_fixtures.used_by(item)
-        wants = {}
-        for card in cards:
-            own = sum(size for name, size in standing.get(card.uuid, {}).items() if name in names)
-            wants[card.uuid] = self._want(need, card, held.get(card.uuid, 0), own)
+        wants, totals = self._wants(item, need, cards)
         begun = time.monotonic()
         with telling.Waiting(item.nodeid, self._open().ancestors) as waiting:
 
@@ -177,7 +166,7 @@ class Leases:
                     self.keep()
 
             try:
-                self._lease = self._wait(item, wants, on_wait)
+                self._lease = self._wait(item, wants, totals, on_wait)
             except BaseException:
                 self.waited = time.monotonic() - begun
                 if waiting.what:  # pytest-timeout's, or Ctrl-C
@@ -185,16 +174,41 @@ class Leases:
                 raise
             else:
                 self.waited = self._lease.waited
+        if not cards:
+            return
         sizes = [(card.total, wants[card.uuid].size) for card in cards]
         size = min(total if size is None else size for total, size in sizes)
         mark = marks_of(item).need
+        uuids = tuple(card.uuid for card in cards)
         item.stash[GRANT] = Grant(
-            tuple(wants), size, self._lease.exclusive, self.waited, mark.vram if mark else None
+            uuids, size, self._lease.exclusive, self.waited, mark.vram if mark else None
         )
-        self.beside = any(self._open().is_shared(uuid) for uuid in wants)
+        self.beside = any(map(self._open().is_shared, uuids))
+
+    def _wants(
+        self, item: pytest.Item, need: Need, cards: Sequence[Card]
+    ) -> tuple[dict[str, Want], dict[str, int]]:
+        """Return by card, and pool of main memory, what to ask for, and what there is."""
+        wants, totals = {}, {card.uuid: card.total for card in cards}
+        if cards:
+            held, standing = self._kept(), self._standing()
+            names = wide_fixtures.used_by(item)
+        for card in cards:
+            own = sum(size for name, size in standing.get(card.uuid, {}).items() if name in names)
+            wants[card.uuid] = self._want(need, card, held.get(card.uuid, 0), own)
+        if need.ram:
+            from pytest_gpumem.leases.ask import in_main_memory
+
+            in_ram = in_main_memory(need.ram, self._settings.headroom)
+            wants, totals = wants | in_ram[0], totals | in_ram[1]
+        return wants, totals
 
     def _wait(
-        self, item: pytest.Item, wants: Mapping[str, Want], on_wait: Callable[[str], None]
+        self,
+        item: pytest.Item,
+        wants: Mapping[str, Want],
+        totals: Mapping[str, int],
+        on_wait: Callable[[str], None],
     ) -> Lease:
         """Return a lease.
 
@@ -203,8 +217,7 @@ class Leases:
         """
         from pytest_gpumem.leases.request import HOPE
 
-        totals = {card.uuid: card.total for card in self._cards}
-        hope = HOPE if self._granted is None else 0.0
+        hope = 0.0 if self._is_scheduled else HOPE
         timeout = self._settings.lease_timeout
         worker = hasattr(item.config, "workerinput")
         return self._open().acquire(
@@ -288,35 +301,17 @@ class Leases:
         opened.headroom = self._settings.headroom
         return opened
 
-    def _need(self, item: pytest.Item, marked: ItemMarks) -> Need | None:
-        """Return what a test is to be granted, None for one that uses no card."""
-        self.expected = None
-        if marked.off:
-            return None
-        asked = marked.need or ANY
-        if self._step == retry.CPU:
-            return None
-        if self._step:
-            from pytest_gpumem.leases.ask import Need
-
-            return Need(None, asked.cards)
-        if self._granted is not None:
-            return self._granted()
-        expected = self._history.expect(item.nodeid, asked.vram)
-        self.expected = expected if asked.vram is None else None
-        return _need_of(expected, marked.need, self._settings)
-
     def _want(self, need: Need, card: Card, kept: int, standing: int) -> Want:
         from pytest_gpumem.leases.ask import SOMETHING, Place, want_of
         from pytest_gpumem.leases.request import Want
 
-        if self._step and self._granted is None:
+        if self._step and not self._is_scheduled:
             # Others are to spare what they keep, if they can.
             most = self._open().capacity(card.uuid, card.total) - kept
             return Want(max(SOMETHING, most), exclusive=True)
         if self._apart:
             # Of what this process keeps it has nothing. A grant of the scheduler has its context.
-            context = self._settings.context_cost if self._granted is None else 0
+            context = 0 if self._is_scheduled else self._settings.context_cost
             return want_of(need, Place(card.total - kept, self._settings.headroom, context))
         place = Place(
             card.total,
@@ -336,39 +331,3 @@ class Leases:
         except LeaseError as error:
             self._do_without(error)
             return False
-
-
-def _need_of(expected: Expectation, mark: marks.Need | None, settings: Settings) -> Need | None:
-    """Return what to grant a test of which this is known, None for one that uses no card."""
-    known = expected.peak is not None or expected.gpu or mark is not None
-    if not known and (expected.source != "guess" or "torch" not in sys.modules):
-        return None
-    from pytest_gpumem.leases.ask import SOMETHING, Need  # many runs never ask for a lease
-
-    asked = mark or ANY
-    if expected.source == "mark":  # which is for all that the test works with
-        return Need(0, asked.cards, asked.exclusive, expected.peak or 0)
-    if expected.peak is not None:
-        return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
-    careful = asked.exclusive or settings.schedule != "optimistic"
-    return Need(None if known and careful else SOMETHING, asked.cards)
-
-
-def _too_large(item: pytest.Item, need: Need, cards: Sequence[Card], settings: Settings) -> str:
-    """Return in one sentence why no card can ever grant what a test's mark asks for."""
-    if need.cards > len(cards):
-        return admission.why_too_many(item.nodeid, need.cards, len(cards))
-    asked = marks_of(item).need
-    vram = asked.vram if asked is not None else None
-    besides = settings.context_cost + settings.headroom
-    for card in cards[: need.cards]:
-        if vram is not None and vram + besides > card.total:
-            return admission.why_too_large(
-                item.nodeid,
-                vram,
-                need.cards,
-                f"{card.name} has {format_bytes(card.total)}",
-                context=settings.context_cost,
-                headroom=settings.headroom,
-            )
-    return ""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpumem.devices import host
-from pytest_gpumem.plugin.state import NOTES, RAM, State, is_worker, marks_of
+from pytest_gpumem.plugin.state import NOTES, RAM, ItemMarks, State, is_worker, marks_of
 from pytest_gpumem.records import properties
 from pytest_gpumem.tracking.ram import RamMeter
 from pytest_gpumem.tracking.sampler import Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
 WORTH_TELLING = 2**20
 """Bytes below which nothing is told of a test: the interpreter's own arenas move by that much."""
@@ -40,6 +40,10 @@ class MeasuringRam:
         )
         self._looks = settings.children == "watch" and settings.sample_interval > 0
         self._exact = True
+        self.beginning: Callable[[pytest.Item, ItemMarks], None] = lambda _item, _marks: None
+        """Takes the lease of a test as its set-up begins, where nobody does who measures VRAM."""
+        self.noting: Callable[[pytest.CallInfo[Any]], None] = lambda _call: None
+        """Called with its set-up, before the report is made: to have waited is not its time."""
 
     def pytest_runtestloop(self) -> None:
         """Begin to look at children."""
@@ -49,9 +53,16 @@ class MeasuringRam:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
-        if not marks_of(item).off:
+        marked = marks_of(item)
+        self.beginning(item, marked)
+        if not marked.off:
             self._meter.begin()
             self._exact &= self._meter.exact
+
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
+        """Let the set-up of a test last as long as it did without others."""
+        if call.when == "setup":
+            self.noting(call)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:

@@ -243,7 +243,8 @@ class Settings(SimulationSettings, PlaceSettings):
     )
     ram: bool = declared(
         flag,
-        "Measure the main memory of tests and of what they start, and let workers share it.",
+        "Measure the main memory of tests and of what they start, and let workers and runs "
+        "share it.",
     )
     schedule: str = declared(
         one_of(("careful", "optimistic", "off"), "a way to schedule"),

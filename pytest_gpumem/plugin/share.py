@@ -141,6 +141,12 @@ def share(config: pytest.Config, state: State) -> None:
         ladder = _in_worker(config, state, tracker, given)
     if measuring is not None:
         measuring.beginning, measuring.noting = ladder.begin, ladder.note
+    elif state.settings.ram:
+        from pytest_gpumem.plugin.ram import MeasuringRam
+
+        in_ram: MeasuringRam | None = config.pluginmanager.getplugin(MeasuringRam.NAME)
+        if in_ram is not None:
+            in_ram.beginning, in_ram.noting = ladder.begin, ladder.uncount
     config.pluginmanager.register(ladder, Ladder.NAME)
 
 
@@ -176,7 +182,10 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         grant = worker.granted()
         if tracker is not None and worker.again:  # say what fills the card
             tracker.recordings.record_next(worker.again)
-        return None if grant is None else Need(*grant)
+        if grant is None:
+            return None
+        size, cards, alone, ram = grant
+        return Need(size, cards, alone, ram=ram)
 
     def used_card() -> None:
         # Behind a test for which the card was set aside nothing waits. This one was taken for a

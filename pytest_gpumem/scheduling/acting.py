@@ -40,6 +40,8 @@ def run(state: State, worker: Worker, test: int, grant: Grant | None = None) -> 
     worker.stalled = False
     if grant is None and not state.tests[test].seen:
         state.cluster.surprises(worker)
+    if ram := state.ram.to_lease(worker, test):
+        grant = (grant or Grant(0, 0, alone=False))._replace(ram=ram)
     state.out.append(Run(worker.name, test, grant))
     return True
 

@@ -9,12 +9,14 @@ CardKey = tuple[str, str]
 
 
 class Grant(NamedTuple):
-    """What is set aside for a test on each of its cards."""
+    """What is set aside for a test on each of its cards, and of main memory."""
 
     size: int | None
     """Bytes beyond what its worker keeps; None: the whole card."""
     cards: int
     alone: bool
+    ram: int = 0
+    """Bytes of main memory beyond what its worker has, if it takes a lease for them."""
 
 
 class Run(NamedTuple):
@@ -23,7 +25,7 @@ class Run(NamedTuple):
     worker: str
     test: int
     grant: Grant | None = None
-    """None for a test that is expected to use no card."""
+    """None for a test that is expected to use no card, nor much main memory."""
 
 
 class Flush(NamedTuple):

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 from harness import MODES, run_pytest, write_suite
 
-from pytest_gpumem.devices.host import Killed
+from pytest_gpumem.devices.host import MACHINE, Killed, pools
+from pytest_gpumem.leases.request import Want
+from pytest_gpumem.leases.store import LeaseStore
 from pytest_gpumem.plugin.xdist.lost import Lost, _why
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -223,7 +225,7 @@ def test_a_suite_that_is_killed_without_us_comes_to_its_end(tmp_path, group):
     write_suite(tmp_path, test_it=HEAVY)
     script = tmp_path / "in_group.py"
     three = (*ON, "-n", "3", "--gpumem-json", "run.json")
-    unpacked = run_pytest(tmp_path, *three, "--gpumem-schedule=off", within=[script, group])
+    unpacked = run_pytest(tmp_path, *three, "--gpumem=track", within=[script, group])
     lost = unpacked.record.lost
     packed = run_pytest(tmp_path, *three, within=[script, group])
 
@@ -316,3 +318,62 @@ def test_private_surface_of_xdist_and_execnet_is_there():
     assert "remove_node" in DSession.worker_workerfinished.__code__.co_names
     assert "workeroutput" in WorkerController.process_from_remote.__code__.co_names
     assert "popen" in Popen2IOMaster.__init__.__code__.co_names
+
+
+LEASED = """
+import pytest
+
+@pytest.mark.ram("200MiB")
+def test_large():
+    pass
+
+@pytest.mark.ram("20MiB")
+def test_small():
+    pass
+
+def test_plain():
+    pass
+
+def test_learned():
+    pass
+
+@pytest.mark.gpu(vram="20MiB", ram="200MiB")
+def test_both():
+    pass
+"""
+
+
+@pytest.fixture
+def all_but(tmp_path, monkeypatch):
+    """Lease all main memory but some, as a stranger; return where that stands."""
+    monkeypatch.setattr("pytest_gpumem.leases.family.lineage", lambda _: ())
+    leases = LeaseStore(tmp_path / "run" / f"gpumem-{os.getuid()}")
+    total = pools()[0].total
+
+    def all_but(size):
+        leases.acquire({MACHINE: Want(total - size)}, {MACHINE: total}, "somebody", 0)
+        return {"GPUMEM_RUN_DIR": str(tmp_path / "run")}
+
+    yield all_but
+    leases.close()
+
+
+@pytest.mark.parametrize(("mode", "card"), [("no-xdist", ()), ("n0", CARD), ("n2", CARD)])
+def test_a_test_waits_for_main_memory_that_somebody_else_leased(tmp_path, all_but, mode, card):
+    write_suite(tmp_path, test_it=LEASED)
+    entry = {"peaks": [], "fixtures": 0, "duration": 1.0, "runs": 1, "gpu": False}
+    took = {"test_learned": 200 * MIB, "test_plain": 0}
+    tests = {f"test_it.py::{name}": entry | {"ram": [size]} for name, size in took.items()}
+    history = tmp_path / "history.json"
+    history.write_text(json.dumps({"schema": 1, "tests": tests}))
+    arguments = (*card, *MODES[mode], "--gpumem-history", str(history))
+    beside = all_but(150 * MIB)
+    run = run_pytest(tmp_path, *ON, *arguments, "--gpumem-lease-timeout=0.3", env=beside)
+
+    assert run.outcomes == {"passed": 2, "error": 3}, run.output
+    for name in ("large", "both", "learned"):
+        assert re.search(
+            rf"(?m)^ERROR test_it.py::test_{name} - Failed: no lease within 0.3 s: .*"
+            r"2\d\d.\d\d MiB of main memory: .* held by pid \d+ \(somebody\)",
+            run.output,
+        ), run.output

@@ -310,8 +310,9 @@ class GpumemScheduling:
             elif isinstance(command, commands.Run):
                 queues.setdefault(command.worker, []).append(command.test)
                 if command.grant is not None:
-                    size, cards, alone = command.grant
-                    grants.setdefault(command.worker, {})[command.test] = size, cards, alone
+                    # Plain, because execnet does not know its type.
+                    size, cards, alone, ram = command.grant
+                    grants.setdefault(command.worker, {})[command.test] = size, cards, alone, ram
             else:
                 reset = isinstance(command, commands.Reset)
                 sentinel = xdist_worker.RESET if reset else xdist_worker.FLUSH

@@ -37,7 +37,7 @@ ASKED = "gpumem_sentinels"
 GRANTS = "gpumem_grants"
 """Command by which the controller tells what it has set aside for the tests it hands out."""
 
-Granted = tuple[int | None, int, bool]
+Granted = tuple[int | None, int, bool, int]
 """Bytes beyond what the process keeps (None: the whole card), cards, alone or not."""
 
 

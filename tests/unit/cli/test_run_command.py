@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gpumem.cli import main as cli
+from pytest_gpumem.devices import host
 from pytest_gpumem.simulator import Simulation
 
 MIB = 2**20
@@ -114,7 +116,11 @@ def test_the_status_is_the_commands(card, command, status, said):
         ("--vram=1MiB -- /dev/null/x", 126, "cannot run '/dev/null/x': Not a directory"),
         ("--vram=1MiB -- /etc", 126, "cannot run '/etc': Permission denied"),
         ("--vram=1MiB", 2, "there is no command; it comes after --"),
-        ("-- true", 2, "the following arguments are required: --vram"),
+        ("-- true", 2, "there is nothing to lease: --vram, --ram or both say how much"),
+        ("--card=0 --ram=1MiB -- true", 2, "--card: nothing is leased of a card without --vram"),
+        ("--ram=all -- true", 2, "'all' is not a size"),
+        ("--ram=0 -- true", 2, "'0' is not a size"),
+        ("--ram=9999TiB -- true", 125, "9.76 PiB asked for of main memory, which has "),
         ("--vram=-1 -- true", 2, "'-1' is not a size; allowed is"),
         ("--vram=1MiB --timeout=nan -- true", 2, "'nan' is no time; allowed are 0 or more"),
         ("--vram=1MiB --priority=high -- true", 2, "invalid choice: 'high'"),
@@ -251,6 +257,59 @@ def test_who_outlives_the_command_on_the_card_keeps_the_lease(card, tmp_path):
     assert holders() == []
 
 
+HAS = """
+import os, sys, time
+has = bytearray(100 << 20)
+sys.stdout.write("has\\n"); sys.stdout.flush()
+end = time.monotonic() + 60
+while time.monotonic() < end and not os.path.exists(sys.argv[1]):
+    time.sleep(0.02)
+"""
+
+
+def test_main_memory_is_leased_measured_and_shown(card, tmp_path, capsys):
+    first_go, go = tmp_path / "first", tmp_path / "go"
+    size = host.host().ram * 3 // 5  # not twice, whatever others use meanwhile
+    asked, command = f"--ram={size}B", [sys.executable, "-c", HAS]
+    with running(asked, "--vram=100MiB", "--", *command, first_go) as first:
+        first.stdout.readline()
+        with running(asked, "--json", tmp_path / "took", "--", *command, go) as second:
+            assert re.match(r"gpumem run: waits for .+ of main memory: ", second.stderr.readline())
+            rows = [row for row in holders() if "ram" in row]
+            assert [(row["state"], row["ram"]) for row in rows] == [
+                ("held", size), ("waiting", size),
+            ]  # fmt: skip
+            assert rows[0]["family"][0]["used"] > 100 * MIB
+            assert cli.main(["ps"]) == 0
+            shown = capsys.readouterr().out
+            assert re.search(r"(?m)^main memory: .* used\n  held +\d+\.\d+ GiB  pid ", shown)
+            first.kill()  # by which its command gets the lease
+            time.sleep(0.3)
+            assert second.poll() is None
+            first_go.touch()
+            second.stdout.readline()
+            go.touch()
+            assert second.wait() == 0
+            told = second.stderr.read()
+            assert re.search(r"took 1\d\d\.\d\d MiB of main memory, asked for: ", told)
+    assert json.loads((tmp_path / "took").read_text())["ram"]["peak"] > 100 * MIB
+
+
+def test_who_outlives_the_command_with_much_main_memory_keeps_the_lease(card, tmp_path):
+    go, told = tmp_path / "go", tmp_path / "told"
+    script = f"""exec >{told} 2>&1
+    sleep 1 &
+    "$0" -c "$1" {go} &
+    until grep -q has {told}; do sleep 0.05; done"""
+    done = gpumem("run", "--ram=1GiB", "--", "sh", "-c", script, sys.executable, HAS)
+    said = re.findall(r"pid (\d+) \((.*)\) goes on, keeps the lease and has 1\d\d\.", done.stderr)
+    assert len(said) == 1, done.stderr
+    assert said[0][1].startswith(sys.executable)
+    assert [row["ram"] for row in holders() if "ram" in row] == [1024 * MIB]
+    go.touch()
+    until(lambda: not [row for row in holders() if "ram" in row])
+
+
 def test_one_of_low_priority_lets_later_ones_go_first(card, tmp_path):
     def finished(name):
         return ["sh", "-c", f"echo {name} >> {tmp_path}/order"]
@@ -360,7 +419,7 @@ def test_a(gpumem):
 def test_ps_tells_tests_commands_and_their_families(card, tmp_path, capsys):
     (tmp_path / "test_it.py").write_text(SUITE)
     assert cli.main(["ps"]) == 0
-    assert capsys.readouterr().out == "nobody holds or waits for a card\n"
+    assert capsys.readouterr().out == "nobody holds or waits for a card or main memory\n"
     tests = [
         sys.executable, "-m", "pytest", "-q", "-p", "gpumem", "-p", "xdist", "-n1",
         "-p", "no:cacheprovider", "test_it.py",

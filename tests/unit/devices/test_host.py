@@ -62,7 +62,7 @@ def test_what_control_groups_say_of_limits_and_kills(machine, files, killed, lim
     assert host.limit(root) == limit
 
 
-MEMINFO = {"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    8388608 kB\n"}
+MEMINFO = {"proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n"}
 
 
 def test_without_control_groups_the_system_tells(machine):
