@@ -153,17 +153,15 @@ def _join() -> None:
         from pathlib import Path
 
         from pytest_gpumem.devices import family
-        from pytest_gpumem.devices.book import Book
+        from pytest_gpumem.devices.book import NOBODY, Book
 
         pages = []
         for link in family.links(os.environ.get(FAMILY, "")):
             if link.root == family.identity(os.getpid()):
                 continue  # this process runs these tests, and measures itself
             try:
-                book = Book(Path(link.book))
-                served = _serves_all()
-                owner, name = (book.now, "") if served else (link.owner, link.name)
-                pages.append(book.join(owner, name))
+                owner, name = (NOBODY, "") if _serves_all() else (link.owner, link.name)
+                pages.append(Book(Path(link.book)).join(owner, name))
             except (OSError, ValueError, RuntimeError):  # that run is over, or its book is full
                 continue
         if pages:

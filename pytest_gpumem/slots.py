@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import struct
+import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ WORD = 8
 _ALL = 0
 """The byte of the lock file that is locked by who changes the file; a slot's is its number."""
 
+_FLOCK = "@hhqqi0q"
 _threads = threading.RLock()
 
 
@@ -49,6 +52,19 @@ class _LockFile:
 
     def unlock(self, byte: int) -> None:
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
+
+    def holder(self, slot: int) -> int:
+        """Return the number that who has ``slot`` has in this process's pid namespace.
+
+        0 where the system does not tell, nobody has it, or he is not seen from here.
+        """
+        if sys.platform != "linux":  # whose struct flock this is, see fcntl(2)
+            return 0
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, slot, 1, 0)
+        with suppress(OSError):
+            kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(self.file, fcntl.F_GETLK, asked))
+            return 0 if kind == fcntl.F_UNLCK else int(pid)
+        return 0
 
     def is_locked(self, slot: int) -> bool:
         """Return whether a living process has ``slot``; to ask while no other process may."""
@@ -162,6 +178,14 @@ class Slots:
     def lives(self, slot: int) -> bool:
         """Return whether the process of a slot lives."""
         return self._locks.is_locked(slot)
+
+    def pid(self, slot: int, own: int, namespace: int) -> int:
+        """Return the number here of a slot's process, which calls itself ``own`` in ``namespace``.
+
+        In another pid namespace than its own only the system knows it, and while it lives; 0 where
+        that does not tell.
+        """
+        return own if namespace == pid_namespace() else self._locks.holder(slot)
 
     def take(self) -> int:
         """Return a free slot, which is this process's from now on.

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices.reading import AllocatorReading
 
-_MAGIC = b"gpufam\0\2"
+_MAGIC = b"gpufam\0\3"
 _MOST = 512
 """Children that use a card, of which the book is told at the same time."""
-_HEADER = 4
-_NOW, _CONTEXT = 1, 2
-"""Who runs now, for children of a process that was there before him; bytes of a context."""
+_HEADER = 5
+_NOW, _SINCE, _CONTEXT = 1, 2, 3
+"""Who runs now, and since when, in nanoseconds; bytes of a context."""
 _NAME_WORDS = 30
 _CARD = 9
 _CARDS = 8
@@ -39,8 +39,10 @@ _CARDS = 8
 _COMMAND_WORDS = 10
 _PID, _NAMESPACE, _OWNER, _BEGAN, _ENDED, _NAME = range(6)
 _COMMAND = _NAME + _NAME_WORDS
-_ROOT = 0
+_ROOT = -1
 """The owner in the slot of the process that runs the tests."""
+NOBODY = 0
+"""The owner of what is started outside of tests, or by what was there before them."""
 _FIRST_CARD = _COMMAND + _COMMAND_WORDS
 _SLOT = _FIRST_CARD + _CARD * _CARDS
 (_KEY, _KEY2, _ALLOCATED, _PEAK, _RESERVED, _RESERVED_PEAK, _SUM_PEAK, _NEED, _OOMS) = range(_CARD)
@@ -66,7 +68,7 @@ class Told(NamedTuple):
 
     slot: int
     pid: int
-    """As it sees itself; 0 where that is another pid namespace than the reader's."""
+    """0 where it has none in the reader's pid namespace, or had one of its own and has ended."""
     owner: int
     name: str
     """Its owner's, as far as there was room."""
@@ -117,7 +119,8 @@ class Book:
         name = f"{family.identity(os.getpid())}-{os.urandom(4).hex()}"
         # Under its name only once this process has its slot: till then it looks left behind.
         aside, path = directory / f".{name}", directory / name
-        Slots.create(aside, struct.pack("=8sqqq", _MAGIC, 0, context, 0), slot=_SLOT, most=_MOST)
+        header = struct.pack("=8sqqqq", _MAGIC, NOBODY, 0, context, 0)
+        Slots.create(aside, header, slot=_SLOT, most=_MOST)
         book = cls(aside)
         book.join(_ROOT, "")
         Slots.rename(aside, path)
@@ -149,25 +152,24 @@ class Book:
             words[slot] for slot in range(_HEADER + _SLOT, _HEADER + _SLOT * slots, _SLOT)
         )
 
-    @property
-    def now(self) -> int:
-        """Who runs now."""
-        return self._words[_NOW]
+    def runs(self, owner: int, since: float) -> None:
+        """Write down who runs from now on, ``since`` by ``family.CLOCK``."""
+        self._words[_SINCE], self._words[_NOW] = int(since * 1e9), owner
 
-    @now.setter
-    def now(self, owner: int) -> None:
-        self._words[_NOW] = owner
+    def _starter(self) -> int:
+        """Return who started this process, if that is who runs now; else nobody."""
+        owner, since = self._words[_NOW], self._words[_SINCE]
+        begun = family.begun(family.identity(os.getpid()))
+        return owner if begun is None or begun * 1e9 >= since else NOBODY
 
     def read(self) -> list[Told]:
         """Return what each child told that lives, or ended and was not struck."""
         if not self.used:
             return []
-        here, words = pid_namespace(), self._words
+        words = self._words
         with self._slots.alone():
             return [
-                self._told(slot, here)
-                for slot in self._slots.taken()
-                if words[slot + _OWNER] != _ROOT
+                self._told(slot) for slot in self._slots.taken() if words[slot + _OWNER] != _ROOT
             ]
 
     def survivors(self) -> list[Told] | None:
@@ -179,11 +181,11 @@ class Book:
                 return None
         return [told for told in self.read() if told.lives]
 
-    def _told(self, slot: int, here: int) -> Told:
+    def _told(self, slot: int) -> Told:
         words = self._words
         return Told(
             slot,
-            words[slot + _PID] if words[slot + _NAMESPACE] == here else 0,
+            self._slots.pid(slot, words[slot + _PID], words[slot + _NAMESPACE]),
             words[slot + _OWNER],
             _read_text(words[slot + _NAME : slot + _COMMAND]),
             _read_text(words[slot + _COMMAND : slot + _FIRST_CARD]),
@@ -204,7 +206,9 @@ class Book:
                 self._words[slot] = 0
 
     def join(self, owner: int, name: str) -> Page:
-        """Let this process tell something, which ``owner`` started.
+        """Let this process tell something, which ``owner`` started: ``NOBODY`` who runs now.
+
+        Unless it was there before him: the process that runs the tests knows then who it was.
 
         Raises:
             RuntimeError: when the book is full.
@@ -215,7 +219,7 @@ class Book:
             words = self._words
             words[slot : slot + _SLOT] = memoryview(bytes(WORD * _SLOT)).cast("q")
             words[slot + _NAMESPACE] = pid_namespace()
-            words[slot + _OWNER] = owner
+            words[slot + _OWNER] = owner or self._starter()
             words[slot + _BEGAN] = time.time_ns()
             _write_text(words[slot + _NAME : slot + _COMMAND], name)
             _write_text(words[slot + _COMMAND : slot + _FIRST_CARD], command(os.getpid()))

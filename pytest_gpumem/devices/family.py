@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,11 @@ from typing import NamedTuple
 VARIABLE = "GPUMEM_FAMILY"
 """Says who started a process: a line for each run around it, the outermost first. A line is the
 number of the test or fixture, the file of ``book.Book``, and the name, with ``|`` between."""
+NO_TEST = "0"
+"""What the variable says before tests run, so that children have the simulated card; no line."""
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
+"""Linux counts the beginnings of processes by it."""
 _LONGEST_NAME = 1000
 """Characters of a name in the environment, of which one text may have 128 KiB (execve(2))."""
 
@@ -95,6 +101,16 @@ def _tree(pid: int) -> list[str]:
         found.append(f"{pid}:{born.start:.2f}")
         pid, youngest = born.parent, born.start
     return found
+
+
+def begun(process: str) -> float | None:
+    """Return when a process, as ``pid:start``, had begun at the latest; None where not told.
+
+    In seconds by ``CLOCK``. The kernel rounds down to a tick of 10 ms.
+    """
+    if sys.platform != "linux" or not process:
+        return None
+    return (float(process.partition(":")[2]) + 1) / _TICKS
 
 
 def identity(pid: int) -> str:

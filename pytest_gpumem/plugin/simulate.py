@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.devices.family import NO_TEST, VARIABLE
 from pytest_gpumem.plugin.resolve import BadSettingError
 from pytest_gpumem.plugin.state import State
 
@@ -68,7 +69,11 @@ def begin(settings: Settings, real: CardsFound) -> State:
     os.environ.setdefault(CARD_VARIABLE, simulation.path)
     # Whoever made the cards decided what a context costs.
     settings = settings.replace(simulate_context=simulation.cards[0].context)
-    return State(settings, _cards_of(simulation), simulation=simulation, exported=exported)
+    state = State(settings, _cards_of(simulation), simulation=simulation, exported=exported)
+    if settings.children != "off" and VARIABLE not in os.environ:
+        # What a conftest starts as it is imported has the card as what a test starts.
+        state.set_environ(VARIABLE, NO_TEST)
+    return state
 
 
 def _compiled(settings: Settings, notes: list[str]) -> Path | None:

@@ -180,17 +180,15 @@ class SharedCard:
     def processes(self) -> dict[int, int]:
         """Return what each living process uses: its context and what it reserved.
 
-        Without those of other pid namespaces, whose numbers may be other processes' here.
+        Without those that have no number in the pid namespace of this process.
         """
-        here = pid_namespace()
         with self._alone():
             self._slots.reap()
             used: dict[int, int] = {}
             for slot in self._slots.taken():
-                if self._words[slot + _NAMESPACE] != here:
-                    continue
-                pid = self._words[slot + _PID]
-                used[pid] = used.get(pid, 0) + self._used(slot)
+                own, namespace = self._words[slot + _PID], self._words[slot + _NAMESPACE]
+                if pid := self._slots.pid(slot, own, namespace):
+                    used[pid] = used.get(pid, 0) + self._used(slot)
             return used
 
     def _fits(self, size: int) -> bool:

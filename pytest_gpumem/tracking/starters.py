@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import os
-import sys
 import time
 from array import array
 from typing import TYPE_CHECKING
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_gpumem.devices.book import Book
-
-_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""Linux counts the beginnings of processes by it."""
 
 
 class Starters:
@@ -77,8 +72,9 @@ class Starters:
         if len(name) > 500 or not name.isprintable():
             name = family.fitting(name)
         os.environ[family.VARIABLE] = f"{self._outer}{number}|{self._place}|{name}"
-        self.book.now = number
-        self._since.append(time.clock_gettime(_CLOCK))
+        since = time.clock_gettime(family.CLOCK)
+        self.book.runs(number, since)
+        self._since.append(since)
         self._who.append(number)
 
     def of(self, pid: int, identity: str) -> int | None:
@@ -98,10 +94,9 @@ class Starters:
 
         Whose environment is a copy that a module made when it was imported says nobody.
         """
-        if number or not identity or sys.platform != "linux":
+        begun = family.begun(identity)
+        if number or begun is None:
             return self.heirs.get(number, number)
-        # The kernel rounds down, so it may have begun a tick later.
-        begun = (float(identity.partition(":")[2]) + 1) / _TICKS
         at = bisect.bisect(self._since, begun)
         owner = self._who[at - 1] if at else 0
         return self.heirs.get(owner, owner)

@@ -52,7 +52,8 @@ if os.environ.get("BENCH_CHILD"):
     CHILD = """
 import os, sys
 from pytest_gpumem.simulator import Simulation
-assert Simulation.attach(os.environ["GPUMEM_SIMULATE_CARD"]).cards[0].join()
+card = os.environ.get("GPUMEM_SIMULATE_CARD")
+assert not card or Simulation.attach(card).cards[0].join()
 print("joined", flush=True)
 sys.stdin.read()
 """
@@ -93,7 +94,7 @@ class Variant:
     path: tuple[Path, ...] = ()
     torch: str = ""
     child: bool = False
-    """Whether another process has a context on the card all the while."""
+    """Whether a fixture's process lives all the while, with a context on the card if any."""
     target: float | None = None
     peer: bool = False
 
@@ -108,7 +109,9 @@ class Variant:
         settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
         found = os.environ | settings | {"BENCH_TORCH": self.torch} | extra
         found["BENCH_CHILD"] = "1" if self.child else ""
+        # Without it every run would compile every module again, which no user's run does.
         found.pop(DONT_WRITE, None)
+        found.pop("PYTHONSAFEPATH", None)  # the empty plugin lies in the working directory
         return found
 
 
@@ -137,7 +140,7 @@ class Row:
 
 def variants(peers: Path | None, pytest8: Path | None) -> list[Variant]:
     """Return what is compared; peers only where they are installed."""
-    torch, child = "bare, torch loaded", "gpumem on, a child on the card, not sampled"
+    torch, child = "bare, torch loaded", "bare, a child that lives all the while"
     found = [
         Variant("bare", NOTHING),
         Variant("gpumem, no GPU", ("-p", "gpumem"), target=1.05),
@@ -146,8 +149,14 @@ def variants(peers: Path | None, pytest8: Path | None) -> list[Variant]:
         Variant("gpumem on, torch active on the card", SIMULATE, torch, torch="cuda", target=1.08),
         Variant("xdist -n 2", (*NOTHING, *XDIST)),
         Variant("xdist -n 2, gpumem on, a card", (*XDIST, *SIMULATE), "xdist -n 2", target=1.10),
-        Variant(child, (*SIMULATE, "--gpumem-sample-interval=0"), child=True),
-        Variant("the same, sampled every 50 ms", SIMULATE, child, child=True),
+        Variant(child, NOTHING, child=True),
+        Variant(
+            "gpumem on, a child on the card, not sampled",
+            (*SIMULATE, "--gpumem-sample-interval=0"),
+            child,
+            child=True,
+        ),
+        Variant("gpumem on, a child on the card", SIMULATE, child, child=True),
     ]
     if peers:
         found.append(

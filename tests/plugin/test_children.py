@@ -43,10 +43,22 @@ def start(mib):
 """
 
 
+STARTS_AT_ONCE = """
+import subprocess, sys
+
+COUNT = "import pynvml; pynvml.nvmlInit(); print(pynvml.nvmlDeviceGetCount())"
+COUNTED = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True).stdout
+
+def pytest_report_header():
+    return f"cards of what the conftest started: {COUNTED}"
+"""
+
+
 @pytest.mark.parametrize("mode", ["n0", "no-xdist"])
 def test_an_orphan_fails_a_test_with_a_limit_and_a_run_without_children_tells_none(tmp_path, mode):
     write_suite(
         tmp_path,
+        conftest=STARTS_AT_ONCE,
         test_limits=SMALL
         + """
 @pytest.mark.vram_leak_limit("1MiB")
@@ -62,6 +74,7 @@ def test_next():
     run = run_pytest(tmp_path, *CARD, *MODES[mode], "--gpumem-json", "run.json")
     assert run.outcomes == {"passed": 2, "error": 1}
     assert "allowed to leak 1.00 MiB, leaked 84.00 MiB" in run.output
+    assert "cards of what the conftest started: 1" in run.output
     off = run_pytest(tmp_path, *CARD, *MODES[mode], "--gpumem-children", "off", "-s")
     assert "Torch not compiled with CUDA enabled" in off.output
     assert off.outcomes == {"passed": 2}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from pytest_gpumem.devices import family
 from pytest_gpumem.devices.allocator import AllocatorReading
-from pytest_gpumem.devices.book import Book, key, left_behind
+from pytest_gpumem.devices.book import NOBODY, Book, key, left_behind
 
 MIB = 2**20
 CARD = "GPU-book"
@@ -34,10 +37,14 @@ for line in sys.stdin:
 """
 
 
+UNSHARE = ("unshare", "--pid", "--fork", "--kill-child")
+"""A pid namespace of its own, in which the member is 1."""
+
+
 class Member:
-    def __init__(self, book, owner, name=""):
+    def __init__(self, book, owner, name="", before=()):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(book.path), str(owner), name],
+            [*before, sys.executable, "-c", CHILD, str(book.path), str(owner), name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -69,8 +76,8 @@ def book(tmp_path):
 def member(book):
     found = []
 
-    def start(owner, name=""):
-        found.append(Member(book, owner, name))
+    def start(owner, name="", before=()):
+        found.append(Member(book, owner, name, before))
         return found[-1]
 
     yield start
@@ -160,9 +167,23 @@ def test_a_file_of_another_form_is_refused(tmp_path):
     assert left_behind(tmp_path) == []
 
 
-def test_the_owner_who_runs_now_is_told(book):
-    book.now = 12
-    assert Book(book.path).now == 12
+def test_who_names_no_starter_is_his_who_runs_if_it_began_since(book, member):
+    now = time.clock_gettime(family.CLOCK)
+    for number, since in ((12, now), (13, now + 3600)):
+        book.runs(number, since)
+        member(NOBODY).tell(1, 1)
+    assert [told.owner for told in book.read()] == [12, NOBODY]
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or bool(subprocess.run([*UNSHARE, "true"], check=False).returncode),
+    reason="pid namespaces cannot be made here",
+)
+def test_a_child_in_a_pid_namespace_of_its_own_has_the_number_that_is_seen_from_here(book, member):
+    one = member(1, before=UNSHARE)
+    one.tell(1, 1)
+    (told,) = book.read()
+    assert family.lineage(told.pid)[1] == family.identity(one.process.pid)
 
 
 def test_a_reading_of_a_ninth_card_is_left_out(book):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -58,10 +60,10 @@ def children(driver, tmp_path, monkeypatch):
 
 
 @contextmanager
-def child():
+def child(env=None):
     """Start a child; called with bytes allocated now and at most, and its errors, it tells them."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", CHILD], text=True, **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", CHILD], text=True, env=env, **pipes) as process:
         process.stdout.readline()
 
         def tell(*figures):
@@ -118,6 +120,25 @@ def test_a_process_that_is_about_to_end_is_no_second_one(children, driver, monke
         children.look()
         assert len(children.report()) == 1
     assert usage_of(children, number).children_peak == 40
+
+
+def test_of_a_copy_of_the_environment_that_an_import_made_each_child_is_the_running_tests(children):
+    copied = dict(os.environ)  # as a module of tests does for all of its tests
+    with child(copied) as server:
+        server.tell(500, 500, 0)
+        time.sleep(0.02)  # the kernel tells beginnings by 10 ms
+        number = children.enter("test_a")
+        with child(copied) as one, child(copied) as other:
+            one.tell(30, 70, 0)
+            one.tell(30, 30, 0)
+            other.tell(20, 20, 0)
+            children.look()
+            tests = [each.started_by for each in children.report()]
+            assert sorted(tests) == ["outside of tests", "test_a", "test_a"]
+        children.settle([owner(number)])
+    children.settle([owner(0)])
+    assert usage_of(children, number).children_peak == 70
+    assert not children.starters.book.used  # which is asked before each test
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["it runs", "it has ended"])
