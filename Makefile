@@ -93,6 +93,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/budgets.py
 	$(BIN)/python tests/soak/blame.py
 	$(BIN)/python tests/soak/oom_handlers.py
+	$(BIN)/python tests/soak/oom_handlers.py --operations --suites 4
 	$(BIN)/python tests/soak/plan_against_runs.py
 	$(BIN)/python tests/soak/outcomes_fuzz.py
 	$(BIN)/python tests/soak/isolated_crashes.py

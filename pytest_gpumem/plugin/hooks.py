@@ -65,10 +65,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.mode == "off":
         return
     if not is_worker(config):
-        if settings.oom_at is not None and not settings.simulated:
+        if settings.oom_at is not None and not state.found.cards:
             raise pytest.UsageError(
-                "--gpumem-oom-at: only a simulated card can be made full at one allocation; add "
-                "--gpumem-simulate 4GiB"
+                "--gpumem-oom-at: there is no card to run out of memory; add --gpumem-simulate 4GiB"
             )
         try:
             check_files(settings)

@@ -8,7 +8,8 @@ outcome, which is reported when all attempts are over: passed if it recovered fr
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import importlib.util
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +25,9 @@ from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+    from contextlib import AbstractContextManager
+
+    from pytest_gpumem.simulator.operations import Operation
 
 _LENGTH = 200
 """Characters of an error that are kept."""
@@ -32,8 +36,12 @@ _LENGTH = 200
 class _Attempt:
     """One run of a test, in which the allocation ``at`` fails; 0: none does."""
 
-    def __init__(self, at: int = 0) -> None:
+    def __init__(self, at: int = 0, foreseen: Operation | None = None) -> None:
         self.refusing = Refusing(at)
+        self.foreseen = foreseen
+        """On a real card, what is to fail."""
+        self.operations: list[Operation] = []
+        """On a real card, what allocated."""
         self.error = ""
         """What ended it."""
         self.oom = False
@@ -83,7 +91,10 @@ class Proving:
     def __init__(self, state: State) -> None:
         self._wanted = state.settings.oom_at
         self._most = state.settings.oom_tries
-        self._cards = state.found.cards
+        self._cards = state.found.cards if state.settings.simulated else ()
+        """Simulated ones, of which the line to repeat an attempt tells the sizes."""
+        self.simulated = bool(state.settings.simulated)
+        """Whether the card's allocator can be asked; a real one's operations are watched."""
         self._attempt: _Attempt | None = None
 
     # Within the ladder, which holds a lease for all attempts, and in the place of plugins that
@@ -102,7 +113,7 @@ class Proving:
             if plain.passed and plain.refusing.counted:
                 self._run(item, nextitem, again)
                 for at in self._numbers(again.refusing.counted) if again.passed else ():
-                    attempt = _Attempt(at)
+                    attempt = _Attempt(at, None if self.simulated else again.operations[at - 1])
                     self._run(item, nextitem, attempt)
                     tried.append(attempt)
         finally:  # also where all of the run is interrupted
@@ -133,15 +144,28 @@ class Proving:
         """Count the allocations of the call, and make one fail."""
         if self._attempt is None:
             return (yield)
-        with _refusing(self._attempt.refusing):
+        with self._watched(self._attempt):
             return (yield)
+
+    def _watched(self, attempt: _Attempt) -> AbstractContextManager[object]:
+        """Have an attempt asked for each allocation of this process, or of this thread."""
+        if self.simulated:
+            return _asked(attempt.refusing)
+        if importlib.util.find_spec("torch") is None:
+            return nullcontext()
+        # Before the test may import it: each run of it is to see the same.
+        from pytest_gpumem.simulator.operations import Operations
+
+        operations = Operations(attempt.refusing, attempt.foreseen)
+        attempt.operations = operations.seen
+        return operations
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_fixture_setup(self) -> Generator[None, object, object]:
         """Leave fixtures alone that a test asks for as late as it runs."""
-        if CachingAllocator.refusing is None:
+        if self._attempt is None:
             return (yield)
-        with CachingAllocator.refusing.paused():
+        with self._attempt.refusing.paused():
             return (yield)
 
     def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
@@ -181,8 +205,8 @@ class Proving:
 
 
 @contextmanager
-def _refusing(refusing: Refusing) -> Iterator[None]:
-    """Ask ``refusing`` for every allocation of this process."""
+def _asked(refusing: Refusing) -> Iterator[None]:
+    """Have the simulated card ask ``refusing`` for every allocation of this process."""
     CachingAllocator.refusing = refusing
     try:
         yield

@@ -301,8 +301,8 @@ class Settings(SimulationSettings, PlaceSettings):
     )
     oom_at: str | int | None = declared(
         allocation,
-        "Let each test run out of memory, on the simulated card, at this allocation of its call, "
-        "at the first, or at every one in turn, and say which it recovered from.",
+        "Let each test run out of memory at this allocation of its call, at the first, or at "
+        "every one in turn, and say which it recovered from.",
         "N",
     )
     oom_tries: int = declared(

@@ -26,7 +26,10 @@ VERDICTS = {
 
 
 def lines(tests: Sequence[RecordedTest], cards: Sequence[Card], shown: int) -> Iterator[str]:
-    """Return the lines of the section; none where no allocation was made to fail."""
+    """Return the lines of the section; none where no allocation was made to fail.
+
+    ``cards`` are the simulated ones, of which the lines to repeat an attempt tell the sizes.
+    """
     proofs = [(test.nodeid, test.proof) for test in tests if test.proof is not None]
     if not proofs:
         return
@@ -70,10 +73,10 @@ def text(refusal: Refusal) -> str:
 
 
 def repeat(nodeid: str, refusal: Refusal, cards: Sequence[Card]) -> str:
-    """Return the line that does it again, on such cards."""
+    """Return the line that does it again, on such simulated cards; none: on the real ones."""
     sizes = ",".join(_size(card.total) for card in cards)
-    what = f"--gpumem-oom-at {refusal.at} {shlex.quote(nodeid)}"
-    return f"pytest -p gpumem --gpumem-simulate {sizes} {what}"
+    simulate = f"--gpumem-simulate {sizes} " if sizes else ""
+    return f"pytest -p gpumem {simulate}--gpumem-oom-at {refusal.at} {shlex.quote(nodeid)}"
 
 
 def _size(size: int) -> str:

@@ -91,7 +91,8 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     each = None if verbosity > 0 else _ALIVE_SHOWN
     yield from _section("alive", alive.lines(run, shown, each))
     yield from _section(
-        "running out of memory, where it was made to", proofs.lines(run.tests, run.cards, shown)
+        "running out of memory, where it was made to",
+        proofs.lines(run.tests, run.cards if run.simulated else (), shown),
     )
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))

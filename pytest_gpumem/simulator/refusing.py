@@ -26,7 +26,8 @@ class Refusing:
         """Allocations that were asked for, refused ones too."""
         self.refused = 0
         self.endless = False
-        self._on = True
+        self.on = True
+        """Whether it counts."""
         self._device = -1
         self._ceiling = 0
         """Bytes below which the allocated ones stay, once ``at`` was reached."""
@@ -37,15 +38,15 @@ class Refusing:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Neither count nor refuse meanwhile."""
-        before, self._on = self._on, False
+        before, self.on = self.on, False
         try:
             yield
         finally:
-            self._on = before
+            self.on = before
 
     def refuses(self, device: int, allocated: int, size: int) -> bool:
         """Return whether a device, of which so much is allocated, has no room for ``size``."""
-        if not self._on:
+        if not self.on:
             return False
         self.counted += 1
         if self.counted == self.at:

@@ -2,7 +2,8 @@
 
 Generates suites of right and wrong handlers (``tests/plugin/oom_handlers.py``), of random sizes and
 in random order, runs each with ``--gpumem-oom-at every``, in one process and on two workers, and
-compares the verdict of each allocation. Ends with 1 at the first difference.
+compares the verdict of each allocation. Ends with 1 at the first difference. ``--operations`` does
+it as on a real card, where torch's operations are watched; the compiled card is one for them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
 from oom_handlers import handlers, suite
 
 CARD = ("-p", "gpumem", "--gpumem-simulate", "1GiB", "-p", "no:cacheprovider")
+AS_ON_A_REAL_CARD = """
+def pytest_collection_finish(session):
+    proving = session.config.pluginmanager.getplugin("gpumem-oom-at")
+    if proving is not None:
+        proving.simulated = False
+"""
 
 
 def main() -> int:
@@ -28,6 +35,7 @@ def main() -> int:
     parser.add_argument("--suites", type=int, default=10)
     parser.add_argument("--of-each", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--operations", action="store_true")
     asked = parser.parse_args()
     counts: Counter[str] = Counter()
     for seed in range(asked.seed, asked.seed + asked.suites):
@@ -36,7 +44,8 @@ def main() -> int:
         names = list(known)
         numbers.shuffle(names)
         known = {name: known[name] for name in names}
-        found = run(suite(known), ("-n", "2") if seed % 2 else ())
+        arguments = ("-n", "2") if seed % 2 else ()
+        found = run(suite(known), arguments, operations=asked.operations)
         for name, handler in known.items():
             counts.update(handler.wanted)
             if found.get(name) != handler.wanted:
@@ -49,7 +58,7 @@ def main() -> int:
     return 0
 
 
-def run(source: str, arguments: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def run(source: str, arguments: tuple[str, ...], *, operations: bool) -> dict[str, tuple[str, ...]]:
     """Return the verdicts of each test's allocations."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
@@ -57,6 +66,9 @@ def run(source: str, arguments: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         (place / "pytest.ini").write_text("[pytest]\n")
         command = [sys.executable, "-m", "pytest", *CARD, "-q", "--gpumem-json=run.json"]
         command += ["--gpumem-oom-at=every", *arguments]
+        if operations:
+            (place / "conftest.py").write_text(AS_ON_A_REAL_CARD)
+            command.append("--gpumem-simulate-compiled")
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
         if not (place / "run.json").exists():
             sys.exit(done.stdout + done.stderr)
