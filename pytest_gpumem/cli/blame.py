@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 NOBODY = 1
 """Exit status where no test is to blame."""
-_SURE = 3
-"""Runs that say once more what was found: after it, alone, and with its file only imported."""
+_SURE = 2
+"""Runs that say once more what was found: after it, and without it."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -162,40 +162,55 @@ class _Search:
             raise _NobodyError(f"{name} fails alone: no test before it is to blame ({self.why})")
         if not before:
             raise _NobodyError(f"{name} passes alone, and no test comes before it")
-        if not self._fails(before):
+        if not self._fails(before, record=self._there.measured):
             raise _NobodyError(
                 f"{name} passes alone and after the {_tests(before)} before it; --record RUN.json "
                 "takes the order of a run in which it failed"
             )
-        return culprits(self._fails, before)
+        return culprits(self._fails, before, self._suspects())
 
     def verdict(self, found: Sequence[str]) -> Iterator[str]:
         """Say who is to blame, once that was seen again."""
         name, why = self._nodeid, self.why
         names = " and ".join(found)
-        again = self._fails(found, record=self._there.measured), self._fails(())
-        if again != (True, False):
-            seen = "failed alone" if again[1] else f"passed after {names}"
-            raise _NobodyError(
-                f"{name} is flaky: it failed after {names} and passed alone, and then {seen}"
-            )
+        flaky = f"{name} is flaky: it failed after {names} and passed alone, and then "
+        if not self._fails(found, record=self._there.measured):
+            raise _NobodyError(f"{flaky}passed after {names}")
+        # Without what they do, seen again: alone, or rather with nothing of them but the import.
+        apart = {each.partition("::")[0] for each in found} != {name.partition("::")[0]}
+        by_import = apart and self._fails((), imported=found)
+        if (by_import or not apart) and self._fails(()):
+            raise _NobodyError(f"{flaky}failed alone")
         if len(found) == 1:
             yield f"{names} makes {name} fail"
         else:
             yield f"{names} make {name} fail together; without any one of them it passes"
-        yield f"  it passes alone and fails after {_them(found)}, each seen twice: {why}"
-        apart = {each.partition("::")[0] for each in found} != {name.partition("::")[0]}
-        if apart and self._fails((), imported=found):
-            yield f"  to import {'its file' if len(found) == 1 else 'their files'} is enough"
+        files = "its file" if len(found) == 1 else "their files"
+        passes, twice = " and", ", each seen twice"
+        if apart and not by_import:
+            passes, twice = f", passes with {files} imported, and", ", seen twice"
+        yield f"  it passes alone{passes} fails after {_them(found)}{twice}: {why}"
+        if by_import:
+            yield f"  to import {files} is enough"
         for each in found:
             yield from self._left(each)
         yield f"  {self.runs} runs for the {_tests(self._before)} before it; to see it again:"
 
+    def _measured(self) -> Sequence[records.RecordedTest]:
+        """Return what the plugin measured of the last run that was recorded, if any was."""
+        return records.load_run(self._record).tests if self._record.exists() else ()
+
+    def _suspects(self) -> frozenset[str]:
+        """Return those of which was seen that they left something behind."""
+        return frozenset(
+            test.nodeid
+            for test in self._measured()
+            if test.left or any(card.leftover > 0 for card in test.cards)
+        )
+
     def _left(self, culprit: str) -> Iterator[str]:
         """Say what a culprit left behind, as far as the plugin measured it."""
-        if not self._record.exists():
-            return
-        for test in records.load_run(self._record).tests:
+        for test in self._measured():
             if test.nodeid != culprit:
                 continue
             for card in test.cards:

@@ -26,23 +26,39 @@ def suites(draw):
     return count, draw(some)
 
 
-@given(suites())
-def test_those_that_matter_are_found_in_few_runs(suite):
+@given(suites(), st.sets(st.integers(0, 299)))
+def test_those_that_matter_are_found_in_few_runs(suite, suspected):
     count, needed = suite
+    suspects = {str(number) for number in suspected if number < count}
     asked = []
 
     def fails(before):
         asked.append(tuple(before))
         return needed <= {int(each) for each in before}
 
-    found = culprits(fails, [str(number) for number in range(count)])
+    found = culprits(fails, [str(number) for number in range(count)], suspects)
 
     assert [int(each) for each in found] == sorted(needed)
     assert len(asked) == len(set(asked)), "the same run twice"
     assert () not in asked
     # Halving and one to see it alone, for each; of several, one without each.
-    steps = math.ceil(math.log2(count)) + 1
+    steps = math.ceil(math.log2(count)) + 1 + 2 * bool(suspects)
     assert len(asked) <= steps * len(needed) + (len(needed) if len(needed) > 1 else 0)
+
+
+@pytest.mark.parametrize("place", [0, 1, 700, 998, 999])
+@pytest.mark.parametrize(("suspects", "runs"), [(1, 3), (4, 6)])
+def test_one_that_was_seen_to_leave_something_is_found_at_once(place, suspects, runs):
+    """Halving alone would take 10 runs, and one to see it alone."""
+    asked = []
+
+    def fails(before):
+        asked.append(before)
+        return str(place) in before
+
+    some = {str((place + 271 * number) % 1000) for number in range(suspects)}
+    assert culprits(fails, [str(number) for number in range(1000)], some) == [str(place)]
+    assert len(asked) <= runs
 
 
 @given(st.data())
@@ -120,6 +136,11 @@ def said(capsys, *words):
             "t.py::t is flaky: it failed after t.py::4 and passed alone, and then passed after t",
         ),
         (
+            lambda wanted, _, times: "failed" if len(wanted) > 1 or times > 1 else "passed",
+            1,
+            "t.py::t is flaky: it failed after t.py::4 and passed alone, and then failed alone",
+        ),
+        (
             lambda wanted, *_: "failed" if "t.py::2" in wanted else "passed",
             0,
             """t.py::2 makes t.py::t fail
@@ -142,6 +163,24 @@ def test_what_the_runs_came_to_is_said(monkeypatch, capsys, outcome, status, sen
     assert shown.out.startswith(sentence)
     assert shown.err.count("gpumem blame: run ") == len(suite.runs) or found
     assert all("t.py::z" not in run for run in suite.runs)
+
+
+@pytest.mark.parametrize("by_import", [False, True])
+def test_with_the_file_imported_it_passes_as_alone_or_that_is_enough(
+    monkeypatch, capsys, by_import
+):
+    suite = Suite(
+        monkeypatch,
+        ["a.py::a", "t.py::t"],
+        lambda wanted, imported, _: (
+            "failed" if len(wanted) > 1 or (by_import and imported) else "passed"
+        ),
+    )
+    status, shown = said(capsys, "t.py::t")
+    assert status == 0
+    assert ("  to import its file is enough\n" in shown.out) == by_import
+    assert ("each seen twice" in shown.out) == by_import
+    assert len(suite.runs) == 4 + by_import
 
 
 @pytest.mark.parametrize(
@@ -212,7 +251,7 @@ def test_a(text):
     "tests/test_b.py": "raise SystemExit('imported')\n",
     "tests/test_c.py": """
 import state
-def test_t(): assert not state.KEPT, "full"
+def test_t(): assert not state.KEPT, "gone"
 """,
 }
 
@@ -229,14 +268,15 @@ def test_a_real_suite_whatever_its_node_ids_and_configuration(tmp_path):
          "--", "-p", "xdist", "--ignore=test_b.py", ".", "-W", "error"],
         cwd=tmp_path / "tests", env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.splitlines()[:2] == [
-        "tests/test_a.py::test_a[x::y] makes tests/test_c.py::test_t fail",
-        "  it passes alone and fails after that one, each seen twice: AssertionError: full",
-    ], done.stderr
+    assert done.stdout.startswith(
+        "tests/test_a.py::test_a[x::y] makes tests/test_c.py::test_t fail\n"
+        "  it passes alone, passes with its file imported, and fails after that one, seen twice: "
+        "AssertionError: gone\n"
+    ), done.stderr
     assert done.returncode == 0
     again = "-p xdist --ignore=test_b.py -W error -n 0 'test_a.py::test_a[x::y]' test_c.py::test_t"
     assert done.stdout.splitlines()[-1] == f"  pytest {again}"
-    assert "gpumem blame: run 2 of about 8: fails after 4 tests" in done.stderr
+    assert "gpumem blame: run 2 of about 7: fails after 4 tests" in done.stderr
 
 
 def test_searching_needs_no_terminal_and_shows_a_bar_in_one():
