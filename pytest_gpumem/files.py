@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 WRITABLE: Final = 0o022
 """Permissions by which others could change a file."""
@@ -93,8 +93,8 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return what a file of TOML says.
+def read_toml(path: Path, tidy: Callable[[str], str] = str) -> dict[str, Any]:
+    """Return what a file of TOML says, once ``tidy`` was at its text.
 
     Raises:
         OSError: when it cannot be read.
@@ -106,7 +106,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib  # pytest needs it there too
     try:
-        plain: dict[str, Any] = tomllib.loads(read_text(path))
+        plain: dict[str, Any] = tomllib.loads(tidy(read_text(path)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not TOML: {error}") from None
     return plain

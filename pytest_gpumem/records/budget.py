@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.run import RecordedTest, RunRecord
 
 _CONFLICT = re.compile(r"^(?:<{7}|>{7}|\|{7})(?: .*)?$", re.MULTILINE)
+_NAME = re.compile(r"""^[ \t]*("(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*=""", re.MULTILINE)
 _HEAD = (
     "# The most VRAM that each test may take, by card; written by pytest --gpumem-budget-update.\n"
 )
@@ -121,15 +122,10 @@ class Budget:
 
         """
         try:
-            plain = files.read_toml(path)
+            plain = files.read_toml(path, _once)
         except ValueError:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if found := _CONFLICT.search(text):
-                line = text.count("\n", 0, found.start()) + 1
-                raise ValueError(
-                    f"{str(path)!r} has a conflict of git at line {line}: keep one line for each "
-                    "test, and take the marker out"
-                ) from None
+            if problem := _of_a_merge(path.read_text(encoding="utf-8", errors="replace")):
+                raise ValueError(f"{str(path)!r} has {problem}") from None
             raise
         try:
             return cls(_parse(plain))
@@ -275,6 +271,34 @@ def _parts(nodeid: str) -> tuple[str, str]:
 def _quoted(text: str) -> str:
     """Return a basic string of TOML, which is JSON's but for one control character."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _once(text: str) -> str:
+    """Return the text without a line that is there twice, its place left empty.
+
+    Where two branches added tests, git's ``union`` keeps the lines of both, and with them lines of
+    neither that stand between.
+    """
+    seen: set[str] = set()
+    kept = []
+    for line in text.split("\n"):
+        kept.append("" if line in seen else line)
+        seen.add(line)
+    return "\n".join(kept)
+
+
+def _of_a_merge(text: str) -> str:
+    """Return in words what is left for the user to decide in a file that git merged."""
+    if found := _CONFLICT.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        return f"a conflict of git at line {line}: keep one line for each test, without the marker"
+    lines: dict[str, int] = {}
+    for found in _NAME.finditer(_once(text)):
+        line, name = text.count("\n", 0, found.start()) + 1, found[1]
+        if first := lines.get(name):
+            return f"two lines for {name}, {first} and {line}: keep the one that is meant"
+        lines[name] = line
+    return ""
 
 
 def _entry(line: Mapping[str, Own], card: str) -> str:

@@ -168,7 +168,7 @@ def main() -> int:
     chosen = parser.parse_args()
     wrong = 0
     with tempfile.TemporaryDirectory() as name:
-        directory = chosen.directory or Path(name)
+        directory = (chosen.directory or Path(name)).absolute()
         names = write_suite(directory, chosen.modules)
         if not (directory / "b.toml").exists():
             for order in ("forwards", "backwards"):
@@ -192,7 +192,7 @@ def main() -> int:
             mode = " + ".join(" ".join(each) for each in parts)
             print(
                 f"seed {seed:>3}, {mode:<11}: {len(words)} tests, {len(above)} of {GROWN} above, "
-                f"{len(grown & left)} of them and {len(left - grown)} others not judged, "
+                f"{sorted(grown & left)} of them and {len(left - grown)} others not judged, "
                 f"false alarms {sorted(false)}, missed {sorted(missed)}, other {sorted(other)}; "
                 f"{time.monotonic() - begun:.0f} s",
                 flush=True,

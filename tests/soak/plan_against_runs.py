@@ -114,14 +114,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cards", nargs="*", default=CARDS)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 3, 4])
+    parser.add_argument("--directory", type=Path, help="where the suite and its first run are kept")
     chosen = parser.parse_args()
     wrong = 0
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        write_suite(directory, chosen.modules, chosen.seed)
-        run_suite(directory, LARGE, 2, directory / "none")
-        first = Path(shutil.copy(directory / "run.json", directory / "first.json"))
-        history = Path(shutil.copy(directory / "learned.json", directory / "first-history.json"))
+        directory = (chosen.directory or Path(name)).absolute()
+        first, history = directory / "first.json", directory / "first-history.json"
+        if not first.exists():
+            write_suite(directory, chosen.modules, chosen.seed)
+            run_suite(directory, LARGE, 2, directory / "none")
+            shutil.copy(directory / "learned.json", history)
+            shutil.copy(directory / "run.json", first)
         said = plan(first, list(chosen.cards), chosen.workers)
         print(f"{'card':>8} {'workers':>7} {'planned s':>9} {'took s':>8} {'off':>7}  do not fit")
         for card in chosen.cards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -108,6 +109,10 @@ def test_a_size_may_be_written_by_hand(tmp_path):
         ('[peaks]\nt = {"A" = 1}\nt = {"A" = 2}\n', "is not TOML"),
         ("[peaks]\n\n<<<<<<< HEAD\n=======\n>>>>>>> a\n", "a conflict of git at line 3"),
         ("[peaks]\n||||||| base\n", "a conflict of git at line 2"),
+        (
+            '[peaks]\n"a \\" b" = {"A" = 1}\n\n"a \\" b"={"A" = 1}\n',
+            'two lines for "a \\" b", 2 and 4: keep the one that is meant',
+        ),
         (b"\xff\xfe", "is not TOML"),
     ],
 )
@@ -119,6 +124,33 @@ def test_what_is_no_budget_is_one_sentence(tmp_path, text, sentence):
 
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "problem"),
+    [
+        ({"a.py::t3": 1}, {"z.py::t1": 1, "z.py::t2": 2}, ""),
+        ({"a.py::t3": 1, "b.py::t": 2}, {"a.py::t31": 1, "b.py::t2": 3}, ""),
+        ({"z.py::t1": 1}, {"z.py::t2": 2}, ""),
+        ({"a.py::t2": 1}, {"a.py::t4": 2}, 'two lines for "a.py::t2", 4 and 6'),
+        ({"a.py::t2": 1}, {"a.py::t2": 2}, 'two lines for "a.py::t2", 4 and 5'),
+    ],
+    ids=["apart", "side by side", "at the end", "neighbours changed", "one changed twice"],
+)
+def test_branches_that_add_tests_merge(tmp_path, ours, theirs, problem):
+    base = {f"a.py::t{number}": 1000 + number for number in range(0, 10, 2)}
+    for side, changed in {"base": {}, "ours": ours, "theirs": theirs}.items():
+        plain = {name: {"A": (size,)} for name, size in (base | changed).items()}
+        Budget(plain).save(tmp_path / side)
+    # What git does where .gitattributes says merge=union, as the how-to has it.
+    command = ["git", "merge-file", "--union", "ours", "base", "theirs"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+
+    if problem:
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            Budget.load(tmp_path / "ours")
+    else:
+        assert {*ours, *theirs} <= {*Budget.load(tmp_path / "ours").names({"A"})}
 
 
 SHARD = """
