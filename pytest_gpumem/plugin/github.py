@@ -16,12 +16,13 @@ from pytest_gpumem.reports import digest, sections
 from pytest_gpumem.reports.counted import count_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from pytest_gpumem.reports.annotations import Annotation
+    from pytest_gpumem.reports.sections import Section
 
-_LARGEST = 2**20 - 2**14
-"""Bytes of a summary; GitHub refuses one of more than a MiB whole ("Workflow commands for GitHub
+_LARGEST = 2**20
+"""Bytes of a step's summary; GitHub refuses a larger one whole ("Workflow commands for GitHub
 Actions", step isolation and limits)."""
 
 
@@ -62,12 +63,29 @@ def add_to_summary(path: Path, run: records.RunRecord, base: Path | None, top: i
             problem = f"no base run: {str(base)!r}: {error.strerror}"
         except ValueError as error:
             problem = f"no base run: {error}"
-    told = "\n".join(sections.markdown(digest.sections(run, top, earlier))) + "\n"
-    if len(told.encode()) > _LARGEST:
-        told = "\n".join(sections.markdown(digest.sections(run, _FEW, earlier))) + "\n"
     with path.open("a", encoding="utf-8") as file:
-        file.write(told)
+        # What earlier commands of the step wrote counts, too.
+        room = _LARGEST - os.fstat(file.fileno()).st_size
+        file.write(_fitting(lambda rows: digest.sections(run, rows, earlier), top, room))
     return problem
 
 
 _FEW = 10
+_CUT = sections.Section("More", ("the rest does not fit into a summary of at most a MiB",))
+
+
+def _fitting(told: Callable[[int], Iterable[Section]], top: int, room: int) -> str:
+    """Return what is told with ``top`` rows a table, or less of it that fits into so many bytes."""
+    found = list(told(top))
+    text = _markdown(found)
+    if len(text.encode()) > room:
+        found = list(told(_FEW))
+        text = _markdown(found)
+    while found and len(text.encode()) > room:
+        found.pop()
+        text = _markdown([*found, _CUT])
+    return text if found else ""
+
+
+def _markdown(found: Iterable[Section]) -> str:
+    return "\n".join(sections.markdown(found)) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.units import printable
@@ -101,7 +102,7 @@ def markdown(sections: Iterable[Section]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Escape what Markdown would take for its own."""
+    """Escape what Markdown would take for its own, or GitHub for a person or an issue."""
     for special in "\\`*_~#&[]<>|":
         text = text.replace(special, f"\\{special}")
-    return text.replace("\n", " ")
+    return re.sub(r"(?<=[@#])(?=\w)", "<!-- -->", text.replace("\n", " "))

@@ -51,6 +51,14 @@ def test_what_names_of_tests_contain_stays_text(tmp_path, capsys):
     assert cells(page, "Leaks") == [["3.00 MiB", shown, "a.py: CACHE['|']", ""]]
 
 
+def test_nobody_is_called_by_a_comment(tmp_path, capsys):
+    test = RecordedTest("t.py::t[@octocat-#12-a@b.c-# x]", "passed", 0.5, "", (usage(3),))
+    page = rendered(tmp_path, capsys, run(test))
+
+    # GitHub looks for persons and issues in the text between two tags of the page.
+    assert "[@<!-- -->octocat-#<!-- -->12-a@<!-- -->b.c-# x]" in page
+
+
 def test_tables_are_bounded_and_say_by_how_much(tmp_path, capsys):
     page = rendered(
         tmp_path,
