@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import files, records
 from pytest_gpumem.cli.learned import ask_where, load_history
+from pytest_gpumem.reports.counted import plural
 from pytest_gpumem.scheduling.history import MARGIN, PEAKS, History, module, with_margin
 from pytest_gpumem.units import format_bytes, parse_bytes
 
@@ -65,15 +66,17 @@ class Source:
 
     Raises:
         OSError: when it cannot be read.
-        SyntaxError: when it is not Python.
+        SyntaxError, ValueError, RecursionError, MemoryError: when it is not Python, as its parser
+            says that.
 
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        data = path.read_bytes()
-        self.encoding, _ = tokenize.detect_encoding(iter(data.splitlines(keepends=True)).__next__)
-        self.text = data.decode(self.encoding)
+        self._data = path.read_bytes()
+        lines = iter(self._data.splitlines(keepends=True))
+        self._encoding, _ = tokenize.detect_encoding(lines.__next__)
+        self.text = self._data.decode(self._encoding)
         self.tree = ast.parse(self.text)
         self._pytest, self._mark = _imported(self.tree)
         self._named: dict[str, ast.expr] = {}
@@ -109,7 +112,7 @@ class Source:
         if isinstance(node, ast.Module | ast.ClassDef):
             for each in node.body:
                 targets = each.targets if isinstance(each, ast.Assign) else []
-                if isinstance(each, ast.AnnAssign) and each.value is not None:
+                if isinstance(each, ast.AnnAssign | ast.AugAssign) and each.value is not None:
                     targets = [each.target]
                 if not any(isinstance(t, ast.Name) and t.id == "pytestmark" for t in targets):
                     continue
@@ -167,8 +170,8 @@ class Source:
     def _written(self, node: ast.expr) -> str:
         return " ".join((ast.get_source_segment(self.text, node) or "").split())
 
-    def corrected(self, findings: Iterable[Finding]) -> str:
-        """Return the text with the sizes of marks as they had better be, and nothing else changed.
+    def corrected(self, findings: Iterable[Finding]) -> bytes:
+        """Return the file with the sizes of marks as they had better be, and nothing else changed.
 
         Raises:
             ValueError: in one sentence, when more than that would change.
@@ -192,13 +195,18 @@ class Source:
                 begin = place(size.lineno, size.col_offset)
                 end = place(size.end_lineno, size.end_col_offset)
                 changes.append((begin, end, finding.instead))
-                size.value = finding.instead
+                size.value, size.kind = finding.instead, None
         for begin, end, instead in sorted(changes, reverse=True):
             quote = text[begin] if text[begin] in "'\"" else '"'
             text = f"{text[:begin]}{quote}{instead}{quote}{text[end:]}"
-        if ast.dump(ast.parse(text)) != ast.dump(self.tree):
+        data = text.encode(self._encoding)
+        # Some encodings have several ways to write a text, or do not write all of it.
+        same = (
+            self.text.encode(self._encoding) == self._data and data.decode(self._encoding) == text
+        )
+        if not same or ast.dump(ast.parse(text)) != ast.dump(self.tree):
             raise ValueError(f"{str(self.path)!r} cannot be corrected without changing more in it")
-        return text
+        return data
 
 
 def _definitions(node: ast.AST) -> Iterator[_Definition]:
@@ -243,36 +251,51 @@ def _marks(chosen: argparse.Namespace) -> int:
         history.learn(records.load_run(chosen.run).tests)
     else:
         history = load_history(chosen.history)
-    found = written = 0
+    found = held = corrected = written = 0
     alone: list[str] = []
+    unread: list[str] = []
     for name, taken in sorted(_by_file(history).items()):
         path = chosen.root / name
         if not path.is_file():
             continue
         try:
             source = Source(path)
-        except (SyntaxError, UnicodeDecodeError) as error:
-            alone.append(f"{name}: {error}")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            unread.append(f"{name}: {error or 'too deeply nested'}")
             continue
-        findings, others = judge(source, taken)
+        findings, others, good = judge(source, taken)
         alone += (f"{name}:{mark.line}: {mark.text}" for mark in others)
         for finding in findings:
             sys.stdout.write(f"{name}:{finding.mark.line}: {_text(finding)}\n")
-        found += len(findings)
+        found, held = found + len(findings), held + good
         if findings and chosen.write:
-            text = source.corrected(findings)
-            with files.replace(path.resolve(), encoding=source.encoding) as file:
-                file.write(text)
+            try:
+                data = source.corrected(findings)
+            except ValueError as error:
+                unread.append(str(error))
+                continue
+            # Latin-1 has a character for each byte.
+            with files.replace(path.resolve(), encoding="latin-1") as file:
+                file.write(data.decode("latin-1"))
+            corrected += len(findings)
             written += 1
-    if alone:
-        sys.stdout.write("left alone, for their sizes do not stand there in words\n")
-        sys.stdout.writelines(f"  {each}\n" for each in alone)
+    _list("left alone, for their sizes do not stand there in words", alone)
+    _list("files left alone", unread)
     if written:
-        marks, paths = "s" * (found != 1), "s" * (written != 1)
-        sys.stdout.write(f"corrected: {found} mark{marks} in {written} file{paths}\n")
-    elif not found:
-        sys.stdout.write("every other mark holds\n" if alone else "every mark holds\n")
-    return 1 if found and not chosen.write else 0
+        marks = plural(corrected, "mark")
+        sys.stdout.write(f"corrected: {marks} in {plural(written, 'file')}\n")
+    if held or not (found or alone or unread):
+        sys.stdout.write(_HELD.get(held, f"{held:,} marks hold") + "\n")
+    return 1 if found > corrected else 0
+
+
+_HELD = {0: "no mark gpu with a size was found on tests that took VRAM", 1: "1 mark holds"}
+
+
+def _list(title: str, lines: Sequence[str]) -> None:
+    if lines:
+        sys.stdout.write(f"{title}\n")
+        sys.stdout.writelines(f"  {each}\n" for each in lines)
 
 
 def _by_file(history: History) -> dict[str, dict[str, Taken]]:
@@ -285,15 +308,15 @@ def _by_file(history: History) -> dict[str, dict[str, Taken]]:
     return found
 
 
-def judge(source: Source, taken: dict[str, Taken]) -> tuple[list[Finding], list[Mark]]:
-    """Return the marks that do not hold, and those of which that is not known."""
+def judge(source: Source, taken: dict[str, Taken]) -> tuple[list[Finding], list[Mark], int]:
+    """Return the marks that do not hold, those of which that is not known, and how many hold."""
     on: dict[Mark, list[str]] = defaultdict(list)
     for nodeid in taken:
         plain = nodeid.partition("::")[2].partition("[")[0]
         mark = source.mark_of(plain.split("::"))
         if mark is not None:
             on[mark].append(nodeid)
-    findings = []
+    findings, held = [], 0
     for mark, tests in on.items():
         if mark.size is None:
             continue
@@ -305,8 +328,10 @@ def judge(source: Source, taken: dict[str, Taken]) -> tuple[list[Finding], list[
         took, runs = taken[tests[0]].size, max(taken[each].runs for each in tests)
         if not took <= asked <= max(GENEROUS * took, took + SLACK):
             findings.append(Finding(mark, asked, took, runs, tuple(tests), enough(took)))
+        else:
+            held += 1
     others = sorted({mark for mark in on if mark.text}, key=lambda mark: mark.line)
-    return sorted(findings, key=lambda finding: finding.mark.line), others
+    return sorted(findings, key=lambda finding: finding.mark.line), others, held
 
 
 def enough(took: int) -> str:

@@ -95,6 +95,12 @@ def test_links_between_documents_lead_somewhere(document):
         assert not target or (document.parent / target).exists(), target
 
 
+def test_a_reader_finds_every_how_to():
+    lists = [(ROOT / name).read_text() for name in ("README.md", "docs/index.md", "mkdocs.yml")]
+    for page in (ROOT / "docs" / "how-to").glob("*.md"):
+        assert all(f"how-to/{page.name}" in text for text in lists), page.name
+
+
 def test_the_reference_has_every_option_as_it_is_declared():
     from pytest_gpumem.plugin.settings import OPTIONS
 
