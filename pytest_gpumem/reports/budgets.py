@@ -45,6 +45,8 @@ def lines(
             yield f"    and {len(same) - shown} more"
         if kind == "above" and not any(each.nodeid in explained for each in same):
             yield "    --gpumem-peaks=offenders tells line by line what was alive"
+        if kind == "left":
+            yield "    --gpumem-leak-warmups=1 judges those that filled a cache"
     written = [each for each in verdicts if each.written]
     if written:
         lowered = sum(each.verdict == "within" for each in written)

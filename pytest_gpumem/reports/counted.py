@@ -241,7 +241,11 @@ def by_cause(counted: Counted) -> list[tuple[list[str], list[RecordedTest]]]:
     causes: dict[tuple[object, ...], list[RecordedTest]] = {}
     for test in counted.felled:
         stranger = any(not each.worker for each in test.beside)
-        cause = re.sub(r"\d[\d.]*", "N", test.oom), *culprits.get(test, ()), stranger
+        cause = (
+            re.sub(r"\d[\d.]*( ?[KMGT]i?B\b)?", "N", test.oom),
+            *culprits.get(test, ()),
+            stranger,
+        )
         causes.setdefault(cause, []).append(test)
     groups = sorted(causes.values(), key=lambda group: -len(group))
     return [(culprits.get(group[0], []), group) for group in groups]

@@ -250,10 +250,16 @@ def _ooms(counted: Counted, shown: int, verbosity: int) -> Iterator[str]:
         yield from (f"      {sentence}" for sentence in culprits)
         if others:
             yield f"      likewise {plural(len(others), 'test')}"
-            yield from _likewise([place(test) for test in others], verbosity)
+            yield from _likewise([_asked(test) for test in others], verbosity)
     left = sum(len(tests) for _, tests in groups[shown:])
     if left:
         yield f"  ... {plural(left, 'test')} more; --gpumem-top=0 shows all"
+
+
+def _asked(test: RecordedTest) -> str:
+    """Return a test with what it asked for, where that was told: of a cause, sizes differ."""
+    found = re.search(r"\d[\d.]* [KMGT]i?B\b", test.oom)
+    return f"{found[0]:>10} for {place(test)}" if found else place(test)
 
 
 def _left(tests: Sequence[RecordedTest], verbosity: int) -> Iterator[str]:

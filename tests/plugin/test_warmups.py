@@ -53,14 +53,20 @@ class Case(unittest.TestCase):
 
 def test_what_stays_of_earlier_calls_does_not_count(tmp_path):
     write_suite(tmp_path, test_it=SUITE)
-    run = run_pytest(tmp_path, *SIMULATE, "--gpumem-leak-warmups=2", "--gpumem-json=run.json")
+    (tmp_path / "budgets.toml").write_text(
+        '[peaks]\n"test_it.py::test_fills_a_cache" = {"Simulated CUDA card" = "250KiB"}\n'
+    )
+    options = ("--gpumem-leak-warmups=2", "--gpumem-json=run.json", "--gpumem-budget=budgets.toml")
+    run = run_pytest(tmp_path, *SIMULATE, *options)
     leaked = {
         test.nodeid.split("::")[-1]: test.cards[0].leaked // 1024
         for test in run.record.tests
         if test.cards and "::Case::" not in test.nodeid
     }
 
-    assert run.outcomes == {"failed": 1, "passed": 4}, run.output
+    assert run.outcomes == {"failed": 1, "passed": 4, "error": 1}, run.output
+    # Without the cache, which the earlier calls filled: what the test itself took is judged.
+    assert "took 256.00 KiB of Simulated CUDA card, 6.00 KiB (2.4%) more" in run.output
     assert leaked == {
         "test_fills_a_cache": 0,
         "test_leaks_each_time": 128,

@@ -316,6 +316,15 @@ def test_an_update_writes_and_lowers_and_never_raises():
     }
 
 
+def test_the_report_says_how_one_that_filled_a_cache_is_judged():
+    left = BudgetVerdict("a.py::t", "NVIDIA L4", "left", 3 * MIB, 2 * MIB, MIB)
+    assert list(report.lines([left], 2)) == [
+        "  1 not judged: they left more behind than when their budget was written",
+        "    a.py::t: 3.00 MiB, budget 1.00 MiB, left 2.00 MiB, NVIDIA L4",
+        "    --gpumem-leak-warmups=1 judges those that filled a cache",
+    ]
+
+
 def test_the_report_tells_what_somebody_has_to_look_at():
     tests = [taken("a.py::same", 10), taken("a.py::fine", 10)]
     tests += [taken(f"a.py::grown_{number}", 200 * MIB + number) for number in range(3)]

@@ -148,6 +148,7 @@ def test_what_ran_out_is_grouped_by_cause():
     )
     sibling = Process(8, "python -c import sys", 9 * MIB, worker="gw1")
     felled[0] = felled[0]._replace(beside=(sibling,))
+    felled[2] = felled[2]._replace(oom="CUDA out of memory. Tried to allocate 1.50 GiB")
     lines = shown(*felled, stranger)
 
     assert "151 failures out of memory" in lines[0]
@@ -157,9 +158,9 @@ def test_what_ran_out_is_grouped_by_cause():
         "      CUDA out of memory. Tried to allocate 20.00 MiB",
         "      beside it: worker gw1 of this run holds 9.00 MiB",
         "      likewise 149 tests",
-        "          t1",
-        "          t2",
-        "          t3",
+        "           21.00 MiB for t1",
+        "            1.50 GiB for t2",
+        "           23.00 MiB for t3",
         "          ... 146 more; -v shows all",
         "  beside",
         "      CUDA out of memory. Tried to allocate 7.00 MiB",
