@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.forensics import spoken
 from pytest_gpumem.forensics.cursor import BEGUN
+from pytest_gpumem.forensics.enclosing import advised, coded, commented, listed
 from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
 from pytest_gpumem.forensics.runs import Kill, Seen
 from pytest_gpumem.forensics.signatures import signature, subject
 from pytest_gpumem.forensics.wrapped import (
     ERROR_LINE,
-    commented,
     following,
-    listed,
     preceding,
     read_message,
     soon,
@@ -63,7 +62,7 @@ def read_memory(at: Cursor, line: Line, text: Text) -> bool:
     failure = at.failure
     if (match := ERROR_LINE.match(body)) and not at.captured:
         return note_raised(at, line, match[1].removeprefix("| "))
-    if match := WHAT.match(body):
+    if (match := WHAT.match(body)) and not spoken.COMMENT.match(match[1] or ""):
         # An abort: "what()" tells why, and nobody catches it.
         if match[1] and (begun := BEGUN.match(match[1])):
             at.resume()
@@ -123,8 +122,10 @@ def note_loose(
     if found is None and not raised and traced(at, line):
         found = read_message(at, line, body, raised=True)
         level = ""
-    if found is None or listed(at, line, body):
+    if found is None or listed(at, line, body) or coded(at, line, found.text[: found.start]):
         return False
+    if not found.figures and advised(at, line):
+        return True
     if found.kind == "kill":
         at.run.kills.append(Kill(line.number, found, found.pid))
         return True
@@ -147,10 +148,12 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
     if at.captured:
         return False
     match = SHELL_KILL.search(body) or PROBABLE_KILL.fullmatch(body)
-    if match is None or _TEXT.fullmatch(body):
+    if match is None or _TEXT.fullmatch(body) or advised(at, line):
         return False
     at_word = next(_KILLED.finditer(body), match).start()
-    if not spoken.reports(body, (at_word, at_word), "kill", 1) or _of_another(at, line):
+    if not spoken.reports(body, (at_word, at_word), "kill", 1) or coded(at, line, body[:at_word]):
+        return False
+    if _of_another(at, line):
         return False
     pid = match["pid"] if "pid" in match.groupdict() else None
     at.run.kills.append(Kill(line.number, None, int(pid) if pid else None))

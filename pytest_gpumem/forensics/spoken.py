@@ -27,31 +27,41 @@ _CODE = re.compile(
     r"\s*(?:>\s+|\d+\s+)?(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case|throw|grep|echo)\s"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
-    r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?:\s|[^\W\d])|//|/\*"
+    r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?!\w+:\w+: )(?:\s|[^\W\d])|//|/\*"
+    r"|(?:title|name|label|summary)\s*[:=]\s*[\"\x27]?(?!.*\b(?:error|Error|exception|Exception)\b)"
     r"|\*?\s*(?:@(?:throws|exception|raises)|:raises)\b"
+    r"|_?[A-Z][A-Z\d_]*=[\"\x27]|\{ ?[A-Za-z_]\w*: [\"\x27`]|(?:el)?if\s+(?:!\s+)?\[|(?:test|while)\s+\["
     r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$"
     r"|(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
     r"[^=\"\x27]{0,80}[\"\x27])"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$"
-    r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']$",
+    r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']$"
+    r"|(?:.*[|;&(]\s*)?(?:[ef]?grep|rg|ag|awk|sed)\s[^|]*[\"'][^\"']*$",
     re.DOTALL,
 )
+COMMENT = re.compile(r"\s*(?:#+\s|//|/\*|--\s|;;|REM\s)|.*[;{})] ?//")
+"""What stands in the same line before words that somebody has commented out."""
 _BEHIND_CODE = re.compile(r".*(?:[;,{}()\]] ?// ?|; ?%+ |[)\]}\"'] # )[^\"']*$", re.DOTALL)
 """A comment behind a statement, up to the words that it holds."""
 LITERAL = re.compile(
     r"\s*\(?[rbfu]{0,2}([\"\x27]).*\1\s*\)+[:,;]?$|\s*[\w:.]+!?\(([\"\x27]).*\2\)(?:[\])]+[,:]?|,)$"
     r"|\s*([\"\x27]).*\3;$|\s*[@\[][\w.:]+\(.*[\"\x27].*\)\]?,?$"
-    r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_]\w*\(.*\);$",
+    r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_]\w*\(.*\);$|\s*/[^/\s].*/[gimsuy]*,?$",
     re.DOTALL,
 )
-"""A line that is a text within a call, whose brackets close behind it, or a whole statement."""
-_ALTERNATIVE = re.compile(r"[/|(]\0\||\|\0[/|)]")
-"""One of several in a regular expression; ``\\0`` stands for the words."""
+"""A line that is a text within a call, whose brackets close behind it, a whole statement, or a
+regular expression between slashes."""
+_ALTERNATIVE = re.compile(
+    r"[/|(]\0\||\|\0[/|)]|[\w\])]\[[\"\x27]\0[\"\x27]\]"
+    r"|[\"\x27]\0[\"\x27](?: (?:not )?in [A-Za-z_]|, [A-Za-z_][\w.]*[,)])"
+)
+"""One of several in a regular expression, a key, or an argument before others; ``\\0`` stands for
+the words."""
 _DEFINED = re.compile(r"[)}\]]+;$")
 _CHECKED = re.compile(r"(?i)\b(?:fail\w*|error|assertion)\b[^=]*: ")
 """Before a comparison that a program prints since it did not hold."""
-_LISTED = re.compile(r"[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$")
+_LISTED = re.compile(r"[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$|\s*=\s.*;$")
 """What follows a name where it is defined, listed or returned, rather than printed."""
 _STARRED = re.compile(r"\s*\*(?!\*)")
 """A line of a comment, or an item of a list."""
@@ -61,27 +71,36 @@ QUOTING = re.compile(
 )
 """An assertion about a message: it quotes one, and what follows it compares."""
 _PROSE_HEAD = re.compile(
-    r"(?i)\b(?:if|when(?:ever)?|avoid\w*|prevent\w*|you|your|in case of|to fix|how to|see also|"
+    r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to|see also|"
     r"hint|note|tip|e\.g\.|such as|(?:is|are|called) (?:the|an?)|may|might|can|would|likely|"
-    r"sometimes|often|usually|typically)\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
+    r"sometimes|often|usually|typically|(?:this|which|code \d+) (?:\w+ )?(?:indicates|means))\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
     r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
     r"|^[-*#\s]*(?:fix(?:e[sd])?|resolve[sd]?)\s"
 )
 _ASIDE = re.compile(r"\([^()]*\)")
 _PROSE_TAIL = re.compile(
-    r"(?i)[\"'`*]*\s*(?:,? ?(?:errors?|issues?|problems?|exceptions?|conditions?|handling|"
+    r"(?i)[\"'`*]*\s*(?:,? ?(?:(?:errors?|exceptions?)(?!: \w)|issues?|problems?|conditions?|handling|"
     r"handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will"
     r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
     r"|\. This (?:error )?(?:(?:occurs|happens|arises) (?:when|if|because)|means|indicates)\b"
     r"|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
     r"| [\u0400-\ud7ff])"
 )
-_EXPLAINED = re.compile(r".{0,16}?[,(] ?which (?:is|means?|usually|often|indicates?|typically)\b")
+_EXPLAINED = re.compile(
+    r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often|indicates?|typically)\b"
+)
+_EMPHASIS = re.compile(r"\*\*[^*]+\*\*")
+_SYMPTOM = re.compile(r"(?i)\W*sympt\w+\W{0,4}:")
+_STATE = re.compile(
+    r"(?:^|[:=(\[{>|\"`-]\W{0,3}|\d/\d+ |\b(?i:was|been|got|terminated|error|status|state|reason|due to"
+    r"|with|by|is|as) \W?)$"
+)
+"""What stands before the name of a container's state where a program tells of it."""
 _MENTIONED = re.compile(r"[A-Za-z]{2,}, $")
 """What stands before a quotation in somebody's sentence."""
 _PLACE = re.compile(r"\.(?:c|cc|cpp|cu|cuh|h|hpp|py|rs)\W{1,3}(?:line )?\d")
 """Where in a program it was: nobody but the program says that."""
-_GOES_ON = re.compile(r"[.,;)]| [a-z]")
+_GOES_ON = re.compile(r"[.,;)]| (?:[a-z]|\| )")
 HANDLED = re.compile(
     r"(?i)\b(?:retrying|retried|will retry|fall(?:ing|s)?[ -]?back|recover(?:ed|ing|y)?|"
     r"(?<!\d )skipped|skipping|reducing|halving|will try|trying again|not a failure|handled|"
@@ -119,20 +138,29 @@ def reports(
     if kind == "kill":
         # At whatever level somebody logs it.
         handled = HANDLED.search(head) or HANDLED.search(tail)
-        return not (handled or _prose(head, tail, figures) or _EXPLAINED.match(tail))
+        told = _prose(head, tail, figures) or _EXPLAINED.match(tail)
+        return not (handled or told or _of_kills(text, span))
     if not raised and _survived(text, end, head):
         return False
     return figures > 0 or not (_named_only(text, span, head) or _prose(head, tail, 0))
 
 
+def _of_kills(text: str, span: tuple[int, int]) -> bool:
+    """Tell whether somebody writes of killed processes, rather than a program of one."""
+    if _EMPHASIS.search(text) or _SYMPTOM.match(text):
+        return True
+    named = text[slice(*span)] == "OOMKilled"
+    return named and _STATE.search(text[: span[0]]) is None
+
+
 def _code(text: str, span: tuple[int, int], head: str) -> bool:
     """Tell whether the words are a text or a pattern in somebody's code."""
-    around = f"{text[: span[0]][-1:]}\0{text[span[1] :][:1]}"
+    around = f"{text[: span[0]][-3:]}\0{text[span[1] :][:40]}"
     return (
         _CODE.match(head) is not None
         or _BEHIND_CODE.match(head) is not None
         or LITERAL.match(text) is not None
-        or _ALTERNATIVE.match(around) is not None
+        or _ALTERNATIVE.search(around) is not None
     )
 
 
@@ -153,6 +181,8 @@ def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
 def _prose(head: str, tail: str, figures: int) -> bool:
     """Tell whether somebody's own sentence goes on about the words."""
     if _PROSE_HEAD.search(_ASIDE.sub("", head)) or _quoted(head, tail):
+        return True
+    if head.endswith("... ") and tail.startswith(" ..."):
         return True
     return not figures and not _STATED.search(head) and bool(_PROSE_TAIL.match(tail[:_CLOSE]))
 

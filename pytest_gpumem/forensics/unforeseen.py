@@ -47,6 +47,7 @@ _REFUSAL = (
     rf"(?:{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?|(?:errors?:?|failed) (?:when |while |in )?)"
     rf"{_ALLOCATE}\b"
     rf"|{_REFUSED}(?:reserve|map|commit|grow)\b(?=.{{0,40}}\d\s?(?:bytes|[kmg]i?b)\b)"
+    rf"|{_REFUSED}(?:get|obtain|acquire) {_BETWEEN}{_STORE}(?: buffer| block)?(?= for\b| of size|\W*$)"
 )
 _FAILURE = (
     rf"(?:{_CALL}|{_ALLOCATE}(?![a-z]))(?:_|(?:[^.;!?]|\.\d){{0,60}}?\b)"
@@ -57,6 +58,7 @@ _EXCESS = (
     rf"\b(?:requested|requires?|needs?|wants?) more {_BETWEEN}{_STORE}"
     r"(?:[^.;!?]|\.\d){0,40}?\bthan\b(?: (?:is|are)\b)?"
     rf"|\b(?:exceed(?:s|ed|ing)?|reached|hit) (?:the |its )?{_BETWEEN}{_STORE}(?: limit\b|(?!\w))"
+    rf"|{_STORE} limit (?:of [\d.]{{1,12}} ?[kmgt]i?b? )?(?:was |has been |is )?exceeded\b"
 )
 _SAID = re.compile(rf"{_LACKING}|(?P<request>{_REFUSAL}|{_FAILURE})|{_EXCESS}", re.IGNORECASE)
 _OF_MEMORY = re.compile(
@@ -67,7 +69,7 @@ _OF_NOTHING = re.compile(
     r"(?i)static TLS|shared[ _]memory|\bsmem\b|illegal|leak|\bdisk\b|descriptor|invalid argument"
     r"|not (?:currently )?supported|unsupported|\bport\b|\btty\b|permission|no such"
     r"|version is|no \w+ memory pool|memory (?:address|info|access|clock|pressure limit)"
-    r"|constant memory|\bstack\b|within provided limit|of pinned memory"
+    r"|socket, malloc|nodes (?:are )?available|constant memory|\bstack\b|within provided limit|of pinned memory"
 )
 _HOSTS = re.compile(r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b")
 _HOST = re.compile(
@@ -79,12 +81,13 @@ ERRNO = re.compile(r"(?::|->) ?Cannot allocate memory\W*$|not enough space\W*$|\
 _CARD = re.compile(
     r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
     r"|accelerator|(?<![a-z])[nx]pu(?![a-z])|\bdrm\b|nvidia|nvenc|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
-    r"|\.cuh?\b|\bgl_|cublas|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
+    r"|\.cuh?\b|\bgl_|cublas|thrust::|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
 )
 _PLACEHOLDER = re.compile(
     r"%[-+ #\d.]*(?:l|ll|z|h)?[dsufxpgi](?![a-z%])|%\d%|\$?\{[^{}\s]{0,40}\}|\\n[\"']|\\[01]\b"
+    r"|\bX{3,}\b|<(?:pid|name|n|x|id|size|bytes|victim|process|number|amount)>"
 )
-"""What a program fills in before it prints: a text that has it was never printed."""
+"""What a program fills in before it prints, or a writer leaves open: it was never printed."""
 _KEY = re.compile(
     r"(?:(?i:err|message|msg|reason|log|text|detail|status|what|description|stderr|output)[\"']?"
     r"(?:=|: ?)|(?i:error|exception)[\"']?(?:=|: ?| )|[\w)\]](?::|\uff1a) ?)[\"'`(]*$"
@@ -96,11 +99,13 @@ _CALLED = re.compile(
 DEFINED = re.compile(r"\w*[\"']?\s*(?:=|[,)\]}]+:?(?:\s*\\)?$|, \w+,)")
 """What follows a name in code: where it is assigned, listed, or an argument."""
 _LISTED = re.compile(
-    r"\s*(?:[-*|#>]|\d+[.)])\s*(?!.{0,40}(?i:device|gpu|card|worker|rank)\W{0,2}\d+: )"
+    r"\s*(?:[-*|>]|#(?!\w+:\w+: )|\d+[.)])\s*(?!.{0,40}(?i:device|gpu|card|worker|rank)\W{0,2}\d+: )"
     r"\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|\b(?i:error)): )"
 )
 """An item of a list, a comment or a heading, unless it names an error or says which card."""
 _COMMENT = re.compile(r"/\*|\*/")
+_ROW = re.compile(r".*\|\s*$")
+"""A row of a table that somebody wrote."""
 _BREAK = re.compile(r"[:;\])>!=,(|]|\. |\.{3}|\s-+\s|\"|'(?![a-z]\b)")
 _TOLD = re.compile(
     r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|handles?|(?P<plain>to|of|by|from|and|or|with|for|as"
@@ -110,11 +115,15 @@ _TOLD = re.compile(
 _ON = re.compile(r"(?i).{0,60}?\b(?:or if|in which case|otherwise|because|is about to|unless)\b")
 _AMONG = re.compile(r"[ a-z]{0,20}, (?:and|or|nor) [a-z]")
 """What follows one of several things that a sentence lists, where a comma stands before it."""
+_THEN = re.compile(r", (?:the|an?|it|this|that|these|they|we|so|then|which|but) [a-z]")
+"""How a sentence goes on that has begun with what may happen."""
 _SUBJECT = 3
 """Words that a program puts before its own: who it is, or for whom it asked."""
 _NEAR, _BEHIND = 60, 100
 _AFTER = 200
-_SIZE = compile_figures(r"<tried>|(?i:\b(?:size|bytes)\W{1,3})<other#>")
+_SIZE = compile_figures(
+    r"<tried>|(?i:\b(?:size|bytes)\W{1,3})<other#>(?![\d.]*\s?[KMGT])|\bof <before#>(?= size\b)"
+)
 _REQUESTED = compile_figures(r"<tried> (?:was |were )?requested\b")
 _NOT_ASKED = re.compile(
     r"(?i)(?:free|available|only|have|has|left|used?|total|capacity|limit|budget)\W{0,3}(?:is\W)?$"
@@ -173,7 +182,7 @@ def _asked(text: str, start: int) -> str:
     for match in _SIZE.finditer(text, start, start + _AFTER):
         before, after = text[start : match.start()], text[match.end() :]
         if not _NOT_ASKED.search(before) and not _NOT_ASKED_AFTER.match(after):
-            return match["tried"] or match["other"]
+            return match["tried"] or match["other"] or match["before"]
     return ""
 
 
@@ -182,7 +191,7 @@ def stated(text: str, found: Unforeseen) -> bool:
     head, tail = text[: found.start], text[found.end :]
     if _PLACEHOLDER.search(text) or _COMMENT.search(text) or _in_text(head, tail):
         return False
-    if _named(text, found) or (_LISTED.match(text)):
+    if _named(text, found) or _LISTED.match(text) or _ROW.match(text):
         return False
     told, error = _TOLD.search(head), ERROR.search(head)
     if size(found.tried) is not None:
@@ -193,7 +202,9 @@ def stated(text: str, found: Unforeseen) -> bool:
         return False
     if error:
         return told is None or told["plain"] is not None
-    return told is None and not _ON.match(tail) and len(_BREAK.split(head)[-1].split()) <= _SUBJECT
+    if _ON.match(tail) or _THEN.match(tail):
+        return False
+    return told is None and len(_BREAK.split(head)[-1].split()) <= _SUBJECT
 
 
 def _named(text: str, found: Unforeseen) -> bool:

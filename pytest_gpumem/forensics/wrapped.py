@@ -27,19 +27,8 @@ _UNENDED = re.compile(
 )
 _NARROW = 55
 """Characters: who wraps lines leaves none much shorter than a narrow terminal's."""
-_LIST = 12
 _ABOVE, _BELOW = 20, 4
 """Lines that are searched for whose memory ran out, where the message does not say it."""
-_TEXT = re.compile(r"\s*[rbfu]{0,2}[\"']")
-_STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
-_STAR_ALONE = re.compile(r"\s+\*/?\s*$|\s*/\*")
-_MARK = re.compile("\"{3}|'{3}")
-_RAW_MARK = re.compile(_MARK.pattern.encode())
-_NEAR = 1 << 11
-"""Bytes above a message in which the text that holds it may begin."""
-_BLOCK = re.compile(rf"[=(,]\s*[rfbu]{{0,2}}(?:{_MARK.pattern})\\?\s*$")
-_CLOSES = re.compile(r"\s*(?:[\]}]*\)|\};)")
-_JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
 # Where a new thing begins, a message that was wrapped has ended.
 _NEW = re.compile(
@@ -58,41 +47,6 @@ def traced(at: Cursor, line: Line) -> bool:
     """Tell whether the line above is a frame of a traceback."""
     above = next(preceding(line, 1, at.carrier), None)
     return above is not None and _FRAME.match(above.body) is not None
-
-
-def listed(at: Cursor, line: Line, body: str) -> bool:
-    """Tell whether a line is one of several texts in brackets that code has opened above it.
-
-    Or in one text that goes over several lines.
-
-    The same in a JSON file is no code: there a key, or nothing, stands before the bracket.
-    """
-    above = (text.body for text in preceding(line, _LIST, at.carrier))
-    if not _TEXT.match(body):
-        start = line.end - len(line.raw)
-        if not _RAW_MARK.search(line.buffer, max(0, start - _NEAR), start):
-            return False
-        marked = next((text for text in above if len(_MARK.findall(text)) % 2), "")
-        return _BLOCK.search(marked) is not None
-    opener = next((text for text in above if not _TEXT.match(text)), "").rstrip()
-    if opener.endswith(("(", "[", "{")):
-        return not _JSON_OPENS.match(opener)
-    if opener.endswith("=") or (opener.endswith(",") and opener.count("(") > opener.count(")")):
-        return True
-    below = (text.body for text in following(line, _LIST, at.carrier))
-    return _CLOSES.match(next((text for text in below if not _TEXT.match(text)), "")) is not None
-
-
-def commented(at: Cursor, line: Line, body: str) -> bool:
-    """Tell whether a line is within a comment each of whose lines begins with a star."""
-    if not _STARRED.match(body):
-        return False
-    above = [text.body for text in preceding(line, _LIST, at.carrier)]
-    below = [text.body for text in following(line, _LIST, at.carrier)]
-    if not all(side and _STARRED.match(side[0]) for side in (above, below)):
-        return False
-    # The items of a list have stars, too, but none alone.
-    return any(_STAR_ALONE.match(text) for text in (*above, *below))
 
 
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:

@@ -89,6 +89,19 @@ GRAMMARS = (
     grammar(
         "unknown", "GL_OUT_OF_MEMORY", r"\bGL_OUT_OF_MEMORY\b(?: error generated)?", distinct=True
     ),
+    # AWS Neuron, of any of its calls; MATLAB, of a whole array.
+    grammar(
+        "unknown",
+        "Allocation Failure",
+        r"\bstatus=4 message=\"?Allocation Failure",
+        distinct=True,
+    ),
+    grammar(
+        "unknown",
+        "allowed on the device is exceeded",
+        r"Maximum variable size allowed on the device is exceeded",
+        distinct=True,
+    ),
     # Tenstorrent, of a core's or the card's memory.
     grammar(
         "unknown",

@@ -1,0 +1,123 @@
+"""What the lines around a message take away from it: code, a comment or a manual that holds it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.forensics.wrapped import following, preceding
+
+if TYPE_CHECKING:
+    from pytest_gpumem.forensics.cursor import Cursor
+    from pytest_gpumem.forensics.lines import Line
+
+_LIST, _TEXTS = 12, 100
+"""Lines that are searched for what encloses a text: in general, and as long as all are texts."""
+_TEXT = re.compile(r"\s*[rbfu]{0,2}[\"']")
+_NAMED = re.compile(r"\s*[A-Za-z_]\w*(?::|\s?=)\s*")
+_ARGUMENT = re.compile(_NAMED.pattern + r"[rfbu]?([\"']).*\1,?\s*$")
+"""A text that is given by name: in a call or, before a comma, in a record that code makes."""
+_STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
+_STAR_ALONE = re.compile(r"\s+\*/?\s*$|\s*/\*")
+_FENCE = re.compile(r"`{3,}|~{3,}")
+_REMEDY = re.compile(
+    r"(?i)[^\w\s]{0,6} ?(?:(?:quick|possible|common|likely|root) )?(?:solutions?|soluci[oó]n(?:es)?"
+    r"|fix(?:es)?|causes?|diagnosis|resolution|workarounds?|remed(?:y|ies)|l[oö]sung(?:en)?"
+    r"|giải pháp|\u89e3[\u51b3\u6c7a][\u4e00-\u9fff]{0,2}|\u0440\u0435\u0448\u0435\u043d\u0438\w)\b.{0,20}[:\uff1a]"
+)
+_BLOCK_ENDS = 12
+"""Lines within which a block of a manual ends and its advice begins."""
+_MARK = re.compile("\"{3}|'{3}")
+_RAW_MARK = re.compile(_MARK.pattern.encode())
+_NEAR = 1 << 11
+"""Bytes above a message in which the text that holds it may begin."""
+_BLOCK = re.compile(
+    rf"[=(,]\s*[rfbu]{{0,2}}(?:{_MARK.pattern})\\?\s*$"
+    rf"|[rfbu]{{0,2}}(?:{_MARK.pattern})(?=\S)(?!\w*\s*$)"
+)
+"""Where a text over several lines begins; three marks before a word alone are somebody's fence."""
+_CLOSES = re.compile(r"\s*(?:[\]}]*\)|\};)")
+_LIST_CLOSES = re.compile(_CLOSES.pattern + r"|\s*\}")
+_KEYED = re.compile(r"\s*\"[^\"]*\"\s*:")
+"""In JSON a brace closes what has keys, and a bracket what has none."""
+_JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
+_COMMENTED = re.compile(r"\s*(?:#|//|/\*|--|;;|%)")
+_STATEMENT = re.compile(
+    r"\s*(?:(?:def|class|if|else|elif|for|while|try|except|catch|import|from|func|fn|let|const|var|val"
+    r"|public|private|protected|static|switch|case|assert\w*|with|raise|throw|return|await|async|export"
+    r"|auto|void|struct|enum|namespace|using|describe|it|test)\b(?! *:? *$|.*\.\s*$).*[\w)\]}\"';:,({]\s*$"
+    r"|#(?:include|define|if|endif)\b|@\w+\b|[\w.\[\]\"']+ (?:=|:=|\+=) \S|.*[\w)\]\"'];\s*$|.*[\w)] \{\s*$"
+    r"|\}(?: else.*)?;?$|.*\w\(.*\)(?:;|:|,| \{)?\s*$|[\w.]+\([\[{(]*$"
+    r"|[)\]}]*\)[;,]?$|.*: (?:None|True|False),?$|.*(?: == | != | && | \|\| | => |->\w))"
+)
+"""A line of a program, in most languages; what programs print has few of these, one below the other."""
+_AROUND, _ENOUGH = 4, 4
+"""Lines on either side that are looked at, and how many of them make it code."""
+
+
+def coded(at: Cursor, line: Line, head: str) -> bool:
+    """Tell whether lines of code stand around words in quotation marks or in a comment.
+
+    Args:
+        at: where the reader is.
+        line: that has the words.
+        head: what stands before them.
+
+    """
+    marks = any(head.count(mark) % 2 for mark in "\"'`")
+    if not marks and _COMMENTED.match(head) is None:
+        return False
+    sides = preceding(line, _AROUND, at.carrier), following(line, _AROUND, at.carrier)
+    around = (text.body for side in sides for text in side)
+    return sum(_STATEMENT.match(text) is not None for text in around) >= _ENOUGH
+
+
+def advised(at: Cursor, line: Line) -> bool:
+    """Tell whether a manual shows the line in a block, below which it says what to do."""
+    below = (text.body.strip() for text in following(line, _BLOCK_ENDS, at.carrier))
+    if not any(map(_FENCE.fullmatch, below)):
+        return False
+    return _REMEDY.match(next(filter(None, below), "")) is not None
+
+
+def listed(at: Cursor, line: Line, body: str) -> bool:
+    """Tell whether a line is one of several texts in brackets that code has opened above it.
+
+    Or in one text that goes over several lines.
+
+    The same in a JSON file is no code: there a key, or nothing, stands before the bracket.
+    """
+    if _ARGUMENT.match(body):
+        rest = (text.body for text in following(line, _LIST, at.carrier))
+        after = next((text for text in rest if not _NAMED.match(text)), "")
+        return body.rstrip().endswith(",") or _CLOSES.match(after) is not None
+    above = (text.body for text in preceding(line, _TEXTS, at.carrier))
+    if not _TEXT.match(body):
+        start = line.end - len(line.raw)
+        if not _RAW_MARK.search(line.buffer, max(0, start - _NEAR), start):
+            return False
+        near = itertools.islice(above, _LIST)
+        marked = next((text for text in near if len(_MARK.findall(text)) % 2), "")
+        return _BLOCK.search(marked) is not None
+    opener = next((text for text in above if not _TEXT.match(text)), "").rstrip()
+    if opener.endswith(("(", "[", "{")):
+        # JSON knows no other quotation marks.
+        return body.lstrip()[:1] == "'" or not _JSON_OPENS.match(opener)
+    if opener.endswith("=") or (opener.endswith(",") and opener.count("(") > opener.count(")")):
+        return True
+    below = (text.body for text in following(line, _TEXTS, at.carrier))
+    closes = _CLOSES if _KEYED.match(body) else _LIST_CLOSES
+    return closes.match(next((text for text in below if not _TEXT.match(text)), "")) is not None
+
+
+def commented(at: Cursor, line: Line, body: str) -> bool:
+    """Tell whether a line is within a comment each of whose lines begins with a star."""
+    if not _STARRED.match(body):
+        return False
+    above = [text.body for text in preceding(line, _LIST, at.carrier)]
+    below = [text.body for text in following(line, _LIST, at.carrier)]
+    if not all(side and _STARRED.match(side[0]) for side in (above, below)):
+        return False
+    # The items of a list have stars, too, but none alone.
+    return any(_STAR_ALONE.match(text) for text in (*above, *below))
