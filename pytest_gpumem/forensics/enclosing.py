@@ -21,10 +21,14 @@ _ARGUMENT = re.compile(_NAMED.pattern + r"[rfbu]?([\"']).*\1,?\s*$")
 _STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
 _STAR_ALONE = re.compile(r"\s+\*/?\s*$|\s*/\*")
 _FENCE = re.compile(r"`{3,}|~{3,}")
+_FENCE_OPENS = re.compile(_FENCE.pattern.replace("|", "\\w*|") + r"\w*")
+_LIKE = re.compile(
+    r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this)?|such as|similar to)\W*$"
+)
 _REMEDY = re.compile(
     r"(?i)[^\w\s]{0,6} ?(?:(?:quick|possible|common|likely|root) )?(?:solutions?|soluci[oó]n(?:es)?"
     r"|fix(?:es)?|causes?|diagnosis|resolution|workarounds?|remed(?:y|ies)|l[oö]sung(?:en)?"
-    r"|giải pháp|\u89e3[\u51b3\u6c7a][\u4e00-\u9fff]{0,2}|\u0440\u0435\u0448\u0435\u043d\u0438\w)\b.{0,20}[:\uff1a]"
+    r"|giải pháp|\ud574\uacb0\w*|solu[cç][aã]o|\u89e3[\u51b3\u6c7a][\u4e00-\u9fff]{0,2}|\u0440\u0435\u0448\u0435\u043d\u0438\w)\b.{0,20}[:\uff1a]"
 )
 _BLOCK_ENDS = 12
 """Lines within which a block of a manual ends and its advice begins."""
@@ -74,11 +78,19 @@ def coded(at: Cursor, line: Line, head: str) -> bool:
 
 
 def advised(at: Cursor, line: Line) -> bool:
-    """Tell whether a manual shows the line in a block, below which it says what to do."""
+    """Tell whether a manual shows the line in a block.
+
+    Below it says what to do, or above that messages may look like this.
+    """
     below = (text.body.strip() for text in following(line, _BLOCK_ENDS, at.carrier))
     if not any(map(_FENCE.fullmatch, below)):
         return False
-    return _REMEDY.match(next(filter(None, below), "")) is not None
+    if _REMEDY.match(next(filter(None, below), "")):
+        return True
+    above = (text.body.strip() for text in preceding(line, _BLOCK_ENDS, at.carrier))
+    if not any(map(_FENCE_OPENS.fullmatch, above)):
+        return False
+    return _LIKE.search(next(filter(None, above), "")) is not None
 
 
 def listed(at: Cursor, line: Line, body: str) -> bool:

@@ -43,7 +43,9 @@ _EXCEPTION = re.compile(
 # Only a traceback names the exception's module.
 _QUALIFIED = re.compile(r"(?:[A-Za-z_]\w{0,80}\.){1,12}\w{0,80}(?:Error|Exception)\w{0,80}: ")
 _STATE = 8
-_NOT_MEMORY = re.compile(r"\bOOMKilled\W{1,4}(?i:false)\b")
+_NOT_MEMORY = re.compile(
+    r"\bOOMKilled\W{1,4}(?i:false)\b|\bDUE TO (?:TIME LIMIT|PREEMPTION|NODE FAILURE)\b"
+)
 _TEXT = re.compile(r"[-+]?\s*\"[^\"]*\",?")
 _KILLED = re.compile(r"[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
 _FAULT = re.compile(
@@ -161,7 +163,7 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
 
 
 def _of_another(at: Cursor, line: Line) -> bool:
-    """Tell whether a container's state beside its exit code says that memory was not the reason."""
+    """Tell whether a container's state, or a scheduler, says that memory was not the reason."""
     above, below = preceding(line, _STATE, at.carrier), following(line, _STATE, at.carrier)
     return any(_NOT_MEMORY.search(text.body) for text in itertools.chain(above, below))
 

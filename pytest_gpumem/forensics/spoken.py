@@ -24,7 +24,7 @@ ERROR = re.compile(
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 # What stands before words in code, in whatever language.
 _CODE = re.compile(
-    r"\s*(?:>\s+|\d+\s+)?(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case|throw|grep|echo)\s"
+    r"\s*(?:>\s+|\d+\s+)?(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case|throw|grep|echo|REM)\s"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?!\w+:\w+: )(?:\s|[^\W\d])|//|/\*"
@@ -37,7 +37,7 @@ _CODE = re.compile(
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$"
     r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']$"
-    r"|(?:.*[|;&(]\s*)?(?:[ef]?grep|rg|ag|awk|sed)\s[^|]*[\"'][^\"']*$",
+    r"|.*\{`[^`]*$|(?:.*[|;&(]\s*|\s*(?:if|while|until|!)\s+)?(?:[ef]?grep|rg|ag|awk|sed)\s[^|]*[\"'][^\"']*$",
     re.DOTALL,
 )
 COMMENT = re.compile(r"\s*(?:#+\s|//|/\*|--\s|;;|REM\s)|.*[;{})] ?//")
@@ -47,21 +47,25 @@ _BEHIND_CODE = re.compile(r".*(?:[;,{}()\]] ?// ?|; ?%+ |[)\]}\"'] # )[^\"']*$",
 LITERAL = re.compile(
     r"\s*\(?[rbfu]{0,2}([\"\x27]).*\1\s*\)+[:,;]?$|\s*[\w:.]+!?\(([\"\x27]).*\2\)(?:[\])]+[,:]?|,)$"
     r"|\s*([\"\x27]).*\3;$|\s*[@\[][\w.:]+\(.*[\"\x27].*\)\]?,?$"
-    r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_]\w*\(.*\);$|\s*/[^/\s].*/[gimsuy]*,?$",
+    r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_][\w.:]*\(.*\);$|\s*([\"\x27]).*\4 ?\+$|\s*/[^/\s].*/[gimsuy]*,?$",
     re.DOTALL,
 )
 """A line that is a text within a call, whose brackets close behind it, a whole statement, or a
 regular expression between slashes."""
 _ALTERNATIVE = re.compile(
     r"[/|(]\0\||\|\0[/|)]|[\w\])]\[[\"\x27]\0[\"\x27]\]"
-    r"|[\"\x27]\0[\"\x27](?: (?:not )?in [A-Za-z_]|, [A-Za-z_][\w.]*[,)])"
+    r"|[\"\x27]\0[\"\x27](?: (?:not )?in [A-Za-z_]|, [\w.]+[,)])"
 )
 """One of several in a regular expression, a key, or an argument before others; ``\\0`` stands for
 the words."""
+_ARGUMENT = re.compile(
+    r".*(?<![\w.])[a-z_]\w*\([\"\x27][^\"\x27]*\0[^\"\x27]*[\"\x27]\)", re.DOTALL
+)
+"""A text that a function is called with; errors have names in capitals."""
 _DEFINED = re.compile(r"[)}\]]+;$")
 _CHECKED = re.compile(r"(?i)\b(?:fail\w*|error|assertion)\b[^=]*: ")
 """Before a comparison that a program prints since it did not hold."""
-_LISTED = re.compile(r"[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$|\s*=\s.*;$")
+_LISTED = re.compile(r"[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$|\s*=\s(?:.*;|[\w.]+\(.*\))$")
 """What follows a name where it is defined, listed or returned, rather than printed."""
 _STARRED = re.compile(r"\s*\*(?!\*)")
 """A line of a comment, or an item of a list."""
@@ -77,6 +81,8 @@ _PROSE_HEAD = re.compile(
     r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
     r"|^[-*#\s]*(?:fix(?:e[sd])?|resolve[sd]?)\s"
 )
+_CLASS = re.compile(r"[\w.]{1,80}(?:Error|Exception): ?$")
+"""The name of an exception, with which somebody may begin to quote."""
 _ASIDE = re.compile(r"\([^()]*\)")
 _PROSE_TAIL = re.compile(
     r"(?i)[\"'`*]*\s*(?:,? ?(?:(?:errors?|exceptions?)(?!: \w)|issues?|problems?|conditions?|handling|"
@@ -84,12 +90,15 @@ _PROSE_TAIL = re.compile(
     r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
     r"|\. This (?:error )?(?:(?:occurs|happens|arises) (?:when|if|because)|means|indicates)\b"
     r"|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
+    r"|[-\u2013\u2014=]+>? ?(?:to )?(?:fix|try|reduc|lower|solv|increas|decreas)|[\"'`]\?"
     r"| [\u0400-\ud7ff])"
 )
 _EXPLAINED = re.compile(
     r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often|indicates?|typically)\b"
 )
 _EMPHASIS = re.compile(r"\*\*[^*]+\*\*")
+_OPEN = re.compile(r"=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},")
+"""What a writer leaves open, or out, in a line that he shows."""
 _SYMPTOM = re.compile(r"(?i)\W*sympt\w+\W{0,4}:")
 _STATE = re.compile(
     r"(?:^|[:=(\[{>|\"`-]\W{0,3}|\d/\d+ |\b(?i:was|been|got|terminated|error|status|state|reason|due to"
@@ -147,7 +156,7 @@ def reports(
 
 def _of_kills(text: str, span: tuple[int, int]) -> bool:
     """Tell whether somebody writes of killed processes, rather than a program of one."""
-    if _EMPHASIS.search(text) or _SYMPTOM.match(text):
+    if _EMPHASIS.search(text) or _SYMPTOM.match(text) or _OPEN.search(text):
         return True
     named = text[slice(*span)] == "OOMKilled"
     return named and _STATE.search(text[: span[0]]) is None
@@ -161,6 +170,7 @@ def _code(text: str, span: tuple[int, int], head: str) -> bool:
         or _BEHIND_CODE.match(head) is not None
         or LITERAL.match(text) is not None
         or _ALTERNATIVE.search(around) is not None
+        or _ARGUMENT.match(f"{head}\0{text[span[1] :]}") is not None
     )
 
 
@@ -180,7 +190,8 @@ def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
 
 def _prose(head: str, tail: str, figures: int) -> bool:
     """Tell whether somebody's own sentence goes on about the words."""
-    if _PROSE_HEAD.search(_ASIDE.sub("", head)) or _quoted(head, tail):
+    said = _CLASS.sub("", head)
+    if _PROSE_HEAD.search(_ASIDE.sub("", said)) or _quoted(head, tail):
         return True
     if head.endswith("... ") and tail.startswith(" ..."):
         return True

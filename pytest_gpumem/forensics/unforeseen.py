@@ -30,7 +30,7 @@ _REFUSED = (
 _ALLOCATE = r"(?<![a-z])(?:(?:pre|re)-?|m|c)?alloc(?:at(?:e|ing|ions?))?"
 _CALL = r"(?<![a-z])(?:[a-z]{0,12}(?:[mc]alloc|allocatememory|memalloc)\w{0,12}|alloc_\w{1,20})"
 _GOES_ON = (
-    r"(?! (?!in|at|on|for|to|while|when|during|by|with|of|left|available|resources|or|and|from"
+    r"(?! (?!in|at|on|for|to|while|when|during|by|with|of|left|free|available|resources|or|and|from"
     r"|after|because|due|is|was|errors?|condition|exception|as|[a-z]+ing)[a-z])(?![:=] ?0\b)"
 )
 """No other noun follows: a pool may be out of memory pages. Nor that it happened 0 times."""
@@ -40,6 +40,7 @@ _LACKING = (
     rf"|{_STORE} (?:is |was |has been )?(?:exhausted|insufficient|full(?! ?[a-z]))\b"
     r"|\boom (?:on (?:gpu|cuda|device|card|rank|worker)|while|during)\b"
     r"|(?:the )?paging file is too small"
+    r"|\bus(?:ing|ed) (?:up )?all (?:of )?(?:the |its )?(?:available )?(?:memory|v?ram)\b"
     # Windows' number for it.
     r"|(?:(?<==)|\b0x)8007000e\b"
 )
@@ -80,7 +81,7 @@ ERRNO = re.compile(r"(?::|->) ?Cannot allocate memory\W*$|not enough space\W*$|\
 """The system's own words for it, which are the host's, whatever asked."""
 _CARD = re.compile(
     r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
-    r"|accelerator|(?<![a-z])[nx]pu(?![a-z])|\bdrm\b|nvidia|nvenc|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
+    r"|accelerator|(?<![a-z])[nxh]pu(?![a-z])|habana|devmem|synhelper|\bdrm\b|nvidia|nvenc|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
     r"|\.cuh?\b|\bgl_|cublas|thrust::|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
 )
 _PLACEHOLDER = re.compile(

@@ -129,8 +129,8 @@ GRAMMARS = (
     ),
     grammar(
         "host",
-        "Out Of Memory",
-        r"srun: error: \S+: tasks? [\d,-]+: Out Of Memory",
+        "Out Of Memory|OUT_OF_ME",
+        r"srun: error: \S+: tasks? [\d,-]+: Out Of Memory|\bState: OUT_OF_MEMORY\b|\bOUT_OF_ME\+",
         distinct=True,
         kind="kill",
     ),
