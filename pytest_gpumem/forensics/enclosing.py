@@ -23,12 +23,14 @@ _STAR_ALONE = re.compile(r"\s+\*/?\s*$|\s*/\*")
 _FENCE = re.compile(r"`{3,}|~{3,}")
 _FENCE_OPENS = re.compile(_FENCE.pattern.replace("|", "\\w*|") + r"\w*")
 _LIKE = re.compile(
-    r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this)?|such as|similar to)\W*$"
+    r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this)?|such as"
+    r"|similar to)\W*$"
 )
 _REMEDY = re.compile(
     r"(?i)[^\w\s]{0,6} ?(?:(?:quick|possible|common|likely|root) )?(?:solutions?|soluci[oó]n(?:es)?"
     r"|fix(?:es)?|causes?|diagnosis|resolution|workarounds?|remed(?:y|ies)|l[oö]sung(?:en)?"
-    r"|giải pháp|\ud574\uacb0\w*|solu[cç][aã]o|\u89e3[\u51b3\u6c7a][\u4e00-\u9fff]{0,2}|\u0440\u0435\u0448\u0435\u043d\u0438\w)\b.{0,20}[:\uff1a]"
+    r"|giải pháp|\ud574\uacb0\w*|solu[cç][aã]o|\u89e3[\u51b3\u6c7a][\u4e00-\u9fff]{0,2}"
+    r"|\u0440\u0435\u0448\u0435\u043d\u0438\w)\b.{0,20}[:\uff1a]"
 )
 _BLOCK_ENDS = 12
 """Lines within which a block of a manual ends and its advice begins."""
@@ -48,14 +50,18 @@ _KEYED = re.compile(r"\s*\"[^\"]*\"\s*:")
 _JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _COMMENTED = re.compile(r"\s*(?:#|//|/\*|--|;;|%)")
 _STATEMENT = re.compile(
-    r"\s*(?:(?:def|class|if|else|elif|for|while|try|except|catch|import|from|func|fn|let|const|var|val"
-    r"|public|private|protected|static|switch|case|assert\w*|with|raise|throw|return|await|async|export"
-    r"|auto|void|struct|enum|namespace|using|describe|it|test)\b(?! *:? *$|.*\.\s*$).*[\w)\]}\"';:,({]\s*$"
-    r"|#(?:include|define|if|endif)\b|@\w+\b|[\w.\[\]\"']+ (?:=|:=|\+=) \S|.*[\w)\]\"'];\s*$|.*[\w)] \{\s*$"
+    r"\s*(?:(?:def|class|if|else|elif|for|while|try|except|catch|import|from|func|fn|let|const|var"
+    r"|val"
+    r"|public|private|protected|static|switch|case|assert\w*|with|raise|throw|return|await|async"
+    r"|export"
+    r"|auto|void|struct|enum|namespace|using|describe|it|test)\b(?! *:? *$"
+    r"|.*\.\s*$).*[\w)\]}\"';:,({]\s*$"
+    r"|#(?:include|define|if|endif)\b|@\w+\b|[\w.\[\]\"']+ (?:=|:=|\+=) \S|.*[\w)\]\"'];\s*$"
+    r"|.*[\w)] \{\s*$"
     r"|\}(?: else.*)?;?$|.*\w\(.*\)(?:;|:|,| \{)?\s*$|[\w.]+\([\[{(]*$"
     r"|[)\]}]*\)[;,]?$|.*: (?:None|True|False),?$|.*(?: == | != | && | \|\| | => |->\w))"
 )
-"""A line of a program, in most languages; what programs print has few of these, one below the other."""
+"""A line of a program, in most languages; what programs print has few, one below the other."""
 _AROUND, _ENOUGH = 4, 4
 """Lines on either side that are looked at, and how many of them make it code."""
 

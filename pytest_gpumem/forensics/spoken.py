@@ -24,20 +24,24 @@ ERROR = re.compile(
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 # What stands before words in code, in whatever language.
 _CODE = re.compile(
-    r"\s*(?:>\s+|\d+\s+)?(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case|throw|grep|echo|REM)\s"
+    r"\s*(?:>\s+|\d+\s+)?(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case"
+    r"|throw|grep|echo|REM)\s"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
-    r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?!\w+:\w+: )(?:\s|[^\W\d])|//|/\*"
+    r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?!\w+:\w+: )(?:\s"
+    r"|[^\W\d])|//|/\*"
     r"|(?:title|name|label|summary)\s*[:=]\s*[\"\x27]?(?!.*\b(?:error|Error|exception|Exception)\b)"
     r"|\*?\s*(?:@(?:throws|exception|raises)|:raises)\b"
-    r"|_?[A-Z][A-Z\d_]*=[\"\x27]|\{ ?[A-Za-z_]\w*: [\"\x27`]|(?:el)?if\s+(?:!\s+)?\[|(?:test|while)\s+\["
+    r"|_?[A-Z][A-Z\d_]*=[\"\x27]|\{ ?[A-Za-z_]\w*: [\"\x27`]|(?:el)?if\s+(?:!\s+)?\[|(?:test"
+    r"|while)\s+\["
     r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$"
     r"|(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
     r"[^=\"\x27]{0,80}[\"\x27])"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$"
     r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']$"
-    r"|.*\{`[^`]*$|(?:.*[|;&(]\s*|\s*(?:if|while|until|!)\s+)?(?:[ef]?grep|rg|ag|awk|sed)\s[^|]*[\"'][^\"']*$",
+    r"|.*\{`[^`]*$|(?:.*[|;&(]\s*|\s*(?:if|while|until|!)\s+)?(?:[ef]?grep|rg|ag|awk"
+    r"|sed)\s[^|]*[\"'][^\"']*$",
     re.DOTALL,
 )
 COMMENT = re.compile(r"\s*(?:#+\s|//|/\*|--\s|;;|REM\s)|.*[;{})] ?//")
@@ -47,7 +51,8 @@ _BEHIND_CODE = re.compile(r".*(?:[;,{}()\]] ?// ?|; ?%+ |[)\]}\"'] # )[^\"']*$",
 LITERAL = re.compile(
     r"\s*\(?[rbfu]{0,2}([\"\x27]).*\1\s*\)+[:,;]?$|\s*[\w:.]+!?\(([\"\x27]).*\2\)(?:[\])]+[,:]?|,)$"
     r"|\s*([\"\x27]).*\3;$|\s*[@\[][\w.:]+\(.*[\"\x27].*\)\]?,?$"
-    r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_][\w.:]*\(.*\);$|\s*([\"\x27]).*\4 ?\+$|\s*/[^/\s].*/[gimsuy]*,?$",
+    r"|.*\w\s?\(.*[\"\x27][^\"\x27]*\);$|\s*[A-Za-z_][\w.:]*\(.*\);$|\s*([\"\x27]).*\4 ?\+$"
+    r"|\s*/[^/\s].*/[gimsuy]*,?$",
     re.DOTALL,
 )
 """A line that is a text within a call, whose brackets close behind it, a whole statement, or a
@@ -75,9 +80,11 @@ QUOTING = re.compile(
 )
 """An assertion about a message: it quotes one, and what follows it compares."""
 _PROSE_HEAD = re.compile(
-    r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to|see also|"
+    r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
+    r"|see also|"
     r"hint|note|tip|e\.g\.|such as|(?:is|are|called) (?:the|an?)|may|might|can|would|likely|"
-    r"sometimes|often|usually|typically|(?:this|which|code \d+) (?:\w+ )?(?:indicates|means))\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
+    r"sometimes|often|usually|typically|(?:this|which|code \d+) (?:\w+ )?(?:indicates"
+    r"|means))\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
     r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
     r"|^[-*#\s]*(?:fix(?:e[sd])?|resolve[sd]?)\s"
 )
@@ -85,7 +92,8 @@ _CLASS = re.compile(r"[\w.]{1,80}(?:Error|Exception): ?$")
 """The name of an exception, with which somebody may begin to quote."""
 _ASIDE = re.compile(r"\([^()]*\)")
 _PROSE_TAIL = re.compile(
-    r"(?i)[\"'`*]*\s*(?:,? ?(?:(?:errors?|exceptions?)(?!: \w)|issues?|problems?|conditions?|handling|"
+    r"(?i)[\"'`*]*\s*(?:,? ?(?:(?:errors?|exceptions?)(?!: \w)|issues?|problems?|conditions?"
+    r"|handling|"
     r"handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will"
     r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
     r"|\. This (?:error )?(?:(?:occurs|happens|arises) (?:when|if|because)|means|indicates)\b"
@@ -94,14 +102,16 @@ _PROSE_TAIL = re.compile(
     r"| [\u0400-\ud7ff])"
 )
 _EXPLAINED = re.compile(
-    r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often|indicates?|typically)\b"
+    r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often"
+    r"|indicates?|typically)\b"
 )
 _EMPHASIS = re.compile(r"\*\*[^*]+\*\*")
 _OPEN = re.compile(r"=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},")
 """What a writer leaves open, or out, in a line that he shows."""
 _SYMPTOM = re.compile(r"(?i)\W*sympt\w+\W{0,4}:")
 _STATE = re.compile(
-    r"(?:^|[:=(\[{>|\"`-]\W{0,3}|\d/\d+ |\b(?i:was|been|got|terminated|error|status|state|reason|due to"
+    r"(?:^|[:=(\[{>|\"`-]\W{0,3}|\d/\d+ |\b(?i:was|been|got|terminated|error|status|state|reason"
+    r"|due to"
     r"|with|by|is|as) \W?)$"
 )
 """What stands before the name of a container's state where a program tells of it."""
@@ -119,7 +129,8 @@ HANDLED = re.compile(
     r"|(?:use|using|reading) .{1,40}\binstead\b)"
 )
 _BELOW_ERROR = re.compile(
-    r"(?<![=\w])(?:WARN(?:ING)?|INFO|DEBUG|TRACE|NOTICE)\b(?![=/.])|(?i:level\W{1,4}(?:warn|info|debug|"
+    r"(?<![=\w])(?:WARN(?:ING)?|INFO|DEBUG|TRACE|NOTICE)\b(?![=/.])|(?i:level\W{1,4}(?:warn|info"
+    r"|debug|"
     r"trace|notice))|\b\w*Warning: |^\[[WI]\d{3,4} |\[[WI]\] |\[[WI]:onnxruntime"
     r"|^I[ \d][\w/. :]{3,80}\]"
 )

@@ -48,7 +48,8 @@ _REFUSAL = (
     rf"(?:{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?|(?:errors?:?|failed) (?:when |while |in )?)"
     rf"{_ALLOCATE}\b"
     rf"|{_REFUSED}(?:reserve|map|commit|grow)\b(?=.{{0,40}}\d\s?(?:bytes|[kmg]i?b)\b)"
-    rf"|{_REFUSED}(?:get|obtain|acquire) {_BETWEEN}{_STORE}(?: buffer| block)?(?= for\b| of size|\W*$)"
+    rf"|{_REFUSED}(?:get|obtain|acquire) {_BETWEEN}{_STORE}(?: buffer| block)?(?= for\b| of size"
+    rf"|\W*$)"
 )
 _FAILURE = (
     rf"(?:{_CALL}|{_ALLOCATE}(?![a-z]))(?:_|(?:[^.;!?]|\.\d){{0,60}}?\b)"
@@ -63,14 +64,16 @@ _EXCESS = (
 )
 _SAID = re.compile(rf"{_LACKING}|(?P<request>{_REFUSAL}|{_FAILURE})|{_EXCESS}", re.IGNORECASE)
 _OF_MEMORY = re.compile(
-    r"(?i)memory|v?ram\b|(?<![a-z])[dgv]?mem(?![a-z])|buffer|tensor|texture|surface|\bdag\b|workspace"
+    r"(?i)memory|v?ram\b|(?<![a-z])[dgv]?mem(?![a-z])|buffer|tensor|texture|surface|\bdag\b"
+    r"|workspace"
     r"|\bheap|\bgem\b|[mc]alloc|\d\s?bytes\b"
 )
 _OF_NOTHING = re.compile(
     r"(?i)static TLS|shared[ _]memory|\bsmem\b|illegal|leak|\bdisk\b|descriptor|invalid argument"
     r"|not (?:currently )?supported|unsupported|\bport\b|\btty\b|permission|no such"
     r"|version is|no \w+ memory pool|memory (?:address|info|access|clock|pressure limit)"
-    r"|socket, malloc|nodes (?:are )?available|constant memory|\bstack\b|within provided limit|of pinned memory"
+    r"|socket, malloc|nodes (?:are )?available|constant memory|\bstack\b|within provided limit"
+    r"|of pinned memory"
 )
 _HOSTS = re.compile(r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b")
 _HOST = re.compile(
@@ -81,7 +84,8 @@ ERRNO = re.compile(r"(?::|->) ?Cannot allocate memory\W*$|not enough space\W*$|\
 """The system's own words for it, which are the host's, whatever asked."""
 _CARD = re.compile(
     r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
-    r"|accelerator|(?<![a-z])[nxh]pu(?![a-z])|habana|devmem|synhelper|\bdrm\b|nvidia|nvenc|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
+    r"|accelerator|(?<![a-z])[nxh]pu(?![a-z])|habana|devmem|synhelper|\bdrm\b|nvidia|nvenc"
+    r"|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
     r"|\.cuh?\b|\bgl_|cublas|thrust::|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
 )
 _PLACEHOLDER = re.compile(
@@ -100,7 +104,8 @@ _CALLED = re.compile(
 DEFINED = re.compile(r"\w*[\"']?\s*(?:=|[,)\]}]+:?(?:\s*\\)?$|, \w+,)")
 """What follows a name in code: where it is assigned, listed, or an argument."""
 _LISTED = re.compile(
-    r"\s*(?:[-*|>]|#(?!\w+:\w+: )|\d+[.)])\s*(?!.{0,40}(?i:device|gpu|card|worker|rank)\W{0,2}\d+: )"
+    r"\s*(?:[-*|>]|#(?!\w+:\w+: )|\d+[.)])\s*(?!.{0,40}(?i:device|gpu|card|worker"
+    r"|rank)\W{0,2}\d+: )"
     r"\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|\b(?i:error)): )"
 )
 """An item of a list, a comment or a heading, unless it names an error or says which card."""
@@ -109,7 +114,8 @@ _ROW = re.compile(r".*\|\s*$")
 """A row of a table that somebody wrote."""
 _BREAK = re.compile(r"[:;\])>!=,(|]|\. |\.{3}|\s-+\s|\"|'(?![a-z]\b)")
 _TOLD = re.compile(
-    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|handles?|(?P<plain>to|of|by|from|and|or|with|for|as"
+    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|handles?|(?P<plain>to|of|by|from|and|or"
+    r"|with|for|as"
     r"|is|are|be|was|were)) $"
 )
 """The last word before words that somebody's sentence tells of; with an error before, some may."""
