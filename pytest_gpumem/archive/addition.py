@@ -28,6 +28,7 @@ def add(place: Place, state: Any, beside: Beside) -> str:
 
     Raises:
         StateRefusedError: part of it could not be restored bit for bit.
+        InUseError: another thread changed it meanwhile.
         QuotaError: there is no room.
         DiskError: the system would not write.
 

@@ -18,10 +18,10 @@ from pytest_gpumem.archive.desk import lent
 from pytest_gpumem.archive.disk import NewFile, OldFile
 from pytest_gpumem.archive.nodes import checked
 from pytest_gpumem.archive.sealing import CHUNK, HEADER, INDEX, STATE, TAG, Seal
-from pytest_gpumem.errors import DamagedError, NotFoundError, StateRefusedError
+from pytest_gpumem.errors import DamagedError, InUseError, NotFoundError, StateRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
     from pathlib import Path
 
     from pytest_gpumem.archive.desk import Desk
@@ -54,6 +54,9 @@ class Packed:
         layout = memory.Layout(runs)
         places = [memory.Place(block.storage, block.offset, block.size) for block in blocks]
         self.memory = memory.Memory(layout, places)
+        self._tag: Callable[[codec.Bytes], bytes] | None = None
+        self._tags: list[bytes] = []
+        """Of each chunk, once there is a fingerprint."""
         described = {"tree": self.parts.tree, "tensors": self.parts.records, "blocks": runs}
         text = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
         # Python's strings may hold lone surrogates.
@@ -76,15 +79,34 @@ class Packed:
         key = sealing.derive(secret, b"", b"pytest-gpumem content", 32)
         nonce = bytes(12)
 
-        def tag(chunk: Chunk) -> bytes:
+        def tag(content: codec.Bytes) -> bytes:
+            return mac.encrypt(nonce, b"", memoryview(content))
+
+        def tag_of(chunk: Chunk) -> bytes:
             with lent() as desk:
-                return mac.encrypt(nonce, b"", memoryview(self.memory.gather(chunk, desk)))
+                return tag(self.memory.gather(chunk, desk))
 
         whole = hmac.new(key, digestmod="sha256")
         whole.update(struct.pack("<Q", len(self.description)) + self.description)
-        for each in memory.each(tag, self.memory.layout.chunks):
+        self._tag, self._tags = tag, memory.each(tag_of, self.memory.layout.chunks)
+        for each in self._tags:
             whole.update(each)
         return whole.hexdigest()
+
+    def taken(self, chunk: Chunk, desk: Desk) -> codec.Bytes:
+        """Return the bytes of a chunk, which nobody changes: those of the fingerprint, if it is.
+
+        Else a state that another thread works on would lie under the name of one that it is not,
+        and whoever puts that one later would find it there.
+
+        Raises:
+            InUseError: they are others now.
+
+        """
+        content = self.memory.gather(chunk, desk, copied=True)
+        if self._tag is not None and self._tag(content) != self._tags[chunk.number]:
+            raise InUseError("cannot archive the state: it was changed while it was archived")
+        return content
 
 
 def write(new: NewFile, secret: bytes, packed: Packed, name: str = "") -> None:
@@ -93,6 +115,7 @@ def write(new: NewFile, secret: bytes, packed: Packed, name: str = "") -> None:
     It can be read under the same ``name`` alone, so that no file passes for another.
 
     Raises:
+        InUseError: it was changed since it was hashed.
         OSError: the system would not.
         StateRefusedError: what is not tensors is too large.
 
@@ -105,7 +128,7 @@ def write_and_read_back(new: NewFile, secret: bytes, packed: Packed, name: str) 
 
     Raises:
         DamagedError: it is not.
-        OSError, StateRefusedError: see ``write``.
+        InUseError, OSError, StateRefusedError: see ``write``.
 
     """
     writer = _Writer(new, secret, packed, name)
@@ -153,7 +176,7 @@ class _Writer:
     def _code(self, chunk: Chunk) -> tuple[codec.Bytes, int]:
         out = self._spare.pop()
         with lent() as desk:
-            content = self._packed.memory.gather(chunk, desk)
+            content = self._packed.taken(chunk, desk)
             return out, desk.coder.encode(content, chunk.kind, out)
 
     def _close(self, chunk: Chunk, coded: tuple[codec.Bytes, int]) -> None:
@@ -239,7 +262,7 @@ class Reader:
             with lent() as desk:
                 self._opened(chunk, desk)
 
-        memory.each(authenticate_one, self.layout.chunks[first:])
+        memory.each(authenticate_one, self.layout.chunks[first:], reading=True)
 
     def _fill(self, storages: dict[int, Any]) -> None:
         """Read the content of blocks into these storages."""
@@ -255,7 +278,7 @@ class Reader:
                 decode = functools.partial(desk.coder.decode, coded, chunk.kind)
                 filled.scatter(chunk, decode, desk)
 
-        memory.each(fill_one, self.layout.chunks_of(storages))
+        memory.each(fill_one, self.layout.chunks_of(storages), reading=True)
 
     def get(self, path: Sequence[Hashable] = (), device: str = "cpu") -> Any:
         """Return the state, or what ``path`` leads to in it, in new memory on ``device``.

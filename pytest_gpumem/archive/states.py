@@ -56,6 +56,7 @@ class States:
 
         Raises:
             QuotaError: there is no room.
+            InUseError: it was changed since it was hashed.
             OSError: the system would not.
 
         """

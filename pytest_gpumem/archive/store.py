@@ -132,6 +132,7 @@ class ArchiveStore:
         Raises:
             ArgumentError: one of them is not what it must be.
             StateRefusedError: part of it could not be restored bit for bit.
+            InUseError: another thread changed it meanwhile.
             QuotaError: there is no room.
             DiskError: the system would not write.
 

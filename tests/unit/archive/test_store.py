@@ -12,9 +12,11 @@ from states import same
 
 from pytest_gpumem.archive import disk, keys, memory, subclasses, vault
 from pytest_gpumem.archive.retention import Forgotten
+from pytest_gpumem.archive.states import States
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import (
     DamagedError,
+    InUseError,
     KeyRefusedError,
     NotFoundError,
     QuotaError,
@@ -612,3 +614,22 @@ def test_create_and_delete_cycles_take_no_memory(store):
     for _ in range(50):
         cycle()
     assert resident() - before < 8 * 2**20
+
+
+@pytest.mark.parametrize("part", ["whole", "small"])
+def test_a_state_that_another_thread_changes_meanwhile_is_not_put(store, monkeypatch, part):
+    """Else a later put of what it was would find another content under its name."""
+    state = {"whole": torch.zeros(300_000), "small": torch.zeros(3)}
+    has = States.has
+
+    def changed(self, content):
+        state[part].fill_(1)
+        return has(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(States, "has", changed)
+        with pytest.raises(InUseError, match="the state: it was changed while it was archived"):
+            store.put(state)
+    assert (store.entries(), [*(store.path / "states").iterdir()]) == ([], [])
+    state[part].zero_()
+    assert not any(each.any() for each in store.get(store.put(state)).values())
