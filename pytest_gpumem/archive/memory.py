@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
+from pytest_gpumem.archive import torch_private
 from pytest_gpumem.archive.codec import ALIGN, CHUNK, KINDS, Bytes
 from pytest_gpumem.errors import DamagedError
 
@@ -129,7 +130,7 @@ class Place:
     def __init__(self, storage: Any, offset: int, size: int) -> None:
         self.storage = storage  # keeps it alive
         self.address, self.bytes = storage.data_ptr() + offset, None
-        if storage.device.type != "cpu":
+        if not torch_private.is_main_memory(storage):
             import torch
 
             view = torch.empty(0, dtype=torch.uint8, device=storage.device)
@@ -144,10 +145,13 @@ class Memory:
         self._places = places
         self._pinned = any(place is not None and place.bytes is not None for place in places)
 
-    def gather(self, chunk: Chunk, desk: Desk) -> Bytes:
-        """Return the bytes of a chunk: the memory itself, or a copy of it on ``desk``."""
+    def gather(self, chunk: Chunk, desk: Desk, *, copied: bool = False) -> Bytes:
+        """Return the bytes of a chunk: a copy on ``desk``, or the memory itself where that will do.
+
+        Other threads may write to the memory itself meanwhile.
+        """
         pieces = list(self.layout.pieces(chunk))
-        if (whole := self._whole(pieces, chunk)) is not None:
+        if not copied and (whole := self._whole(pieces, chunk)) is not None:
             return whole
         staging, out = desk.staging(pinned=self._pinned)
         end = 0
@@ -191,10 +195,13 @@ class Memory:
         return np.frombuffer(view, np.uint8)
 
 
-def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Result]:
+def each(
+    work: Callable[[_Task], _Result], tasks: Sequence[_Task], *, reading: bool = False
+) -> list[_Result]:
     """Return ``work`` of each task, done by several threads, this one among them.
 
-    They take them as they come: handing each of them over would take as long as reading it.
+    They take them as they come: handing each of them over would take as long as reading it. Where
+    they are ``reading`` there is one more than there are CPUs, for one of them waits for the disk.
     """
     found: dict[int, _Result] = {}
     waiting = iter(list(enumerate(tasks)))  # one step of it is atomic
@@ -212,7 +219,7 @@ def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Resu
             failed.set()
             raise
 
-    others = threads(len(tasks)) - 1
+    others = min(threads(len(tasks)) + reading, len(tasks)) - 1
     with ThreadPoolExecutor(max(1, others), "gpumem-archive") as pool:
         helping: list[Future[None]] = []
         # As the process ends, or at the limit of its threads, this one does what they would.

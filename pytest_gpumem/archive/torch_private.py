@@ -142,6 +142,17 @@ def swap(one: torch.Tensor, other: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(one, other)
 
 
+def is_main_memory(storage: torch.UntypedStorage) -> bool:
+    """Return whether a storage is main memory for torch's own code, whatever it is called.
+
+    That of a card simulated in Python is, and can be written where it is.
+    """
+    import torch
+
+    base: Any = torch._C.StorageBase
+    return bool(base.device.__get__(storage).type == "cpu")
+
+
 def storage_holders(storage: torch.UntypedStorage) -> int:
     """Return how many tensors lie in a storage."""
     import torch

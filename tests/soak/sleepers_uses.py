@@ -1,0 +1,73 @@
+"""Each way to use a module, with each kind of module, awake and asleep on a simulated card.
+
+``python tests/soak/sleepers_uses.py [--compiled] [--every 1] [--kinds linear,tied]``. The table is
+that of ``tests/unit/archive/uses.py``, which the unit tests try with tensors of the host. On the
+compiled card torch's own C++ takes the tensors for those of a card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "archive"))
+
+from pytest_gpumem.simulator import Simulation
+
+MEMORY = "/dev/shm"  # noqa: S108  # a directory of a random name is made there
+
+
+def main() -> int:
+    """Try them; return 0 if nothing came out otherwise."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="of the uses one in so many")
+    parser.add_argument("--kinds", default="", help="of module; default: all")
+    options = parser.parse_args()
+    library = None
+    if options.compiled:
+        from pytest_gpumem.simulator.torch_face import building
+
+        library = building.library()
+    simulation = Simulation.start([4 * 2**30], 2**20, library=library)
+    simulation.install()
+    try:
+        return tried(options.kinds.split(",") if options.kinds else [], options.every)
+    finally:
+        simulation.close()
+
+
+def tried(kinds: list[str], every: int) -> int:
+    """Print how many uses gave the same with each kind, and those that did not."""
+    import test_uses_of_sleepers as table
+    import torch
+    import uses
+
+    from pytest_gpumem import ArchiveStore, GpuConsolidator
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.set_default_device("cuda")
+    failed = 0
+    memory = MEMORY if Path(MEMORY).is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as store:
+        consolidator = GpuConsolidator(ArchiveStore(store, key=b"k" * 32))
+        for at, kind in enumerate(kinds or uses.MODULES):
+            start = time.monotonic()
+            these = [*table.possible(kind)][at % every :: every]
+            wrong, slept = table.compared(kind, these, consolidator)
+            failed += len(wrong)
+            seconds = time.monotonic() - start
+            print(f"{kind}: {len(these)} uses, {slept} asleep, {seconds:.0f} s", flush=True)
+            for each in wrong:
+                print("   ", *(str(part)[:300] for part in each), sep="\n        ", flush=True)
+    print(f"{failed} came out otherwise")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
