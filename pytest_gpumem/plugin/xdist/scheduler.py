@@ -291,13 +291,8 @@ class GpumemScheduling:
     def _obey(self) -> None:
         """Carry out what the planner wants now."""
         assert self._planner is not None  # noqa: S101  # callers have planned
-        if told := self._planner.commands():
-            self._carry_out(told)
-        if keeping := self._planner.keeping():
-            self._clock.start(next(iter(self._workers)), self._workers.values(), keeping)
-
-    def _carry_out(self, told: Sequence[commands.Command]) -> None:
-        by_name = {worker.name: worker for worker in self._workers.values()}
+        told = self._planner.commands()  # as a rule none: they are asked for after each test
+        by_name = {worker.name: worker for worker in self._workers.values()} if told else {}
         queues: dict[str, list[int]] = {}
         grants: dict[str, dict[int, xdist_worker.Granted]] = {}
         end = len(self._collection)
@@ -327,6 +322,8 @@ class GpumemScheduling:
                 worker.sent.extend(indexes)
                 worker.node.send_runtest_some(indexes)
                 worker.moved = time.monotonic()
+        if keeping := self._planner.keeping():
+            self._clock.start(next(iter(self._workers)), self._workers.values(), keeping)
 
     def _look_for_stalls(self) -> None:
         assert self._planner is not None  # noqa: S101  # it started the clock

@@ -120,7 +120,7 @@ def test_the_status_is_the_commands(card, command, status, said):
         ("--card=0 --ram=1MiB -- true", 2, "--card: nothing is leased of a card without --vram"),
         ("--ram=all -- true", 2, "'all' is not a size"),
         ("--ram=0 -- true", 2, "'0' is not a size"),
-        ("--ram=9999TiB -- true", 125, "9.76 PiB asked for of main memory, which has "),
+        ("--ram=9999TiB -- true", 125, "10238976.00 GiB asked for of main memory, which has "),
         ("--vram=-1 -- true", 2, "'-1' is not a size; allowed is"),
         ("--vram=1MiB --timeout=nan -- true", 2, "'nan' is no time; allowed are 0 or more"),
         ("--vram=1MiB --priority=high -- true", 2, "invalid choice: 'high'"),
@@ -463,7 +463,8 @@ def test_two_containers_wait_for_one_another(card, tmp_path):
     with running("--vram=700MiB", "--", *takes(500, go), before=UNSHARE) as first:
         assert first.stdout.readline() == "took\n"
         (seen,) = holders()
-        assert (seen["vram"], seen["seen_here"], seen["family"]) == (700 * MIB, False, [])
+        assert (seen["vram"], seen["seen_here"]) == (700 * MIB, False)
+        assert [each["used"] for each in seen["family"]] == [600 * MIB]  # its context included
         with running("--vram=700MiB", "--", *takes(500), before=UNSHARE) as second:
             waits = second.stderr.readline()
             go.touch()
