@@ -52,10 +52,8 @@ MODES = {
     "no-xdist": ("-p", "no:xdist"),
 }
 """The four ways in which every feature must work."""
-EACH_ONCE = [
-    pytest.param(mode, marks=[pytest.mark.slow] * (mode in ("n0", "no-xdist"))) for mode in MODES
-]
-"""The same, for what takes long: with -n 0, and without xdist, it is one process as plain."""
+ON_WORKERS = [pytest.param(mode, marks=[pytest.mark.slow] * (mode != "n2")) for mode in MODES]
+"""The same, for what takes long: a worker does what one process does, and sends it home."""
 
 
 @dataclass(frozen=True)

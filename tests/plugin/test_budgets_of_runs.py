@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness import MODES, SIMULATE, TAKE, run_pytest, write_suite
+from harness import MODES, ON_WORKERS, SIMULATE, TAKE, run_pytest, write_suite
 
 CARD = "Simulated CUDA card"
 BUDGET = ("--gpumem-budget", "budgets.toml")
@@ -81,7 +81,7 @@ def test_an_update_writes_own_peaks(written):
     ]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ON_WORKERS)
 def test_growth_is_found_in_every_mode_and_no_order_is_growth(tmp_path, written, mode):
     write_suite(tmp_path, test_it=TAKE + CHANGED, conftest=REVERSED)
     (tmp_path / "budgets.toml").write_text(written[0])

@@ -54,7 +54,7 @@ def pytest_report_header():
 """
 
 
-@pytest.mark.parametrize("mode", ["n0", "no-xdist"])
+@pytest.mark.parametrize("mode", [pytest.param("n0", marks=pytest.mark.slow), "no-xdist"])
 def test_an_orphan_fails_a_test_with_a_limit_and_a_run_without_children_tells_none(tmp_path, mode):
     write_suite(
         tmp_path,

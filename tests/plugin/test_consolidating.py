@@ -44,7 +44,12 @@ def config(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "workers",
-    [(), ("-n", "2", "--gpumem-schedule=off", "--dist=loadfile")],
+    [
+        (),
+        pytest.param(
+            ("-n", "2", "--gpumem-schedule=off", "--dist=loadfile"), marks=pytest.mark.slow
+        ),
+    ],
     ids=["plain", "n2"],
 )
 def test_only_a_test_that_fills_the_card_sends_models_to_the_archive(

@@ -44,7 +44,7 @@ def commands(output):
     return [line for line in output.splitlines() if line.startswith("::")]
 
 
-@pytest.mark.parametrize("mode", [(), ("-n", "2")], ids=["plain", "n2"])
+@pytest.mark.parametrize("mode", [pytest.param((), marks=pytest.mark.slow), ("-n", "2")])
 def test_leaks_and_failures_are_told_once_at_their_lines(tmp_path, job, mode):
     suite = write_suite(tmp_path / "suite", test_it=SUITE)
     run = run_pytest(suite, *SIMULATE, *mode, "--gpumem-base", "none.json", env=job)

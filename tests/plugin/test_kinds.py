@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from harness import MODES, SIMULATE, SUITES, Run, run_pytest, write_suite
+from harness import MODES, ON_WORKERS, SIMULATE, SUITES, Run, run_pytest, write_suite
 
 UNIT = 16 * 2**10  # as in the suite
 
 
-# With -n 0, and without xdist, it is one process as plain.
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(mode, marks=[pytest.mark.slow] * (mode in ("n0", "no-xdist")))
-        for mode in MODES
-    ],
-)
+@pytest.fixture(scope="module", params=ON_WORKERS)
 def run(request, tmp_path_factory) -> Run:
     directory = tmp_path_factory.mktemp(request.param)
     write_suite(directory, test_kinds=(SUITES / "kinds.py").read_text())

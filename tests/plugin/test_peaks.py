@@ -86,10 +86,10 @@ def lines(test):
 @pytest.mark.parametrize(
     ("mode", "tests"),
     [
-        ("plain", "offenders"),
-        pytest.param("n0", "3", marks=pytest.mark.slow),
+        ("plain", "3"),
         ("n2", "offenders"),
-        ("no-xdist", "3"),
+        pytest.param("n0", "offenders", marks=pytest.mark.slow),
+        pytest.param("no-xdist", "3", marks=pytest.mark.slow),
     ],
 )
 def test_offenders_run_once_more_and_nothing_but_their_lines_is_told(run, mode, tests):

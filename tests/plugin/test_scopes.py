@@ -83,7 +83,9 @@ def left(run):
     return sorted((each.scope, each.name, each.left // 1024) for each in found)
 
 
-@pytest.mark.parametrize("mode", [(), ("-n", "2", "--dist", "loadfile")], ids=["plain", "n2"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param((), marks=pytest.mark.slow), ("-n", "2", "--dist", "loadfile")]
+)
 def test_a_module_and_the_run_are_judged_when_their_fixtures_are_gone(suite, mode):
     run = run_pytest(
         suite, *SIMULATE, *mode, "--gpumem-module-leak-limit=512KiB",

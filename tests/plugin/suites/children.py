@@ -163,14 +163,19 @@ TORCH_WAYS = [
 ]  # fmt: skip
 ENDS = ["end", "kill", "_exit", "term", "raise"]
 FEW = os.environ.get("CASES") != "all"
+UNLIKE = {"shell", "environment", "daemon", "posix_spawn", "fork", "forkserver", "pytest_within"}
+"""Of few cases: ways in which a process begins each in its own; the others begin as one of these
+do, as do the children of the tests below."""
 NO_SIGNALS = {"pool", "torch_spawn"}
 IN_PYTHON = {"raw_fork", "fork", "spawn", "forkserver"}
 
 
 def cases():
-    """Each way with each end, or with one of them."""
+    """Each way with each end; or those that are unlike, with one."""
     for number, way in enumerate(TORCH_WAYS):
         name, ends = way.__name__, ENDS
+        if FEW and name not in UNLIKE:
+            continue
         if name in NO_SIGNALS:
             ends = ["end"]
         elif name in IN_PYTHON:
