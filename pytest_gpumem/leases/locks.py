@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 POLL = 0.01
 """Seconds between two looks where the system does not wake us."""
-_PATIENCE = 1.0
+_DYING = 1.0
 """Seconds that a dying process gets between closing its files and losing its locks."""
 _RETRY = 0.0001
 _FIRST = 0.00005
@@ -292,7 +292,7 @@ def _has_died(path: Path, end: float) -> bool:
 
     A dying process closes its file a moment before it loses the lock; not beyond ``end``.
     """
-    end = min(end, time.monotonic() + _PATIENCE)
+    end = min(end, time.monotonic() + _DYING)
     while is_held(path):
         if time.monotonic() > end:
             return False

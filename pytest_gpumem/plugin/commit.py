@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-_PATIENCE = 10
+_GIT_TIMEOUT = 10
 """Seconds; a large working tree on a slow disk takes some to be compared."""
 
 
@@ -20,7 +20,12 @@ def commit_of(directory: Path) -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(  # noqa: S603  # a fixed command
-            command, cwd=directory, capture_output=True, text=True, timeout=_PATIENCE, check=False
+            command,
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

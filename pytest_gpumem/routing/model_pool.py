@@ -12,7 +12,7 @@ from pytest_gpumem import devices
 from pytest_gpumem.archive.consolidator import GpuConsolidator, get_gpu_consolidator
 from pytest_gpumem.errors import ArchiveError
 from pytest_gpumem.routing import placing
-from pytest_gpumem.routing.pool_entries import Entries, Entry, is_module
+from pytest_gpumem.routing.pool_entries import Entries, PooledModel, is_module
 from pytest_gpumem.routing.resource_manager import CPU, shared
 from pytest_gpumem.tracking import release
 
@@ -128,7 +128,7 @@ class ModelPool:
             del model
             self._end_use(entry, user)
 
-    def _end_use(self, entry: Entry, user: int) -> None:
+    def _end_use(self, entry: PooledModel, user: int) -> None:
         self._unpin(entry)
         self._entries.end_use(entry, user)
 
@@ -214,7 +214,7 @@ class ModelPool:
         driver = None if before[1] is None or after[1] is None else before[1] - after[1]
         return Freed(before[0] - after[0], driver)
 
-    def _let_go(self, entry: Entry) -> None:
+    def _let_go(self, entry: PooledModel) -> None:
         model = entry.held()
         reference = _weakly(model) if is_module(model) else lambda: None
         if entry.archived is not None:
@@ -243,24 +243,24 @@ class ModelPool:
     def __contains__(self, name: object) -> bool:
         return name in self._entries.names()
 
-    def _pin(self, entry: Entry) -> None:
+    def _pin(self, entry: PooledModel) -> None:
         with entry.mutex:
             entry.pins += 1
             for each in self._entries.kin(entry.held()):
                 self.consolidator.forget(each.held())
 
-    def _unpin(self, entry: Entry) -> None:
+    def _unpin(self, entry: PooledModel) -> None:
         with entry.mutex:
             entry.pins = max(0, entry.pins - 1)
             for each in self._entries.kin(entry.held()):
                 self._register(each, each.held())
 
-    def _ready(self, entry: Entry) -> Any:
+    def _ready(self, entry: PooledModel) -> Any:
         """Return the model of an entry that is this thread's, loaded and awake."""
         model = entry.held()
         return self._load(entry) if model is None else self._wake(entry, model)
 
-    def _load(self, entry: Entry) -> Any:
+    def _load(self, entry: PooledModel) -> Any:
         if entry.archived is not None:
             name, put_together, end = entry.archived
             entry.model = put_together(self.consolidator.store.get(name))
@@ -280,7 +280,7 @@ class ModelPool:
         self._register(entry, model)
         return model
 
-    def _wake(self, entry: Entry, model: Any) -> Any:
+    def _wake(self, entry: PooledModel, model: Any) -> Any:
         if not is_module(model):
             return model
         asleep = self.consolidator.sleeping_bytes(model)
@@ -305,7 +305,7 @@ class ModelPool:
             release.clear_frames(error)
             placing.take_back(self._entries.with_kin(model))
 
-    def _place(self, entry: Entry, model: Any) -> None:
+    def _place(self, entry: PooledModel, model: Any) -> None:
         entry.banned = bool(shared.banned)
         model = self._entries.with_kin(model)
         if placing.is_all_on_card(model) and not shared.banned:
@@ -314,7 +314,7 @@ class ModelPool:
         device = placing.room_for(placing.size_of(model), "model", make_room)
         placing.place(model, device, lambda: make_room(0))
 
-    def _make_room_for(self, entry: Entry) -> Callable[[int], bool]:
+    def _make_room_for(self, entry: PooledModel) -> Callable[[int], bool]:
         def make_room(size: int) -> bool:
             entry.pins += 1  # its lock is this thread's, and would let it in again
             try:
@@ -324,11 +324,11 @@ class ModelPool:
 
         return make_room
 
-    def _register(self, entry: Entry, model: Any) -> None:
+    def _register(self, entry: PooledModel, model: Any) -> None:
         if is_module(model) and not self._entries.is_pinned(model):
             self.consolidator.register(model, type="model", metadata={"model_name": entry.name})
 
-    def _consolidate(self, entry: Entry) -> int:
+    def _consolidate(self, entry: PooledModel) -> int:
         model = entry.held()
         if model is None or entry.pins or self._entries.is_pinned(model):
             return 0
@@ -350,7 +350,7 @@ class ModelPool:
         return next((each for each in self._frameworks if isinstance(model, each.kind)), None)
 
 
-def _take_apart(entry: Entry, framework: _Framework, consolidator: GpuConsolidator) -> int:
+def _take_apart(entry: PooledModel, framework: _Framework, consolidator: GpuConsolidator) -> int:
     """Archive the state of an object that is no torch module; return the bytes that freed."""
     if entry.model is None:  # others keep it, and its memory with it
         return 0

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-class Entry:
+class PooledModel:
     """One model of the pool."""
 
     def __init__(self, name: str, load: Callable[[], Any], *, weak: bool) -> None:
@@ -51,7 +51,7 @@ class Entries:
 
     def __init__(self, default: Callable[[str], Any]) -> None:
         self._default = default
-        self._by_name: dict[str, Entry] = {}
+        self._by_name: dict[str, PooledModel] = {}
         self._mutex = threading.RLock()
         self._waits = Waits()
         self._unused = threading.Condition()
@@ -62,21 +62,21 @@ class Entries:
         with self._mutex:
             return list(self._by_name)
 
-    def get(self, name: str) -> Entry | None:
+    def get(self, name: str) -> PooledModel | None:
         """Return the entry of a name, None if there is none."""
         return self._by_name.get(name)
 
     def set_default(self, name: str, load: Callable[[], Any]) -> None:
         """Make an entry, if there is none of that name."""
         with self._mutex:
-            self._by_name.setdefault(name, Entry(name, load, weak=False))
+            self._by_name.setdefault(name, PooledModel(name, load, weak=False))
 
-    def pop(self, name: str) -> Entry | None:
+    def pop(self, name: str) -> PooledModel | None:
         """Take an entry out."""
         with self._mutex:
             return self._by_name.pop(name, None)
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> PooledModel:
         """Return the entry of a name.
 
         Raises:
@@ -92,13 +92,15 @@ class Entries:
     @contextmanager
     def locked(
         self, name: str, load: Callable[[], Any] | None, *, weak: bool = False
-    ) -> Iterator[Entry]:
+    ) -> Iterator[PooledModel]:
         """Yield the entry of a model, which is there then, and this thread's alone."""
         while True:
             with self._mutex:
                 entry = self._by_name.get(name)
                 if entry is None:
-                    entry = Entry(name, load or functools.partial(self._default, name), weak=weak)
+                    entry = PooledModel(
+                        name, load or functools.partial(self._default, name), weak=weak
+                    )
                     self._by_name[name] = entry
                 self._clock += 1
                 entry.used = self._clock
@@ -118,7 +120,7 @@ class Entries:
                 return
 
     @contextmanager
-    def _owned(self, entry: Entry) -> Iterator[None]:
+    def _owned(self, entry: PooledModel) -> Iterator[None]:
         """Have an entry for this thread alone, within."""
         here, before = threading.get_ident(), entry.owner
         refusal = f"the loaders of models ask for one another, {entry.name!r} among them"
@@ -139,16 +141,16 @@ class Entries:
             entry.owner = None
             entry.mutex.release()
 
-    def all(self) -> list[Entry]:
+    def all(self) -> list[PooledModel]:
         """Return all entries."""
         with self._mutex:
             return list(self._by_name.values())
 
-    def kin(self, model: Any) -> list[Entry]:
+    def kin(self, model: Any) -> list[PooledModel]:
         """Return the entries whose modules share tensors with a module, itself included."""
         if not is_module(model):
             return [each for each in self.all() if each.held() is model]
-        found: list[Entry] = []
+        found: list[PooledModel] = []
         wanted, waiting = tensors_of(model), self.all()
         while True:
             new = [each for each in waiting if wanted & tensors_of(each.held())]
@@ -169,18 +171,18 @@ class Entries:
         """Return whether a module, or one that shares tensors with it, is pinned."""
         return any(each.pins for each in self.kin(model))
 
-    def begin_use(self, entry: Entry) -> int:
+    def begin_use(self, entry: PooledModel) -> int:
         """Say that this thread uses a model, which is not unloaded meanwhile; return its ident."""
         entry.users.append(threading.get_ident())
         return threading.get_ident()
 
-    def end_use(self, entry: Entry, user: int) -> None:
+    def end_use(self, entry: PooledModel, user: int) -> None:
         """Say that it does so no longer."""
         with self._unused:
             entry.users.remove(user)
             self._unused.notify_all()
 
-    def wait_for_use(self, entry: Entry) -> None:
+    def wait_for_use(self, entry: PooledModel) -> None:
         """Wait until no other thread uses a model.
 
         Raises:

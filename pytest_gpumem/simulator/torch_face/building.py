@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("card.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 """What is looked for on the path, behind ``CXX``."""
-PATIENCE = 600
+COMPILE_TIMEOUT = 600
 """Seconds after which a compiler or a proof is given up: hundreds of times what they take."""
 
 
@@ -109,7 +109,7 @@ def _said_wrong(command: list[str], what: str) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=PATIENCE,
+            timeout=COMPILE_TIMEOUT,
             check=False,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -117,7 +117,7 @@ def _said_wrong(command: list[str], what: str) -> str:
     except OSError as error:
         return f"{command[0]}: {error.strerror}"
     except subprocess.TimeoutExpired:
-        return f"{what}: nothing for {PATIENCE} s"
+        return f"{what}: nothing for {COMPILE_TIMEOUT} s"
     if done.returncode == 0:
         return ""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
