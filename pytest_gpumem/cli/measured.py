@@ -139,7 +139,7 @@ def _largest_child() -> int:
     import resource
 
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return largest if largest > host.peak() else 0
+    return largest if largest > host.status().peak else 0
 
 
 def say(sentence: str) -> None:

@@ -39,7 +39,7 @@ class RamMeter:
     def begin(self) -> None:
         """Begin a test."""
         self.exact = host.reset_peak()
-        self._mark = 0 if self.exact else host.peak()
+        self._mark = 0 if self.exact else host.status().peak
         self._before = _children()
         self._children_peak = 0
         self._baseline = host.resident() or 0
@@ -65,7 +65,7 @@ class RamMeter:
 
     def end(self) -> RamUsage:
         """Return what the test did, now that it is over."""
-        after, mark = host.resident() or 0, host.peak()
+        after, mark, _ = host.status()
         highest = max(self._baseline, after, mark if mark > self._mark else 0)
         children = _children()
         self._see(children)
@@ -80,7 +80,7 @@ class RamMeter:
 
     def kept(self) -> int:
         """Return the most that the process kept to itself: without the files that it maps."""
-        return max(0, self._kept - host.of_files())
+        return max(0, self._kept - host.status().of_files)
 
 
 def _children() -> dict[int, host.Share]:

@@ -126,14 +126,17 @@ def test_resident_and_peak_follow_what_the_process_takes():
     taken = bytearray(64 * MIB)
     during = host.resident()
     del taken
-    after, peak = host.resident(), host.peak()
+    after, peak = host.resident(), host.status().peak
 
     assert during - before == pytest.approx(64 * MIB, abs=4 * MIB)
     assert abs(after - before) < 4 * MIB
     assert peak > during - 4 * MIB  # the counters of several processors are summed up late
     assert host.reset_peak()
-    assert host.peak() < peak - 48 * MIB
-    assert 0 < host.of_files() < after
+    assert host.status().peak < peak - 48 * MIB
+    now = host.status()
+    assert 0 < now.of_files < now.resident
+    assert abs(now.resident - host.resident()) < 4 * MIB
+    assert host.own() == pytest.approx(now.resident - now.of_files, abs=4 * MIB)
 
 
 @linux

@@ -55,16 +55,16 @@ def test_peak_and_kept_of_the_process_are_those_of_the_test(childless):
     assert (usage.own_peak, usage.kept, usage.children_peak) == (about(64), about(16), 0)
     assert (small.own_peak, small.kept) == (about(0), about(0))
     assert last.own_peak == about(8)
-    assert meter.kept() == about((usage.baseline + usage.kept - host.of_files()) / MIB)
+    assert meter.kept() == about((usage.baseline + usage.kept - host.status().of_files) / MIB)
 
 
 @linux
 def test_a_mark_that_nobody_may_reset_tells_the_peak_of_who_raised_it(monkeypatch, childless):
-    marks = iter([100, 300, 300, 300])
-    readings = iter([60, 80, 70, 90])
+    told = iter([(0, 100), (80, 300), (0, 300), (90, 300)])
+    baselines = iter([60, 70])
     monkeypatch.setattr(host, "reset_peak", lambda: False)
-    monkeypatch.setattr(host, "peak", lambda: next(marks))
-    monkeypatch.setattr(host, "resident", lambda: next(readings))
+    monkeypatch.setattr(host, "status", lambda: host.Status(*next(told), 0))
+    monkeypatch.setattr(host, "resident", lambda: next(baselines))
     meter = RamMeter()
     meter.begin()
     raised = meter.end()
