@@ -1,12 +1,14 @@
 """Commands and runs of pytest on one simulated card, while processes of theirs are killed.
 
-Sixteen ``gpumem run`` and two runs of pytest share a card; each of their programs takes what it
-asked for, and says whether the card had it. Every few milliseconds one is killed by SIGKILL: a
+Sixteen ``gpumem run`` and two runs of pytest share a card and the machine's main memory: of the
+commands some lease one of the two, some both. Each of their programs takes what it asked for, and
+says whether it was there; of main memory it takes marks that stand for it, one for a sixteenth.
+Every few milliseconds one is killed by SIGKILL: a
 ``gpumem run``, whose command then goes on with the lease, or the command, or all of a group. At
 the end nobody is killed any more, and all have to come to theirs.
 
 Run by hand: ``python tests/soak/command_kills.py [--seconds S] [--kills N] [--seed N]``. The exit
-status is 0 when the card never lacked what was leased, nobody starved and nothing was left.
+status is 0 when nothing that was leased was ever lacking, nobody starved and nothing was left.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from pytest_gpumem.devices import host
 from pytest_gpumem.leases.ledger import Ledger
 from pytest_gpumem.simulator import Simulation
 
@@ -28,6 +31,9 @@ MIB = 2**20
 TOTAL, CONTEXT = 4096 * MIB, 64 * MIB
 SIZES = (4, 8, 16, 32)
 """Of commands, in units of 64 MiB, of which the card has 64."""
+RAM = host.pools()[0].total // 16
+RAM_SIZES = (4, 6, 8)
+"""Of commands, in sixteenths of the machine's main memory."""
 UNITS = """
 import fcntl, os, random, sys, time
 from pathlib import Path
@@ -35,45 +41,49 @@ from pytest_gpumem.simulator.card import SharedCard
 
 CARD = SharedCard.open(Path(os.environ["GPUMEM_SIMULATE_CARD"]))
 
-def take(units, seconds):
+def lock(file, units, first, behind):
+    taken = 0
+    for unit in range(first, behind if units else first):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
+            taken += 1
+        except OSError:
+            continue
+        if taken == units:
+            break
+    return taken == units
+
+def take(units, seconds, ram):
     # What was leased is this process's own from the first moment, also before it uses it. The
     # kernel frees record locks before it frees a lease.
     with open(os.environ["UNITS"], "r+b") as file:
-        taken = 0
-        for unit in range(64):
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
-                taken += 1
-            except OSError:
-                continue
-            if taken == units:
-                break
+        there = lock(file, units, 0, 64) & lock(file, ram, 64, 80)
         time.sleep(seconds)
         size = units * (64 << 20) - CARD.context
-        there = taken == units and CARD.join() and CARD.reserve(size)
+        if there and units:
+            there = CARD.join() and CARD.reserve(size)
         with open(os.environ["TOLD"], "a") as told:
             told.write(os.environ["WHO"] + ("\\n" if there else " LACKED\\n"))
         time.sleep(seconds)
-        if there:
+        if there and units:
             CARD.release(size)
             CARD.leave()
 """
 PROGRAM = (
     UNITS
     + """
-take(int(sys.argv[1]), random.random() * 1.5)
+take(int(sys.argv[1]), random.random() * 1.5, int(sys.argv[2]))
 """
 )
-SUITE = (
-    UNITS
-    + """
+SUITE = UNITS + (
+    """
 import pytest
 
 @pytest.mark.parametrize("number", range(2000))
-@pytest.mark.gpu(vram="256MiB")
+@pytest.mark.gpu(vram="256MiB", ram=RAM)
 def test_takes(number, request):
-    take(4, 0.005)
-"""
+    take(4, 0.005, 1)
+""".replace("RAM", str(RAM))
 )
 
 
@@ -90,10 +100,12 @@ class Campaign:
     def command(self):
         size = self.chance.choice(SIZES)
         low = ["--priority=low"] if self.chance.random() < 0.2 else []
-        words = [sys.executable, "-c", PROGRAM, str(size)]
+        ram, which = self.chance.choice(RAM_SIZES), self.chance.choice(("card", "ram", "both"))
+        size, ram = size * (which != "ram"), ram * (which != "card")
+        asked = [f"--vram={64 * size}MiB"] * bool(size) + [f"--ram={ram * RAM}B"] * bool(ram)
+        words = [sys.executable, "-c", PROGRAM, str(size), str(ram)]
         return subprocess.Popen(
-            [sys.executable, "-m", "pytest_gpumem.cli.main", "run", f"--vram={64 * size}MiB", *low,
-             "--", *words],
+            [sys.executable, "-m", "pytest_gpumem.cli.main", "run", *asked, *low, "--", *words],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
@@ -188,7 +200,7 @@ def main():
     lacked = sum(line.endswith("LACKED") for line in lines)
     print(
         f"seed {options.seed}: {sum(kills.values())} SIGKILLs in {seconds:.0f} s {kills}; "
-        f"{lines.count('command')} commands and {lines.count('test')} tests had the card, {lacked} "
+        f"{lines.count('command')} commands and {lines.count('test')} tests had theirs, {lacked} "
         f"lacked what they had leased, {starved} starved, {len(leaked)} entries and {used} bytes "
         f"were left; {sum(looks)} of {len(looks)} looks by gpumem ps told something"
     )

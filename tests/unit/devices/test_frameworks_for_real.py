@@ -1,5 +1,6 @@
 """The frameworks that run on a CPU, for real, each in a process that has it; none has a GPU here.
 
+CuPy and RMM have no build for a CPU, but can be imported; RMM can allocate by functions of ours.
 Skipped where they are not installed: ``pip install --target DIR 'jax[cpu]'`` and DIR in PYTHONPATH.
 """
 
@@ -105,6 +106,62 @@ array = cuda.to_device([1, 2, 3])
 assert devices.allocators() == () and list(devices.living_arrays()) == []
 """,
 }
+PROGRAMS["cupy"] = """
+import cupy
+from pytest_gpumem import devices
+from pytest_gpumem.devices import contexts
+from pytest_gpumem.devices.frameworks import cupy as ours
+from pytest_gpumem.devices.heap import instances
+from pytest_gpumem.tracking import release
+assert devices.allocators() == () and contexts.held() == ()
+default = cupy.get_default_memory_pool()
+assert ours._pools() == [default] and list(instances(cupy.ndarray)) == []
+another = cupy.cuda.MemoryPool()
+cupy.cuda.set_allocator(another.malloc)
+assert ours._pools() == [default, another]
+cupy.cuda.set_allocator(None)
+assert ours._pools() == [default]
+cupy.get_default_pinned_memory_pool().free_all_blocks()
+try:
+    raise cupy.cuda.memory.OutOfMemoryError(8 << 30, 1 << 20, 0)
+except MemoryError as error:
+    assert "Out of memory allocating 8,589,934,592 bytes" in release.oom_text(error)
+"""
+PROGRAMS["rmm"] = """
+import ctypes, rmm
+from pytest_gpumem.devices import contexts
+from pytest_gpumem.devices.frameworks import rmm as ours
+from pytest_gpumem.tracking import release
+assert not ours.ALLOCATOR.active()
+contexts.held = lambda: (0,)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+system = rmm.mr.CallbackMemoryResource(
+    lambda size, stream: libc.malloc(size), lambda address, size, stream: libc.free(address)
+)
+
+def figures(resource):
+    rmm.mr.set_per_device_resource(0, resource)
+    first, second = resource.allocate(4096), resource.allocate(8192)
+    resource.deallocate(second, 8192)
+    told = ours.ALLOCATOR.read()[0]
+    resource.deallocate(first, 4096)
+    return told.allocated, told.reserved, ours.ALLOCATOR.levels()[0].peak
+
+assert figures(rmm.mr.StatisticsResourceAdaptor(system)) == (4096, 4096, 12288)
+assert figures(rmm.mr.TrackingResourceAdaptor(system)) == (4096, 4096, None)
+limited = rmm.mr.LimitingResourceAdaptor(system, 1 << 20)
+assert figures(rmm.mr.StatisticsResourceAdaptor(limited)) == (4096, 4096, 12288)
+pool = rmm.mr.PoolMemoryResource(system, initial_pool_size=1 << 20)
+assert figures(rmm.mr.StatisticsResourceAdaptor(pool)) == (4096, 1 << 20, 12288)
+try:
+    limited.allocate(2 << 20)
+except MemoryError as error:
+    assert "Exceeded memory limit 1048576" in release.oom_text(error)
+else:
+    raise AssertionError
+"""
 PROGRAMS["numba_cuda"] = "import _numba_cuda_redirector\n" + PROGRAMS["numba"]
 """NVIDIA's package, which takes the place of the one in numba."""
 
