@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.admission import room
 from pytest_gpumem.leases.entries import KEPT
-from pytest_gpumem.leases.request import Want, called
+from pytest_gpumem.leases.request import Hope, Want, called
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pytest_gpumem.leases.outside import Outside
     from pytest_gpumem.leases.view import View
 
+_ALL = Hope(spared=True, freed=True, timed=True)
+"""What a request may still wait for, though no lease that ends brings it."""
+
 
 def situation(view: View, request: Entry, owner: Callable[[Entry], str]) -> str:
     """Return what ``request`` waits for and who has it; ``owner`` names an entry's.
@@ -23,7 +26,7 @@ def situation(view: View, request: Entry, owner: Callable[[Entry], str]) -> str:
     Of several cards, and main memory, those that it does not have to wait for are left out.
     """
     claims = request.claims
-    lacking = {key: claims[key] for key in claims if not view.admits_on(request, key)}
+    lacking = {key: claims[key] for key in claims if not view.admits_on(request, key, _ALL)}
     return "; ".join(
         f"{Want.of(claim)} of {called(view.cards[key].uuid)}: {_on_card(view, request, key, owner)}"
         for key, claim in (lacking or claims).items()

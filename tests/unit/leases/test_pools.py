@@ -85,6 +85,8 @@ def test_nobody_has_the_card_and_waits_for_main_memory(stores, machine):
         # It has none of the card meanwhile, and who needs it less than it leaves passes.
         text = refused(third, {CARD: Want(7 * GIB)})
         assert "8.00 GiB of 8.00 GiB are free, 1 waiting before" in text
+        # Of several, that is told which is waited for.
+        assert "card" not in refused(third, {CARD: Want(1)} | ram(5))
         third.acquire({CARD: Want(2 * GIB)}, TOTALS, "passes", 0).release()
         assert asking.is_alive()
     asking.join(10)
@@ -99,6 +101,8 @@ def test_what_others_use_leaves_less(stores, machine):
         "no lease within 0 s: 11.00 GiB of main memory: 10.00 GiB of 16.00 GiB are free, "
         "6.00 GiB used without a lease"
     )
+    text = refused(store, {CARD: Want(GIB)} | ram(11))
+    assert text.startswith("no lease within 0 s: 11.00 GiB of main memory: ")
     # A test runs beside other programs as without us, but not beside another lease.
     assert store.acquire(ram(11), TOTALS, "test", 0, test=True).short == 0
     assert "10.00 GiB of main memory" in refused(stores(), ram(11), test=True)
