@@ -90,6 +90,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/foreign_suites.py --cache $(VENV)/foreign
 	$(BIN)/python tests/soak/exclusive_fixtures.py
 	$(BIN)/python tests/soak/host_memory.py
+	$(BIN)/python tests/soak/killed_workers.py
 	$(BIN)/python tests/soak/budgets.py
 	$(BIN)/python tests/soak/blame.py
 	$(BIN)/python tests/soak/oom_handlers.py

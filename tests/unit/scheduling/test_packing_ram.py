@@ -12,6 +12,7 @@ from pytest_gpumem.scheduling.commands import Fail, Flush, Replace, Reset, Run, 
 from pytest_gpumem.scheduling.estimates import PlannedTest, planned_tests
 from pytest_gpumem.scheduling.history import Expectation
 from pytest_gpumem.scheduling.planner import Planner
+from pytest_gpumem.scheduling.ram import WORTH_A_LEASE, run_time
 
 CARD, CONTEXT, ROOM = 100, 10, 1000
 
@@ -279,3 +280,43 @@ def test_what_a_worker_returned_of_another_module_does_not_keep_it_from_being_re
         run.planner.returned("w0", run.queues["w0"].pop(0))
     run.obey()
     assert Replace("w0") in run.log
+
+
+@given(
+    tests=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 9)), min_size=1, max_size=30),
+    workers=st.integers(1, 8),
+    room=st.integers(0, 300),
+)
+def test_a_modelled_run_keeps_all_workers_busy_as_far_as_main_memory_goes(tests, workers, room):
+    total = sum(seconds for _, seconds in tests)
+    longest = max(seconds for _, seconds in tests)
+    time = run_time(tests, workers, room)
+
+    assert max(total / workers, longest) - 1e-9 <= time <= total + 1e-9
+    assert run_time(tests, workers, 10**6) == pytest.approx(max(total / workers, longest))
+    assert run_time(tests, 1, room) == pytest.approx(total)
+
+
+def test_tests_that_do_not_fit_at_once_run_one_after_another():
+    assert run_time([(60, 5.0)] * 4, 4, 100) == 20.0
+    # Small ones run beside them.
+    assert run_time([(60, 5.0)] * 4 + [(0, 1.0)] * 20, 2, 100) == 20.0
+
+
+def test_what_takes_much_main_memory_is_run_with_what_to_lease_of_it():
+    tests = [
+        planned("small", WORTH_A_LEASE - 1),
+        planned("large", WORTH_A_LEASE),
+        PlannedTest("m.py::gpu", True, 20, 1.0, "m.py", seen=True, ram=2 * WORTH_A_LEASE),
+    ]
+    for rooms, leased in (
+        ({"h0": 10 * WORTH_A_LEASE}, [0, WORTH_A_LEASE, 2 * WORTH_A_LEASE]),
+        ({}, [0, 0, 0]),
+    ):
+        suite = Suite(tests, workers=1, rooms=rooms)
+        suite.to_the_end()
+        runs = {each.test: each.grant for each in suite.log if isinstance(each, Run)}
+        assert [0 if runs[at] is None else runs[at].ram for at in range(3)] == leased
+        assert runs[0] is None
+        assert runs[2].cards == 1
+        assert runs[1] is None or runs[1].cards == 0
