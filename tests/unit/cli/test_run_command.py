@@ -331,6 +331,7 @@ def hear(number, _):
     print(signal.Signals(number).name, flush=True)
 for each in ("HUP", "INT", "TERM", "USR1", "USR2"):
     signal.signal(getattr(signal, "SIG" + each), hear)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # which a shell in the background ignores
 print("ready", flush=True)
 while True:
     time.sleep(0.01)
