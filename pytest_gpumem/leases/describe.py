@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.admission import room
+from pytest_gpumem.devices import host
 from pytest_gpumem.leases.entries import KEPT
 from pytest_gpumem.leases.request import Hope, Want, called
 from pytest_gpumem.units import format_bytes
@@ -43,7 +44,7 @@ def _on_card(view: View, request: Entry, key: str, owner: Callable[[Entry], str]
             size = format_bytes(entry.claims[key].resident) if kept else Want.of(entry.claims[key])
             parts.append(f"{size} {'kept' if kept else 'held'} by {owner(entry)}")
     if beside.foreign:
-        parts.append(_used_by_others(beside))
+        parts.append(_used_by_others(beside, pool=host.is_pool(view.cards[key].uuid)))
     if beside.family:
         parts.append(f"{format_bytes(beside.family)} used by programs of the same family")
     if ahead := len(view.page.ahead(request, key)):
@@ -51,8 +52,10 @@ def _on_card(view: View, request: Entry, key: str, owner: Callable[[Entry], str]
     return ", ".join(parts)
 
 
-def _used_by_others(found: Outside) -> str:
+def _used_by_others(found: Outside, *, pool: bool) -> str:
     size = format_bytes(found.foreign)
+    if pool:  # by everybody, as a rule
+        return f"{size} used without a lease"
     if not found.strangers:
         return f"{size} used without a lease, it cannot be told by whom"
     listed = (

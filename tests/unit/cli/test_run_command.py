@@ -67,9 +67,16 @@ def run(*arguments, vram="100MiB", **more):
 @contextmanager
 def running(*arguments, before=(), **more):
     """Start ``gpumem run`` and end whatever is left of its group."""
+
+    def heed() -> None:
+        """Heed what is ignored where these tests run in the background of a shell."""
+        for each in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(each, signal.SIG_DFL)
+
     process = subprocess.Popen(
         [*before, *GPUMEM, "run", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=heed, **more,  # noqa: PLW1509  # no thread here holds a lock
     )  # fmt: skip
     try:
         yield process
@@ -331,7 +338,6 @@ def hear(number, _):
     print(signal.Signals(number).name, flush=True)
 for each in ("HUP", "INT", "TERM", "USR1", "USR2"):
     signal.signal(getattr(signal, "SIG" + each), hear)
-signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # which a shell in the background ignores
 print("ready", flush=True)
 while True:
     time.sleep(0.01)
