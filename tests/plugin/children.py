@@ -30,7 +30,9 @@ def _problems(test: RecordedTest) -> list[str]:
         if seen != right:
             found.append(f"{name}: {what} is {seen}, not {right}")
 
-    expect("outcome", test.outcome in ("passed", "skipped"), True)
+    if test.outcome == "skipped":  # this machine has not what it needs
+        return []
+    expect("outcome", test.outcome, "passed")
     if match := re.fullmatch(r"test_torch\[.*-(\d+)\]", name):
         size = int(match[1]) * MIB
         expect("peak", peak, size)

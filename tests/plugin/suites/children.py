@@ -1,8 +1,11 @@
 """Ways to start a process that uses a card; each takes so many MiB and ends in some way."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +160,71 @@ def pytest_within(mib, how, place):
     subprocess.run(inner, check=True, cwd=place)
 
 
+def copied(mib, how, _place):
+    subprocess.run(command(mib, how), env=AT_IMPORT, check=False)
+
+
+AT_IMPORT = dict(os.environ)
+
+
+def launcher(mib, how, place):
+    script = place / "launch"
+    script.write_text('#!/bin/sh\nexec nohup "$@"\n')
+    script.chmod(0o700)
+    subprocess.run([script, *command(mib, how)], check=False)
+
+
+def execs(mib, how, _place):
+    """Use the card, and become another program."""
+    code = (
+        "import os, sys, torch; torch.zeros(4, device='cuda'); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    subprocess.run([sys.executable, "-c", code, *command(mib, how)], check=False)
+
+
+def terminal(mib, how, _place):
+    pid, ours = pty.fork()
+    if not pid:
+        os.execv(sys.executable, command(mib, how))  # noqa: S606  # no shell, which is the case
+    with contextlib.suppress(OSError):  # so a terminal ends
+        while os.read(ours, 1000):
+            pass
+    os.close(ours)
+    os.waitpid(pid, 0)
+
+
+def namespace(mib, how, _place):
+    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("pid namespaces cannot be made here")
+    subprocess.run([*apart, *command(mib, how)], check=False)
+
+
+def isolated(mib, how, _place):
+    """Without what the environment says of Python, and with the interpreter's own paths."""
+    python, *rest = command(mib, how)
+    subprocess.run([python, "-I", *rest], check=False)
+
+
+def one_task_each(mib, _how, _place):
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as workers:
+        assert workers.map(take, [mib - 4, mib], chunksize=1)[1] == mib * 2**20
+
+
+def manager(mib, _how, _place):
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as shared:
+        child = context.Process(target=take_and_note, args=(mib, shared.list()))
+        child.start()
+        child.join()
+
+
+def take_and_note(mib, noted):
+    noted.append(take(mib))
+
+
+MORE = [copied, launcher, execs, terminal, namespace, isolated, one_task_each, manager]
+"""Those that only the whole suite tries."""
 TORCH_WAYS = [
     plain, shell, environment, nested, daemon, asynchronous, thread, posix_spawn, raw_fork,
     process("fork"), process("spawn"), process("forkserver"), pool, torch_spawn, pytest_within,
@@ -166,13 +234,13 @@ FEW = os.environ.get("CASES") != "all"
 UNLIKE = {"shell", "environment", "daemon", "posix_spawn", "fork", "forkserver", "pytest_within"}
 """Of few cases: ways in which a process begins each in its own; the others begin as one of these
 do, as do the children of the tests below."""
-NO_SIGNALS = {"pool", "torch_spawn"}
+NO_SIGNALS = {"pool", "torch_spawn", "one_task_each", "manager"}
 IN_PYTHON = {"raw_fork", "fork", "spawn", "forkserver"}
 
 
 def cases():
     """Each way with each end; or those that are unlike, with one."""
-    for number, way in enumerate(TORCH_WAYS):
+    for number, way in enumerate(TORCH_WAYS if FEW else TORCH_WAYS + MORE):
         name, ends = way.__name__, ENDS
         if FEW and name not in UNLIKE:
             continue
