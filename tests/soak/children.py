@@ -28,6 +28,7 @@ import pytest
 
 PARENT = '''
 import os, subprocess, sys, time
+print(flush=True)
 for number in range(2):
     subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], start_new_session=True)
     time.sleep(float(sys.argv[3]))
@@ -58,12 +59,13 @@ def test_parent_is_killed(number):
     rng = random.Random(number)
     mine = PLACE / str(number)
     mine.mkdir()
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, CHILD, str(mine), str(rng.random() / 10)]
-    )
+    command = [sys.executable, "-c", PARENT, CHILD, str(mine), str(rng.random() / 10)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE)
+    parent.stdout.readline()  # however long a busy machine takes to start it
     time.sleep(rng.random() / 2)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
+    parent.stdout.close()
 
 @pytest.fixture(scope="session", autouse=True)
 def the_last_ones_are_waited_for():
