@@ -162,6 +162,39 @@ def test_a_test_that_ends_its_process_is_felled_alone(tmp_path):
     assert "!! _pytest.outcomes.Exit: enough !!" in run.output
 
 
+HANGS = """
+import signal, time
+import pytest
+
+@pytest.mark.gpu(isolated=True)
+@pytest.mark.timeout(0.5)
+def test_hangs(tmp_path):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # as within a call of C
+    time.sleep(60)
+
+@pytest.mark.gpu(isolated=True)
+@pytest.mark.timeout(0.5)
+def test_hangs_where_it_can_be_reached():
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(1.5)  # its limit is over
+
+def test_after(): pass
+"""
+SOON = "from pytest_gpumem.plugin.isolate import process\nprocess.GRACE = 0.7\n"
+
+
+def test_a_limit_that_nothing_within_can_hold_ends_the_process(tmp_path):
+    write_suite(tmp_path, test_it=HANGS, conftest=SOON)
+    run = run_pytest(tmp_path, "-p", "gpumem", beside=("pytest_timeout",))
+
+    assert run.outcomes == {"failed": 2, "passed": 1}, run.output
+    why = "it did not heed its limit of 0.5 s for 0.7 s, and was killed"
+    assert f"\ntest_it.py::test_hangs ended its process: {why}\n" in run.output
+    assert "Timeout (>0.5s) from pytest-timeout" in run.output
+
+
 LOST = """
 @pytest.fixture(scope="module")
 def model(): yield take(256)

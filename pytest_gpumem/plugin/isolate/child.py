@@ -21,6 +21,7 @@ from pytest_gpumem.plugin.isolate.plain import plain, told_warning
 if TYPE_CHECKING:
     import warnings
     from collections.abc import Generator
+    from types import FrameType
 
     from pytest_gpumem.plugin.isolate.process import Blueprint, Message
 
@@ -202,6 +203,28 @@ class Serving:
     def pytest_runtest_teardown(self) -> None:
         """Say where the test is."""
         self._say("phase", "teardown")
+
+    @pytest.hookimpl(optionalhook=True, wrapper=True)
+    def pytest_timeout_set_timer(self, settings: Any) -> Generator[None, object, object]:
+        """Tell a limit of pytest-timeout: what hangs in C cannot be held to it from within."""
+        result = yield
+        handler = signal.getsignal(signal.SIGALRM)
+
+        def heed(number: int, frame: FrameType | None) -> object:
+            __tracebackhide__ = True
+            self._say("limit", None)  # whoever cleans up now may take its time
+            return handler(number, frame) if callable(handler) else None
+
+        if settings.method == "signal" and callable(handler):
+            signal.signal(signal.SIGALRM, heed)
+        debugged = getattr(sys.modules.get("pytest_timeout"), "is_debugging", bool)()
+        self._say("limit", None if debugged else float(settings.timeout))
+        return result
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_timeout_cancel_timer(self) -> None:
+        """Tell that the limit is over."""
+        self._say("limit", None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Tell what a phase came to."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 GRACE = 10.0
-"""Seconds that a process may take to end after its test, by what is registered for its exit; and
-after an interrupt, for its teardown."""
+"""Seconds that a process may take to end after its test, by what is registered for its exit; after
+an interrupt, for its teardown; and after a limit of its test's time, to heed it."""
 _LOOK = 0.25
 """Seconds between two looks whether a silent process still lives: whatever its test forked may hold
 the other end of the connection open."""
@@ -65,6 +65,10 @@ class Process:
         if not blueprint.shows:
             self._words = tempfile.TemporaryFile()  # noqa: SIM115  # until ``close``
         self._kills = _kernels_kills()
+        self._limit: float | None = None
+        """Seconds that its test may take from ``_since`` on, as pytest-timeout says."""
+        self._since = 0.0
+        self._overdue = False
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing starts its own
         with theirs:
             self._popen = subprocess.Popen(  # noqa: S603  # this very interpreter
@@ -92,15 +96,25 @@ class Process:
         return self._connection.poll() or self._popen.poll() is not None
 
     def receive(self) -> Message | None:
-        """Return what it says next, when it does; None once it has ended, or will say no more."""
-        while not self._connection.poll(_LOOK):
-            if self._popen.poll() is not None and not self._connection.poll():
+        """Return what it says next, when it does; None once it has ended, or will say no more.
+
+        One that goes on for ``GRACE`` after the limit of its test is ended.
+        """
+        while True:
+            while not self._connection.poll(_LOOK):
+                if self._popen.poll() is not None and not self._connection.poll():
+                    return None
+                if self._limit is not None and time.monotonic() > self._since + self._limit + GRACE:
+                    self._overdue = True
+                    self.kill()
+                    return None
+            try:
+                message: Message = self._connection.recv()
+            except (EOFError, OSError):
                 return None
-        try:
-            message: Message = self._connection.recv()
-        except (EOFError, OSError):
-            return None
-        return message
+            if message[0] != "limit":
+                return message
+            self._limit, self._since = message[1], time.monotonic()
 
     def end(self, grace: float = GRACE) -> str:
         """Let it end, or end it; return in words how it ended otherwise than in peace."""
@@ -114,6 +128,8 @@ class Process:
 
     def broke_off(self) -> str:
         """Return in words how it ended, when it has ended without a word."""
+        if self._overdue:
+            return f"it did not heed its limit of {self._limit:g} s for {GRACE:g} s, and was killed"
         try:
             status = self._popen.wait(GRACE)
         except subprocess.TimeoutExpired:
