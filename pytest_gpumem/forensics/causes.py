@@ -131,9 +131,11 @@ def _mps(event: OomEvent, tried: int | None, allowed: int, past: Past) -> Findin
 
 
 def _without_free(event: OomEvent, past: Past) -> Finding:
-    if not past.leftovers:
-        return Finding("unknown", ("the message has no figures of the card",))
     need = (event.allocated_bytes or 0) + (_sane(event.tried_bytes) or 0)
+    if not past.leftovers:
+        total = _sane(event.total_bytes) if event.allocated_bytes and event.tried_bytes else None
+        known = total and f"{_b(need)} was needed on a card of {_b(total)}"
+        return Finding("unknown", (known or "the message has no figures of the card",))
     left = sum(each.size for each in past.leftovers)
     if event.total_bytes and need - left > event.total_bytes:
         return Finding("unknown", (f"{_b(need)} was needed, {_b(left)} of it left by others",))

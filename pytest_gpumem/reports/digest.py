@@ -67,7 +67,7 @@ def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterato
     if told := tuple(line[2:] for line in budgets.lines(run.budgets, shown, known)):
         yield Section("Budgets", told)
     if lines := alive.table(run, _ALIVE_SHOWN):
-        yield _table("Alive at the peak", (">bytes", "line", "kind", "of", "test"), lines, shown)
+        yield _table("What filled the card", (">bytes", "line", "kind", "of", "test"), lines, shown)
     if base is not None and base.tests and run.tests:
         before = analysis.of_record(base, _name(base))
         yield from _against(

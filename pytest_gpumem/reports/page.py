@@ -159,7 +159,7 @@ def _alive(run: RunRecord) -> Iterator[str]:
     every = alive.told(run)
     if not every:
         return
-    yield '<h2>Alive at the peak</h2><div id="alive">'
+    yield '<h2>What filled the card</h2><div id="alive">'
     for test, told in every:
         yield f"<details><summary><b>{escape(test.nodeid)}</b></summary>"
         rows = tuple(

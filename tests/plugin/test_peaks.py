@@ -148,7 +148,7 @@ def test_named_tests_are_recorded_as_they_run(run):
         assert own == test.cards[0].own, test.nodeid
     (holder,) = finished.card("test_leaks").holders
     assert any(frame.endswith("test_leaks") for frame in holder.stack)
-    assert "Alive at the peak" in (finished.directory / "page.html").read_text()
+    assert "What filled the card" in (finished.directory / "page.html").read_text()
 
 
 LIARS = """

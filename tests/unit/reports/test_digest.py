@@ -83,6 +83,14 @@ def test_what_ran_out_is_told_by_cause_and_changes_against_the_base(tmp_path, ca
     assert cells(page, "Own peaks that changed") == [["t", "2.00 MiB", "20.00 MiB"]]
 
 
+def test_a_test_that_needs_more_than_the_card_by_itself_is_told_so(tmp_path, capsys):
+    oom = "CUDA out of memory. Tried to allocate 500.00 MiB"
+    page = rendered(
+        tmp_path, capsys, run(RecordedTest("t", "failed", 0.5, "", (usage(600),), oom=oom))
+    )
+    assert "<li>1.07 GiB was needed on a card of 1000.00 MiB</li>" in page
+
+
 def test_a_base_without_markdown_is_refused(tmp_path, capsys):
     records.save(run(), tmp_path / "run.json")
     path = str(tmp_path / "run.json")
