@@ -52,6 +52,8 @@ def lines(run: RunRecord, found: Findings, *, linked: bool = False) -> Iterator[
     yield from _head(run, found)
     yield "<h2>Timeline</h2>"
     yield draw(run, linked=linked)
+    if linked:
+        yield _NOT_LOADED
     yield from _events(found)
     yield from _alive(run)
     yield from _leaks(run)
@@ -152,6 +154,13 @@ def _worker(event: OomEvent) -> str:
     place = f"test {event.position}" if event.position else ""
     shown = ", ".join(filter(None, (event.worker or "", place)))
     return f" <small>{escape(shown)}</small>" if shown else ""
+
+
+_NOT_LOADED = (
+    '<script>window.Plotly || document.write("<p>The timeline needs a library from cdn.plot.ly, '
+    'which was not loaded.</p>")</script>'
+)
+"""Scripts run in the order of the page: where the one before did not come, this one says so."""
 
 
 def _alive(run: RunRecord) -> Iterator[str]:

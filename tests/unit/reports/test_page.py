@@ -83,6 +83,7 @@ def test_the_page_says_when_it_ran_and_how_and_is_small_when_its_library_is_link
     text = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert len(text) < 100_000
     assert "<p>1970-01-01 00:00 UTC, commit abc123-dirty</p>" in text
+    assert "which was not loaded" in text  # where the timeline would be
     assert "<code>pytest -k &#x27;&lt;a&gt;&#x27;</code>" in text
     assert '<td class="n">3.00 MiB</td><td>test_a.py</td>' in text
 
