@@ -286,8 +286,11 @@ class Sharing:
             self._state.notes.append(f"--gpumem-worker-ram replaces no worker: {why_not}")
 
     def pytest_report_header(self) -> list[str]:
-        """Say how many workers there are and why, and who schedules."""
+        """Say how many workers there are and why, who schedules, and how many peaks are known."""
         lines = [self._state.worker_reason] if self._state.worker_reason else []
+        if self._state.found.cards:
+            known = self._history.peaks_known
+            lines.append(f"{known or 'no'} peak{'s' * (known != 1)} known from earlier runs")
         if self._controller.why_not:
             lines.append(f"xdist schedules, tests wait for leases: {self._controller.why_not}")
         return [f"gpumem: {line}" for line in lines]

@@ -215,6 +215,11 @@ class History:
         return max(self._entries[nodeid].peaks, default=0)
 
     @property
+    def peaks_known(self) -> int:
+        """The number of tests whose peak on a card is known."""
+        return sum(entry.gpu and bool(entry.peaks) for entry in self._entries.values())
+
+    @property
     def worker_ram(self) -> int:
         """The most main memory that a process which runs tests was seen to keep, with a margin.
 

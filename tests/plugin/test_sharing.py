@@ -546,6 +546,8 @@ def test_cpu(): pass
         assert 100 * MIB <= history[f"test_it.py::test_a[{i}]"].peak < 150 * MIB
         assert history[f"test_it.py::test_a[{i}]"].fixtures == 300 * MIB
     assert not history["test_it.py::test_cpu"].gpu
+    header = [f"gpumem: {known} peaks known from earlier runs\n" for known in ("no", 2)]
+    assert [header[0] in first.output, header[1] in second.output] == [mode == "n2"] * 2
     assert len(grants(second)) == 2
     assert History.load(tmp_path / "h.json")["test_it.py::test_cpu"].runs == 2
 
