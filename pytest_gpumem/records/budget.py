@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.records.run import RecordedTest, RunRecord
 
 _CONFLICT = re.compile(r"^(?:<{7}|>{7}|\|{7})(?: .*)?$", re.MULTILINE)
-_NAME = re.compile(r"""^[ \t]*("(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*=""", re.MULTILINE)
+_NAME = re.compile(r"""^[ \t]*("(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*=[ \t]*\{""", re.MULTILINE)
+"""The beginning of a test's line."""
 _HEAD = (
     "# The most VRAM that each test may take, by card; written by pytest --gpumem-budget-update.\n"
 )
@@ -122,11 +123,11 @@ class Budget:
 
         """
         try:
-            plain = files.read_toml(path, _once)
+            plain = files.read_toml(path)
         except ValueError:
             if problem := _of_a_merge(path.read_text(encoding="utf-8", errors="replace")):
                 raise ValueError(f"{str(path)!r} has {problem}") from None
-            raise
+            plain = files.read_toml(path, _once)
         try:
             return cls(_parse(plain))
         except ValueError as error:
@@ -274,7 +275,7 @@ def _quoted(text: str) -> str:
 
 
 def _once(text: str) -> str:
-    """Return the text without a line that is there twice, its place left empty.
+    """Return the text without a test's line that is there twice, its place left empty.
 
     Where two branches added tests, git's ``union`` keeps the lines of both, and with them lines of
     neither that stand between.
@@ -283,7 +284,8 @@ def _once(text: str) -> str:
     kept = []
     for line in text.split("\n"):
         kept.append("" if line in seen else line)
-        seen.add(line)
+        if _NAME.match(line):
+            seen.add(line)
     return "\n".join(kept)
 
 

@@ -86,6 +86,16 @@ def test_the_file_has_a_line_for_each_test_in_order(tmp_path):
     ]
 
 
+def test_tables_may_be_written_by_hand(tmp_path):
+    path = tmp_path / "b.toml"
+    path.write_text('[peaks."t 1"]\n"A" = 5\n\n[peaks."t 2"]\n"A" = 5\n')
+    assert Budget.load(path).plain() == {"t 1": {"A": (5, 0)}, "t 2": {"A": (5, 0)}}
+
+    path.write_text('[peaks."t 1"]\n"A" = 5\n\n[peaks."t 1"]\n"A" = 5\n')
+    with pytest.raises(ValueError, match="is not TOML"):
+        Budget.load(path)
+
+
 def test_a_size_may_be_written_by_hand(tmp_path):
     path = tmp_path / "b.toml"
     path.write_text('[peaks]\n"t" = {"A" = "1.5GiB", "B" = {peak = "2MiB", left = 7}}\n')
