@@ -113,6 +113,8 @@ class Run:
         self.end = "the log ends before its summary"
         """How an input ends that holds no whole run."""
         self.root = ""
+        self.unshown = 0
+        """Tests that failed of which a log shows neither name nor error."""
         self.collected: int | None = None
         """How many tests it was to run, where it says so."""
         self.workers = False
@@ -218,6 +220,9 @@ class Run:
             return f"{tests}, {self.end}"
         if self.collected is not None and self.tests < self.collected:
             return f"{tests}, the run stopped early"
+        if self.unshown:
+            failed = self.counts["failed"] + self.counts["error"]
+            return f"{tests}, why {self.unshown:,} of {failed:,} failed is not in the log"
         return ""
 
     @property

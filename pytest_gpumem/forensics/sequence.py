@@ -55,6 +55,8 @@ class Follower:
                 self._report(self._watch)
         for run in at.runs:
             resolve(run)
+            failed = run.counts["failed"] + run.counts["error"]
+            run.unshown = max(0, failed - len(run.failures))
         return at.runs
 
     def _report(self, watch: Callable[[Seen, str | None], None]) -> None:

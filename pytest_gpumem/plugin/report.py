@@ -95,6 +95,7 @@ class Reporting:
         """The workers, by machine and number of process."""
         self._late: dict[tuple[str, str], _Late] = {}
         """By test and worker."""
+        self._collected = 0
         self._notes: list[str] = []
         self._failures: list[str] = []
         self._usage_error = ""
@@ -231,6 +232,7 @@ class Reporting:
             commit=self._commit,
             worker_ram=state.worker_ram,
             lost=tuple(state.lost),
+            collected=self._collected,
         )
         budgets = self._budgets()
         return run if budgets is None else budgets.compared(run)
@@ -278,6 +280,7 @@ class Reporting:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the files, whatever becomes of the terminal."""
+        self._collected = session.testscollected
         if self._usage_error:
             raise pytest.UsageError(self._usage_error)
         settings, budgets = self._state.settings, self._budgets()

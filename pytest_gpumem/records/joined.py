@@ -24,6 +24,7 @@ def merge(runs: dict[str, RunRecord]) -> RunRecord:
         command=_common(run.command for run in shards),
         commit=_common(run.commit for run in shards),
         lost=tuple(each for run in shards for each in run.lost),
+        collected=sum(run.collected for run in shards) if all(run.collected for run in shards) else 0,
         worker_ram=max((run.worker_ram for run in shards), default=0),
     )
 

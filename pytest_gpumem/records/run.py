@@ -432,3 +432,5 @@ class RunRecord(NamedTuple):
     without the files that it maps; 0 where it was not measured."""
     lost: tuple[LostWorker, ...] = ()
     """Workers that were replaced because they had grown, or that were killed."""
+    collected: int = 0
+    """Tests that were to run, 0 where that is not known: a run that stopped early has fewer."""

@@ -34,6 +34,7 @@ def of_record(recorded: records.RunRecord) -> Run:
     """Return what a log of the recorded run would tell."""
     run = Run()
     run.pytest = run.ended = True
+    run.collected = recorded.collected or None
     totals = {card.uuid: card.total for card in recorded.cards}
     words = {
         "failed": "FAILED",

@@ -141,6 +141,36 @@ SIDES = {
     "a failing log": LOG.encode(),
     "a failing log, twice": (LOG + LOG).encode(),
     "a good log, then a cut one": (GOOD + before("_a.py::test_30 ")).encode(),
+    "a good log, doubled, and cut": (GOOD + GOOD[: len(GOOD) // 2]).encode(),
+    "the last line of a failing log": END.encode(),
+    "a failing log without its middle": "".join([HEAD, *PASSED, FAILED, END]).encode(),
+    "a collection that failed": (
+        HEAD.replace("40 items", "39 items / 1 error")
+        + "=== short test summary info ===\nERROR tests/test_b.py\n"
+        "!!!!!!! Interrupted: 1 error during collection !!!!!!!\n=== 1 error in 0.50s ===\n"
+    ).encode(),
+    "a run that was interrupted": (
+        HEAD + "".join(PASSED[:20]) + "!!! KeyboardInterrupt !!!\n=== 20 passed in 9.00s ===\n"
+    ).encode(),
+    "too many crashed workers": (
+        HEAD
+        + "".join(f"[gw0] [ {at}%] PASSED {name} \n" for at, name in enumerate(NAMES[:9]))
+        + "=== xdist: maximum crashed workers reached: 1 ===\n=== 9 passed in 3.00s ===\n"
+    ).encode(),
+    "all skipped": (HEAD + "=== 40 skipped in 1.00s ===\n").encode(),
+    "all deselected": (
+        HEAD.replace("40 items", "40 items / 40 deselected / 0 selected")
+        + "=== 40 deselected in 0.10s ===\n"
+    ).encode(),
+    "a zip of a misnamed log": zipped(inner=LOG).replace(b"inner.txt", b"inner.zip"),
+    "gzip of gzip": gzip.compress(gzip.compress(LOG.encode())),
+    "gzip, then something": gzip.compress(LOG.encode()) + b"something" * 9,
+    "lines of JSON, cut": "".join(
+        json.dumps({"log": f"{line}\n"}) + "\n" for line in before("_a.py::test_30 ").split("\n")
+    ).encode()[:-9],
+    "UTF-32": LOG.encode("utf-32"),
+    "a bucket's refusal": b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+    "a record of a run that stopped early": json.dumps({**RECORD, "collected": 9}).encode(),
 }
 
 
@@ -151,8 +181,8 @@ def good(tmp_path):
     return path
 
 
-def test_there_are_forty_ways():
-    assert len(SIDES) >= 40
+def test_there_are_seventy_ways():
+    assert len(SIDES) >= 70
 
 
 @pytest.mark.parametrize("side", SIDES.values(), ids=SIDES)
