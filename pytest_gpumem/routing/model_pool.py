@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
 from pytest_gpumem.archive.consolidator import GpuConsolidator, get_gpu_consolidator
-from pytest_gpumem.errors import ArchiveError
 from pytest_gpumem.routing import placing
 from pytest_gpumem.routing.pool_entries import Entries, PooledModel, is_module
 from pytest_gpumem.routing.resource_manager import CPU, shared
@@ -114,8 +114,8 @@ class ModelPool:
     @contextmanager
     def use(self, name: str, load: Callable[[], Any] | None = None) -> Iterator[Any]:
         """Yield the model ``name``, which is not consolidated meanwhile."""
-        with self._entries.locked(name, load) as entry:
-            user = self._entries.begin_use(entry)
+        user = threading.get_ident()
+        with self._entries.locked(name, load, using=True) as entry:
             self._pin(entry)  # first: what is awake might be consolidated before it is pinned
             try:
                 model = self._ready(entry)
@@ -200,10 +200,7 @@ class ModelPool:
             RuntimeError: a thread that uses it waits for this one.
 
         """
-        entry = self._entries.get(name)
-        if entry is not None:
-            self._entries.wait_for_use(entry)
-            entry = self._entries.pop(name)
+        entry = self._entries.take_out(name)
         before = devices.totals()
         if entry is not None:
             with entry.mutex:
@@ -355,15 +352,21 @@ def _take_apart(entry: PooledModel, framework: _Framework, consolidator: GpuCons
     if entry.model is None:  # others keep it, and its memory with it
         return 0
     before = devices.totals()[0]
-    state = framework.save(entry.model)
+    try:
+        state = framework.save(entry.model)
+    except Exception as error:  # others' code may fail in any way
+        _log.warning("%s stays on the card: %s: %s", entry.name, type(error).__name__, error)
+        return 0
     try:
         name = consolidator.store.put(
             state, type="model", context="model pool", metadata={"model_name": entry.name}
         )
         end = consolidator.store.need(name)
-    except ArchiveError as error:
-        _log.warning("%s stays on the card: %s", entry.name, error)
+    except BaseException as error:
         entry.model = framework.load(state)  # the old one has let go of its memory
+        if not isinstance(error, Exception):
+            raise
+        _log.warning("%s stays on the card: %s", entry.name, error)
         return 0
     entry.archived = name, framework.load, end
     entry.model, entry.reference = None, lambda: None

@@ -62,19 +62,10 @@ class Entries:
         with self._mutex:
             return list(self._by_name)
 
-    def get(self, name: str) -> PooledModel | None:
-        """Return the entry of a name, None if there is none."""
-        return self._by_name.get(name)
-
     def set_default(self, name: str, load: Callable[[], Any]) -> None:
         """Make an entry, if there is none of that name."""
         with self._mutex:
             self._by_name.setdefault(name, PooledModel(name, load, weak=False))
-
-    def pop(self, name: str) -> PooledModel | None:
-        """Take an entry out."""
-        with self._mutex:
-            return self._by_name.pop(name, None)
 
     def __getitem__(self, name: str) -> PooledModel:
         """Return the entry of a name.
@@ -91,9 +82,17 @@ class Entries:
 
     @contextmanager
     def locked(
-        self, name: str, load: Callable[[], Any] | None, *, weak: bool = False
+        self,
+        name: str,
+        load: Callable[[], Any] | None,
+        *,
+        weak: bool = False,
+        using: bool = False,
     ) -> Iterator[PooledModel]:
-        """Yield the entry of a model, which is there then, and this thread's alone."""
+        """Yield the entry of a model, which is there then, and this thread's alone.
+
+        With ``using`` it is not taken out until ``end_use`` is called as well.
+        """
         while True:
             with self._mutex:
                 entry = self._by_name.get(name)
@@ -107,15 +106,16 @@ class Entries:
             if entry.loading and entry.owner == threading.get_ident():
                 raise RuntimeError(f"the loader of the model {name!r} asks for that model")
             with self._owned(entry):
-                if self._by_name.get(name) is not entry:  # somebody unloaded it meanwhile
+                if not self._begin(entry, using=using):  # somebody unloaded it meanwhile
                     continue
                 entry.load = load or entry.load
                 try:
                     yield entry
                 except BaseException:
                     with self._mutex:  # a load that failed leaves nothing
-                        if entry.held() is None and entry.archived is None:
-                            self._by_name.pop(name, None)
+                        nothing = entry.held() is None and entry.archived is None
+                        if nothing and self._by_name.get(name) is entry:
+                            del self._by_name[name]
                     raise
                 return
 
@@ -171,24 +171,33 @@ class Entries:
         """Return whether a module, or one that shares tensors with it, is pinned."""
         return any(each.pins for each in self.kin(model))
 
-    def begin_use(self, entry: PooledModel) -> int:
-        """Say that this thread uses a model, which is not unloaded meanwhile; return its ident."""
-        entry.users.append(threading.get_ident())
-        return threading.get_ident()
+    def _begin(self, entry: PooledModel, *, using: bool) -> bool:
+        """Return whether an entry is still there; note that this thread uses it, if it does."""
+        with self._unused:  # in one step: else it could be taken out in between
+            there = self._by_name.get(entry.name) is entry
+            if there and using:
+                entry.users.append(threading.get_ident())
+            return there
 
     def end_use(self, entry: PooledModel, user: int) -> None:
-        """Say that it does so no longer."""
+        """Say that the thread ``user`` does not use a model any longer."""
         with self._unused:
             entry.users.remove(user)
             self._unused.notify_all()
 
-    def wait_for_use(self, entry: PooledModel) -> None:
-        """Wait until no other thread uses a model.
+    def take_out(self, name: str) -> PooledModel | None:
+        """Wait until no other thread uses a model, and take its entry out; None: there is none.
 
         Raises:
             RuntimeError: one of those waits for this thread.
 
         """
+        while (entry := self._by_name.get(name)) is not None:
+            if self._taken_out(entry):
+                return entry
+        return None
+
+    def _taken_out(self, entry: PooledModel) -> bool:
         here = threading.get_ident()
 
         def others() -> set[int]:
@@ -197,6 +206,11 @@ class Entries:
         refusal = f"cannot unload {entry.name!r}: a thread that uses it waits for this one"
         with self._waits.waiting(others, refusal), self._unused:
             self._unused.wait_for(lambda: not others())
+            with self._mutex:
+                if self._by_name.get(entry.name) is not entry:
+                    return False
+                del self._by_name[entry.name]
+                return True
 
 
 def is_module(model: Any) -> bool:

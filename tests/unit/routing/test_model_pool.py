@@ -5,7 +5,7 @@ import sys
 import pytest
 
 SUITE = """
-import threading
+import threading, time
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from pytest_gpumem import ArchiveStore, GpuConsolidator, ModelPool
@@ -136,6 +136,20 @@ def test_what_cannot_be_archived_by_two_functions_comes_back(tmp_path):
     pool.get("o", lambda: Other(kept.clone()))
     assert pool.consolidate() == 0
     assert torch.equal(pool.get("o").w, kept)
+    for breaks in (ArchiveStore.put, ArchiveStore.need, save):  # by errors that are not ours
+        def broken(*args, breaks=breaks, **kwargs):
+            if breaks is not save:
+                raise ZeroDivisionError
+            raise MemoryError
+
+        with pytest.MonkeyPatch.context() as patch:
+            if breaks is save:
+                pool._frameworks[0] = pool._frameworks[0]._replace(save=broken)
+            else:
+                patch.setattr(ArchiveStore, breaks.__name__, broken)
+            pool.consolidator.store.quota = None
+            assert pool.consolidate() == 0
+        assert torch.equal(pool.get("o").w, kept)
     pool.clear()
 
 def test_other_frameworks_come_by_two_functions(pool):
@@ -223,6 +237,37 @@ def test_unloading_waits_for_those_who_use_it(pool):
     assert both(use, unload) == [None, None] and done == [True, "unloaded"]
     with pool.use("m", linear):
         pool.unload("m")  # by itself
+
+def test_who_begins_to_use_a_model_as_it_is_unloaded_has_one_of_the_pool(pool):
+    begun, seen = threading.Event(), []
+
+    def use():
+        with pool.use("m", linear):
+            begun.set()
+            time.sleep(0.5)
+            seen.append("m" in pool)
+
+    user = threading.Thread(target=use)
+
+    class Names(dict):  # between the last look for users and the end
+        def taken(self, *args):
+            if not user.ident:
+                user.start()
+                begun.wait(0.5)
+
+        def pop(self, *args):
+            self.taken()
+            return super().pop(*args)
+
+        def __delitem__(self, name):
+            self.taken()
+            super().__delitem__(name)
+
+    pool.get("m", linear)
+    pool._entries._by_name = Names(pool._entries._by_name)
+    pool.unload("m")
+    user.join()
+    assert seen == [True]
 
 def test_users_that_unload_each_others_models_are_an_error(pool):
     meet = threading.Barrier(2, timeout=10)
