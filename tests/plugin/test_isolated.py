@@ -195,6 +195,41 @@ def test_a_limit_that_nothing_within_can_hold_ends_the_process(tmp_path):
     assert "Timeout (>0.5s) from pytest-timeout" in run.output
 
 
+COVERED = """
+import os
+import pytest
+
+isolated = pytest.mark.gpu(isolated=True)
+
+def one(way):
+    if way:
+        return 1
+    return 2
+
+@isolated
+def test_one_way(): assert one(True) == 1
+def test_here():
+    assert os
+@isolated
+def test_tells_nothing():
+    os._exit(0)
+"""
+
+
+def test_what_isolated_tests_cover_is_counted_by_a_coverage_around_pytest(tmp_path):
+    coverage = pytest.importorskip("coverage")
+    write_suite(tmp_path, test_it=COVERED)
+    around = ("-m", "coverage", "run", "--branch", "--source=.", "-m", "pytest")
+    run = run_pytest(tmp_path, "-p", "gpumem", within=around)
+
+    assert run.outcomes == {"failed": 1, "passed": 2}, run.output
+    found = coverage.Coverage(data_file=str(tmp_path / ".coverage"), branch=True)
+    found.load()
+    (file,) = (each for each in found.get_data().measured_files() if each.endswith("test_it.py"))
+    assert found.analysis2(file)[3] == [10, 18]
+    assert not list(tmp_path.glob(".coverage.*"))
+
+
 LOST = """
 @pytest.fixture(scope="module")
 def model(): yield take(256)

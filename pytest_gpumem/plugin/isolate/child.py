@@ -42,7 +42,16 @@ def main(number: int) -> None:
     blueprint, file, parent = connection.recv()
     _end_with(parent)
     sys.path[:], sys.argv[:] = blueprint.path, blueprint.argv
-    pytest.main(blueprint.arguments, plugins=[Serving(connection, blueprint, file)])
+    serving = Serving(connection, blueprint, file)
+    if blueprint.coverage is None:
+        pytest.main(blueprint.arguments, plugins=[serving])
+        return
+    from pytest_gpumem.plugin.isolate import covering
+
+    counting = covering.count(blueprint.coverage)
+    pytest.main(blueprint.arguments, plugins=[serving])
+    counting.stop()
+    counting.save()
 
 
 def _end_with(parent: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 from pytest_gpumem.devices import family
 from pytest_gpumem.plugin import attempts, retry
 from pytest_gpumem.plugin.isolate.child import name_of
+from pytest_gpumem.plugin.isolate.covering import covering
 from pytest_gpumem.plugin.isolate.plain import read_warning
 from pytest_gpumem.plugin.isolate.process import Blueprint, Process
 from pytest_gpumem.plugin.ladder import Ladder
@@ -57,6 +58,7 @@ class Isolating:
         self._environment = _environment()
         self._path = list(sys.path)
         self._input = _workerinput(config, state)
+        self._covering = None if plugins.hasplugin("_cov") else covering()
         self._spare: Process | None = None
         """One that waits for its test."""
         self._cold: set[str] = set()
@@ -73,10 +75,12 @@ class Isolating:
             self._prepare(session.items)
 
     def pytest_sessionfinish(self) -> None:
-        """End a process for which there was no test."""
+        """End a process for which there was no test; take over what the others covered."""
         if self._spare is not None:
             self._leave(self._spare)
             self._spare = None
+        if self._covering is not None:
+            self._covering.gather()
 
     # Which tests, and in what order
 
@@ -210,6 +214,7 @@ class Isolating:
             self._input,
             None if factory is None else str(factory.getbasetemp() / f"isolated-{self._count}"),
             config.getoption("capture", "fd") in ("no", "tee-sys"),
+            None if self._covering is None else self._covering.wish(self._count),
         )
         process = Process(blueprint, file)
         self._apart(process.pid, begins=True)

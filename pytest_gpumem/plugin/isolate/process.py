@@ -11,7 +11,10 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import Pipe
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pytest_gpumem.plugin.isolate.covering import Wish
 
 GRACE = 10.0
 """Seconds that a process may take to end after its test, by what is registered for its exit; after
@@ -44,6 +47,8 @@ class Blueprint(NamedTuple):
     """For ``tmp_path``."""
     shows: bool
     """Whether what it prints is to be seen at once, as with ``-s``."""
+    coverage: Wish | None
+    """What it counts of what it runs."""
 
 
 class Process:
