@@ -61,10 +61,16 @@ class _Asleep:
         with torch_private.plainly():
             trained = any(each.requires_grad for each in _sleepers([args, kwargs]))
         args, kwargs = _awake(args), _awake(kwargs)
-        if trained and torch.is_grad_enabled() and func is not torch.ops.aten.detach.default:
+        aten = torch.ops.aten
+        lost = ""
+        if trained and torch.is_grad_enabled() and func is not aten.detach.default:
+            lost = "would not get its gradient"
+        elif func is aten._to_copy.default:  # as_tensor(weight, device=...): it lay elsewhere
+            lost = "would get a copy where it may want the tensor itself"
+        if lost:
             raise InUseError(
-                f"a parameter that slept was given to {func} by code in C++, which would not get "
-                "its gradient; it is awake now: do that again"
+                f"a tensor that slept was given to {func} by code in C++, which {lost}; "
+                "it is awake now: do that again"
             )
         return func(*args, **kwargs)
 

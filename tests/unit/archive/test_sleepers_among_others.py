@@ -58,6 +58,15 @@ def test_cpp_that_would_lose_a_gradient_is_an_error_and_right_the_second_time(co
         assert torch.equal(use(model[0].weight), use(awake[0].weight))
 
 
+@pytest.mark.parametrize("there", [torch.as_tensor, torch.asarray])
+def test_cpp_that_would_get_a_copy_of_the_tensor_itself_is_an_error(consolidator, there):
+    model = linear().requires_grad_(False)
+    asleep(consolidator, model)
+    with pytest.raises(InUseError, match="want the tensor itself; it is awake now: do that again"):
+        there(model[0].weight, device="cpu").add_(1)
+    assert there(model[0].weight, device="cpu") is model[0].weight
+
+
 @pytest.mark.filterwarnings("ignore:.*jit.script.*is deprecated")
 def test_a_scripted_function_gets_its_gradient(consolidator):
     def twice(x):

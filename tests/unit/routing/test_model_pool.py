@@ -5,7 +5,7 @@ import sys
 import pytest
 
 SUITE = """
-import threading, time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from pytest_gpumem import ArchiveStore, GpuConsolidator, ModelPool
@@ -239,35 +239,21 @@ def test_unloading_waits_for_those_who_use_it(pool):
         pool.unload("m")  # by itself
 
 def test_who_begins_to_use_a_model_as_it_is_unloaded_has_one_of_the_pool(pool):
-    begun, seen = threading.Event(), []
+    unloading = threading.Thread(target=pool.unload, args=("m",))
 
-    def use():
-        with pool.use("m", linear):
-            begun.set()
-            time.sleep(0.5)
-            seen.append("m" in pool)
-
-    user = threading.Thread(target=use)
-
-    class Names(dict):  # between the last look for users and the end
-        def taken(self, *args):
-            if not user.ident:
-                user.start()
-                begun.wait(0.5)
-
-        def pop(self, *args):
-            self.taken()
-            return super().pop(*args)
-
-        def __delitem__(self, name):
-            self.taken()
-            super().__delitem__(name)
+    class Users(list):
+        def append(self, user):
+            unloading.start()
+            unloading.join(0.5)
+            super().append(user)
 
     pool.get("m", linear)
-    pool._entries._by_name = Names(pool._entries._by_name)
-    pool.unload("m")
-    user.join()
-    assert seen == [True]
+    pool._entries["m"].users = Users()
+    with pool.use("m", linear):
+        unloading.join(0.2)
+        assert "m" in pool
+    unloading.join()
+    assert "m" not in pool
 
 def test_users_that_unload_each_others_models_are_an_error(pool):
     meet = threading.Barrier(2, timeout=10)
