@@ -17,7 +17,7 @@ from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.history import History, module
 from pytest_gpumem.scheduling.simulation import Actual, Machine, Result, simulate
 from pytest_gpumem.tracking.meter import kept_cache
-from pytest_gpumem.units import format_bytes, parse_bytes
+from pytest_gpumem.units import format_bytes, parse_bytes, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -113,7 +113,7 @@ def _plan(chosen: argparse.Namespace) -> int:
         plans = _plans(suite, chosen)
         lines = iter([_json(suite, plans)]) if chosen.json else _table(suite, plans, chosen.top)
     for line in lines:
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(f"{printable(line)}\n")
     return 0
 
 

@@ -24,9 +24,9 @@ def merge(runs: dict[str, RunRecord]) -> RunRecord:
         command=_common(run.command for run in shards),
         commit=_common(run.commit for run in shards),
         lost=tuple(each for run in shards for each in run.lost),
-        collected=0
-        if any(not run.collected for run in shards)
-        else sum(run.collected for run in shards),
+        collected=sum(run.collected for run in shards)
+        if all(run.collected for run in shards)
+        else 0,
         worker_ram=max((run.worker_ram for run in shards), default=0),
     )
 

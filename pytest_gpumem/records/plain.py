@@ -130,6 +130,8 @@ def _number(text: str) -> float:
     """Return a number as an int where it is one; one that cannot be is refused."""
     whole = text.lstrip("-").isdigit()
     number = (int(text) if len(text) < 20 else _LARGEST) if whole else float(text)
+    if text == "NaN":
+        raise ValueError(f"{text[:20]} is not a number")
     if not -_LARGEST < number < _LARGEST:
         raise ValueError(f"{text[:20]} is too large a number")
     return number

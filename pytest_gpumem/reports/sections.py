@@ -80,7 +80,7 @@ def _print(console: Console, sections: Iterable[Section]) -> None:
 def markdown(sections: Iterable[Section]) -> Iterator[str]:
     """Return them as Markdown, the first as the title."""
     for number, section in enumerate(sections):
-        yield f"{'#' if number == 0 else '##'} {section.title}"
+        yield f"{'#' if number == 0 else '##'} {_line(section.title)}"
         yield ""
         for sentence in section.sentences:
             indent = "  " if sentence.startswith("  ") else ""
@@ -96,13 +96,19 @@ def markdown(sections: Iterable[Section]) -> Iterator[str]:
             yield ""
         if section.code:
             yield "```"
-            yield from section.code
+            yield from map(_line, section.code)
             yield "```"
             yield ""
 
 
+def _line(text: str) -> str:
+    """Return a text as one line that a terminal can show."""
+    return printable(text).replace("\n", " ")
+
+
 def _cell(text: str) -> str:
     """Escape what Markdown would take for its own, or GitHub for a person or an issue."""
+    text = _line(text)
     for special in "\\`*_~#&[]<>|":
         text = text.replace(special, f"\\{special}")
-    return re.sub(r"(?<=[@#])(?=\w)", "<!-- -->", text.replace("\n", " "))
+    return re.sub(r"(?<=[@#])(?=\w)", "<!-- -->", text)

@@ -73,22 +73,23 @@ def _measure(log: Path, rounds: int) -> None:
     readers["two regexes a line"] = [
         sys.executable, __file__, "--reader", "loop", "--log", str(log),
     ]  # fmt: skip
-    best: dict[str, tuple[float, int]] = {}
+    best: dict[str, tuple[float, float, int]] = {}
     for _ in range(rounds):
         for name, command in readers.items():
-            seconds, memory = _run(command)
-            if name not in best or seconds < best[name][0]:
-                best[name] = seconds, memory
+            ran = _run(command)
+            best[name] = min(best.get(name, ran), ran)
     print(f"log of {size / 1e6:,.0f} MB, best of {rounds}\n")
-    print(f"{'reader':<26} {'seconds':>8} {'MB/s':>7} {'peak RSS MiB':>13}")
-    for name, (seconds, memory) in best.items():
-        print(f"{name:<26} {seconds:>8.2f} {size / 1e6 / seconds:>7,.0f} {memory / 2**20:>13.0f}")
+    print(f"{'reader':<26} {'seconds':>8} {'MB/s':>7} {'CPU s':>7} {'peak RSS MiB':>13}")
+    for name, (seconds, processor, memory) in best.items():
+        speed = size / 1e6 / seconds
+        row = f"{name:<26} {seconds:>8.2f} {speed:>7,.0f} {processor:>7.2f}"
+        print(f"{row} {memory / 2**20:>13.0f}")
     found = json.loads(subprocess.run(gpumem, capture_output=True, check=True).stdout)
     print(f"\nevents told: {found['totals']['oom']} of {OOMS}")
 
 
-def _run(command: list[str]) -> tuple[float, int]:
-    """Return wall seconds and peak resident bytes of a process."""
+def _run(command: list[str]) -> tuple[float, float, int]:
+    """Return wall seconds, those of processors, and peak resident bytes of a process."""
     started = time.perf_counter()
     child = os.posix_spawn(
         command[0],
@@ -99,7 +100,8 @@ def _run(command: list[str]) -> tuple[float, int]:
     _, status, usage = os.wait4(child, 0)
     if status:
         sys.exit(f"{command} ended with {status}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    seconds = time.perf_counter() - started
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def _loop(log: Path) -> None:

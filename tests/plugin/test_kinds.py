@@ -182,5 +182,6 @@ def test_every_test_is_in_the_json_once(run):
     nodeids = [each.nodeid for each in run.record.tests]
     assert len(nodeids) == len(set(nodeids))
     assert all(each.duration >= 0 for each in run.record.tests)
+    assert run.record.collected == len(nodeids)
     assert run.record.simulated
     assert [card.kind for card in run.record.cards] == ["cuda"]

@@ -80,3 +80,11 @@ def test_a_comparison_shows_what_got_worse(found, tmp_path):
     assert "pass rate" in shown
     assert "\nWorse\n" in shown
     assert "tests/a/test_x.py::test_b" in shown
+
+
+def test_no_form_passes_on_what_a_terminal_obeys():
+    told = [sections.Section("a\x1b[2J", ("b\x9b31m",), code=("pytest 'c\x07\nd'",))]
+
+    assert list(sections.markdown(told)) == [
+        "# a\\x1b[2J", "", "- b\\\\x9b31m", "", "```", "pytest 'c\\x07 d'", "```", "",
+    ]  # fmt: skip
