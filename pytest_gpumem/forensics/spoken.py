@@ -30,7 +30,7 @@ _CODE = re.compile(
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?!\w+:\w+: )(?:\s"
     r"|[^\W\d])|//|/\*"
-    r"|(?:title|name|label|summary)\s*[:=]\s*[\"\x27]?(?!.*\b(?:error|Error|exception|Exception)\b)"
+    r"|(?:-\s+)?(?:title|name|label|summary|alert)\s*[:=]\s*[\"\x27]?(?!.*\b(?:error|Error|exception|Exception)\b)"
     r"|\*?\s*(?:@(?:throws|exception|raises)|:raises)\b"
     r"|_?[A-Z][A-Z\d_]*=[\"\x27]|\{ ?[A-Za-z_]\w*: [\"\x27`]|(?:el)?if\s+(?:!\s+)?\[|(?:test"
     r"|while)\s+\["
@@ -115,6 +115,8 @@ _STATE = re.compile(
     r"|with|by|is|as) \W?)$"
 )
 """What stands before the name of a container's state where a program tells of it."""
+_SELECTED = re.compile(r"\"[^{}]*\}\s*(?:[=!<>]|\[|\))")
+"""What stands behind it in a query."""
 _MENTIONED = re.compile(r"[A-Za-z]{2,}, $")
 """What stands before a quotation in somebody's sentence."""
 _PLACE = re.compile(r"\.(?:c|cc|cpp|cu|cuh|h|hpp|py|rs)\W{1,3}(?:line )?\d")
@@ -169,8 +171,9 @@ def _of_kills(text: str, span: tuple[int, int]) -> bool:
     """Tell whether somebody writes of killed processes, rather than a program of one."""
     if _EMPHASIS.search(text) or _SYMPTOM.match(text) or _OPEN.search(text):
         return True
-    named = text[slice(*span)] == "OOMKilled"
-    return named and _STATE.search(text[: span[0]]) is None
+    if text[slice(*span)] != "OOMKilled":
+        return False
+    return _STATE.search(text[: span[0]]) is None or _SELECTED.match(text, span[1]) is not None
 
 
 def _code(text: str, span: tuple[int, int], head: str) -> bool:
