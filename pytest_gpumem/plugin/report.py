@@ -211,10 +211,7 @@ class Reporting:
         return self._hosts.get(worker, "")
 
     def run_record(self) -> records.RunRecord:
-        """Return what is known of the run; without its tests if none of them told anything.
-
-        Unless a file is asked for, which names all.
-        """
+        """Return what is known of the run; its tests only if one told something, or for a file."""
         state, settings = self._state, self._state.settings
         late = self._late or self._pids
         told = self._tests or late or any(each.user_properties for each in self._reports)
