@@ -245,7 +245,11 @@ class Nap:
         self._stand_ins = []
 
     def _gradient_hooks(self, tensors: Sequence[Any]) -> Iterator[tuple[set[int], Any]]:
-        """Have tensors woken before they get the gradients of a graph that is there already."""
+        """Have tensors woken before they get the gradients of a graph that is there already.
+
+        What torch has made in C++ for the first hook of a tensor stays there, without a hook. To
+        take that away, too, would free it under another thread that is about to call the hook.
+        """
         nap = weakref.ref(self)  # while one sleeps it keeps its nap
 
         def wake_first(_: Any) -> None:
@@ -255,7 +259,7 @@ class Nap:
 
         for each in tensors:
             if torch_private.gathers(each):
-                yield {id(each)}, torch_private.gradient_hook(each, wake_first)
+                yield {id(each)}, each.register_hook(wake_first)
 
     def after_fork(self) -> None:
         """Go on in a child: the thread that held the lock is not there."""

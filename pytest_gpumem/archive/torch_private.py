@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pkgutil
-import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,22 +83,6 @@ def gathers(tensor: torch.Tensor) -> bool:
     there = use_count() == count
     del node
     return there
-
-
-class gradient_hook:  # noqa: N801  # a function that has a ``remove``
-    """Have ``wake`` called before a tensor gets a gradient, until ``remove``."""
-
-    def __init__(self, tensor: torch.Tensor, wake: Callable[[Any], None]) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._had_hooks = tensor._backward_hooks is not None
-        self._handle = tensor.register_hook(wake)  # type: ignore[no-untyped-call]  # torch's
-
-    def remove(self) -> None:
-        """Leave the tensor as it was."""
-        self._handle.remove()
-        tensor = self._tensor()
-        if tensor is not None and not self._had_hooks and not tensor._backward_hooks:
-            tensor._backward_hooks = None
 
 
 def shell(kind: type, tensor: torch.Tensor) -> Any:
