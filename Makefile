@@ -103,6 +103,8 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/archive_faults.py
 	$(BIN)/python tests/soak/sleepers_kills.py
 	$(BIN)/python tests/soak/sleepers_race.py
+	$(BIN)/python tests/soak/sleepers_uses.py
+	$(BIN)/python tests/soak/sleepers_uses.py --compiled
 	$(BIN)/python tests/soak/store_campaign.py
 	$(BIN)/python tests/soak/minilm_routing.py
 
