@@ -392,6 +392,8 @@ class Settings(SimulationSettings, PlaceSettings):
 
     # No data class, which would take three milliseconds of each start of pytest.
     def __init__(self, **values: Any) -> None:
+        if not all(hasattr(Settings, name) for name in values):
+            raise TypeError(f"no settings: {', '.join(values.keys() - set(dir(Settings)))}")
         vars(self).update({option.field: option.value for option in OPTIONS}, **values)
 
     def replace(self, **values: Any) -> Settings:
