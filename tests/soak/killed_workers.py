@@ -100,7 +100,7 @@ def run(
         text=True,
         check=False,
     )
-    return done.stdout + done.stderr, time.monotonic() - began
+    return done.stderr + done.stdout, time.monotonic() - began
 
 
 def summary(said: str, seconds: float) -> str:
