@@ -56,7 +56,8 @@ def examples(info, body):
 
 def comparable(lines):
     # Neither times nor what depends on them is the same twice.
-    varies = r" in \d+\.\d+s|, ran \d+\.\d s|\d+% (?=used on average|of the time)| +"
+    took = r" in \d+\.\d+s(?: \(\d+:\d\d:\d\d\))?|, ran \d+\.\d s"
+    varies = took + r"|\d+% (?=used on average|of the time)| +"
     return [re.sub(varies, " ", line).strip(" =") for line in lines]
 
 
