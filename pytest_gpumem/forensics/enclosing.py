@@ -21,6 +21,7 @@ _ARGUMENT = re.compile(_NAMED.pattern + r"[rfbu]?([\"']).*\1,?\s*$")
 _STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
 _STAR_ALONE = re.compile(r"\s+\*/?\s*$|\s*/\*")
 _FENCE = re.compile(r"`{3,}|~{3,}")
+_RAW_FENCE = re.compile(_FENCE.pattern.encode())
 _FENCE_OPENS = re.compile(_FENCE.pattern.replace("|", "\\w*|") + r"\w*")
 _LIKE = re.compile(
     r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this)?|such as"
@@ -37,7 +38,7 @@ _BLOCK_ENDS = 12
 _MARK = re.compile("\"{3}|'{3}")
 _RAW_MARK = re.compile(_MARK.pattern.encode())
 _NEAR = 1 << 11
-"""Bytes above a message in which the text that holds it may begin."""
+"""Bytes above a message, or below it, in which the text that holds it may begin or end."""
 _BLOCK = re.compile(
     rf"[=(,]\s*[rfbu]{{0,2}}(?:{_MARK.pattern})\\?\s*$"
     rf"|[rfbu]{{0,2}}(?:{_MARK.pattern})(?=\S)(?!\w*\s*$)"
@@ -88,6 +89,8 @@ def advised(at: Cursor, line: Line) -> bool:
 
     Below it says what to do, or above that messages may look like this.
     """
+    if not _RAW_FENCE.search(line.buffer, line.end, line.end + _NEAR):
+        return False
     below = (text.body.strip() for text in following(line, _BLOCK_ENDS, at.carrier))
     if not any(map(_FENCE.fullmatch, below)):
         return False
