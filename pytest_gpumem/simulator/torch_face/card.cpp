@@ -39,6 +39,7 @@
 #include <optional>
 #include <regex>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <unordered_set>
@@ -55,6 +56,10 @@ void Py_DecRef(PyObject*);
 PyObject* PyObject_CallFunction(PyObject*, const char*, ...);
 void PyErr_Fetch(PyObject**, PyObject**, PyObject**);
 void PyErr_Restore(PyObject*, PyObject*, PyObject*);
+int PyErr_CheckSignals(void);
+int PyErr_ExceptionMatches(PyObject*);
+int Py_AddPendingCall(int (*)(void*), void*);
+extern PyObject* PyExc_RuntimeError;
 int PyErr_GivenExceptionMatches(PyObject*, PyObject*);
 void PyErr_WriteUnraisable(PyObject*);
 PyObject* PyObject_Str(PyObject*);
@@ -87,6 +92,7 @@ struct Account {
   PyObject* release = nullptr;        // (card, block)
   PyObject* out_of_memory = nullptr;  // torch.OutOfMemoryError
   bool open = false;
+  std::thread::id thread;
 } account;
 
 thread_local DeviceIndex current = 0;
@@ -95,6 +101,52 @@ struct Gil {
   int state = PyGILState_Ensure();
   ~Gil() { PyGILState_Release(state); }
 };
+
+// What a signal's handler raises (Ctrl-C, a limit of time, sys.exit) while Python keeps the account
+// is no error of the account: it is raised where Python goes on, as it was.
+struct Raised {
+  PyObject *type, *value, *trace;
+  Raised() { PyErr_Fetch(&type, &value, &trace); }
+};
+
+int raise_now(void* held) {
+  auto* raised = static_cast<Raised*>(held);
+  PyErr_Restore(raised->type, raised->value, raised->trace);
+  delete raised;
+  return -1;
+}
+
+// Whether the error that is set is a signal's: handlers run in the thread that installed the cards,
+// and what the account itself raises are torch's errors, which are RuntimeErrors.
+bool is_a_signals() {
+  return std::this_thread::get_id() == account.thread &&
+         !PyErr_ExceptionMatches(PyExc_RuntimeError);
+}
+
+// Calls Python for the account; null: the error that the account raised is set.
+template <class... Arguments>
+PyObject* ask(PyObject* whom, const char* form, Arguments... arguments) {
+  std::vector<Raised*> later;
+  PyObject* answer = nullptr;
+  for (int tries = 4; tries && !answer; --tries) {
+    if (PyErr_CheckSignals()) later.push_back(new Raised);  // as a rule not in the midst of it
+    answer = PyObject_CallFunction(whom, form, arguments...);
+    if (answer || tries == 1 || !is_a_signals()) break;
+    later.push_back(new Raised);
+  }
+  // Not before: Python would go on in what it is asked here.
+  for (auto* each : later) Py_AddPendingCall(&raise_now, each);
+  return answer;
+}
+
+PyObject* take_block(DeviceIndex card, size_t size, void* address) {
+  return ask(account.take, "inn", int(card), ssize_t(size), reinterpret_cast<ssize_t>(address));
+}
+
+void give_block(DeviceIndex card, PyObject* block) {
+  if (PyObject* done = ask(account.release, "iO", int(card), block)) Py_DecRef(done);
+  else PyErr_WriteUnraisable(account.release);
+}
 
 // Throws the error that Python raised, as the C++ error that becomes it again.
 [[noreturn]] void rethrow() {
@@ -136,9 +188,7 @@ void let_go(void* context) {
     Gil gil;
     PyObject *type, *value, *trace;  // an error may be on its way: it must arrive
     PyErr_Fetch(&type, &value, &trace);
-    PyObject* done = PyObject_CallFunction(account.release, "iO", int(held->card), held->block);
-    if (done) Py_DecRef(done);
-    else PyErr_WriteUnraisable(account.release);
+    give_block(held->card, held->block);
     Py_DecRef(held->block);
     PyErr_Restore(type, value, trace);
   }
@@ -151,8 +201,7 @@ at::DataPtr charged(Storage host, DeviceIndex card) {
   PyObject* block;
   {
     Gil gil;
-    block = PyObject_CallFunction(account.take, "inn", int(card), ssize_t(host.nbytes()),
-                                  reinterpret_cast<ssize_t>(bytes));
+    block = take_block(card, host.nbytes(), bytes);
     if (!block) rethrow();
   }
   auto* held = new Held{block, card, std::move(host)};
@@ -519,11 +568,9 @@ void ask_card_instead(const c10::Error& error, DeviceIndex card) {
   std::cmatch found;
   if (!std::regex_search(error.what_without_backtrace(), found, *told)) return;
   Gil gil;
-  PyObject* block = PyObject_CallFunction(account.take, "inn", int(card),
-                                          ssize_t(std::stoull(found[1].str())), ssize_t(0));
+  PyObject* block = take_block(card, std::stoull(found[1].str()), nullptr);
   if (!block) rethrow();
-  PyObject* done = PyObject_CallFunction(account.release, "iO", int(card), block);
-  if (done) Py_DecRef(done);
+  give_block(card, block);
   Py_DecRef(block);
 }
 
@@ -880,7 +927,7 @@ extern "C" {
 // Puts so many cards into this process's torch. There is no way back.
 void gpumem_install(int cards, PyObject* take, PyObject* release, PyObject* out_of_memory) {
   for (auto* each : {take, release, out_of_memory}) Py_IncRef(each);
-  account = {DeviceIndex(cards), take, release, out_of_memory, true};
+  account = {DeviceIndex(cards), take, release, out_of_memory, true, std::this_thread::get_id()};
   for (DeviceIndex card = 0; card < cards; ++card) generators().push_back(new_generator(card));
   answer_for_cuda();
   lend_clocks();

@@ -94,8 +94,8 @@ class CompiledMemory(memory.CardMemory):
         return block
 
     def _release(self, index: int, block: Block | None) -> None:
-        if block is not None:
-            self._told.pop(block.address, None)
+        # It is asked again where a signal's handler raised in it.
+        if block is not None and self._told.pop(block.address, None) is not None:
             self._free(block, self.cards[index])
 
     def _addresses(self) -> dict[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -234,6 +235,31 @@ def test_a_forked_child_has_the_cards_unless_cuda_was_used():
     status, said = in_child(use)
     assert os.WIFEXITED(status)
     assert "Cannot re-initialize CUDA in forked subprocess" in said
+
+
+@on_compiled_cards
+def test_what_a_handler_of_a_signal_raises_arrives_as_it_is():
+    import torch
+
+    class Limit(BaseException):
+        pass
+
+    def strike(*_):
+        raise Limit
+
+    def work():
+        while True:
+            tensor = torch.ones(64, 64, device="cuda")
+            tensor @ tensor
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        for step in range(20):
+            signal.setitimer(signal.ITIMER_REAL, 0.003 + 0.0007 * step)
+            with pytest.raises(Limit):
+                work()
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.slow
