@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -260,13 +259,13 @@ class Leases:
 
         Of each card of which it kept something before: nothing has to be told as well.
         """
-        found, children = Counter(self._holdings()), None
+        found: dict[str, int] = {**self._holdings()}
         if self._tracker is not None and self._tracker.children is not None:
-            children = self._tracker.children.living()
-        if children:
-            found.update(children)
-        self._ever_kept.update(found)
-        return {uuid: found[uuid] for uuid in self._ever_kept} if self._ever_kept else {}
+            for uuid, size in self._tracker.children.living().items():
+                found[uuid] = found.get(uuid, 0) + size
+        if found:
+            self._ever_kept.update(found)
+        return {uuid: found.get(uuid, 0) for uuid in self._ever_kept} if self._ever_kept else {}
 
     def _standing(self) -> Mapping[str, Mapping[str, int]]:
         """Return by card what wider fixtures hold, and what they started, by their identity."""
