@@ -26,7 +26,12 @@ def add_parser(commands: Any) -> None:
     """Add the command and its actions."""
     parser = commands.add_parser("archive", help="Look after archives of model state.")
     parser.add_argument("--store", type=Path, metavar="DIR", help="Default: $GPUMEM_ARCHIVE.")
-    parser.add_argument("--key-file", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help="Default: $GPUMEM_ARCHIVE_KEY_FILE, or one of the user's own.",
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:

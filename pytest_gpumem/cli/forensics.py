@@ -76,7 +76,7 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="Exit status: 0; 1 when AFTER misses a threshold; 2 when input cannot be used.",
     )
     parser.add_argument("before", metavar="BEFORE", help="As for gpumem forensics.")
-    parser.add_argument("after", metavar="AFTER")
+    parser.add_argument("after", metavar="AFTER", help="The later run, in any of these forms.")
     parser.add_argument(
         "--max-oom", type=read_count, metavar="N", help="Tests out of memory in AFTER."
     )
@@ -101,7 +101,12 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--top", type=read_count, default=20, metavar="N", help="Rows of each table. Default: 20."
     )
-    parser.add_argument("--format", choices=("terminal", "json", "markdown"), default="terminal")
+    parser.add_argument(
+        "--format",
+        choices=("terminal", "json", "markdown"),
+        default="terminal",
+        help="Default: terminal.",
+    )
     parser.set_defaults(run_command=_compare)
 
 
