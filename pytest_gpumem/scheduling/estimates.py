@@ -87,8 +87,9 @@ def planned_tests(
         if own:
             peak, held = None if peak is None else peak + held, 0
         if peak is not None and expected.source != "mark":
-            peak = min(peak, max(0, most))
-            held = min(held, max(0, most - peak))
+            room = max(0, most - context) if own else max(0, most)
+            peak = min(peak, room)
+            held = min(held, room - peak)
         planned.append(
             PlannedTest(
                 nodeid=nodeid,
@@ -148,6 +149,7 @@ class Estimates:
 
     def _need(self, test: int) -> int | None:
         planned = self._tests[test]
+        most = max(0, self._most - planned.apart)
         if test in self.ooms:
             return None
         if planned.peak is not None:
@@ -155,9 +157,9 @@ class Estimates:
         kin = self._family_peaks.get(family(planned.nodeid))
         if kin is not None:
             margin = MARGIN if self._optimistic else FAMILY_MARGIN
-            return min(self._most, with_margin(kin, margin))
+            return min(most, with_margin(kin, margin))
         if self._optimistic and self._peaks:
-            return self._peaks[int(OPTIMISM * (len(self._peaks) - 1))]
+            return min(most, self._peaks[int(OPTIMISM * (len(self._peaks) - 1))])
         return None
 
     def fixtures(self, test: int) -> int:

@@ -31,3 +31,17 @@ def test_a_process_of_its_own_costs_a_context_and_its_wide_fixtures_in_addition(
     kin = estimates.need(2)
     assert kin is not None
     assert estimates.need(3) == kin + CONTEXT
+
+
+def test_no_estimate_of_a_test_with_its_own_context_is_more_than_a_card_has() -> None:
+    most = 1000
+    marks = [(0, 990, 1, False)]
+    history = History()
+    history.note(NAMES[1], 980, gpu=True, duration=1.0)
+    tests = planned_tests(
+        NAMES, marks, history.expect, most=most, any_card=True, apart=(0, 1, 3), context=CONTEXT
+    )
+    estimates = Estimates(tests, most=most, optimistic=False)
+    estimates.used_card(2, 990)
+
+    assert [estimates.need(index) for index in range(4)] == [990 + CONTEXT, most, most, most]
