@@ -111,7 +111,10 @@ class TensorLedger:
             self._fixtures.pop(root, None)
 
     def remember(self, owner: str) -> None:
-        """Lay all tensors that are not known yet at the door of ``owner``."""
+        """Lay all tensors that are not known yet at the door of ``owner``.
+
+        Those that were set aside, or took the place of one, are at nobody's.
+        """
         from pytest_gpumem.tracking.holders import live_storages
 
         alive: dict[int, _Known] = {}
@@ -121,9 +124,9 @@ class TensorLedger:
                 storage = tensor.untyped_storage()
                 address = storage.data_ptr()
                 if address not in alive:
-                    alive[address] = self._find(tensor) or self._meet(
-                        storage, owner, storage.nbytes()
-                    )
+                    size = storage.nbytes()
+                    whose = "" if (address, size) in self.aside else owner
+                    alive[address] = self._find(tensor) or self._meet(storage, whose, size)
             return False
 
         live_storages(note)

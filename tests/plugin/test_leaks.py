@@ -59,6 +59,17 @@ def test_holders_are_the_tests_own_tensors_and_never_more_than_the_leak(run):
             assert all(not holder.whole for holder in holders), said
 
 
+def test_what_replaced_a_leak_is_not_told_as_left_by_a_later_test(run):
+    fails = "def test_fails(): raise RuntimeError('CUDA out of memory')"
+    finished = run(f"PROGRAM = {[[('x', 9)], [('x', 9)], [('y', 4)]]}\n{SUITE}\n{fails}")
+
+    (alive,) = finished.test("test_fails").alive
+    assert {group.size // 1024: group.owner for group in alive.groups} == {
+        9: "from before the test",
+        4: f"left by {finished.test('test_it[2]').nodeid}",
+    }
+
+
 def test_what_stays_is_laid_at_the_door_of_who_made_it(run):
     source = """
 @pytest.fixture(scope="session")
