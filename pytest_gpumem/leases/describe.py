@@ -29,7 +29,8 @@ def situation(view: View, request: Entry, owner: Callable[[Entry], str]) -> str:
     claims = request.claims
     lacking = {key: claims[key] for key in claims if not view.admits_on(request, key, _ALL)}
     return "; ".join(
-        f"{Want.of(claim)} of {called(view.cards[key].uuid)}: {_on_card(view, request, key, owner)}"
+        f"{'all' if (want := Want.of(claim)).size is None else want} of "
+        f"{called(view.cards[key].uuid)}: {_on_card(view, request, key, owner)}"
         for key, claim in (lacking or claims).items()
     )
 

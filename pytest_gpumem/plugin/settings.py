@@ -396,6 +396,15 @@ class Settings(SimulationSettings, PlaceSettings):
             raise TypeError(f"no settings: {', '.join(values.keys() - set(dir(Settings)))}")
         vars(self).update({option.field: option.value for option in OPTIONS}, **values)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse to be changed: who has read a setting may have acted upon it.
+
+        Raises:
+            AttributeError: always.
+
+        """
+        raise AttributeError(f"settings stay as they are; replace({name}=...) makes others")
+
     def replace(self, **values: Any) -> Settings:
         """Return the same settings but for these values."""
         return Settings(**vars(self) | values)

@@ -220,7 +220,7 @@ def test_a_waiting_request_tells_what_it_waits_for(store):
     third = Asking(store, {A: Want(500)}, "third")
     until(lambda: second.said and third.said)
     holder = f"700 B held by pid {os.getpid()} (first)"
-    assert second.said == [f"the whole card of card {A}: 300 B of 1000 B are free, {holder}"]
+    assert second.said == [f"all of card {A}: 300 B of 1000 B are free, {holder}"]
     assert third.said[-1].endswith(f"{holder}, 1 waiting before")
     first.release()
     second.granted().release()

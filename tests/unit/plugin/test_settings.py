@@ -224,3 +224,12 @@ def test_a_directory_for_snapshots_can_be_made_and_be_written(tmp_path):
     for name, words in (("file", "is a file"), ("file/x", "not writable")):
         with pytest.raises(BadSettingError, match="--gpumem-snapshots: .*" + words):
             check_files(Settings(snapshots=tmp_path / name))
+
+
+def test_settings_are_those_that_exist_and_stay_as_they_are():
+    with pytest.raises(TypeError, match="no settings: colour"):
+        Settings(colour="red")
+    settings = Settings()
+    with pytest.raises(AttributeError, match=r"replace\(children=...\) makes others"):
+        settings.children = "off"
+    assert settings.replace(children="off").children == "off" != settings.children
