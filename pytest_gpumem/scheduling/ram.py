@@ -54,7 +54,7 @@ def largest_unpacked(tests: Iterable[tuple[int, float]], workers: int, room: int
         rest = room - workers * ram
         if rest < largest:
             break
-        bounds.append((max(even, packed / rest), ram))
+        bounds.append((max(even, packed / max(1, rest)), ram))
     shortest = min(seconds for seconds, _ in bounds)
     return max(ram for seconds, ram in bounds if seconds <= _SLACK * shortest)
 

@@ -301,6 +301,8 @@ def test_tests_that_do_not_fit_at_once_run_one_after_another():
     assert run_time([(60, 5.0)] * 4, 4, 100) == 20.0
     # Small ones run beside them.
     assert run_time([(60, 5.0)] * 4 + [(0, 1.0)] * 20, 2, 100) == 20.0
+    # Nothing is left for tests.
+    assert run_time([(0, 1.0), (1, 1.0)], 2, 0) == 1.0
 
 
 def test_what_takes_much_main_memory_is_run_with_what_to_lease_of_it():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +98,7 @@ def test_with_a_cleared_environment_it_belongs_to_who_ran_as_it_began(children, 
     children.enter("test_before")
     number = children.enter("test_starts")
     child = start(env={})
+    time.sleep(0.02)  # the kernel tells when it began to 10 ms
     children.enter("test_after")
     driver[child.pid] = 10
     children.look()
