@@ -18,19 +18,23 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpumem.errors import InUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
     from types import FrameType
 
 _PATIENCE = 0.02
 """Seconds in which a thread that runs Python is sure to have moved on."""
 
 
-def refuse(parts: Collection[int], but: Collection[int]) -> None:
+def refuse(parts: Collection[int], but: Collection[int]) -> bool:
     """Wait until calls that other threads had begun are over.
 
     Args:
         parts: ids of the tensors, and of what computes with them.
         but: the idents of the threads that ask.
+
+    Returns:
+        Whether a backward pass is not over that another thread had begun. It may have any tensor in
+        hand to which a graph brings gradients: of what torch's engine is about, nothing tells.
 
     Raises:
         InUseError: a thread computes with one of these objects, or a CUDA graph may.
@@ -38,19 +42,22 @@ def refuse(parts: Collection[int], but: Collection[int]) -> None:
     """
     if _there_are_cuda_graphs():
         raise InUseError("a CUDA graph reads weights from where they were when it was captured")
-    stuck = {key: _place(frame) for key, frame in _others(but).items()}
-    if not stuck:
-        return
+    others = _others(but)
+    stuck = {key: _place(frame) for key, frame in others.items()}
+    passes = _backward_passes(others.values())
     until = time.monotonic() + _PATIENCE
-    while stuck and time.monotonic() < until:
+    while (stuck or passes) and time.monotonic() < until:
         time.sleep(_PATIENCE / 40)
-        now = {key: _place(frame) for key, frame in _others(but).items()}
+        others = _others(but)
+        now = {key: _place(frame) for key, frame in others.items()}
         stuck = {key: place for key, place in stuck.items() if now.get(key) == place}
+        passes &= _backward_passes(others.values())
     torch = str(Path(sys.modules["torch"].__file__ or "").parent), str(Path(__file__).parent)
     for key, frame in _others(but).items():
         if _has_in_hand(frame, parts, torch, stuck=key in stuck):
             names = {each.ident: each.name for each in threading.enumerate()}
             raise InUseError(f"the thread {names.get(key, key)!r} computes with it")
+    return bool(passes)
 
 
 def _there_are_cuda_graphs() -> bool:
@@ -67,6 +74,19 @@ def _others(but: Collection[int]) -> dict[int, FrameType]:
 
 def _place(frame: FrameType) -> tuple[int, int]:
     return id(frame), frame.f_lasti
+
+
+def _backward_passes(innermost: Iterable[FrameType]) -> set[int]:
+    """Return the ids of the frames in which threads wait for torch's engine, whoever runs it."""
+    home = sys.modules["torch"].autograd.__file__  # of ``backward`` and ``grad``
+    found = set()
+    for each in innermost:
+        frame: FrameType | None = each
+        while frame is not None:
+            if frame.f_code.co_filename == home:
+                found.add(id(frame))
+            frame = frame.f_back
+    return found
 
 
 def _has_in_hand(

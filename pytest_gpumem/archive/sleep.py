@@ -77,17 +77,19 @@ class Nap:
             self._versions = [each._version for each in tensors]
             _naps.add(self)
             self._hooks += self._gradient_hooks(tensors)
+            self._hooked = {key for keys, _ in self._hooks for key in keys}
+            """Ids of tensors that are woken before they get a gradient."""
             for each in tensors:
                 asleep.mark(each, self)
         if not tensors:
             return
         try:
             self._hooks += _hooks(users, {*map(id, tensors)}, self._wake_first)
-            bystanders.refuse({*map(id, users), *map(id, tensors)}, but)
+            backward = bystanders.refuse({*map(id, users), *map(id, tensors)}, but)
             _finish({str(each.device) for each in self.contents.values()})
             with self._lock:
                 self.check()
-                self._leave_out(self._held())
+                self._leave_out(self._held(backward=backward))
         except BaseException:
             self.wake()
             raise
@@ -103,14 +105,19 @@ class Nap:
     def _living(self) -> list[Any]:
         return [each for each in (ref() for ref in self.tensors) if each is not None]
 
-    def _held(self) -> set[int]:
+    def _held(self, *, backward: bool = False) -> set[int]:
         """Return the ids of tensors whose memory somebody else holds, too.
 
-        A graph that will compute with them, a view, ``tensor.data``, a call in another thread.
+        A graph that will compute with them, a view, ``tensor.data``, a call in another thread; or
+        a graph that brings them gradients, unless a hook wakes them first: there is none if a call
+        has made it that had begun when they were marked, and with ``backward`` it may be too late.
         """
         with torch_private.plainly():
             living = self._living()
             found = {id(each) for each in living if torch_private.holders(each)}
+            for each in living:
+                if (backward or id(each) not in self._hooked) and torch_private.gathers(each):
+                    found.add(id(each))
             lying: dict[int, list[int]] = {}
             for each in living:
                 lying.setdefault(each.untyped_storage()._cdata, []).append(id(each))
