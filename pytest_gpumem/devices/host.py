@@ -281,15 +281,25 @@ def _group_limit(group: Path) -> int | None:
 
 
 def _group_used(group: Path) -> int | None:
-    """Return the bytes that a control group has taken; what is only cached does not count."""
-    for usage, inactive in (
-        ("memory.current", "inactive_file"),
-        ("memory.usage_in_bytes", "total_inactive_file"),
+    """Return the bytes that a control group has taken, without the files that are only cached.
+
+    Those that are mapped count: programs run from them. What is read often is cached as well, the
+    kernel only gives it back later; see "memory.stat" in the kernel's cgroup-v2.rst.
+    """
+    for usage, *names in (
+        ("memory.current", "inactive_file", "active_file", "file_mapped"),
+        (
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+            "total_active_file",
+            "total_mapped_file",
+        ),
     ):
         used = _text(group / usage).strip()
         if used.isdecimal():
-            cached = _field(_text(group / "memory.stat"), inactive) or 0
-            return max(0, int(used) - cached)
+            stat = _text(group / "memory.stat")
+            unread, read, mapped = (_field(stat, name) or 0 for name in names)
+            return max(0, int(used) - max(unread, unread + read - mapped))
     return None
 
 

@@ -93,15 +93,19 @@ def test_the_tightest_control_group_above_the_process_holds(machine):
 
 def test_version_one_control_groups_are_understood(machine):
     base = "sys/fs/cgroup"
+    read = "total_inactive_file 7\ntotal_active_file"
+    stat = f"active_file 9\n{read} {GIB + MIB - 7}\ntotal_mapped_file {MIB}\n"
     root = machine(
         MEMINFO
         | {"proc/self/cgroup": "4:memory:/box\n3:cpu,cpuacct:/box\n"}
         | {f"{base}/memory/box/memory.limit_in_bytes": str(3 * GIB)}
-        | {f"{base}/memory/box/memory.usage_in_bytes": str(GIB)}
+        | {f"{base}/memory/box/memory.usage_in_bytes": str(2 * GIB)}
+        | {f"{base}/memory/box/memory.stat": stat}
         | {f"{base}/cpu,cpuacct/box/cpu.cfs_quota_us": "100000"}
         | {f"{base}/cpu,cpuacct/box/cpu.cfs_period_us": "100000"}
     )
 
+    # A file that was read twice is cached as well, but for what programs have mapped.
     assert host.host(root) == host.Host(cpus=1, ram=2 * GIB)
 
 
