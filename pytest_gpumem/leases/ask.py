@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import NamedTuple
 
 from pytest_gpumem import admission
@@ -43,9 +44,10 @@ class Place(NamedTuple):
 def in_main_memory(size: int, headroom: int) -> tuple[dict[str, Want], dict[str, int]]:
     """Return by pool what to ask for ``size`` bytes more than this process has, and what there is.
 
-    What it has is a part of it: others then see in its lease what it takes of that meanwhile.
+    What it has, and what a fixture's server has, is a part of it: others then see in its lease what
+    it takes of that meanwhile.
     """
-    size += host.own()
+    size += host.family_of(os.getpid(), ()) if host.has_children() else host.own()
     totals = {pool.name: pool.total for pool in _pools()}
     most = {name: max(SOMETHING, total - headroom) for name, total in totals.items()}
     return {name: Want(min(size, most[name])) for name in totals}, totals

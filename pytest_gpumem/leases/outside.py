@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pytest_gpumem.admission import NOTHING, Claim, bounds, foreign
@@ -54,6 +56,23 @@ class Outside(NamedTuple):
     """Bytes besides, of those that this process or an ancestor started: kept, not waited for."""
     strangers: tuple[tuple[int, int | None], ...] = ()
     """Foreign processes that the driver lists: pid, and bytes if it tells them."""
+    within: Mapping[str, int] = MappingProxyType({})
+    """Of main memory, by process with an entry, the bytes that were not foreign for that entry.
+
+    A test that ends keeps some, without an entry: that is foreign from then on.
+    """
+
+    def beside(self, claims: Mapping[str, Claim]) -> Outside:
+        """Return it where processes have these claims by now, fewer perhaps than when it was found.
+
+        Without that, what a test keeps that ended between the look and the decision would be
+        nobody's, and would be granted.
+        """
+        left = 0
+        for process, size in self.within.items():
+            claim = claims.get(process, NOTHING)
+            left += max(0, size - claim.resident - claim.extra)
+        return self._replace(foreign=self.foreign + left) if left else self
 
 
 class Lookout:
@@ -79,7 +98,7 @@ class Lookout:
         """
         if host.is_pool(uuid):
             return self._look_at_pool(uuid, total, page, process, family, needed=needed)
-        ours, used = _ours(card_key(uuid), page), self._driver.used(uuid)
+        ours, used = taken(card_key(uuid), page), self._driver.used(uuid)
         if used <= sum(claim.resident for claim in ours.values()):
             self._found[uuid] = 0
             return Outside()
@@ -110,18 +129,22 @@ class Lookout:
     def _look_at_pool(
         self, uuid: str, total: int, page: Page, process: str, family: Families, *, needed: int
     ) -> Outside:
-        ours, used = _ours(card_key(uuid), page), self._used_of(uuid)
+        ours, used = taken(card_key(uuid), page), self._used_of(uuid)
         if used + sum(claim.resident + claim.extra for claim in ours.values()) + needed <= total:
             return Outside(used)  # whose it is makes no difference, and takes milliseconds to find
         here = {each: pid_of(each) for each in ours if family.is_here(each)}
         pids = {*here.values(), os.getpid()}
         told = {pid: host.family_of(pid, pids - {pid}) for pid in pids}
+        # To walk through page tables takes milliseconds, in which a holder may take much.
+        used = max(used, self._used_of(uuid))
         ours.pop(process, None)
         own = told[os.getpid()]
-        uses = [bounds(claim, total, told.get(here.get(each, 0))) for each, claim in ours.items()]
-        size = foreign(used, [*uses, (own, own)], self._found.get(uuid, 0))
+        uses = {
+            each: bounds(claim, total, told.get(here.get(each, 0))) for each, claim in ours.items()
+        }
+        size = foreign(used, [*uses.values(), (own, own)], self._found.get(uuid, 0))
         self._found[uuid] = size
-        return Outside(size)
+        return Outside(size, within={each: most for each, (_, most) in uses.items()})
 
     def _used_of(self, pool: str) -> int:
         if pool not in self._pools:
@@ -137,7 +160,7 @@ def _kin(pids: Collection[int], family: Families) -> set[int]:
     return {pid for pid in pids if family.is_kin(pid, roots)}
 
 
-def _ours(key: str, page: Page) -> dict[str, Claim]:
+def taken(key: str, page: Page) -> dict[str, Claim]:
     """Return what each process with an entry in the ledger may use of a card."""
     ours: dict[str, Claim] = {}
     for entry in page.taken:

@@ -13,6 +13,7 @@ from pytest_gpumem.leases import describe
 from pytest_gpumem.leases.entries import HELD, KEPT, LASTING, WAITING, Entry, entry_of
 from pytest_gpumem.leases.lending import LOOK, Lending
 from pytest_gpumem.leases.locks import News, Watch
+from pytest_gpumem.leases.outside import taken
 from pytest_gpumem.leases.place import Vanished
 from pytest_gpumem.leases.request import YIELDS
 from pytest_gpumem.leases.view import Known, View
@@ -206,7 +207,11 @@ class Queue:
                 return
 
     def _view(self, page: Page, outside: Mapping[str, Outside] | None = None) -> View:
-        return View(page, self.cards, self.headroom, outside or {})
+        found = {
+            key: each.beside(taken(key, page)) if each.within else each
+            for key, each in (outside or {}).items()
+        }
+        return View(page, self.cards, self.headroom, found)
 
     def _in_reach(self, key: str, claim: Claim, outside: Mapping[str, Outside]) -> Claim:
         """Return what a test asks for, of main memory no more than other programs leave.

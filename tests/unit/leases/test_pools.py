@@ -123,6 +123,30 @@ def test_what_a_holder_uses_of_its_lease_counts_once(stores, machine, monkeypatc
     assert "3.00 GiB of 16.00 GiB are free" in refused(store, ram(8.1))
 
 
+@pytest.mark.parametrize(
+    ("ends", "held", "before", "now", "free"),
+    [(True, 8, (9, 6), (9, 6), 7), (False, 12, (9, 6), (13, 10), 1)],
+    ids=["a test ends and keeps what it has", "a test takes more"],
+)
+def test_what_changes_while_it_is_looked_is_not_granted_twice(
+    stores, machine, monkeypatch, *, ends, held, before, now, free
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 99)
+        holder = stores()
+    lease, store = holder.acquire(ram(held), TOTALS, "holder"), stores()
+    machine(before[0])
+
+    def look(pid, _):
+        if ends:
+            lease.release()
+        machine(now[0])
+        return now[1] * GIB if pid == 99 else 0
+
+    monkeypatch.setattr(host, "family_of", look)
+    assert f"{free}.00 GiB of 16.00 GiB are free" in refused(store, ram(free + 0.1))
+
+
 @pytest.mark.parametrize("number", [1, 4711, 12345678, 2**40 + 12345678])
 def test_a_pool_is_never_taken_for_a_card(number):
     key = card_key(f"RAM-{number}g")
@@ -141,9 +165,14 @@ def test_more_than_there_is_is_refused_by_name(stores, machine):
 def test_a_test_asks_for_what_its_process_has_as_well(machine, monkeypatch):
     ask._pools.cache_clear()
     monkeypatch.setattr(host, "own", lambda: 2 * GIB)
+    monkeypatch.setattr(host, "has_children", lambda: False)
     try:
         assert ask.in_main_memory(3 * GIB, 0) == (ram(5), {RAM: 16 * GIB})
         assert ask.in_main_memory(30 * GIB, GIB)[0] == ram(15)
+        # And what a server has that a fixture started.
+        machine(0, **{f"p{os.getpid()}": 4})
+        monkeypatch.setattr(host, "has_children", lambda: True)
+        assert ask.in_main_memory(3 * GIB, 0)[0] == ram(7)
     finally:
         ask._pools.cache_clear()
 
