@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem import admission
 from pytest_gpumem.plugin import marks, retry
 from pytest_gpumem.plugin.state import ItemMarks, State, marks_of
-from pytest_gpumem.scheduling.ram import WORTH_A_LEASE
+from pytest_gpumem.scheduling.ram import WORTH_A_LEASE, to_set_aside
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class Needs:
         return need
 
     def _of_main_memory(self, item: pytest.Item, marked: ItemMarks) -> int:
-        size = marked.ram
-        if size is None and self._settings.ram:
-            size = self._history.expect(item.nodeid).ram
-        return size if size is not None and size >= WORTH_A_LEASE else 0
+        size = marked.ram or 0
+        if self._settings.ram:
+            size = to_set_aside(marked.ram, self._history.expect(item.nodeid))
+        return size if size >= WORTH_A_LEASE else 0
 
     def _of_cards(self, item: pytest.Item, marked: ItemMarks, step: str) -> Need | None:
         if step == retry.CPU:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.scheduling.fixtures import WideFixture, outlives
 from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with_margin
+from pytest_gpumem.scheduling.ram import to_set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -104,7 +105,7 @@ def planned_tests(
                 fixtures=held,
                 wide=() if own else wide_of.get(index, ()),
                 apart=context if own else 0,
-                ram=in_ram.get(index, expected.ram),
+                ram=to_set_aside(in_ram.get(index), expected),
             )
         )
     return planned

@@ -73,6 +73,8 @@ class Expectation(NamedTuple):
     which is for all that a test works with, these are a part."""
     ram: int = 0
     """Bytes of main memory beyond what its process keeps; 0 when nothing is known."""
+    ram_seen: int = 0
+    """The most of these that the test itself was seen to take, without a margin."""
 
 
 class _Entry(NamedTuple):
@@ -104,10 +106,8 @@ def module(nodeid: str) -> str:
 
 def family(nodeid: str) -> str:
     """Return ``nodeid`` without its parameters: what all parametrisations of a test share."""
-    if "[" not in nodeid:
-        return nodeid
-    name = nodeid.partition("::")[2]
-    return nodeid[: len(nodeid) - len(name)] + name.partition("[")[0]
+    path, colons, name = nodeid.partition("::")
+    return path + colons + name.partition("[")[0]
 
 
 def expected_peak(peaks: Iterable[int]) -> int:
@@ -369,7 +369,8 @@ class History:
         if own is not None:
             learned = own.learned()
             peak = learned.peak if own.peaks else None
-            found = Expectation(peak, own.duration, "learned", own.gpu, own.fixtures, learned.ram)
+            rams = learned.ram, max(own.ram, default=0)
+            found = Expectation(peak, own.duration, "learned", own.gpu, own.fixtures, *rams)
         else:
             found = self._of_kin(nodeid)
         if mark is None:

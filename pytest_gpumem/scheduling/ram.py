@@ -20,12 +20,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_gpumem.scheduling.estimates import PlannedTest
+    from pytest_gpumem.scheduling.history import Expectation
     from pytest_gpumem.scheduling.places import Worker
 
 WORTH_A_LEASE = 64 * 2**20
 """Bytes of main memory for which a test takes a lease: to fill as many takes 100 times as long."""
 _SLACK = 1.02
 """What fewer packed tests may cost of the shortest run: they do not go module by module."""
+
+
+def to_set_aside(mark: int | None, expected: Expectation) -> int:
+    """Return the bytes of main memory that a test is taken to need; ``mark`` is what it says.
+
+    No less than it was seen to take: of a mark that has become too small others would be killed.
+    """
+    return expected.ram if mark is None else max(mark, expected.ram_seen)
 
 
 def largest_unpacked(tests: Iterable[tuple[int, float]], workers: int, room: int) -> int | None:

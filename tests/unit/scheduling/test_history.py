@@ -200,7 +200,7 @@ def test_a_run_teaches_by_the_tests_that_came_to_their_end() -> None:
         "a.py::y": (0, 3.0, 1, False, 0, 0),
         "a.py::v": (0, 1.0, 1, True, 0, 0),
     }
-    assert history.expect("a.py::v") == (None, 1.0, "learned", True, 0, 0)
+    assert history.expect("a.py::v") == (None, 1.0, "learned", True, 0, 0, 0)
 
 
 def test_main_memory_is_learned_where_a_run_measured_it() -> None:

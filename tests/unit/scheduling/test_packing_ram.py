@@ -258,10 +258,14 @@ def test_a_suite_that_all_fits_or_of_which_nothing_is_told_runs_as_before(tests,
     assert commands([each._replace(ram=0) for each in tests], workers=workers) == without
 
 
-@pytest.mark.parametrize(("told", "learned", "expected"), [((), 7, 7), (((0, 5),), 7, 5)])
-def test_a_mark_counts_before_what_was_learned(told, learned, expected) -> None:
+@pytest.mark.parametrize(
+    ("told", "seen", "expected"), [((), 6, 7), (((0, 5),), 4, 5), (((0, 5),), 6, 6)]
+)
+def test_a_mark_counts_before_what_was_learned_unless_the_test_took_more(
+    told, seen, expected
+) -> None:
     def expect(_nodeid: str, _mark: int | None) -> Expectation:
-        return Expectation(None, 1.0, "learned", gpu=False, ram=learned)
+        return Expectation(None, 1.0, "learned", gpu=False, ram=7, ram_seen=seen)
 
     (test,) = planned_tests(["a.py::x"], (), expect, most=10, any_card=False, rams=told)
     assert test.ram == expected
