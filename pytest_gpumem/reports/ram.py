@@ -66,7 +66,7 @@ def lines(run: RunRecord, shown: int) -> Iterator[str]:
             f"  {place(test)}"
         )
     if len(rows) > shown:
-        yield f"... {plural(len(rows) - shown, 'test')} more; --gpumem-top=0 shows all"
+        yield f"... {plural(len(rows) - shown, 'more test')}; --gpumem-top=0 shows all"
     if run.worker_ram:
         who = "a worker" if run.workers else "the process"
         yield f"  {who} kept {format_bytes(run.worker_ram)} at most, without the files that it maps"

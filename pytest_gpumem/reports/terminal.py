@@ -79,7 +79,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     if verbosity < 0:
         for leak in leaks[:shown]:
             yield Line(f"{format_bytes(leak.size):>12} leaked by {leak.by}")
-        yield from _more(len(leaks) - shown, "leaks")
+        yield from _more(len(leaks) - shown, "leak")
         return
     yield from _table(run, shown, verbosity)
     yield from _fixtures(touched, shown)
@@ -125,7 +125,7 @@ def usage_lines(usage: CardUsage, card: str) -> Iterator[str]:
 def _more(number: int, what: str) -> Iterator[Line]:
     """Say how many entries a list does not show, if any."""
     if number > 0:
-        yield Line(f"... {number} more {what}; --gpumem-top=0 shows all")
+        yield Line(f"... {plural(number, f'more {what}')}; --gpumem-top=0 shows all")
 
 
 def _table(run: RunRecord, shown: int, verbosity: int) -> Iterator[Line]:
@@ -148,7 +148,7 @@ def _table(run: RunRecord, shown: int, verbosity: int) -> Iterator[Line]:
         if verbosity > 0:
             indent = " " * 33
             yield from (Line(f"{indent}{each}") for each in children.largest(test, card.card))
-    yield from _more(len(rows) - shown, "tests")
+    yield from _more(len(rows) - shown, "test")
 
 
 def _with_lines(run: RunRecord) -> set[str]:
@@ -174,7 +174,7 @@ def _fixtures(tests: Sequence[RecordedTest], shown: int) -> Iterator[Line]:
             f"{format_bytes(each.allocated):>11} {format_bytes(each.peak):>11} {released:>11}  "
             f"{name} ({scope}{times})"
         )
-    yield from _more(len(rows) - shown, "fixtures")
+    yield from _more(len(rows) - shown, "fixture")
 
 
 def _scopes(rows: Sequence[LeftByScope], shown: int) -> Iterator[Line]:
@@ -187,7 +187,7 @@ def _scopes(rows: Sequence[LeftByScope], shown: int) -> Iterator[Line]:
     for row in modules[:shown]:
         held = f", held by {row.where}" if row.where else ""
         yield Line(f"{format_bytes(row.size):>11}  {row.name}{held}")
-    yield from _more(len(modules) - shown, "modules")
+    yield from _more(len(modules) - shown, "module")
     for row in rows:
         if row.whole and [each.size for each in modules] != [row.size]:
             yield Line(f"{format_bytes(row.size):>11}  {row.name}")
@@ -216,7 +216,7 @@ def _leaked(leaks: Sequence[Leak], shown: int, verbosity: int) -> Iterator[str]:
     left = [leak for group in groups[shown:] for leak in group]
     if left:
         size = format_bytes(sum(leak.size for leak in left))
-        yield f"  ... {plural(len(left), 'leak')} more, {size}; --gpumem-top=0 shows all"
+        yield f"  ... {plural(len(left), 'more leak')}, {size}; --gpumem-top=0 shows all"
 
 
 def _likewise(others: Sequence[str], verbosity: int) -> Iterator[str]:
@@ -253,7 +253,7 @@ def _ooms(counted: Counted, shown: int, verbosity: int) -> Iterator[str]:
             yield from _likewise([_asked(test) for test in others], verbosity)
     left = sum(len(tests) for _, tests in groups[shown:])
     if left:
-        yield f"  ... {plural(left, 'test')} more; --gpumem-top=0 shows all"
+        yield f"  ... {plural(left, 'more test')}; --gpumem-top=0 shows all"
 
 
 def _asked(test: RecordedTest) -> str:

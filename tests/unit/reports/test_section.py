@@ -122,7 +122,7 @@ def test_leaks_whose_holder_nobody_found_are_not_thrown_together():
     lines = shown(*[recorded(f"t{n}", usage(MIB, leaked=MIB)) for n in range(12)])
 
     assert sum(" by t" in line for line in lines) == 10
-    assert lines[-1] == "  ... 2 leaks more, 2.00 MiB; --gpumem-top=0 shows all"
+    assert lines[-1] == "  ... 2 more leaks, 2.00 MiB; --gpumem-top=0 shows all"
 
 
 def test_quiet_names_whoever_leaked():

@@ -47,7 +47,7 @@ def test_who_took_or_kept_most_main_memory_comes_first_each_test_once():
         "   own peak    children        kept  test",
         "  50.00 MiB    7.00 MiB    9.00 MiB  a.py::again",
         "   1.00 MiB               20.00 MiB  a.py::keeps",
-        "... 1 test more; --gpumem-top=0 shows all",
+        "... 1 more test; --gpumem-top=0 shows all",
         "  a worker kept 300.00 MiB at most, without the files that it maps",
     ]
     alone = list(ram.lines(run._replace(workers=0), 10))[-1]
