@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pytest_gpumem import admission
 from pytest_gpumem.plugin import marks, retry
 from pytest_gpumem.plugin.state import ItemMarks, State, marks_of
-from pytest_gpumem.scheduling.ram import WORTH_A_LEASE, to_set_aside
+from pytest_gpumem.scheduling.estimates import to_set_aside
+from pytest_gpumem.scheduling.ram import WORTH_A_LEASE
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.scheduling.fixtures import WideFixture, outlives
 from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with_margin
-from pytest_gpumem.scheduling.ram import to_set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -109,6 +108,14 @@ def planned_tests(
             )
         )
     return planned
+
+
+def to_set_aside(mark: int | None, expected: Expectation) -> int:
+    """Return the bytes of main memory that a test is taken to need; ``mark`` is what it says.
+
+    No less than it was seen to take: of a mark that has become too small others would be killed.
+    """
+    return expected.ram if mark is None else max(mark, expected.ram_seen)
 
 
 class Estimates:

@@ -138,6 +138,7 @@ class Planner:
         fixtures: int = 0,
         oom: bool = False,
         felled: bool = False,
+        ram: int = 0,
     ) -> None:
         """Take note that ``test`` ended.
 
@@ -149,11 +150,13 @@ class Planner:
             fixtures: bytes that the wider fixtures it uses hold.
             oom: whether it ran out of memory and ``retries`` said so: it is planned again, alone.
             felled: whether it ran out of memory and is not tried again.
+            ram: highest bytes of main memory beyond what its process had before it, if known.
 
         """
         ran, seen = self._cluster.workers[worker], self._seen
         gpu = bool(ran.using)
         self._state.until_replan -= 1
+        self._ram.took(test, ram)
         if oom or felled:
             # What was expected was too little, for its relatives too. When it ended, and what it
             # had by then, tells nothing of them.

@@ -15,26 +15,18 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem import admission
 from pytest_gpumem.admission import Claim
+from pytest_gpumem.scheduling.history import FAMILY_MARGIN, family, with_margin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_gpumem.scheduling.estimates import PlannedTest
-    from pytest_gpumem.scheduling.history import Expectation
     from pytest_gpumem.scheduling.places import Worker
 
 WORTH_A_LEASE = 64 * 2**20
 """Bytes of main memory for which a test takes a lease: to fill as many takes 100 times as long."""
 _SLACK = 1.02
 """What fewer packed tests may cost of the shortest run: they do not go module by module."""
-
-
-def to_set_aside(mark: int | None, expected: Expectation) -> int:
-    """Return the bytes of main memory that a test is taken to need; ``mark`` is what it says.
-
-    No less than it was seen to take: of a mark that has become too small others would be killed.
-    """
-    return expected.ram if mark is None else max(mark, expected.ram_seen)
 
 
 def largest_unpacked(tests: Iterable[tuple[int, float]], workers: int, room: int) -> int | None:
@@ -119,6 +111,8 @@ class MainMemory:
         """Tests that take more are packed; None: none is."""
         self._set_aside = 0
         """For those that are not, on each host."""
+        self._seen: dict[str, int] = {}
+        """The most that tests of a family took in this run, of those that took much."""
 
     def open(self, workers: Iterable[Worker]) -> None:
         """Decide which tests are packed, now that the workers are known."""
@@ -155,12 +149,22 @@ class MainMemory:
         room = self.room(worker)
         return room is None or self._tests[test].ram <= room
 
+    def took(self, test: int, size: int) -> None:
+        """Take note that ``test`` took ``size`` bytes: its relatives may take as much."""
+        if size >= WORTH_A_LEASE:
+            kin = family(self._tests[test].nodeid)
+            self._seen[kin] = max(size, self._seen.get(kin, 0))
+
     def to_lease(self, worker: Worker, test: int) -> int:
         """Return the bytes for which ``test`` takes a lease at ``worker``, 0 for none.
 
-        Packed or not: other runs on the machine know nothing of this one's plan.
+        Packed or not: other runs on the machine know nothing of this one's plan. One of which
+        nothing else is known takes it for what its relatives took in this run.
         """
         size = self._tests[test].ram
+        if not size and self._seen:
+            kin = family(self._tests[test].nodeid)
+            size = with_margin(self._seen.get(kin, 0), FAMILY_MARGIN)
         return size if size >= WORTH_A_LEASE and worker.host in self._rooms else 0
 
     def start(self, worker: Worker, test: int) -> None:

@@ -21,6 +21,8 @@ class Taken(NamedTuple):
     """What the wider fixtures that it uses hold."""
     oom: bool = False
     """Whether it ran out of memory."""
+    ram: int = 0
+    """Of main memory beyond what its process had before it, where that was measured."""
 
 
 def cards_of(
@@ -60,4 +62,5 @@ def taken(told: Iterable[tuple[str, object]]) -> Taken:
         max((card.extra for card in usage.cards), default=0),
         max((card.fixture_bytes for card in usage.cards), default=0),
         bool(usage.oom),
+        usage.ram.own_peak if usage.ram is not None else 0,
     )

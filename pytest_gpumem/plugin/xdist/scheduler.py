@@ -164,9 +164,9 @@ class GpumemScheduling:
                 fixtures=took.fixtures,
                 oom=worker.oom,
                 felled=took.oom and not worker.oom,
+                ram=took.ram,
             )
-            worker.last, worker.taken = index, Taken()
-            worker.oom = False
+            worker.last, worker.taken, worker.oom = index, Taken(), False
 
     def remove_pending_tests_from_node(self, node: Node, indices: Mapping[str, Any]) -> None:
         """Read a worker's message: xdist's answer to a "steal" is the one free channel."""

@@ -326,3 +326,22 @@ def test_what_takes_much_main_memory_is_run_with_what_to_lease_of_it():
         assert runs[0] is None
         assert runs[2].cards == 1
         assert runs[1] is None or runs[1].cards == 0
+
+
+def test_what_relatives_took_in_this_run_is_leased_for_tests_of_which_nothing_else_is_known():
+    tests = [planned(f"t[{number}]", 0) for number in range(3)]
+    tests += [planned("other", 0), planned("t[known]", 2 * WORTH_A_LEASE)]
+    # Long enough that none is handed out ahead.
+    tests = [each._replace(duration=60.0, seen=False) for each in tests]
+    suite = Suite(tests, workers=1, rooms={"h0": 100 * WORTH_A_LEASE})
+    took = {0: WORTH_A_LEASE, 1: WORTH_A_LEASE - 1}
+    suite.obey()
+    while not suite.planner.done:
+        test = suite.queues["w0"].pop(0)
+        suite.planner.finished("w0", test, duration=60.0, peak=0, ram=took.get(test, 0))
+        suite.obey()
+    runs = [each for each in suite.log if isinstance(each, Run)]
+    leased = {each.test: 0 if each.grant is None else each.grant.ram for each in runs}
+
+    likely = WORTH_A_LEASE * 130 // 100
+    assert leased == {0: 0, 1: likely, 2: likely, 3: 0, 4: 2 * WORTH_A_LEASE}
