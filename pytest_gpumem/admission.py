@@ -146,8 +146,11 @@ def spare(capacity: int, sizes: Iterable[int]) -> int:
 
     Zero when there are too many combinations to count.
     """
+    known = list(sizes)
+    if (whole := sum(known)) <= capacity:
+        return capacity - whole
     sums = {0}
-    for size in sizes:
+    for size in known:
         sums |= {reached + size for reached in sums if reached + size <= capacity}
         if capacity in sums or len(sums) > _MOST_SUMS:
             return 0

@@ -62,7 +62,10 @@ def test_spare_is_what_no_combination_that_fits_reaches(capacity, sizes):
 
 
 def test_nothing_is_spare_when_there_are_too_many_combinations_to_count():
-    assert spare(2**40, [3**power for power in range(20)]) == 0
+    sizes = [3**power for power in range(20)]
+    assert spare(10**9, sizes) == 0
+    # Where there is room for all, none has to be counted.
+    assert spare(2**40, sizes) == 2**40 - sum(sizes)
 
 
 def test_a_small_request_passes_a_big_one_that_it_cannot_delay():
