@@ -91,6 +91,7 @@ soak: $(VENV)/.wheel $(VENV)/.pytest8 $(VENV)/.neighbours
 	$(BIN)/python tests/soak/exclusive_fixtures.py
 	$(BIN)/python tests/soak/host_memory.py
 	$(BIN)/python tests/soak/killed_workers.py
+	$(BIN)/python tests/soak/known_suites.py
 	$(BIN)/python tests/soak/budgets.py
 	$(BIN)/python tests/soak/blame.py
 	$(BIN)/python tests/soak/oom_handlers.py

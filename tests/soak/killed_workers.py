@@ -67,8 +67,8 @@ for _ in range(COMMANDS):
 """.replace("COMMANDS", str(COMMANDS))
 
 
-def group(limit: int) -> tuple[Path, str]:
-    """Make a control group of so many bytes; return it, and its version.
+def group(limit: int) -> Path:
+    """Make a control group of so many bytes; return its directory.
 
     Raises:
         OSError: when that cannot be.
@@ -83,13 +83,27 @@ def group(limit: int) -> tuple[Path, str]:
         made = root / name
         made.mkdir()
         (made / "memory.max").write_text(str(limit))
-        return made, "2"
+        return made
     if not (root / "memory/memory.limit_in_bytes").exists():
         raise problem
     made = root / "memory" / name
     made.mkdir()
     (made / "memory.limit_in_bytes").write_text(str(limit))
-    return made, "1"
+    return made
+
+
+def version_of(made: Path) -> str:
+    """Return the version of a control group."""
+    return "2" if (made / "memory.max").exists() else "1"
+
+
+def remove(made: Path) -> None:
+    """Remove a control group once those have ended that were killed in it."""
+    for _ in range(50):
+        with suppress(OSError):
+            made.rmdir()
+            return
+        time.sleep(0.1)
 
 
 def run(
@@ -147,11 +161,11 @@ def main() -> int:
     parser.add_argument("--limit", type=parse_bytes, default=4 * 2**30)
     limit = parser.parse_args().limit
     try:
-        made, version = group(limit)
+        made = group(limit)
     except OSError as error:
         print(f"skipped: no control group can be made here: {error.strerror}")
         return 0
-    print(f"control group of version {version}, {format_bytes(limit)}")
+    print(f"control group of version {version_of(made)}, {format_bytes(limit)}")
     wrong = []
 
     def tell(what: str, result: tuple[str, float], *, right: bool) -> None:
@@ -198,11 +212,7 @@ def main() -> int:
             tell("marked", marked, right=" 9 passed in" in marked[0])
             at_once(directory, made, unit, ours, tell)
     finally:
-        for _ in range(50):
-            with suppress(OSError):
-                made.rmdir()
-                break
-            time.sleep(0.1)
+        remove(made)
     return bool(wrong)
 
 
