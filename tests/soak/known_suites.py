@@ -38,8 +38,10 @@ def mark(size):
     return pytest.mark.ram(size) if MARKED else lambda test: test
 
 def hold(size, seconds):
+    began = time.monotonic()
     taken = bytearray(size)
-    time.sleep(seconds)
+    # On a busy machine it takes long to fill: they are to be there at the same time.
+    time.sleep(max(seconds, 2 * (time.monotonic() - began)))
 """
 KINDS = {
     "peaks": """
@@ -138,13 +140,13 @@ class Suite(NamedTuple):
 
 def suite(rng: random.Random, room: int, *, marked: tuple[bool, bool], torch: bool) -> Suite:
     """Return a suite whose tests have room in so many bytes, one by one, beside what is kept."""
-    kinds = [*KINDS, "peaks", "peaks", "keeps"]
+    kinds = [*KINDS, *["peaks"] * 6, "keeps"]
     if not torch:
         kinds.remove("imports")
     parts, told, kept = [], [], 0
-    for number in range(rng.randint(6, 14)):
+    for number in range(rng.randint(8, 14)):
         kind = rng.choice(kinds)
-        size = int(room * rng.choice([0.1, 0.2, 0.3, 0.3, 0.4, 0.45]))
+        size = int(room * rng.choice([0.1, 0.3, 0.4, 0.5, 0.5]))
         if kind in LASTING:
             size //= 2
             kind = kind if kept + size <= 0.45 * room else "peaks"
@@ -153,7 +155,7 @@ def suite(rng: random.Random, room: int, *, marked: tuple[bool, bool], torch: bo
             "NAME": f"{kind}_{number}",
             "SIZE": str(size),
             "PAD": str(6 * MIB),
-            "SECONDS": str(rng.choice([0.05, 0.2, 0.4])),
+            "SECONDS": str(rng.choice([0.2, 0.5, 0.8])),
         }
         body = KINDS[kind]
         for word, value in words.items():
@@ -204,7 +206,7 @@ class Box:
 def one(box: Box, seed: int, limit: int, ways: tuple[str, ...]) -> bool:
     """Make suites, run them at once; return whether nobody was killed and all passed."""
     rng = random.Random(seed)  # noqa: S311  # the same suites each time
-    how, workers = rng.choice(ways), rng.choice([2, 3, 4, 6])
+    how, workers = rng.choice(ways), rng.choice([3, 4, 6])
     runs = {"two": 2, "alone": 3}.get(how, 1)
     room = (limit - (100 + 35 * workers * runs) * MIB) // runs
     marked = {"marked": (True, True), "learned": (False, False), "half": (True, False)}
