@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 from collections import defaultdict
@@ -28,6 +29,10 @@ _GAP = 0.05
 """Most seconds that a worker is without a test for no other reason than to get the next one."""
 _AS_GOOD = 1.02
 """Times the shortest run that is as good, if it takes fewer workers."""
+_TRIES, _TRIED_TESTS = 15, 10_000
+"""Most simulations of a run, and most tests in all of them."""
+_VARIES = 0.02
+"""Part by which a test's duration varies from run to run."""
 _PIECES = 8
 """Pieces of a shard into which a module may be cut, so that shards end at the same time."""
 
@@ -141,6 +146,12 @@ def _plans(suite: Suite, chosen: argparse.Namespace) -> list[Plan]:
 
 
 def _run(suite: Suite, machine: Machine) -> Result:
+    """Return the run of the suite, with the mean of the seconds of several.
+
+    Which of two tests ends first decides what runs next, and that may be the packing of all that
+    follows: of a small suite one run tells as little as one throw of dice. So it is run again with
+    durations that differ as they do between two runs of a suite.
+    """
     planned = planned_tests(
         [test.nodeid for test in suite.tests],
         suite.needs,
@@ -148,7 +159,21 @@ def _run(suite: Suite, machine: Machine) -> Result:
         most=machine.card - machine.context - machine.headroom,
         any_card=True,
     )
-    return simulate(planned, suite.tests, machine)
+    run = simulate(planned, suite.tests, machine)
+    rng = random.Random(0)  # noqa: S311  # the same plan every time
+    seconds = [run.seconds]
+    for _ in range(_tries(len(suite.tests)) - 1 if machine.workers > 1 else 0):
+        varied = [
+            test._replace(duration=test.duration * rng.lognormvariate(0, _VARIES))
+            for test in suite.tests
+        ]
+        seconds.append(simulate(planned, varied, machine).seconds)
+    return run._replace(seconds=statistics.fmean(seconds))
+
+
+def _tries(tests: int) -> int:
+    """Return how often a suite is run: the fewer tests, the more depends on their order."""
+    return max(1, min(_TRIES, _TRIED_TESTS // tests))
 
 
 def _context(suite: Suite, chosen: argparse.Namespace) -> int:
@@ -174,11 +199,13 @@ def _of_run(run: records.RunRecord) -> Suite:
     ordered = sorted(tests, key=lambda test: test.place)
     last = {each.nodeid: each for each in ordered if each.outcome not in ("skipped", "rerun")}
     actual, needs = [], []
+    lasting = _lasting(tests)
     for index, (nodeid, test) in enumerate(last.items()):
         peak = max((card.extra for card in test.cards), default=0)
         fixtures = max((card.fixture_bytes for card in test.cards), default=0)
         gpu = bool(peak or fixtures or test.oom)
-        actual.append(Actual(nodeid, module(nodeid), gpu, test.duration, peak, fixtures))
+        lasts = sum_of_largest(lasting[test.host, test.worker], within=fixtures)
+        actual.append(Actual(nodeid, module(nodeid), gpu, test.duration, peak, fixtures, lasts))
         need = None if test.lease is None else _need(test.lease, run.cards)
         if need is not None:
             needs.append((index, *need))
@@ -198,6 +225,29 @@ def _need(
     alone = lease.alone and lease.size < min(totals, default=0)
     asked = lease.marked is not None or len(lease.cards) > 1 or alone
     return (lease.marked, len(lease.cards), alone) if asked else None
+
+
+def _lasting(tests: Iterable[records.RecordedTest]) -> dict[tuple[str, str], list[int]]:
+    """Return by process what each fixture of it held that outlives its module."""
+    found: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for test in tests:
+        for fixture in test.fixtures:
+            if fixture.scope in ("session", "package"):
+                sizes = found[test.host, test.worker]
+                sizes[fixture.name] = max(sizes.get(fixture.name, 0), fixture.allocated)
+    return defaultdict(list, {place: [*sizes.values()] for place, sizes in found.items()})
+
+
+def sum_of_largest(sizes: Iterable[int], *, within: int) -> int:
+    """Return the sum of as many of ``sizes`` as fit, the largest first.
+
+    What a test's wider fixtures hold is recorded as one number. Which of the session's are among
+    them is inferred from it.
+    """
+    left = within
+    for size in sorted(sizes, reverse=True):
+        left -= size if size <= left else 0
+    return within - left
 
 
 def _gap(tests: Iterable[records.RecordedTest]) -> float:

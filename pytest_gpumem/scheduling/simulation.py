@@ -1,8 +1,9 @@
 """What a run would do: the planner on simulated workers, which take the time and memory of tests.
 
-A worker keeps its context once it used the card, a little cache, and the wider fixtures of its last
-test until it runs one of another module or is told to give them back. A test that starts when the
-card has no room for it runs out of memory.
+A worker keeps its context once it used the card, a little cache, the wider fixtures of its last
+test until it runs one of another module, those of the session until it is told to give them back.
+It tells that before a test of another module takes memory, and when a test has ended. A test that
+starts when the card has no room for it runs out of memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.scheduling.commands import Fail, Flush, Reset, Run, Stop
+from pytest_gpumem.scheduling.fixtures import WideFixture
 from pytest_gpumem.scheduling.planner import Planner
 
 if TYPE_CHECKING:
@@ -34,6 +36,18 @@ class Actual(NamedTuple):
     """Beyond what its process keeps."""
     fixtures: int = 0
     """What its wider fixtures hold."""
+    lasting: int = 0
+    """The part of it that outlives the module."""
+
+    @property
+    def holds(self) -> dict[WideFixture, int]:
+        """What its wider fixtures hold: those of the session, and those of the module, as one."""
+        own = self.fixtures - self.lasting
+        held = {
+            WideFixture("", "session"): self.lasting,
+            WideFixture(self.module, self.module): own,
+        }
+        return {fixture: size for fixture, size in held.items() if size}
 
 
 class Machine(NamedTuple):
@@ -83,7 +97,7 @@ class Host:
         self.setups = self.ooms = 0
         self._machine = machine
         self._contexts = [False] * workers
-        self._standing = [0] * workers
+        self._standing: list[dict[WideFixture, int]] = [{} for _ in range(workers)]
         """Bytes that wider fixtures hold."""
         self._used = [0] * workers
         self._cached = [0] * workers
@@ -93,15 +107,25 @@ class Host:
 
     def start(self, worker: int) -> None:
         """Begin the next test of an idle worker, if it has one."""
+        if self.enter(worker):
+            self.begin(worker)
+
+    def enter(self, worker: int) -> bool:
+        """Go to the module of the next test, if an idle worker has one; return whether it has."""
         if self.running[worker] or not self.queues[worker]:
-            return
+            return False
         test = self.tests[self.queues[worker][0]]
         self.running[worker] = True
         if test.module != self._modules[worker]:
             self.setups += 1
             self._modules[worker] = test.module
-            self._standing[worker] = 0
-        self.begin(worker)
+            self._tear_down(worker)
+        return True
+
+    def _tear_down(self, worker: int) -> None:
+        """Let fixtures go that do not outlive a module."""
+        standing = self._standing[worker].items()
+        self._standing[worker] = {each: size for each, size in standing if not each.node}
 
     def begin(self, worker: int) -> None:
         """Let the test that a worker has started take its memory."""
@@ -111,7 +135,8 @@ class Host:
         if test.gpu:
             self._contexts[worker] = True
             before = self._standing[worker]
-            self._standing[worker] = max(before, test.fixtures)
+            lacks = {each: max(size, before.get(each, 0)) for each, size in test.holds.items()}
+            self._standing[worker] = before | lacks
             # Before a test runs out of memory, its allocator gives its cache back.
             cached, self._cached[worker] = self._cached[worker], 0
             self._used[worker] = test.peak
@@ -138,22 +163,26 @@ class Host:
         self._used[worker] = 0
         return worker, test, oom
 
-    def flush(self, worker: int) -> None:
-        """Let a worker give its fixtures back."""
-        self._standing[worker] = self._cached[worker] = 0
+    def flush(self, worker: int, *, all_of_them: bool) -> None:
+        """Let a worker give its fixtures back: those of modules, or ``all_of_them``."""
+        self._tear_down(worker)
+        if all_of_them:
+            self._standing[worker] = {}
+        self._cached[worker] = 0
         self._modules[worker] = ""
 
-    def kept(self, worker: int) -> tuple[int, int]:
-        """Return what a worker keeps, and the part of it that is its fixtures'."""
-        standing = self._standing[worker]
+    def kept(self, worker: int) -> tuple[int, dict[str, int]]:
+        """Return what a worker keeps, and the part of it that is its fixtures', by name."""
+        standing = {fixture.name: size for fixture, size in self._standing[worker].items()}
         context = self._machine.context * self._contexts[worker]
-        return context + standing + self._cached[worker], standing
+        return context + sum(standing.values()) + self._cached[worker], standing
 
     @property
     def taken(self) -> int:
         """Bytes of the card that are in use."""
         contexts = self._machine.context * sum(self._contexts)
-        return contexts + sum(self._standing) + sum(self._cached) + sum(self._used)
+        standing = sum(sum(each.values()) for each in self._standing)
+        return contexts + standing + sum(self._cached) + sum(self._used)
 
 
 def simulate(
@@ -171,7 +200,7 @@ def simulate(
     """
     host = Host(actual, machine)
     planner = Planner(
-        planned,
+        [test._replace(wide=tuple(each.holds)) for test, each in zip(planned, actual, strict=True)],
         {CARD: machine.card},
         context=machine.context,
         headroom=machine.headroom,
@@ -190,7 +219,7 @@ def simulate(
                 case Run(name, test):
                     host.queues[int(name)].append(test)
                 case Flush(name) | Reset(name):
-                    host.flush(int(name))
+                    host.flush(int(name), all_of_them=isinstance(command, Reset))
                     _tell(planner, host, name)
                     planner.flushed(name)
                 case Fail(test, why):
@@ -198,7 +227,9 @@ def simulate(
                 case Stop():
                     pass
         for name in names:
-            host.start(int(name))
+            if host.enter(int(name)):
+                _tell(planner, host, name)
+                host.begin(int(name))
         if not host.ends:
             if not commands:
                 raise RuntimeError("the planner is stuck")
@@ -216,7 +247,7 @@ def simulate(
             test,
             duration=took.duration * (machine.oom_part if oom else 1),
             peak=0 if oom else took.peak,
-            fixtures=host.kept(worker)[1] if took.gpu else 0,
+            fixtures=0 if oom else took.fixtures,
             oom=again,
             felled=oom and not again,
         )
@@ -226,4 +257,4 @@ def simulate(
 def _tell(planner: Planner, host: Host, name: str) -> None:
     kept, standing = host.kept(int(name))
     if kept:
-        planner.resident(name, kept, fixtures={"": standing})
+        planner.resident(name, kept, fixtures=standing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from pytest_gpumem import records
 from pytest_gpumem.cli import main as cli
-from pytest_gpumem.cli.plan import shards_of
+from pytest_gpumem.cli.plan import shards_of, sum_of_largest
 from pytest_gpumem.devices.models import MODELS, find_model
 from pytest_gpumem.records import Card, CardUsage, Grant, RecordedTest, RunRecord
 from pytest_gpumem.scheduling.history import History
@@ -71,9 +72,9 @@ def test_one_command_answers_for_several_cards(tmp_path, capsys):
 7 tests, 6 of them on a card, 1 min 40 s one after another
 
 card      memory     1 worker    2 workers    4 workers  best  do not fit
-T4     15.00 GiB       70.0 s       40.0 s       30.0 s     4           2
-L4     22.49 GiB   1 min 40 s       50.0 s       40.0 s     4        none
-18GB   16.76 GiB       90.0 s       50.0 s       50.0 s     2           1
+T4     15.00 GiB       70.0 s       39.8 s       30.1 s     4           2
+L4     22.49 GiB   1 min 40 s       55.5 s       40.1 s     4        none
+18GB   16.76 GiB       90.0 s       50.2 s       50.2 s     2           1
 
 do not fit on T4
   b.py::fixture takes 17.00 GiB beside its context
@@ -93,6 +94,34 @@ def test_the_plan_as_json(tmp_path, capsys):
     assert (card["card"], card["total"], card["best"]) == ("NVIDIA A100", TOTAL, 2)
     assert card["workers"]["2"]["unfit"] == []
     assert card["workers"]["2"]["seconds"] == pytest.approx(55, abs=6)
+
+
+@pytest.mark.parametrize("seed", [17, 25, 27])
+def test_which_of_two_tests_ends_first_decides_little(tmp_path, capsys, seed):
+    # One simulation of these says up to 9% more or less where durations differ by 1%.
+    rng = random.Random(seed)  # noqa: S311  # the same suite every time
+    tests = [
+        seen(f"{number // 6}.py::t{number}", rng.uniform(5, 20), rng.randint(1, 40) * GIB)
+        for number in range(30)
+    ]
+    said = []
+    for other in range(6):
+        rng = random.Random(other)  # noqa: S311
+        varied = [t._replace(duration=t.duration * rng.uniform(0.99, 1.01)) for t in tests]
+        run = saved(tmp_path, *varied)
+        _, out, _ = plan(capsys, run, "--json", "--workers=4")
+        said.append(json.loads(out)["cards"][0]["workers"]["4"]["seconds"])
+
+    assert max(said) / min(said) < 1.025
+    assert plan(capsys, run, "--json", "--workers=4")[1] == out
+
+
+@pytest.mark.parametrize(
+    ("standing", "held", "lasting"),
+    [([], 5, 0), ([3], 5, 3), ([3], 2, 0), ([3, 4], 5, 4), ([3, 4], 7, 7), ([3, 3], 0, 0)],
+)
+def test_what_of_a_tests_fixtures_is_the_sessions(standing, held, lasting):
+    assert sum_of_largest(standing, within=held) == lasting
 
 
 def test_a_mark_that_asks_for_more_than_the_card_has_does_not_fit(tmp_path, capsys):
@@ -116,7 +145,9 @@ def test_a_test_on_two_cards_and_one_that_is_alone(tmp_path, capsys):
     told = json.loads(out)["cards"][0]["workers"]["4"]
 
     assert told["unfit"] == ["a.py::both"]
-    assert told["seconds"] == pytest.approx(30)  # two alone, then those of the first run together
+    assert told["seconds"] == pytest.approx(
+        30, rel=0.02
+    )  # two alone, then those of the first run together
 
 
 def test_a_lease_of_a_test_that_used_no_card_does_not_put_it_on_one(tmp_path, capsys):
@@ -125,7 +156,7 @@ def test_a_lease_of_a_test_that_used_no_card_does_not_put_it_on_one(tmp_path, ca
     large = [seen(f"a.py::large{n}", 10.0, 60 * GIB) for n in range(4)]
     _, out, _ = plan(capsys, saved(tmp_path, *tests, *large), "--json", "--workers=2")
 
-    assert json.loads(out)["cards"][0]["workers"]["2"]["seconds"] == pytest.approx(40)
+    assert json.loads(out)["cards"][0]["workers"]["2"]["seconds"] == pytest.approx(40, rel=0.02)
 
 
 def test_what_passes_between_tests_is_reckoned_with(tmp_path, capsys):

@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpumem.scheduling.estimates import PlannedTest
+from pytest_gpumem.scheduling.planner import Planner
 from pytest_gpumem.scheduling.simulation import Actual, Machine, simulate
 
 
 def run(tests, *, card=100, workers=1, context=10, headroom=0, marks=None, **fields):
-    """Run tests, given as (module, seconds, peak, fixtures), each known as it is."""
+    """Run tests, given as (module, seconds, peak, fixtures[, lasting]), each known as it is."""
     actual = [
-        Actual(f"{module}::t{number}", module, bool(peak or held), seconds, peak, held)
-        for number, (module, seconds, peak, held) in enumerate(tests)
+        Actual(f"{module}::t{number}", module, bool(peak or held), seconds, peak, held, *lasting)
+        for number, (module, seconds, peak, held, *lasting) in enumerate(tests)
     ]
     planned = [
         PlannedTest(
@@ -55,6 +56,30 @@ def test_fixtures_stay_until_their_module_is_over():
     # A test larger than expected finds them in its module, and not in the next one.
     assert run([("a", 1.0, 10, 60), ("a", 1.0, 40, 1)], marks={1: 5}).felled == (1,)
     assert run([("a", 1.0, 10, 60), ("b", 1.0, 40, 1)], marks={1: 5}).felled == ()
+
+
+def test_the_planner_is_told_what_real_workers_tell(monkeypatch):
+    told = []
+
+    def note(planner, name, size, fixtures):
+        told.append((name, size, fixtures))
+        resident(planner, name, size, fixtures=fixtures)
+
+    resident = Planner.resident
+    monkeypatch.setattr(Planner, "resident", note)
+    # A fixture of 60 bytes, 40 of them the session's; a test without; one too large beside those.
+    result = run([("a", 1.0, 10, 60, 40), ("b", 1.0, 10, 0), ("c", 1.0, 70, 0)])
+
+    assert (result.ended, result.seconds) == ((0, 1, 2), 3)
+    assert told == [
+        ("0", 70, {"session": 40, "a": 20}),
+        ("0", 50, {"session": 40}),  # before b takes memory, what was a's has gone
+        ("0", 50, {"session": 40}),
+        ("0", 50, {"session": 40}),  # asked to give back, once: it may keep the session's
+        ("0", 10, {}),  # twice
+        ("0", 10, {}),
+        ("0", 10, {}),
+    ]
 
 
 def test_where_a_test_fails_can_be_said():
