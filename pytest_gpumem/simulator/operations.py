@@ -20,6 +20,8 @@ from pytest_gpumem.units import format_bytes
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.refusing import Refusing
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 
 _Counted = tuple[int, int]
 """Bytes that were ever allocated on a device, and those that are now."""
@@ -58,7 +60,6 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def __torch_dispatch__(  # torch's name
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        __tracebackhide__ = True
         if not self._refusing.on:
             return func(*args, **(kwargs or {}))
         self._place += 1

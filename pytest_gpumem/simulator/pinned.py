@@ -12,6 +12,8 @@ from typing import Any
 
 from pytest_gpumem.simulator.blocks import Figure
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 
 class _Pinned(weakref.ref[Any]):
     """A storage that is pinned, and the bytes of its block."""

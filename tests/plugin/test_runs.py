@@ -384,3 +384,35 @@ def test_a_second_simulated_run_in_one_process_is_refused_in_a_sentence(tmp_path
     assert "1 passed" in done.stdout
     assert "an earlier run in this process simulated a card" in done.stderr
     assert "real card" not in done.stderr
+
+
+MISTAKES = """
+import pytest
+import torch
+
+def index(there): torch.ones(3)[torch.tensor([0], device=there)]
+def mixed(there): torch.ones(3) + torch.ones(3, device=there)
+def ordinal(there): torch.ones(3, device="cuda:4")
+def full(there): torch.empty(2**40, device=there)
+def numpy(there): torch.ones(3, device=there).numpy()
+def shapes(there): torch.ones(3, device=there) @ torch.ones(4, device=there)
+def graph(there): torch.cuda.CUDAGraph()
+def generator(there): torch.randn(3, device=there, generator=torch.Generator())
+def event(there): torch.cuda.Event(enable_timing=True).elapsed_time(torch.cuda.Event())
+def pinned(there): torch.ones(3, device=there).pin_memory()
+def moved(there): torch.nn.Linear(2, 2).to("cuda:3")
+
+@pytest.mark.parametrize("mistake", [
+    index, mixed, ordinal, full, numpy, shapes, graph, generator, event, pinned, moved
+])
+def test_it(mistake): mistake("cuda")
+"""
+
+
+def test_a_traceback_ends_in_the_line_of_the_suite(tmp_path):
+    (tmp_path / "test_mistakes.py").write_text(MISTAKES)
+    finished = run_pytest(tmp_path, "-p", "gpumem", *SIMULATE)
+
+    assert finished.outcomes == {"failed": 11}
+    shown, _, _ = finished.output.partition(" GPU memory ")
+    assert re.findall(r".*pytest_gpumem.*", shown) == []

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.modes import Face, Function, Handler
     from pytest_gpumem.simulator.torch_face.stubs import CardGenerator
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _C: Any = torch._C
 Tensor: Any = torch.Tensor
 HOST: torch.device = Device("cpu")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 Devices = Sequence[int]
 
 

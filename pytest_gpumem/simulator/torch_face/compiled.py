@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.simulator.blocks import Block
     from pytest_gpumem.simulator.card import SharedCard
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _torch: Any = torch
 
 

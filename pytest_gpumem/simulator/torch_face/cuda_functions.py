@@ -23,6 +23,8 @@ from pytest_gpumem.simulator.torch_face.stubs import (
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.memory import CardMemory
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 Functions = dict[str, Callable[..., Any]]
 _C: Any = torch._C
 _cuda: Any = torch.cuda

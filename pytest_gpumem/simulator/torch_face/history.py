@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.simulator.blocks import Block
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _PACKAGE = str(Path(__file__).parents[1])
 """Our own frames are in no stack."""
 

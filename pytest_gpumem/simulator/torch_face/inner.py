@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _C: Any = torch._C
 _aten: Any = torch.ops.aten
 _PARTS = {

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _torch: Any = torch
 _cuda: Any = torch.cuda
 _KINDS = ["Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.simulator.blocks import Block
     from pytest_gpumem.simulator.card import SharedCard
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _C: Any = torch._C
 _cuda: Any = torch.cuda
 _storage_address: Callable[[torch.Tensor], int] = _C._storage_address

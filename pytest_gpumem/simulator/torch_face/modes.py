@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.simulator.torch_face.memory import CardMemory
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _C: Any = torch._C
 _OpOverload: Any = torch._ops.OpOverload
 Tensor: Any = torch.Tensor
@@ -157,7 +159,6 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
     def __torch_dispatch__(
         self, func: Function, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        __tracebackhide__ = True  # pytest then shows the test's line last, not this one
         kwargs = kwargs or {}
         if self.aside:
             return func(*args, **kwargs)
@@ -348,7 +349,6 @@ class Face(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        __tracebackhide__ = True  # pytest then shows the test's line last, not this one
         if types and _C._is_torch_function_enabled() and any(map(_answers_itself, types)):
             return NotImplemented  # they go first; then this mode sees what they make of it
         if self.memory.lost and func.__name__ != "__get__":  # a shape is no call of CUDA

@@ -14,6 +14,8 @@ import torch
 
 from pytest_gpumem.simulator.torch_face.stubs import Device
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _C: Any = torch._C
 _torch: Any = torch
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.simulator.card import SharedCard
     from pytest_gpumem.simulator.segments import OutOfMemory
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _EXABYTE = 2**60
 

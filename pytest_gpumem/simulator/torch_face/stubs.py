@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.simulator.card import SharedCard
     from pytest_gpumem.simulator.pinned import PinnedMemory
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 Device: Any = torch.device
 """torch's own class; ``torch.device`` is ``NumberedDevice`` where numbers are not understood."""
 CUDA_DEVICE_TYPE = 1

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.cuda_functions import Functions
     from pytest_gpumem.simulator.torch_face.memory import CardMemory
 
+__tracebackhide__ = True  # pytest shows the test's line last, none of these
+
 _C: Any = torch._C
 _torch: Any = torch
 _cuda: Any = torch.cuda
