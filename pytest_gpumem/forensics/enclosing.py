@@ -49,6 +49,7 @@ _LIST_CLOSES = re.compile(_CLOSES.pattern + r"|\s*\}")
 _KEYED = re.compile(r"\s*\"[^\"]*\"\s*:")
 """In JSON a brace closes what has keys, and a bracket what has none."""
 _JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
+_NAME = re.compile(r"\s*[A-Za-z_][\w.:]*[,;]?")
 _COMMENTED = re.compile(r"\s*(?:#|//|/\*|--|;;|%)")
 _STATEMENT = re.compile(
     r"\s*(?:(?:def|class|if|else|elif|for|while|try|except|catch|import|from|func|fn|let|const|var"
@@ -67,17 +68,20 @@ _AROUND, _ENOUGH = 4, 4
 """Lines on either side that are looked at, and how many of them make it code."""
 
 
-def coded(at: Cursor, line: Line, head: str) -> bool:
+def coded(at: Cursor, line: Line, body: str, head: str) -> bool:
     """Tell whether lines of code stand around words in quotation marks or in a comment.
+
+    Or around a name that has a line of its own.
 
     Args:
         at: where the reader is.
         line: that has the words.
+        body: its text.
         head: what stands before them.
 
     """
     marks = any(head.count(mark) % 2 for mark in "\"'`")
-    if not marks and _COMMENTED.match(head) is None:
+    if not (marks or _COMMENTED.match(head) or _NAME.fullmatch(body)):
         return False
     sides = preceding(line, _AROUND, at.carrier), following(line, _AROUND, at.carrier)
     around = (text.body for side in sides for text in side)

@@ -248,7 +248,8 @@ def _asks_again(one: Message, two: Message, apart: int) -> bool:
     """Tell whether a program that was refused goes on to ask for another size."""
     if one.backend == two.backend == "tensorflow":
         return True
-    return apart <= _NEXT and _FIGURE.sub("#", one.text) == _FIGURE.sub("#", two.text)
+    # The later one may have been read with the line that follows it.
+    return apart <= _NEXT and _FIGURE.sub("#", two.text).startswith(_FIGURE.sub("#", one.text))
 
 
 def _fuller(one: Message | None, two: Message) -> Message:

@@ -44,7 +44,7 @@ _STRUCTURE = rb"|".join(
     for part in (
         # The host.
         rb"[Kk]illedANSI(?:\s|$)|(?:[Cc]ode|status|exited?|Error)ANSI[ :=\"'(]+ANSI137",
-        rb"SIGKILL|[Ss]ignal:? 9\b|[Cc]ode[ :=]+-9\b",
+        rb"SIGKILL|9/KILL|[Ss]ignal:? (?:9\b|killed)|[Cc]ode[ :=]+-9\b",
         # pytest's lines.
         rb"\.(?:py|md|rst|txt|ya?ml|json|ipynb)ANSI::|\.pyANSI:\d+: ",
         rb"\[gw\d+\]|'gw\d+'|bringing up nodes|\d workers? \[\d+ items?\]",
@@ -74,7 +74,8 @@ _ALLOCATE = rb"alloc(?:at(?:e|ing|ions?))?\b"
 _UNFORESEEN = rb"(?i:" + rb"|".join(
     (
         _ENOUGH + rb"(?:\w+[ -]){0,3}(?:memory|v?ram\b)",
-        rb"with sufficient memory|[=x]8007000e",
+        rb"with sufficient memory|[=x]8007000e|0xc0000017",
+        rb"(?:memory|ram) limit (?:of|was|has|is|ex|re)",
         rb"(?:memory|vram|ram) (?:is |was |has been )?(?:exhausted|insufficient|full)",
         rb"file is too small|out of (?:\w+ ){1,2}memory|outof\w{0,12}memory",
         rb"(?: to|[\"'( ]not|n't|annot|error|when|while|failed) (?:\w+ ){0,2}(?:(?:pre|re)-?|m|c)?"
@@ -83,7 +84,7 @@ _UNFORESEEN = rb"(?i:" + rb"|".join(
         rb"(?:" + _ALLOCATE + rb"|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{0,60} fail",
         rb"allocation(?:_fail| error)|\boom (?:on|while|during) ",
         rb"us(?:ing|ed) (?:up )?all (?:\w+ ){0,3}(?:memory|v?ram)",
-        rb" more (?:\w+ ){0,3}(?:memory|vram)|exceed\w* (?:\w+ ){0,4}(?:memory|vram)",
+        rb" more (?:\w+ ){0,3}(?:memory|vram)|exceed\w* (?:\w+[ _]){0,4}(?:memory|vram)",
     )
 ) + rb")"  # fmt: skip
 

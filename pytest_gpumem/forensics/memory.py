@@ -6,7 +6,7 @@ import itertools
 import re
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.forensics import spoken
+from pytest_gpumem.forensics import lines, spoken
 from pytest_gpumem.forensics.cursor import BEGUN
 from pytest_gpumem.forensics.enclosing import advised, coded, commented, listed
 from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
@@ -45,9 +45,15 @@ _QUALIFIED = re.compile(r"(?:[A-Za-z_]\w{0,80}\.){1,12}\w{0,80}(?:Error|Exceptio
 _STATE = 8
 _NOT_MEMORY = re.compile(
     r"\bOOMKilled\W{1,4}(?i:false)\b|\bDUE TO (?:TIME LIMIT|PREEMPTION|NODE FAILURE)\b"
+    r"|(?:^|[$#;&] ?)(?:sudo )?p?kill(?:all)? -(?:9|(?:SIG)?KILL)\b"
+    r"|\bWORKER TIMEOUT\b|(?i:timeout: sending signal|\btimed out after \d"
+    r"|\bexceeded the (?:maximum |allowed )?(?:execution |job |run )?time"
+    r"|\btimeout\b.{0,40}\bkill|\bkill\w*\b.{0,60}\btime(?:d )?[ -]?out\b)"
 )
+_FAILED = re.compile(r"(?i:error|exception)\b")
+"""How a record of the lowest levels begins that tells of a failure nevertheless."""
 _TEXT = re.compile(r"[-+]?\s*\"[^\"]*\",?")
-_KILLED = re.compile(r"[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
+_KILLED = re.compile(r"KILL|[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
 _FAULT = re.compile(
     r"Fatal Python error: (?P<fatal>Segmentation fault|Illegal instruction|Bus error"
     r"|Floating.point exception|Cannot recover from stack overflow)"
@@ -124,15 +130,17 @@ def note_loose(
     if found is None and not raised and traced(at, line):
         found = read_message(at, line, body, raised=True)
         level = ""
-    if found is None or listed(at, line, body) or coded(at, line, found.text[: found.start]):
+    if found is None or listed(at, line, body) or coded(at, line, body, found.text[: found.start]):
         return False
-    if not found.figures and advised(at, line):
+    if found.figures < spoken.TELLING and advised(at, line):
         return True
     if found.kind == "kill":
         at.run.kills.append(Kill(line.number, found, found.pid))
         return True
     if level in _SURVIVED and (_QUALIFIED.match(body) or traced(at, line)):
         # The last line of a traceback is an error, at whatever level a carrier logs it.
+        level = ""
+    if level not in {"WARNING", "WARN"} and _FAILED.match(body):
         level = ""
     if level in _SURVIVED or (not raised and spoken.HANDLED.search(soon(at, line))):
         return True
@@ -153,7 +161,9 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
     if match is None or _TEXT.fullmatch(body) or advised(at, line):
         return False
     at_word = next(_KILLED.finditer(body), match).start()
-    if not spoken.reports(body, (at_word, at_word), "kill", 1) or coded(at, line, body[:at_word]):
+    if not spoken.reports(body, (at_word, at_word), "kill", 1) or coded(
+        at, line, body, body[:at_word]
+    ):
         return False
     if _of_another(at, line):
         return False
@@ -165,7 +175,8 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
 def _of_another(at: Cursor, line: Line) -> bool:
     """Tell whether a container's state, or a scheduler, says that memory was not the reason."""
     above, below = preceding(line, _STATE, at.carrier), following(line, _STATE, at.carrier)
-    return any(_NOT_MEMORY.search(text.body) for text in itertools.chain(above, below))
+    own = lines.read_all(line.raw, at.carrier)
+    return any(_NOT_MEMORY.search(text.body) for text in itertools.chain(own, above, below))
 
 
 def read_death(at: Cursor, line: Line, text: Text) -> bool:

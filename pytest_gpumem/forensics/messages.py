@@ -43,7 +43,7 @@ _SHAPE = re.compile(
     r"shape ?(?:\[([\d,]{1,200})\]|((?:dim ?\{ ?size: \d{1,12} ?\} ?){1,16}))(?: and type (\w+))?"
 )
 _ASKED = compile_figures(
-    r"(?i:allocat(?:e|ing)|allocation of|(?:buffer|block) of|requested:?|(?:of )?size:?) "
+    r"(?i:alloc(?:at(?:e|ing))?|allocation of|(?:buffer|block) of|requested:?|(?:of )?size:?) "
     r"(?:size |of )?<tried>"
 )
 """How an allocation's size stands in words that no grammar foresaw."""

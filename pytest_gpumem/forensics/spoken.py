@@ -11,6 +11,8 @@ import re
 AROUND = 400
 """How far from a message what is said of it stands."""
 _CLOSE = 200
+TELLING = 2
+"""Figures that make a card's state: who quotes a message for its words gives a size at most."""
 ENDS = re.compile(
     r"but unallocated\b|reserved in total by PyTorch\)|cached\)|unoccupied cached memory"
 )
@@ -24,7 +26,8 @@ ERROR = re.compile(
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 # What stands before words in code, in whatever language.
 _CODE = re.compile(
-    r"\s*(?:>\s+|\d+\s+)?(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case"
+    r"\s*(?:>\s+|\d+\s+|\+{1,4} |\S+\.\w{1,4}[:-]\d+[:-]\s*)?"
+    r"(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case"
     r"|throw|grep|echo|REM)\s"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
@@ -35,13 +38,14 @@ _CODE = re.compile(
     r"|_?[A-Z][A-Z\d_]*=[\"\x27]|\{ ?[A-Za-z_]\w*: [\"\x27`]|(?:el)?if\s+(?:!\s+)?\[|(?:test"
     r"|while)\s+\["
     r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$"
-    r"|(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
+    r"|(?:(?:public|private|protected|internal|export|pub|inline|constexpr)\s+){0,2}(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
     r"[^=\"\x27]{0,80}[\"\x27])"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$"
     r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']$"
-    r"|.*\{`[^`]*$|(?:.*[|;&(]\s*|\s*(?:if|while|until|!)\s+)?(?:[ef]?grep|rg|ag|awk"
-    r"|sed)\s[^|]*[\"'][^\"']*$",
+    r"|.*\{`[^`]*$|(?:.*[|;&(]\s*|\s*(?:if|while|until|!)\s+)?(?:[ef]?grep|rg|ag|awk|echo|trap"
+    r"|sed)\s[^|]*[\"'][^\"']*$"
+    r"|.*<<\s*\"[^\"]*$|(?:.*(?:&&|\|\||;|\bthen|\{))?\s*exit $|\S+\.(?:md|rst):\d+:",
     re.DOTALL,
 )
 COMMENT = re.compile(r"\s*(?:#+\s|//|/\*|--\s|;;|REM\s)|.*[;{})] ?//")
@@ -58,7 +62,7 @@ LITERAL = re.compile(
 """A line that is a text within a call, whose brackets close behind it, a whole statement, or a
 regular expression between slashes."""
 _ALTERNATIVE = re.compile(
-    r"[/|(]\0\||\|\0[/|)]|[\w\])]\[[\"\x27]\0[\"\x27]\]"
+    r"[/|(]\0\||\|\0[/|)]|/\0/|[\w\])]\[[\"\x27]\0[\"\x27]\]"
     r"|[\"\x27]\0[\"\x27](?: (?:not )?in [A-Za-z_]|, [\w.]+[,)])"
 )
 """One of several in a regular expression, a key, or an argument before others; ``\\0`` stands for
@@ -86,7 +90,11 @@ _PROSE_HEAD = re.compile(
     r"sometimes|often|usually|typically|(?:this|which|code \d+) (?:\w+ )?(?:indicates"
     r"|means))\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
     r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
-    r"|^[-*#\s]*(?:fix(?:e[sd])?|resolve[sd]?)\s"
+    r"|\b(?:reported|treated|shown|counted) as \W?$"
+    r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
+    r"|explains?|documents?|handles?) |(?:fixed|added|changed|removed|subject"
+    r"|(?:fix|feat|docs|chore|refactor)(?:\([\w./-]+\))?!?): )"
+    r"|^\W*(?:q\d*[:.] )?(?:what|why|how|does)\b(?!\(|:)"
 )
 _CLASS = re.compile(r"[\w.]{1,80}(?:Error|Exception): ?$")
 """The name of an exception, with which somebody may begin to quote."""
@@ -105,8 +113,13 @@ _EXPLAINED = re.compile(
     r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often"
     r"|indicates?|typically)\b"
 )
-_EMPHASIS = re.compile(r"\*\*[^*]+\*\*")
-_OPEN = re.compile(r"=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},")
+_TOLD_OF = re.compile(
+    r" (?:was|were|is|are|has been|can be|may be) (?:raised|thrown|caused|seen|returned|reported"
+    r"|fixed|avoided|handled)\b"
+)
+_EMPHASIS = re.compile(r"\*\*[^*]+\*\*|</t[dh]>")
+"""What somebody who writes for readers sets off, or puts into a table."""
+_OPEN = re.compile(r"=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},|\{\{|^\s*--[a-z][\w-]*[ =,]")
 """What a writer leaves open, or out, in a line that he shows."""
 _SYMPTOM = re.compile(r"(?i)\W*sympt\w+\W{0,4}:")
 _STATE = re.compile(
@@ -117,7 +130,10 @@ _STATE = re.compile(
 """What stands before the name of a container's state where a program tells of it."""
 _SELECTED = re.compile(r"\"[^{}]*\}\s*(?:[=!<>]|\[|\))")
 """What stands behind it in a query."""
-_MENTIONED = re.compile(r"[A-Za-z]{2,}, $")
+_MENTIONED = re.compile(
+    r"[A-Za-z]{2,}, $|\b(?i:shows?|showed|showing|says?|said|saying|reads|gets?|got|getting|sees?"
+    r"|saw|gives?|gave)(?: (?:an?|the|me|us|this))?(?: (?:error|message))? $"
+)
 """What stands before a quotation in somebody's sentence."""
 _PLACE = re.compile(r"\.(?:c|cc|cpp|cu|cuh|h|hpp|py|rs)\W{1,3}(?:line )?\d")
 """Where in a program it was: nobody but the program says that."""
@@ -164,6 +180,10 @@ def reports(
         return not (handled or told or _of_kills(text, span))
     if not raised and _survived(text, end, head):
         return False
+    if figures >= TELLING:
+        return True
+    if _quoted(head, tail, figures):
+        return False
     return figures > 0 or not (_named_only(text, span, head) or _prose(head, tail, 0))
 
 
@@ -173,6 +193,8 @@ def _of_kills(text: str, span: tuple[int, int]) -> bool:
         return True
     if text[slice(*span)] != "OOMKilled":
         return False
+    if text[span[1] :].startswith("?"):
+        return True
     return _STATE.search(text[: span[0]]) is None or _SELECTED.match(text, span[1]) is not None
 
 
@@ -205,15 +227,20 @@ def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
 def _prose(head: str, tail: str, figures: int) -> bool:
     """Tell whether somebody's own sentence goes on about the words."""
     said = _CLASS.sub("", head)
-    if _PROSE_HEAD.search(_ASIDE.sub("", said)) or _quoted(head, tail):
+    if _PROSE_HEAD.search(_ASIDE.sub("", said)) or _quoted(head, tail, figures):
         return True
     if head.endswith("... ") and tail.startswith(" ..."):
+        return True
+    if not figures and _TOLD_OF.match(tail):
         return True
     return not figures and not _STATED.search(head) and bool(_PROSE_TAIL.match(tail[:_CLOSE]))
 
 
-def _quoted(head: str, tail: str) -> bool:
-    """Tell whether words are shown as a quotation, or as code, within a sentence."""
+def _quoted(head: str, tail: str, figures: int) -> bool:
+    """Tell whether words are shown as a quotation, or as code, within a sentence.
+
+    With a figure they may be all that an item of a list has, pasted.
+    """
     head, tail = head.replace("``", "`"), tail.replace("``", "`")
     said, mark, _ = head.rpartition('"')
     if mark and head.count('"') % 2 and _MENTIONED.search(said):
@@ -223,7 +250,10 @@ def _quoted(head: str, tail: str) -> bool:
         return False
     if _PLACE.search(tail.partition("`")[0]):
         return False
-    return bool(before.strip()) or _GOES_ON.match(tail.partition("`")[2]) is not None
+    return (
+        bool(before.strip(" -*+" if figures else None))
+        or _GOES_ON.match(tail.partition("`")[2]) is not None
+    )
 
 
 def _survived(text: str, end: int, head: str) -> bool:

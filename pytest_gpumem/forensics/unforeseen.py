@@ -25,7 +25,7 @@ _ENOUGH = (
 )
 _REFUSED = (
     r"(?:fail(?:ed|ure|s)? to|unable to|not able to|impossible to|(?:could|can) ?n[o']t"
-    r"|cannot) "
+    r"|can(?:not|'t)) "
 )
 _ALLOCATE = r"(?<![a-z])(?:(?:pre|re)-?|m|c)?alloc(?:at(?:e|ing|ions?))?"
 _CALL = r"(?<![a-z])(?:[a-z]{0,12}(?:[mc]alloc|allocatememory|memalloc)\w{0,12}|alloc_\w{1,20})"
@@ -42,7 +42,7 @@ _LACKING = (
     r"|(?:the )?paging file is too small"
     r"|\bus(?:ing|ed) (?:up )?all (?:of )?(?:the |its )?(?:available )?(?:memory|v?ram)\b"
     # Windows' number for it.
-    r"|(?:(?<==)|\b0x)8007000e\b"
+    r"|(?:(?<==)|\b0x)8007000e\b|\b0xC0000017\b"
 )
 _REFUSAL = (
     rf"(?:{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?|(?:errors?:?|failed) (?:when |while |in )?)"
@@ -57,7 +57,7 @@ _FAILURE = (
     rf"|{_STORE} allocation error"
 )
 _EXCESS = (
-    rf"\b(?:requested|requires?|needs?|wants?) more {_BETWEEN}{_STORE}"
+    rf"\b(?:requested|requires?|needs?|wants?|tried to allocate) more {_BETWEEN}{_STORE}"
     r"(?:[^.;!?]|\.\d){0,40}?\bthan\b(?: (?:is|are)\b)?"
     rf"|\b(?:exceed(?:s|ed|ing)?|reached|hit) (?:the |its )?{_BETWEEN}{_STORE}(?: limit\b|(?!\w))"
     rf"|{_STORE} limit (?:of [\d.]{{1,12}} ?[kmgt]i?b? )?(?:was |has been |is )?exceeded\b"
@@ -73,9 +73,11 @@ _OF_NOTHING = re.compile(
     r"|not (?:currently )?supported|unsupported|\bport\b|\btty\b|permission|no such"
     r"|version is|no \w+ memory pool|memory (?:address|info|access|clock|pressure limit)"
     r"|socket, malloc|nodes (?:are )?available|constant memory|\bstack\b|within provided limit"
-    r"|of pinned memory"
+    r"|pinned (?:\w+ ){0,2}memory|\btactic\b|Perhaps out of memory"
 )
-_HOSTS = re.compile(r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b")
+_HOSTS = re.compile(
+    r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b|OutOfMemory\(Host\)|paging file"
+)
 _HOST = re.compile(
     r"(?i)\bhost\b|(?<![a-z])cpu(?![a-z])|\bram\b|heap|virtual memory|paging|mmap|java|jvm|errno"
     r"|error=12|\bswap|opencv|numpy|\bmalloc\b"
@@ -86,7 +88,7 @@ _CARD = re.compile(
     r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
     r"|accelerator|(?<![a-z])[nxh]pu(?![a-z])|habana|devmem|synhelper|\bdrm\b|nvidia|nvenc"
     r"|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
-    r"|\.cuh?\b|\bgl_|cublas|thrust::|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
+    r"|\.cuh?\b|directml|\bnv(?:buf|map)|\bgl_|cublas|thrust::|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
 )
 _PLACEHOLDER = re.compile(
     r"%[-+ #\d.]*(?:l|ll|z|h)?[dsufxpgi](?![a-z%])|%\d%|\$?\{[^{}\s]{0,40}\}|\\n[\"']|\\[01]\b"
@@ -100,15 +102,18 @@ _KEY = re.compile(
 """What stands before a text that a record or an error quotes."""
 _CALLED = re.compile(
     r"(?:(?<!:): ?|\w(?:Error|Exception)\(|\b(?i:error|exception) )[\"']?(?:\w+ )?\w*$"
+    r"|\b(?i:failed|fails|returned|returns|exited) (?:(?:with|code|error|status|result) )*\w*$"
 )
 DEFINED = re.compile(r"\w*[\"']?\s*(?:=|[,)\]}]+:?(?:\s*\\)?$|, \w+,)")
 """What follows a name in code: where it is assigned, listed, or an argument."""
 _LISTED = re.compile(
-    r"\s*(?:[-*|>]|#(?!\w+:\w+: )|\d+[.)])\s*(?!.{0,40}(?i:device|gpu|card|worker"
+    r"\s*E[A-Z]{3,10} \d+ "
+    r"|\s*(?:[-*|>]|#(?!\w+:\w+: )|\d+[.)])\s*(?!.{0,40}(?i:device|gpu|card|worker"
     r"|rank)\W{0,2}\d+: )"
     r"\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|\b(?i:error)): )"
 )
-"""An item of a list, a comment or a heading, unless it names an error or says which card."""
+"""A row of a table of numbers, an item of a list, a comment or a heading, unless it names an error
+or says which card."""
 _COMMENT = re.compile(r"/\*|\*/")
 _ROW = re.compile(r".*\|\s*$")
 """A row of a table that somebody wrote."""

@@ -30,8 +30,8 @@ GRAMMARS = (
     # RMM, cuDF, cuML: a bare "std::bad_alloc: CUDA error" may be any CUDA error.
     grammar(
         "rmm",
-        "ool size exceeded",
-        r"Maximum pool size exceeded",
+        "ool size exceed",
+        r"Maximum pool size exceeded|Initial pool size exceeds the maximum pool size",
         r"failed to allocate <tried>",
         limit=True,
         distinct=True,

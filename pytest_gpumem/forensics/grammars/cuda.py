@@ -67,6 +67,15 @@ GRAMMARS = (
         r"allocate <tried>",
     ),
     grammar("cuda", "ailed to cudaMalloc", "", r"cudaMalloc <tried>", distinct=True),
+    # Whoever prints the number of the error only, beside the call or its own check.
+    grammar(
+        "cuda",
+        "cudaMalloc|cuMemAlloc|GPUassert: out",
+        r"\bcu(?:da)?(?:Mem)?[Mm]?[Aa]lloc\w*\b[^;]{0,60}\b(?i:error|code|failed|returned)\b\D{0,20}\b2\b(?!\.)"
+        r"|(?i:\berror):? ?2\b\W{0,3}cu(?:da)?(?:Mem)?[Mm]?[Aa]lloc\w*\("
+        r"|\bGPUassert: out of memory",
+        distinct=True,
+    ),
     # What the runtime's manual says of cudaErrorMemoryAllocation, which bindings print.
     grammar("cuda", "unable to allocate enough memory to perform", "", distinct=True),
     # Who says so in words of his own.
@@ -79,7 +88,7 @@ GRAMMARS = (
     grammar(
         "cuda",
         "resource allocation failed",
-        r"(?:CUDA|cuBLAS) error: the resource allocation failed",
+        r"(?i:cuda|cublas)\b.{0,40}: the resource allocation failed",
         distinct=True,
     ),
     # CatBoost.
@@ -89,6 +98,14 @@ GRAMMARS = (
         r"Out of memory\. Requested \d",
         r"Requested <tried>",
         r"Free <free>",
+        distinct=True,
+    ),
+    grammar(
+        "cuda",
+        "insufficient resources|out of GPU resources|NPP_MEMORY_ALL|NvMapMemAlloc",
+        r"(?i:\bcu(?:sparse|blas|solver|dnn|fft)).{0,80}\binsufficient resources"
+        r"|\[GPU\] .{0,40}\bout of GPU resources|\bNPP_MEMORY_ALLOCATION_ERR"
+        r"|\bNvMapMemAlloc\w*: \d+ error 12\b",
         distinct=True,
     ),
     grammar("cuda", "inside the cuDNN", r"Resource allocation failed inside the cuDNN library"),

@@ -64,6 +64,14 @@ GRAMMARS = (
         r"(?:\bCL_)?MEM_OBJECT_ALLOCATION_FAILURE",
         distinct=True,
     ),
+    # Its number.
+    grammar(
+        "opencl",
+        "clCreate|clEnqueue",
+        r"\bcl(?:Create|Enqueue)\w+\W{0,6}(?:(?i:failed|error|returned|code|with)\W{1,3}){0,4}-4\b"
+        r"|(?i:\berror) ?\(?-4\)? .{0,20}\bcl(?:Create|Enqueue)[A-Z]",
+        distinct=True,
+    ),
     grammar(
         "opencl",
         "bytes on device",

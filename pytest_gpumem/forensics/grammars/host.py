@@ -73,10 +73,10 @@ GRAMMARS = (
     ),
     grammar(
         "host",
-        "as a result of limit of|low on resource: memory|System OOM enc|by the OOM killer"
+        "as a result of limit of|low on resource: memory|OOM encountered|by the OOM killer"
         "|avoid running out of memory",
         r"\bTask in \S+ killed as a result of limit of|\blow on resource: memory"
-        r"|System OOM encountered, victim process|killed by the OOM killer"
+        r"|\b(?:System|Cgroup) OOM encountered\b|killed by the OOM killer"
         r"|\bkilling .{0,300} to avoid running out of memory",
         distinct=True,
         kind="kill",
@@ -153,7 +153,9 @@ PROBABLE_KILL = re.compile(
     # gunicorn, time.
     r"| *exitcode +: -9\b.*"
     r"|.{0,200}(?:\(exitcode: -9\)|\breturn code = -9\b|\bSignal 9 \(SIGKILL\) received"
-    r"|\bdied with <Signals\.SIGKILL: 9>|\bprematurely: signal 9 \(SIGKILL\)"
+    r"|\bdied with <Signals\.SIGKILL: 9>|\bsignal: killed\b|\bcode=killed, status=9/KILL\b"
+    r"|\b(?:died|killed|terminated|ended|exited) (?:with|by|from|due to|on) SIGKILL\b"
+    r"|\bprematurely: signal 9 \(SIGKILL\)"
     r"|\bexit codes of the workers are \{.{0,80}SIGKILL\(-9\)|\bwas killed by signal 9\b"
     r"|\b(?:died|killed|terminated|ended|exited)\b.{0,30}\bsignal:? (?:9\b|(?:SIG)?KILL\b)"
     r"|\bprocess \d+ terminated with signal SIGKILL|\bWorker \(pid:\d+\) was sent SIGKILL!"

@@ -18,6 +18,20 @@ GRAMMARS = (
         r"ailed to allocate <tried>",
         distinct=True,
     ),
+    grammar(
+        "host",
+        "bytes exhausted (tried",
+        r"Allowed memory size of \d+ bytes exhausted \(tried",
+        r"tried to allocate <tried>",
+        distinct=True,
+    ),
+    grammar(
+        "host",
+        "exceeded: would use",
+        r"Memory limit \(.{1,40}\) exceeded: would use",
+        r"chunk of <tried>",
+        distinct=True,
+    ),
     grammar("host", "runtime: out of memory", r"\bruntime: out of memory", distinct=True),
     grammar(
         "host",
