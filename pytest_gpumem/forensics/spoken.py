@@ -11,8 +11,9 @@ import re
 AROUND = 400
 """How far from a message what is said of it stands."""
 _CLOSE = 200
-TELLING = 2
-"""Figures that make a card's state: who quotes a message for its words gives a size at most."""
+TELLING = 3
+"""Figures that make a card's state (tried, total, free): who quotes a message for its words gives
+fewer."""
 ENDS = re.compile(
     r"but unallocated\b|reserved in total by PyTorch\)|cached\)|unoccupied cached memory"
 )
