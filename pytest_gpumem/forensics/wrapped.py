@@ -97,15 +97,18 @@ def _begun_above(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
     if above is None or not (above.body.endswith(":") or len(above.body) >= _NARROW):
         return None
     whole = messages.parse(f"{above.body} {body}", raised=raised)
-    begun = whole is not None and whole.figures and whole.start < len(above.body)
-    return whole if begun else None
+    if whole is None or not whole.figures or whole.start >= len(above.body):
+        return None
+    # What the line above says alone is a message of its own.
+    alone = messages.parse(above.body, raised=raised)
+    return None if alone is not None and alone.figures == whole.figures else whole
 
 
 def _goes_on(line: Line, body: str) -> bool:
     """Tell whether a line that says nothing alone may be the first of a message that was cut."""
     if line.reach > line.end or _UNENDED.match(body):
         return True
-    return len(body) >= _NARROW and bool(grammars.speaking(body))
+    return len(line.raw) >= _NARROW and bool(grammars.speaking(body))
 
 
 def _escaped(body: str, *, raised: bool) -> Message | None:

@@ -152,7 +152,8 @@ PROBABLE_KILL = re.compile(
     # torchrun, torch's and Python's own multiprocessing, subprocess, joblib, Celery, Dask,
     # gunicorn, time.
     r"| *exitcode +: -9\b.*"
-    r"|.{0,200}(?:\(exitcode: -9\)|\breturn code = -9\b|\bSignal 9 \(SIGKILL\) received"
+    r"|.{0,200}(?:\(exitcode: -9\)|\b(?:exit|return)[_ ]?code ?[=:] ?-9\b"
+    r"|\bSignal 9 \(SIGKILL\) received"
     r"|\bdied with <Signals\.SIGKILL: 9>|\bsignal: killed\b|\bcode=killed, status=9/KILL\b"
     r"|\b(?:died|killed|terminated|ended|exited) (?:with|by|from|due to|on) SIGKILL\b"
     r"|\bprematurely: signal 9 \(SIGKILL\)"
