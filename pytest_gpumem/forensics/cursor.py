@@ -27,6 +27,8 @@ class Cursor:
         """Whether the lines are what the failing test printed."""
         self.fault = ""
         """What ended a process since the last worker went down."""
+        self.width = 0
+        """Of pytest's banners, where one was read."""
         self.carrier: re.Pattern[str] | None = None
         """What stands before each line, where a banner has shown it."""
 

@@ -53,6 +53,7 @@ _NOT_MEMORY = re.compile(
 _FAILED = re.compile(r"(?i:error|exception)\b")
 """How a record of the lowest levels begins that tells of a failure nevertheless."""
 _TEXT = re.compile(r"[-+]?\s*\"[^\"]*\",?")
+_PID = re.compile(r"\bpid[ :=]{1,2}(\d{1,10})\b")
 _KILLED = re.compile(r"KILL|[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
 _FAULT = re.compile(
     r"Fatal Python error: (?P<fatal>Segmentation fault|Illegal instruction|Bus error"
@@ -167,7 +168,8 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
         return False
     if _of_another(at, line):
         return False
-    pid = match["pid"] if "pid" in match.groupdict() else None
+    found = _PID.search(body)
+    pid = match.groupdict().get("pid") or (found[1] if found else None)
     at.run.kills.append(Kill(line.number, None, int(pid) if pid else None))
     return True
 

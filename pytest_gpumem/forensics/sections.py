@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pytest_gpumem.forensics.lines import Line, Text
 
 _BANNER = re.compile(r"={2,} (.+?) ={2,}$|=+ (.*\bin \d.*?) =+$")
+_TITLE = re.compile(
+    r"test session starts|FAILURES$|ERRORS$|short test summary info$|PASSES$|X(?:FAILURES|PASSES)$"
+    r"|warnings summary|slowest |rerun test summary|no tests (?:ran|collected)"
+)
 _RULE = re.compile(r"_+ (.+?) _+$")
 _CAPTURED = re.compile(r"-+ ?Captured (?:std\w+|log)\b")
 _WORKER_LINE = re.compile(r"\[(gw\d+)\] \w+ -- Python ")
@@ -61,6 +65,8 @@ def read_banner(at: Cursor, line: Line, text: Text) -> bool:
     if match is None:
         return False
     title = match[1] or match[2]
+    if not _of_pytest(at, body, title):
+        return False
     at.failure, at.captured = None, False
     if title.startswith("test session starts"):
         if at.run.pytest or at.run.loose or at.run.kills:
@@ -76,6 +82,14 @@ def read_banner(at: Cursor, line: Line, text: Text) -> bool:
         # PASSES, XFAILURES, warnings, slowest durations, our own section ...
         at.section = "other"
     return True
+
+
+def _of_pytest(at: Cursor, body: str, title: str) -> bool:
+    """Tell whether a banner is pytest's: tests and programs print some, too, of other widths."""
+    if _TITLE.match(title) or (_TOOK.search(title) and _TALLY.search(title)):
+        at.width = len(body)
+        return True
+    return at.run.pytest and not at.run.ended and at.width in {0, len(body)}
 
 
 def _prologue(at: Cursor, body: str) -> bool:

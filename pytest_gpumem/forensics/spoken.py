@@ -136,6 +136,8 @@ _MENTIONED = re.compile(
     r"|saw|gives?|gave)(?: (?:an?|the|me|us|this))?(?: (?:error|message))? $"
 )
 """What stands before a quotation in somebody's sentence."""
+_ITALIC = re.compile(r"(?:^|.*\s)([_*]{1,3})(?=\w)[^_*]*\0[^_*]*\1 \w")
+"""Words set off in a sentence that goes on."""
 _PLACE = re.compile(r"\.(?:c|cc|cpp|cu|cuh|h|hpp|py|rs)\W{1,3}(?:line )?\d")
 """Where in a program it was: nobody but the program says that."""
 _GOES_ON = re.compile(r"[.,;)]| (?:[a-z]|\| )")
@@ -245,6 +247,8 @@ def _quoted(head: str, tail: str, figures: int) -> bool:
     head, tail = head.replace("``", "`"), tail.replace("``", "`")
     said, mark, _ = head.rpartition('"')
     if mark and head.count('"') % 2 and _MENTIONED.search(said):
+        return True
+    if _ITALIC.match(f"{head}\0{tail[:_CLOSE]}"):
         return True
     before = head.rpartition("`")[0]
     if "`" not in head or before.count("`") % 2 or tail.count("`") % 2 == 0:

@@ -6,6 +6,8 @@ _OUT = r"[Oo]ut\s+of\s+memory"
 _CARDS = ("GPU", "gpu", "CUDA", "device", "video", "VRAM")
 
 GRAMMARS = (
+    # A frame of Julia's trace, where its words were lost.
+    grammar("cuda", "CUDA.OutOfGPUMemoryError(", r"\] CUDA\.OutOfGPUMemoryError\(", distinct=True),
     # NCCL, Numba, Julia, Warp, Blender, faiss, XGBoost.
     grammar(
         "nccl",

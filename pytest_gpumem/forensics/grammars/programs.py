@@ -40,7 +40,13 @@ GRAMMARS = (
         r"allocation of <tried>",
         distinct=True,
     ),
-    grammar("host", "annot allocate vector", r"cannot allocate vector of size", distinct=True),
+    grammar(
+        "host",
+        "annot allocate vector|vector memory limit of",
+        r"cannot allocate vector of size|\bvector memory limit of [\d.]+ ?[KMGT]b reached",
+        r"vector of size <tried>",
+        distinct=True,
+    ),
     grammar(
         "host",
         "out of memory allocating|LLVM ERROR: out of|rror : out of memory|Memory allocation fail",
