@@ -48,7 +48,7 @@ _NOT_MEMORY = re.compile(
     r"|(?:^|[$#;&] ?)(?:sudo )?p?kill(?:all)? -(?:9|(?:SIG)?KILL)\b"
     r"|\bWORKER TIMEOUT\b|(?i:timeout: sending signal|\btimed out after \d"
     r"|\bexceeded the (?:maximum |allowed )?(?:execution |job |run )?time"
-    r"|\btimeout\b.{0,40}\bkill|\bkill\w*\b.{0,60}\btime(?:d )?[ -]?out\b)"
+    r"|\btime(?:d )?[ -]?out\b.{0,40}\bkill|\bkill\w*\b.{0,60}\btime(?:d )?[ -]?out\b)"
 )
 _FAILED = re.compile(r"(?i:error|exception)\b")
 """How a record of the lowest levels begins that tells of a failure nevertheless."""

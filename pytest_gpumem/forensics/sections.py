@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _BANNER = re.compile(r"={2,} (.+?) ={2,}$|=+ (.*\bin \d.*?) =+$")
 _TITLE = re.compile(
     r"test session starts|FAILURES$|ERRORS$|short test summary info$|PASSES$|X(?:FAILURES|PASSES)$"
-    r"|warnings summary|slowest |rerun test summary|no tests (?:ran|collected)"
+    r"|warnings summary|slowest |rerun test summary|no tests (?:ran|collected)|GPU memory$"
+    r"|(?:tests )?coverage"
 )
 _RULE = re.compile(r"_+ (.+?) _+$")
 _CAPTURED = re.compile(r"-+ ?Captured (?:std\w+|log)\b")
