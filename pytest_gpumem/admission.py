@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
 _MOST_SUMS = 512

@@ -14,10 +14,11 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem import devices
 from pytest_gpumem.errors import ArchiveError, InUseError, StateRefusedError
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ import struct
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices import family
 from pytest_gpumem.devices.processes import command
 from pytest_gpumem.slots import WORD, Slots, pid_namespace
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

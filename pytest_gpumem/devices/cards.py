@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.devices import nvml, torch_private, torch_state
 from pytest_gpumem.devices.notebook import note_failure
@@ -16,6 +16,7 @@ from pytest_gpumem.devices.visibility import (
     visible_uuids,
 )
 from pytest_gpumem.records import Card
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

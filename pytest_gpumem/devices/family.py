@@ -14,7 +14,8 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+
+from pytest_gpumem.tuples import NamedTuple
 
 VARIABLE = "GPUMEM_FAMILY"
 """Says who started a process: a line for each run around it, the outermost first. A line is the

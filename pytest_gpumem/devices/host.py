@@ -10,7 +10,9 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pytest_gpumem.devices.notebook import note
 from pytest_gpumem.devices.visibility import Board, Slice
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable

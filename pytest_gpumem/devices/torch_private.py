@@ -60,7 +60,7 @@ class unnoticed:  # noqa: N801  # reads as a statement: with unnoticed(): ...
         _unnoticed.depth -= 1
 
 
-def watch_peaks(callback: Callable[[], None]) -> Callable[[], None]:
+def watch_peaks(callback: Callable[[], object]) -> Callable[[], None]:
     """Share the peak statistics with the suite, so that neither spoils the other's; return undo.
 
     ``callback`` is called right before anybody else resets them, so that a peak can be noted
@@ -88,7 +88,7 @@ _Peaks = dict[tuple[str, str], int]
 
 
 def _watch_reset(
-    name: str, read: Any, callback: Callable[[], None], kept: dict[int, _Peaks]
+    name: str, read: Any, callback: Callable[[], object], kept: dict[int, _Peaks]
 ) -> Callable[[], None]:
     def before(index: int) -> None:
         if getattr(_unnoticed, "depth", 0):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices import nvml
 from pytest_gpumem.devices.allocator import allocators
 from pytest_gpumem.devices.cards import driver_reading, find_cards
 from pytest_gpumem.devices.nvml import NoDriverError
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -10,7 +10,9 @@ compute instance only, and beside it no other card.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import NamedTuple
 
 from pytest_gpumem.admission import Claim
+from pytest_gpumem.tuples import NamedTuple
 
 HELD, WAITING, RESIDENT, SPARE, LASTING = "h", "w", "r", "s", "l"
 KEPT = RESIDENT, SPARE

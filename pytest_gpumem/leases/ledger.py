@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.files import own_directory, read_own
@@ -23,6 +22,7 @@ from pytest_gpumem.leases.entries import Entry, claim_in, entry_named, entry_of
 from pytest_gpumem.leases.locks import FileLock, LockBusyError, prepare
 from pytest_gpumem.leases.page import Page
 from pytest_gpumem.leases.place import is_plain, make_own, run_directory, unusable
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import printable
 
 _LABEL = 500

@@ -12,11 +12,12 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.files import own_directory, read_own
 from pytest_gpumem.leases.locks import FileLock, is_held
 from pytest_gpumem.leases.place import is_plain, make_own, unusable
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from typing_extensions import Self

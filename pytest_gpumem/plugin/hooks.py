@@ -142,6 +142,7 @@ def _measure(config: pytest.Config) -> None:
         config.pluginmanager.register(peaks, Peaks.NAME)
     if scopes.wanted(config):
         judging = scopes.Judging(measuring.tracker.scopes.begin, measuring.end_scope)
+        measuring.judging = judging
         scopes.register(config.pluginmanager, judging)
 
 

@@ -225,6 +225,10 @@ class Leases:
 
     def give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
+        here = None if self._tracker is None else self._tracker.children
+        began = self._lease or self._ever_kept or devices.allocators() or (here and here.met)
+        if not began and registered() is None:
+            return  # as after each test of many suites: this process keeps nothing
         self._spare()
         self._tell_kept()
         if self._lease is not None:
@@ -247,9 +251,10 @@ class Leases:
     def _tell_kept(self) -> dict[str, int]:
         """Tell others what the process keeps on each card; return it."""
         held = self._kept()
+        spare = not self._stuck and registered() is not None
         try:
             for uuid, resident in () if self._without else held.items():
-                self._open().set_resident(uuid, resident, spare=self._can_spare())
+                self._open().set_resident(uuid, resident, spare=spare)
         except LeaseError as error:
             self._do_without(error)
         return held
@@ -263,16 +268,12 @@ class Leases:
         if self._tracker is not None and self._tracker.children is not None:
             for uuid, size in self._tracker.children.living().items():
                 found[uuid] = found.get(uuid, 0) + size
-        if found:
-            self._ever_kept.update(found)
+        self._ever_kept.update(found)
         return {uuid: found.get(uuid, 0) for uuid in self._ever_kept} if self._ever_kept else {}
 
     def _standing(self) -> Mapping[str, Mapping[str, int]]:
         """Return by card what wider fixtures hold, and what they started, by their identity."""
         return {} if self._tracker is None else self._tracker.standing()
-
-    def _can_spare(self) -> bool:
-        return not self._stuck and registered() is not None
 
     def _spare(self) -> bool:
         """Consolidate what is registered if another process waits for its room; return whether."""

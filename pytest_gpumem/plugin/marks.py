@@ -7,8 +7,9 @@ is found at collection and not in the middle of a run.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import parse_bytes
 
 if TYPE_CHECKING:

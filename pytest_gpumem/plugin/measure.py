@@ -107,6 +107,9 @@ class Measuring:
         self.noting: Callable[[pytest.Item, pytest.CallInfo[Any]], None] = lambda _item, _call: None
         """Called with each phase that failed and with each set-up, before its report is made: a
         hook more would cost every test that passes."""
+        self.judging: scopes.Judging | None = None
+        """Judges what is left by modules and the run, where that is wanted. Told from here: a
+        wrapper of each set-up would cost every test."""
         self._late: list[tuple[str, Any, Any, Any, dict[str, int]]] = []
 
     def pytest_unconfigure(self) -> None:
@@ -133,6 +136,9 @@ class Measuring:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin before any fixture of the test is set up."""
+        judging = self.judging
+        if judging is not None and judging.last is not item.parent:
+            judging.ask(item)
         self._monitors.look(item.nodeid)
         self._marks = marked = marks_of(item)
         self.beginning(item, marked)
@@ -146,6 +152,8 @@ class Measuring:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """Keep what ended a phase until the test is over, and hand its numbers to the report."""
         when = call.when
+        if when == "setup" and self.judging is not None:
+            self.judging.asked(item, set_up=call.excinfo is None)
         if call.excinfo is not None:
             self.noting(item, call)
             if when != "teardown" and self._item is not None:  # gpumem_off
@@ -185,18 +193,20 @@ class Measuring:
             self._note(error)
             self._end(item)
             raise
-        cards = self._end(item)
+        usage = self._end(item)
+        if usage is NOTHING_USED:  # as most tests
+            return result
         limit = _limit(self._marks.vram_leak_limit, self._settings.vram_leak_limit)
         if limit is not None:
-            leaked = [(card, card.leaked) for card in cards]
+            leaked = [(card, card.leaked) for card in usage.cards]
             _enforce(item, "teardown", "allowed to leak {}, leaked {}", limit, leaked)
-            _enforce_of_fixtures(item.stash.get(USAGE, Usage()), limit)
+            _enforce_of_fixtures(usage, limit)
         return result
 
-    def _end(self, item: pytest.Item) -> tuple[records.CardUsage, ...]:
+    def _end(self, item: pytest.Item) -> Usage:
         self._tearing_down = False
         if self._item is None:  # gpumem_off, or its set-up never came to us
-            return ()
+            return NOTHING_USED
         usage = self.tracker.end_test(
             self._errors,
             judge=not (self._pdb and self._errors),
@@ -213,7 +223,7 @@ class Measuring:
         self._errors.clear()
         self._keepers = {}
         self._item = None
-        return usage.cards
+        return usage
 
     # Fixtures
 

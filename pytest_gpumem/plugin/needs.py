@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from pytest_gpumem import admission
 from pytest_gpumem.plugin import marks, retry
 from pytest_gpumem.plugin.state import ItemMarks, State, marks_of
-from pytest_gpumem.scheduling.estimates import to_set_aside
-from pytest_gpumem.scheduling.ram import WORTH_A_LEASE
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -54,6 +52,8 @@ class Needs:
         if self._granted is not None and not step:
             return self._granted()
         need = self._of_cards(item, marked, step) if self._state.found.cards else None
+        if marked.ram is None and not self._settings.ram:
+            return need
         if ram := self._of_main_memory(item, marked):
             from pytest_gpumem.leases.ask import Need
 
@@ -61,6 +61,9 @@ class Needs:
         return need
 
     def _of_main_memory(self, item: pytest.Item, marked: ItemMarks) -> int:
+        from pytest_gpumem.scheduling.estimates import to_set_aside
+        from pytest_gpumem.scheduling.ram import WORTH_A_LEASE
+
         size = marked.ram or 0
         if self._settings.ram:
             size = to_set_aside(marked.ram, self._history.expect(item.nodeid))
@@ -76,14 +79,16 @@ class Needs:
             return Need(None, asked.cards)
         expected = self._history.expect(item.nodeid, asked.vram)
         self.expected = expected if asked.vram is None else None
-        return _need_of(expected, marked.need, self._settings)
+        known = expected.peak is not None or expected.gpu or marked.need is not None
+        if not known and (expected.source != "guess" or "torch" not in sys.modules):
+            return None
+        return _need_of(expected, marked.need, self._settings, known=known)
 
 
-def _need_of(expected: Expectation, mark: marks.Need | None, settings: Settings) -> Need | None:
-    """Return what to grant a test of which this is known, None for one that uses no card."""
-    known = expected.peak is not None or expected.gpu or mark is not None
-    if not known and (expected.source != "guess" or "torch" not in sys.modules):
-        return None
+def _need_of(
+    expected: Expectation, mark: marks.Need | None, settings: Settings, *, known: bool
+) -> Need:
+    """Return what to grant a test of which this is known, or which may use a card."""
     from pytest_gpumem.leases.ask import SOMETHING, Need  # many runs never ask for a lease
 
     asked = mark or ANY

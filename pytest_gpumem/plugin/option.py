@@ -6,8 +6,9 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:

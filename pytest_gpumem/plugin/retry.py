@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pytest_gpumem.tuples import NamedTuple
 
 ALONE, RELEASED, FRESH, CPU = "alone", "released", "fresh", "cpu"
 """Steps, see ``RecordedTest.step``: with the card to itself, once models were archived, in a fresh

@@ -16,7 +16,7 @@ import pytest
 from pytest_gpumem.tracking.accounts import Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
 
 NAMES = ("gpumem_module", "gpumem_session")
 _SHOWS_PLANS = ("setuponly", "setupplan", "setupshow", "show_fixtures_per_test")
@@ -29,7 +29,11 @@ def wanted(config: pytest.Config) -> bool:
 
 
 class Judging:
-    """Has the first test of each scope ask for its fixture."""
+    """Has the first test of each scope ask for its fixture; told by who measures.
+
+    If each test named them, as it does with autouse fixtures, pytest would look them up for each:
+    80 us a test.
+    """
 
     NAME = "gpumem-judging"
 
@@ -37,33 +41,30 @@ class Judging:
         self._begin, self._end = begin, end
         self._asked: set[pytest.Collector | None] = set()
         """The modules, and the session, whose fixture stands, or was asked for in vain."""
-        self._last: pytest.Collector | None = None
+        self.last: pytest.Collector | None = None
         """A collector all of whose tests have nothing to ask for: that of the last test."""
+        self._asking: list[str] | None = None
+        """What the test that is set up asks for in their name."""
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Let the first test of a module, and of the run, ask for the fixture of that scope.
-
-        If each test named them, as it does with autouse fixtures, pytest would look them up for
-        each: 80 us a test.
-        """
+    def ask(self, item: pytest.Item) -> None:
+        """Let the first test of a module, and of the run, ask for the fixture of that scope."""
         names: list[str] | None = getattr(item, "fixturenames", None)
-        if item.parent is self._last or names is None:
-            return (yield)
-        module = item.getparent(pytest.Module)
-        nodes: dict[str, pytest.Collector | None]
-        nodes = {"gpumem_session": item.session, "gpumem_module": module}
-        new = [name for name, node in nodes.items() if node is not None and node not in self._asked]
-        names[:0] = new
-        try:
-            result = yield
-            self._asked.update(nodes.values())
-            self._last = item.parent
-            return result
-        finally:
-            # Parametrised tests share the list.
-            for name in new:
-                names.remove(name)
+        if names is not None:
+            stands = {None, *self._asked}
+            self._asking = [name for name, node in _nodes(item).items() if node not in stands]
+            names[:0] = self._asking
+
+    def asked(self, item: pytest.Item, *, set_up: bool) -> None:
+        """Take back what the test asked for, whose set-up is over."""
+        if self._asking is None:
+            return
+        names: list[str] = getattr(item, "fixturenames", [])
+        for name in self._asking:  # parametrised tests share the list
+            names.remove(name)
+        self._asking = None
+        if set_up:
+            self._asked.update(_nodes(item).values())
+            self.last = item.parent
 
     def around(self, request: pytest.FixtureRequest, scope: Scope) -> Iterator[None]:
         """Judge what is left when all that was set up after this is gone."""
@@ -71,8 +72,12 @@ class Judging:
         self._asked.add(request.node)
         yield
         self._asked.discard(request.node)
-        self._last = None
+        self.last = None
         self._end(scope)
+
+
+def _nodes(item: pytest.Item) -> dict[str, pytest.Collector | None]:
+    return {"gpumem_session": item.session, "gpumem_module": item.getparent(pytest.Module)}
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ attempt tells of that attempt alone.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.records.plain import from_plain, to_plain
 from pytest_gpumem.records.run import (
@@ -23,6 +23,7 @@ from pytest_gpumem.records.run import (
     Route,
     ScopeUsage,
 )
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

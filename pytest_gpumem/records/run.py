@@ -7,8 +7,8 @@ Every size is in bytes, every duration in seconds. The JSON form is described in
 # Annotations are no text here: typing would compile that of each field at every run's start.
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
 SCHEMA = 1

@@ -9,11 +9,12 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem import devices
 from pytest_gpumem.devices import host
 from pytest_gpumem.scheduling.ram import run_time
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:

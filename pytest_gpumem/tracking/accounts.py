@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.records import CardUsage, ChildUsage, FixtureUsage, Left, ScopeUsage
 from pytest_gpumem.tracking.verdict import Verdict, Verdicts
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections import Counter

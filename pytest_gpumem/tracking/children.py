@@ -87,6 +87,7 @@ class Children:
         """Know of no children any more."""
         with self._lock:
             self.starters.close()
+            self._offspring.close()
 
     # Looking
 
@@ -198,9 +199,8 @@ class Children:
         return child
 
     def _note_ends(self) -> None:
-        for child in self._children:
-            if child.gone:
-                child.end()
+        for child in [each for each in self._children if each.gone]:
+            child.end()
 
     # What it comes to
 

@@ -49,6 +49,7 @@ class LeftBehind:
 
     def settle(self) -> tuple[Left, ...]:
         """Return what the test that ends changed and left, put back where that is wanted."""
+        self.look(by_test=True)  # its fixtures' teardowns are over
         if not self._before:
             return ()
         # What is put back is read again.

@@ -152,11 +152,11 @@ class Meters:
         held = sum(meter.last.allocated for meter in self if meter.card.uuid == uuid)
         return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
 
-    def boundary(self) -> None:
-        """Charge what changed since the last boundary."""
+    def boundary(self) -> bool:
+        """Charge what changed since the last boundary; return whether any allocator is in use."""
         active = devices.allocators()
         if not active or self._reading:
-            return
+            return bool(active)
         self._reading = True
         moved: list[tuple[_Part, AllocatorReading]] = []
         try:
@@ -173,6 +173,7 @@ class Meters:
                 self._take(moved)
         finally:
             self._reading = False
+        return True
 
     def watch_peaks(self) -> None:
         """Make a peak reset by a test end a stretch of time, as any other boundary does."""

@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from pytest_gpumem.devices.book import Book
 
 
+_forks = 0
+"""How often this process was forked off another one that ran tests: asked for with each test."""
+
+
+def _count_fork() -> None:
+    global _forks  # noqa: PLW0603  # of this process
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
 class Starters:
     """The tests and wider fixtures of this process.
 
@@ -33,7 +45,7 @@ class Starters:
         self._make_book = make_book
         self.book = make_book()
         self._place = str(self.book.path)
-        self._pid = os.getpid()
+        self._forks = _forks
         self._inherited = os.environ.get(family.VARIABLE)
         self._outer = f"{self._inherited}\n" if self._inherited else ""
         self.names = ["outside of tests"]
@@ -51,17 +63,17 @@ class Starters:
 
     def begin_anew(self) -> bool:
         """Keep a book of its own in a forked child; return whether this is one."""
-        if os.getpid() == self._pid:
+        if self._forks == _forks:
             return False
-        self._pid, self.book = os.getpid(), self._make_book()
+        self._forks, self.book = _forks, self._make_book()
         self._place = str(self.book.path)
         self._since, self._who = array("d"), array("q")
         return True
 
     def enter(self, name: str) -> int:
         """Let one run that was not known yet; return its number."""
+        number = len(self.names)
         self.names.append(name)
-        number = len(self.names) - 1
         self.resume(number)
         return number
 

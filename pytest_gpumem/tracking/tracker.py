@@ -117,15 +117,15 @@ class Tracker:
         if "torch" in sys.modules:
             # Before the card is in use: the first test that uses it may reset its peak as well.
             self.meters.watch_peaks()
-        self.boundary()
+        in_use = self.boundary()
         # Taken at import or between tests: not to be laid at a later test's door.
-        if self._unaccounted:
+        if in_use and self._unaccounted:
             self._remember()
         self._left.look(by_test=False)
         test = self._turns.begin_test(nodeid)
         if self.children is not None:
             test.number = self.children.enter(nodeid)
-        for meter in self.meters:
+        for meter in self.meters if in_use else ():
             test.baselines[meter.card.uuid] = meter.last.allocated
             test.reserved_before[meter.card.uuid] = meter.last.reserved
         if self.recordings.wanted:
@@ -185,7 +185,8 @@ class Tracker:
         stirred = here is not None and here.stirred()
         engines = here is not None and here.known
         # As after most tests nothing is to be judged.
-        if errors or stirred or engines or self._unaccounted or not self._turns.quiet:
+        moved = self.meters.changed + self._tensors.freed
+        if errors or stirred or engines or moved or not self._turns.quiet:
             passing: Mapping[int, str] = {}
             if self._anything_stayed():
                 passing = let_go()
@@ -193,7 +194,6 @@ class Tracker:
             self._leave_teardowns()
             verdicts = self._second_look(test, errors, keepers or {}, passing) if judge else {}
             used = self._settle(test, verdicts, fixtures, stirred=stirred)
-        self._left.look(by_test=True)  # its fixtures' teardowns are over
         left = self._left.settle()
         self._turns.end_test()
         scopes = self.scopes.report() if self.scopes.told else ()

@@ -7,9 +7,10 @@ import sys
 import weakref
 from collections import Counter, deque
 from types import FrameType, FunctionType, GeneratorType, ModuleType
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from pytest_gpumem import devices
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:

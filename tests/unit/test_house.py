@@ -9,7 +9,17 @@ import pytest_gpumem
 
 ROOT = Path(pytest_gpumem.__file__).parent
 FLOORS = (
-    {"units", "errors", "records", "files", "admission", "slots", "on_import", "simulator"},
+    {
+        "units",
+        "tuples",
+        "errors",
+        "records",
+        "files",
+        "admission",
+        "slots",
+        "on_import",
+        "simulator",
+    },
     {"devices", "forensics"},
     {"tracking", "scheduling", "leases", "archive", "reports"},
     {"routing"},
