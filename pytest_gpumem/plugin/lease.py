@@ -66,6 +66,8 @@ class Leases:
         """The fixtures whose set-up took leases, by the lease."""
         self._ever_kept: set[str] = set()
         """The cards of which something was kept."""
+        self._told = 0
+        """Since when that is kept which was told last, by the tracker; -1 where it may change."""
         self._step = ""
         """The step that is being taken with the test, see ``retry``."""
         self._apart = False
@@ -225,12 +227,12 @@ class Leases:
 
     def give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
-        here = None if self._tracker is None else self._tracker.children
-        began = self._lease or self._ever_kept or devices.allocators() or (here and here.met)
-        if not began and registered() is None:
-            return  # as after each test of many suites: this process keeps nothing
+        since = -1 if self._tracker is None else self._tracker.kept_since()
+        if self._lease is None and 0 <= since == self._told and registered() is None:
+            return  # as after most tests: that was told before
         self._spare()
         self._tell_kept()
+        self._told = -1 if registered() is not None else since
         if self._lease is not None:
             try:
                 self._lease.release()
@@ -314,11 +316,7 @@ class Leases:
             context = 0 if self._is_scheduled else self._settings.context_cost
             return want_of(need, Place(card.total - kept, self._settings.headroom, context))
         place = Place(
-            card.total,
-            self._settings.headroom,
-            self._settings.context_cost,
-            kept,
-            standing,
+            card.total, self._settings.headroom, self._settings.context_cost, kept, standing
         )
         return want_of(need, place)
 

@@ -129,6 +129,8 @@ class Meters:
         """By UUID."""
         self.changed = 0
         """Net bytes, over all cards, since this was set to 0."""
+        self.moves = 0
+        """How often anything changed at a boundary."""
         self._reading = False
         self._unwatch: Callable[[], None] | None = None
 
@@ -198,6 +200,7 @@ class Meters:
 
     def _take(self, moved: list[tuple[_Part, AllocatorReading]]) -> None:
         """Charge what the parts of cards that moved did together, card by card."""
+        self.moves += 1
         for part, now in moved:
             part.last = now
         for meter in dict.fromkeys(part.meter for part, _ in moved):

@@ -77,6 +77,10 @@ class Tracker:
                     sizes.setdefault(uuid, Counter())[fixture.identity] += size
         return sizes
 
+    def kept_since(self) -> int:
+        """Return what stays the same while this process keeps what it keeps; -1: unknown."""
+        return -1 if self.children is not None and self.children.met else self.meters.moves
+
     def child_oom(self) -> str:
         """Return in one sentence which child of the running test ran out of memory, or ""."""
         return "" if self.children is None else self.children.oom()
