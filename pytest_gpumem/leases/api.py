@@ -18,11 +18,13 @@ from pytest_gpumem.leases.store import Lease, LeaseStore
 from pytest_gpumem.units import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.records import Card
 
 _stores: list[LeaseStore] = []
+observers: list[Callable[[str, int], None]] = []
+"""Told of each lease that ``gpu_lease`` is about to ask for: the card's UUID, bytes."""
 
 
 @contextmanager
@@ -52,6 +54,8 @@ def gpu_lease(
 
     want = Want(_bytes(vram), exclusive)
     card, leases = _card(device), store()
+    for tell in observers:
+        tell(card.uuid, card.total if exclusive else _bytes(vram))
     with telling.Waiting(f"gpu_lease of {_label()}", leases.ancestors) as waiting:
         lease = leases.acquire(
             {card.uuid: want}, {card.uuid: card.total}, _label(), timeout, waiting.note

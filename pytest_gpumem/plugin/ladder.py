@@ -200,14 +200,16 @@ class Ladder:
 
         Which a test may have asked for as late as it ran.
         """
-        before = self.leases.held_here()
+        before, standing = self.leases.held_here(), self.leases.standing
+        around, standing.setting_up = standing.setting_up, fixturedef
         try:
             return (yield)
         except BaseException:
             self.spoiled |= fixturedef.scope != "function"
             raise
         finally:
-            self.leases.note_fixture(fixturedef.argname, before)
+            standing.setting_up = around
+            self.leases.note_fixture(fixturedef, before)
 
     def note(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """Let the report of a test that ran out of memory say so, before it is made.
@@ -216,6 +218,7 @@ class Ladder:
         """
         if call.when == "setup":
             self.uncount(call)
+            self.leases.standing.test_begins(self.leases.keep)
         if call.excinfo is None:
             return
         self.watch_reports()

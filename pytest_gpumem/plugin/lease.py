@@ -13,12 +13,14 @@ from pytest_gpumem.leases import telling
 from pytest_gpumem.leases.ledger import own_ledger
 from pytest_gpumem.plugin import wide_fixtures
 from pytest_gpumem.plugin.needs import Needs, too_large
+from pytest_gpumem.plugin.standing import Standing, with_leases
 from pytest_gpumem.plugin.state import GRANT, ItemMarks, State, marks_of
 from pytest_gpumem.records import Grant
 from pytest_gpumem.scheduling.workers import Holdings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
 
     import pytest
 
@@ -62,8 +64,8 @@ class Leases:
         self._stuck = False
         """Whether what could be consolidated was not when another process wanted its room."""
         self._lease: Lease | None = None
-        self._fixtures: dict[str, str] = {}
-        """The fixtures whose set-up took leases, by the lease."""
+        self.standing = Standing(tracker)
+        """Knows the leases of fixtures."""
         self._ever_kept: set[str] = set()
         """The cards of which something was kept."""
         self._told = 0
@@ -102,12 +104,12 @@ class Leases:
         """Take note of whoever is on the cards now."""
         self.beside = self.beside or any(map(self._is_shared, self._cards))
 
-    def note_fixture(self, fixture: str, before: set[str]) -> None:
+    def note_fixture(self, fixture: pytest.FixtureDef[Any], before: set[str]) -> None:
         """Take note of what ``fixture`` leased since this thread held ``before``."""
-        for lease in self.held_here() - before:
-            if lease not in self._fixtures:  # of another one that it uses
-                self._fixtures[lease] = fixture
-                self.waited += self._open().waited(lease)
+        new = self.held_here() - before
+        for lease in new.difference(self.standing.fixtures):  # by another one that it uses
+            self.waited += self._open().waited(lease)
+        self.standing.set_up(fixture, new)
 
     def take(self, item: pytest.Item, marked: ItemMarks, step: str, *, apart: bool = False) -> str:
         """Take a lease for the test; return why it can have none, "" otherwise.
@@ -142,7 +144,7 @@ class Leases:
         One of a fixture is for the tests that use the fixture, any other is for all of them; and
         what a test runs in this process is within that test's.
         """
-        fixtures = (self._fixtures.get(lease) for lease in self.held_here())
+        fixtures = (self.standing.fixtures.get(lease) for lease in self.held_here())
         names = getattr(item, "fixturenames", ())
         return self._open().has_test() or any(name is None or name in names for name in fixtures)
 
@@ -246,9 +248,12 @@ class Leases:
         With them, as the second of each pair, come the bytes of them that wider fixtures hold, by
         identity.
         """
+        leased = self.standing.leased(self.held_here)
+        self._ever_kept.update(leased)
         held = self._tell_kept()
         standing = self._standing() if held else {}
-        return {uuid: (kept, dict(standing.get(uuid, ()))) for uuid, kept in held.items()}
+        found = {uuid: (kept, dict(standing.get(uuid, ()))) for uuid, kept in held.items()}
+        return with_leases(found, leased) if leased else found
 
     def _tell_kept(self) -> dict[str, int]:
         """Tell others what the process keeps on each card; return it."""

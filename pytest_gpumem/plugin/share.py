@@ -174,6 +174,7 @@ def _in_worker(
 
 
 def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> Ladder:
+    from pytest_gpumem.leases.api import observers
     from pytest_gpumem.leases.ask import Need
     from pytest_gpumem.plugin.worker_exit import Replacing
     from pytest_gpumem.plugin.xdist import worker as xdist_worker
@@ -208,6 +209,7 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
 
     def hello(items: Sequence[pytest.Item]) -> dict[str, Any]:
         worker.ram, told = _hello(state, items)
+        ladder.leases.standing.awaited = told["leasing"]
         return told
 
     worker = xdist_worker.Worker(
@@ -222,6 +224,12 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         ),
     )
     config.pluginmanager.register(worker, "gpumem-worker")
+    standing = ladder.leases.standing
+    standing.tell = lambda fixtures: worker.tell(stand=fixtures)
+    standing.tell_begun = lambda fixture: worker.send(begun=fixture)
+    observers.append(standing.asks)
+    if tracker is not None and tracker.children is not None:
+        tracker.children.seen = standing.look
     return ladder
 
 
@@ -230,10 +238,12 @@ def _hello(
 ) -> tuple[workers.RamUse | None, dict[str, Any]]:
     """Return what a worker says of itself and its tests, and who watches its main memory."""
     settings, in_ram, use = state.settings, _in_ram(items), None
+    *wide, leasing = wide_fixtures(items)
     told: dict[str, Any] = {
         "host": workers.host_name(),
         "needs": _needs(items),
-        "wide": wide_fixtures(items),
+        "wide": tuple(wide),
+        "leasing": leasing,
         "cards": workers.tell_cards(state.found.cards),
         "apart": [index for index, item in enumerate(items) if is_isolated(item, settings.isolate)],
     }

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,11 +29,12 @@ def used_by(item: pytest.Item) -> set[str]:
     return set() if info is None else {identity(each) for each in _wide(info)}
 
 
-def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int]]:
+def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int], list[str]]:
     """Return which fixtures of a wider scope the tests use: every set once, each test's place.
 
-    What a test asks for as late as it runs is not known. pytest's own fixtures, and those that
-    judge scopes, hold nothing that others could wait for.
+    And the identities of those that take a lease. What a test asks for as late as it runs is not
+    known. pytest's own fixtures, and those that judge scopes, hold nothing that others could wait
+    for.
     """
     known: dict[int, list[pytest.FixtureDef[Any]]] = {}
     sets: dict[Told, int] = {}
@@ -46,7 +49,29 @@ def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int]]:
             for each in known[id(info)]
         )
         places.append(sets.setdefault(told, len(sets)))
-    return [*sets], places
+    leasing = {identity(each) for found in known.values() for each in found if _leases(each.func)}
+    return [*sets], places, sorted(leasing)
+
+
+_LEASE = "gpu_lease"
+
+
+def _leases(function: Any) -> bool:
+    """Return whether a fixture takes a lease, by the names in its code or in that of a helper.
+
+    What it hides deeper is known once it asks for one.
+    """
+    own = inspect.unwrap(function)
+    names = getattr(own, "__globals__", {})
+    helpers = [names.get(name) for name in _names(own)]
+    return any(_LEASE in _names(each) for each in (own, *helpers))
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    """Return the names of others that the code of a function, if it is one, has."""
+    own = inspect.unwrap(function) if callable(function) else function
+    code = getattr(own, "__code__", None)
+    return code.co_names if isinstance(code, types.CodeType) else ()
 
 
 _HOLD_NOTHING = ("_pytest.", "pytest_gpumem.plugin.scopes")

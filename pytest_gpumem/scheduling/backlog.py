@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem.scheduling.piles import Pile, Portion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from pytest_gpumem.scheduling.estimates import Estimates, PlannedTest
 
@@ -34,6 +34,61 @@ class Lane(enum.Enum):
     """Alone, and while no test runs that may use the card unexpectedly."""
 
 
+class Followers:
+    """Tests that wait for what another one, the scout of their kind, is about to tell.
+
+    Args:
+        tests: all tests; they are known by their index here.
+
+    """
+
+    def __init__(self, tests: Sequence[PlannedTest]) -> None:
+        self._tests = tests
+        self._scouts: dict[str, int] = {}
+        self._waiting: dict[str, deque[int]] = {}
+        self.work = 0.0
+        """Seconds of those that wait."""
+
+    def __bool__(self) -> bool:
+        return bool(self._scouts)
+
+    def __contains__(self, kind: str) -> bool:
+        return kind in self._scouts
+
+    def scout(self, kind: str) -> int | None:
+        """Return the scout of ``kind``, None if there is none."""
+        return self._scouts.get(kind)
+
+    def send(self, kind: str, test: int) -> None:
+        """Take note that ``test`` is the scout of ``kind``."""
+        self._scouts[kind] = test
+        self._waiting.setdefault(kind, deque())
+
+    def follow(self, kind: str, test: int) -> bool:
+        """Let ``test`` wait for the scout of ``kind``; return False if there is no other test."""
+        if self._scouts.get(kind, test) == test:
+            return False
+        self._waiting[kind].append(test)
+        self.work += self._tests[test].duration
+        return True
+
+    def next(self, kind: str) -> int | None:
+        """Make the first that waits the scout of ``kind``, and return it; None if none waits."""
+        if not self._waiting.get(kind):
+            return None
+        test = self._waiting[kind].popleft()
+        self._scouts[kind] = test
+        self.work -= self._tests[test].duration
+        return test
+
+    def release(self, kind: str) -> deque[int]:
+        """Return the tests that waited for the scout of ``kind``; they wait for none now."""
+        self._scouts.pop(kind, None)
+        released = self._waiting.pop(kind, deque())
+        self.work -= sum(self._tests[test].duration for test in released)
+        return released
+
+
 class Backlog:
     """All tests that wait for a worker; those that a card is kept for are with the card.
 
@@ -49,7 +104,7 @@ class Backlog:
     ) -> None:
         self._tests = tests
         self._seen = seen
-        on_gpu = {test.group for test in tests if test.gpu}
+        on_gpu = {test.group for index, test in enumerate(tests) if seen.on_card(index)}
         # Modules with GPU tests come last: their CPU tests may find the fixtures set up.
         self.cpu = Pile(tests, late, last=on_gpu)
         self.ram = Portion()
@@ -74,20 +129,16 @@ class Backlog:
         self.work = 0.0
         self.area = 0.0
         """Seconds and byte-seconds of the waiting GPU tests that may share a card."""
-        self._followers: dict[str, deque[int]] = {}
-        """By family of unknown peak of which a scout was sent: tests that wait for its peak."""
-        self.followers_work = 0.0
+        self.families = Followers(tests)
+        """By family: tests that wait for the peak of one that runs alone."""
+        self.holders = Followers(tests)
+        """By wide fixture: tests that wait for what it holds, which one of them sets up."""
 
     @property
     def gpu_waits(self) -> bool:
         """Whether a GPU test waits that may run now; those in the last lane wait for the others."""
         lanes = self.alone.tests or self.wide.tests or self.large.tests
         return bool(len(self.shared) or lanes)
-
-    @property
-    def scouting(self) -> bool:
-        """Whether a scout is to run."""
-        return bool(self._followers)
 
     def add(self, test: int, lane: Lane) -> None:
         """Let ``test`` wait in ``lane``."""
@@ -144,37 +195,3 @@ class Backlog:
                 break
             self.large.add(test, self._tests[test].duration)
         self.shared.fill([test for test in tests if need[test] <= room], long)
-
-    # Scouts
-
-    def scouts(self, kin: str) -> None:
-        """Take note that a test was sent ahead whose peak the others of ``kin`` will have."""
-        self._followers.setdefault(kin, deque())
-
-    def has_scout(self, kin: str) -> bool:
-        """Return whether a scout of family ``kin`` was sent."""
-        return kin in self._followers
-
-    def follow(self, test: int, kin: str) -> bool:
-        """Let ``test`` wait for the scout of its family; return False if there is none."""
-        if kin not in self._followers:
-            return False
-        self._followers[kin].append(test)
-        self.followers_work += self._tests[test].duration
-        return True
-
-    def next_scout(self, kin: str) -> bool:
-        """Send the next test of a family whose scout told nothing; return False if none waits."""
-        waiting = self._followers.get(kin)
-        if not waiting:
-            return False
-        test = waiting.popleft()
-        self.followers_work -= self._tests[test].duration
-        self.add(test, Lane.ALONE)
-        return True
-
-    def released(self, kin: str) -> Iterator[int]:
-        """Yield the tests that waited for a scout of family ``kin``; they wait for none now."""
-        for test in self._followers.pop(kin, ()):
-            self.followers_work -= self._tests[test].duration
-            yield test

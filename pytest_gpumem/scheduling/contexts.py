@@ -44,7 +44,7 @@ def _bounds(state: State, card: Card, contexts: int) -> tuple[float, float]:
     room = state.cluster.capacity(card, contexts)
     gpu = pace(gpu=True)
     alone = gpu * backlog.alone.work
-    packed = gpu * (backlog.work + max(0.0, backlog.followers_work))
+    packed = gpu * (backlog.work + max(0.0, backlog.families.work + backlog.holders.work))
     even = (pace(gpu=False) * (backlog.cpu.time + backlog.ram.work) + alone + packed) / workers
     if room <= 0:
         return float("inf"), even
@@ -63,7 +63,7 @@ def may_use(state: State, worker: Worker) -> bool:
     if not holders:
         return True
     # A test of unknown peak runs alone and should find as much room as there can be.
-    if holders >= card.contexts or backlog.scouting:
+    if holders >= card.contexts or backlog.families:
         return False
     large = backlog.large.tests
     tallest = state.seen.whole(large[0]) if large else backlog.tallest

@@ -6,7 +6,7 @@ import bisect
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.scheduling.fixtures import WideFixture, outlives
+from pytest_gpumem.scheduling.fixtures import WideFixture
 from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with_margin
 
 if TYPE_CHECKING:
@@ -125,10 +125,18 @@ class Estimates:
         tests: all tests; they are known by their index here.
         most: bytes that a test can have; no estimate is larger.
         optimistic: guess unknown peaks from those seen so far, and leave less margin.
+        leasing: identities of wide fixtures that take a lease, as their code says.
 
     """
 
-    def __init__(self, tests: Sequence[PlannedTest], *, most: int, optimistic: bool) -> None:
+    def __init__(
+        self,
+        tests: Sequence[PlannedTest],
+        *,
+        most: int,
+        optimistic: bool,
+        leasing: Collection[str] = (),
+    ) -> None:
         self._tests = tests
         self._most = most
         self._optimistic = optimistic
@@ -136,6 +144,10 @@ class Estimates:
         self._family_fixtures: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         """What wide fixtures held at most that were seen to stand, by identity."""
+        self._leasing = set(leasing)
+        """Wide fixtures that take leases, which their tests run within."""
+        self._untold = set(leasing)
+        """Wide fixtures that hold something of a card; nobody knows how much before they stand."""
         self._peaks: list[int] = []
         """Sorted."""
         self._surprising: set[str] = set()
@@ -162,6 +174,8 @@ class Estimates:
             return None
         if planned.peak is not None:
             return planned.peak - self.fixtures(test) if planned.marked else planned.peak
+        if self._leasing and any(each.name in self._leasing for each in planned.wide):
+            return 0
         kin = self._family_peaks.get(family(planned.nodeid))
         if kin is not None:
             margin = MARGIN if self._optimistic else FAMILY_MARGIN
@@ -178,7 +192,8 @@ class Estimates:
         seen = sum(self._sizes.get(each.name, 0) for each in planned.wide)
         if planned.peak is not None:
             return min(max(planned.fixtures, seen), planned.peak)
-        return max(self._family_fixtures.get(family(planned.nodeid), 0), seen)
+        held = max(self._family_fixtures.get(family(planned.nodeid), 0), seen)
+        return min(held, max(0, self._most - planned.apart - (self._need(test) or 0)))
 
     def whole(self, test: int) -> int:
         """Return the bytes for ``test`` in a process that keeps nothing but its context."""
@@ -189,14 +204,23 @@ class Estimates:
         return self._tests[test].gpu or test in self.ooms or self.surprises(test)
 
     def surprises(self, test: int) -> bool:
-        """Return whether ``test`` turned out to use a card, by its family or by its fixtures."""
-        planned, found = self._tests[test], self._surprising
-        if not found or family(planned.nodeid) in found:
-            return bool(found)
-        return not planned.seen and any(
-            each.name in self._sizes and (planned.group in found or outlives(each, planned))
-            for each in planned.wide
-        )
+        """Return whether ``test`` uses a card, by its family or by its fixtures."""
+        planned = self._tests[test]
+        if self._surprising and family(planned.nodeid) in self._surprising:
+            return True
+        return not planned.seen and any(self._on_card(each.name) for each in planned.wide)
+
+    def _on_card(self, fixture: str) -> bool:
+        """Return whether a wide fixture holds something of a card."""
+        return self._sizes.get(fixture, 0) > 0 or fixture in self._untold
+
+    def untold(self, test: int) -> str:
+        """Return the fixture of ``test`` that has to stand before its need is known; "" if none."""
+        planned = self._tests[test]
+        known = not self._untold or planned.peak is not None or test in self.ooms
+        if known or not self.on_card(test):
+            return ""
+        return next((each.name for each in planned.wide if each.name in self._untold), "")
 
     def suspect(self, test: int) -> bool:
         """Return whether all that is known of ``test`` is that others of its module use a card."""
@@ -218,7 +242,7 @@ class Estimates:
         """Take note that ``test`` used a card, and expect the same of its relatives."""
         planned = self._tests[test]
         kin = family(planned.nodeid)
-        if not planned.gpu and (peak != 0 or fixtures):
+        if (peak != 0 or fixtures) and not self.on_card(test):
             self._surprising |= {kin, planned.group}
         if peak is not None:
             bisect.insort(self._peaks, peak)
@@ -229,6 +253,19 @@ class Estimates:
         """Take note of what wide fixtures that are set up hold, by identity."""
         for name, size in fixtures.items():
             self._sizes[name] = max(size, self._sizes.get(name, 0))
+
+    def begins(self, fixture: str) -> None:
+        """Take note that a wide fixture whose size is not known begins to hold something."""
+        if fixture not in self._sizes:
+            self._untold.add(fixture)
+
+    def told(self, fixture: str, *, leases: bool) -> None:
+        """Take note that all is known of what a wide fixture holds, and if that is by a lease."""
+        self._untold.discard(fixture)
+        if leases:
+            self._leasing.add(fixture)
+        else:
+            self._leasing.discard(fixture)
 
     def used_none(self, test: int) -> None:
         """Take note that ``test`` used no card."""

@@ -49,14 +49,18 @@ def _may_share(state: State, test: int) -> bool:
 
 
 def admit(state: State, test: int) -> None:
-    """Let ``test`` wait where it belongs, or for the scout of its family."""
-    lane = lane_of(state, test)
-    if lane is Lane.ALONE and _scouts(state, test):
-        kin = family(state.tests[test].nodeid)
-        if test not in state.seen.ooms and state.backlog.follow(test, kin):
+    """Let ``test`` wait where it belongs, or for a scout: of its fixture, or of its family."""
+    lane, backlog = lane_of(state, test), state.backlog
+    if fixture := state.seen.untold(test):
+        if backlog.holders.follow(fixture, test):
             return
-        state.backlog.scouts(kin)
-    state.backlog.add(test, lane)
+        backlog.holders.send(fixture, test)
+    elif lane is Lane.ALONE and _scouts(state, test):
+        kin = family(state.tests[test].nodeid)
+        if test not in state.seen.ooms and backlog.families.follow(kin, test):
+            return
+        backlog.families.send(kin, test)
+    backlog.add(test, lane)
 
 
 def _scouts(state: State, test: int) -> bool:
@@ -69,14 +73,39 @@ def _scouts(state: State, test: int) -> bool:
 
 def scout_ended(state: State, kin: str) -> None:
     """Let a family's tests go whose scout ended; send the next one if it told nothing."""
-    backlog = state.backlog
-    if not backlog.has_scout(kin):
+    families = state.backlog.families
+    if kin not in families:
         return
-    if state.seen.scouted(kin) or not backlog.next_scout(kin):
-        for test in backlog.released(kin):
+    following = None if state.seen.scouted(kin) else families.next(kin)
+    if following is not None:
+        state.backlog.add(following, Lane.ALONE)
+    else:
+        for test in families.release(kin):
             admit(state, test)
-    if not backlog.scouting:
+    if not families:
         state.until_replan = 0
+
+
+def stands(state: State, fixture: str, *, leases: bool) -> None:
+    """Let the tests go that waited for what a wide fixture holds.
+
+    ``leases`` says whether it took a lease, which they run within.
+    """
+    state.seen.told(fixture, leases=leases)
+    for test in state.backlog.holders.release(fixture):
+        admit(state, test)
+    state.changed = True
+    state.until_replan = 0
+
+
+def setter_ended(state: State, test: int) -> None:
+    """Let those go that waited for a fixture to stand which ``test`` was to set up.
+
+    What it holds that did not come to stand, if anything, its next tests find out.
+    """
+    for each in state.tests[test].wide if state.backlog.holders else ():
+        if state.backlog.holders.scout(each.name) == test:
+            stands(state, each.name, leases=False)
 
 
 def give_up(state: State, test: int) -> None:
@@ -85,6 +114,7 @@ def give_up(state: State, test: int) -> None:
     state.left -= 1
     state.changed = True
     scout_ended(state, family(state.tests[test].nodeid))
+    setter_ended(state, test)
 
 
 def open_lanes(state: State) -> None:
@@ -94,11 +124,11 @@ def open_lanes(state: State) -> None:
     in_ram: list[int] = []
     sharing: list[int] = []
     for test, planned in enumerate(state.tests):
-        if not planned.gpu:
+        if not state.seen.on_card(test):
             (in_ram if state.ram.packs(test) else on_cpu).append(test)
         elif not state.cluster.possible_anywhere(test):
             give_up(state, test)
-        elif planned.cards == 1 and _may_share(state, test):
+        elif planned.cards == 1 and _may_share(state, test) and not state.seen.untold(test):
             sharing.append(test)
         else:
             admit(state, test)

@@ -20,7 +20,7 @@ from pytest_gpumem.scheduling.ram import MainMemory
 from pytest_gpumem.scheduling.state import State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from pytest_gpumem.scheduling.commands import CardKey, Command
     from pytest_gpumem.scheduling.places import Worker
@@ -38,6 +38,7 @@ class Planner:
         rooms: bytes of main memory that tests may take, by host; those of others are not limited.
         optimistic: guess unknown peaks from those seen so far, with a small margin, instead of
             running such tests alone first; a wrong guess costs a second run of the test, alone.
+        leasing: identities of wide fixtures that take a lease, as their code says.
 
     """
 
@@ -51,9 +52,11 @@ class Planner:
         others: Mapping[CardKey, int] | None = None,
         rooms: Mapping[str, int] = MappingProxyType({}),
         optimistic: bool = False,
+        leasing: Collection[str] = (),
     ) -> None:
         most = max(0, max(cards.values(), default=0) - headroom - context)
-        seen, order = Estimates(tests, most=most, optimistic=optimistic), SetUpOrder(tests)
+        seen = Estimates(tests, most=most, optimistic=optimistic, leasing=leasing)
+        order = SetUpOrder(tests)
         self._tests = tests
         self._seen = seen
         self._order = order
@@ -110,6 +113,7 @@ class Planner:
         crashed = gone.given.popleft() if gone.given else None
         if crashed is not None:
             self._ended(gone, crashed)
+            lanes.setter_ended(self._state, crashed)
         self._ram.leave(gone)
         for test in gone.given:
             self._backlog.add(test, Lane.CPU)
@@ -175,6 +179,8 @@ class Planner:
         if oom:
             seen.ooms[test] += 1
             self.requeue(test)
+        else:
+            lanes.setter_ended(self._state, test)
 
     def _ended(self, worker: Worker, test: int) -> None:
         """Give back what a test had reserved, and let those go that waited for its peak."""
@@ -220,6 +226,20 @@ class Planner:
         where = told.card if card is None else self._cluster.cards.get(card)
         if where is not None:
             self._state.changed |= self._cluster.keeps(told, where, size, fixtures)
+
+    def holds(self, worker: str, fixture: str) -> None:
+        """Take note that ``worker`` sets up a wide fixture that begins to hold something of a card.
+
+        Until it stands, no further worker is sent a test that uses it.
+        """
+        given = self._cluster.workers[worker].given
+        self._seen.begins(fixture)
+        if given and self._seen.untold(given[0]) and fixture not in self._state.backlog.holders:
+            self._state.backlog.holders.send(fixture, given[0])
+
+    def stands(self, fixture: str, *, leases: bool) -> None:
+        """Take note that what a wide fixture holds was told, and whether that is by a lease."""
+        lanes.stands(self._state, fixture, leases=leases)
 
     def main_memory(self, worker: str, size: int, *, too_large: bool = False) -> None:
         """Take note of what ``worker`` keeps of main memory.

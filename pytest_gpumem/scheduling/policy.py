@@ -235,7 +235,10 @@ def _run_from_lanes(state: State, worker: Worker) -> bool:
     for portion in _lanes(state, worker):
         lone = portion is backlog.alone or portion is backlog.last
         may_go = cluster.may_go if lone else cluster.fits
-        for test in list(itertools.islice(portion.tests, LOOK)):
+        tests = list(itertools.islice(portion.tests, LOOK))
+        if lone:  # in any order: so the worker's module keeps its fixtures
+            tests.sort(key=lambda each: state.tests[each].group != worker.group)
+        for test in tests:
             if not may_go(worker, test):
                 _reserve(state, worker, portion, test)
             elif in_order(state, worker, test):
@@ -297,7 +300,7 @@ def _settled(state: State, worker: Worker) -> bool:
     if cpu is not None and cpu.tests and cpu.group == worker.group:
         return True
     # Scouts hurry on: others of their families wait for them.
-    return state.backlog.cpu.free(worker.group) and not state.backlog.scouting
+    return state.backlog.cpu.free(worker.group) and not state.backlog.families
 
 
 def _has_engine(state: State, worker: Worker) -> bool:

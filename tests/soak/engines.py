@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 CONFTEST = """
-import contextlib, os, subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -60,10 +60,18 @@ class Engine:
         answer = self.process.stdout.readline()
         assert answer == "done\\n", answer
 
+"""
+ENGINE = """
 @pytest.fixture(scope=os.environ["ENGINE_SCOPE"])
 def engine():
-    lease = os.environ["ENGINE_LEASE"]
-    with pytest_gpumem.gpu_lease(lease) if lease else contextlib.nullcontext():
+    started = Engine()
+    yield started
+    started.process.communicate()
+"""
+LEASED = """
+@pytest.fixture(scope=os.environ["ENGINE_SCOPE"])
+def engine():
+    with pytest_gpumem.gpu_lease("3100MiB"):
         started = Engine()
         yield started
         started.process.communicate()
@@ -100,22 +108,22 @@ def test_needs_no_card(number):
 USES = {"class": 8, "module": 4, "session": 1}
 
 
-def write_suite(place: Path) -> None:
+def write_suite(place: Path, engine: str) -> None:
     """Write four modules that use the engine and four that do not."""
-    (place / "conftest.py").write_text(CONFTEST)
+    (place / "conftest.py").write_text(CONFTEST + engine)
     for number in range(4):
         (place / f"test_engine_{number}.py").write_text(USERS)
         (place / f"test_others_{number}.py").write_text(OTHERS)
 
 
-def run(place: Path, scope: str, workers: int, lease: str) -> tuple[str, bool]:
+def run(place: Path, scope: str, workers: int) -> tuple[str, bool]:
     """Run the suite and return what is printed of it, and whether all of its tests passed."""
     noted, record = place / "set-ups", place / "run.json"
     noted.unlink(missing_ok=True)
     record.unlink(missing_ok=True)
     card = ("-p", "gpumem", "--gpumem-simulate=4GiB", "--gpumem-simulate-context=128MiB")
     options = (*card, f"--gpumem-json={record}", f"-n{workers}", "-q")
-    words = {"ENGINE_SCOPE": scope, "ENGINE_MIB": "2867", "ENGINE_LEASE": lease}
+    words = {"ENGINE_SCOPE": scope, "ENGINE_MIB": "2867"}
     start = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", *options],
@@ -143,11 +151,11 @@ def main() -> int:
     given = parser.parse_args()
     failed = 0
     for scope in given.scope or USES:
-        for words, lease, times in (("with a lease", "3100MiB", 1), ("without a word", "", 2)):
+        for words, engine, times in (("with a lease", LEASED, 1), ("without a word", ENGINE, 2)):
             place = Path(tempfile.mkdtemp(prefix="engines-"))
-            write_suite(place)
+            write_suite(place, engine)
             for number in range(times):
-                told, passed = run(place, scope, given.workers, lease)
+                told, passed = run(place, scope, given.workers)
                 failed += not passed
                 print(f"{scope:8} {words}, run {number + 1}: {told}", flush=True)
             shutil.rmtree(place)

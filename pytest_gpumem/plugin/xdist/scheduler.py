@@ -187,6 +187,11 @@ class GpumemScheduling:
         if planner is not None and "ram" in indices:
             grown, worker.too_large = indices["ram"]
             planner.main_memory(worker.name, grown, too_large=bool(worker.too_large))
+        if planner is not None and "begun" in indices:
+            planner.holds(worker.name, indices["begun"])
+        for fixture, leases in indices.get("stand", {}).items():
+            if planner is not None:
+                planner.stands(fixture, leases=leases)
         for uuid, used in indices.get("used", {}).items():
             if planner is not None:
                 planner.used((worker.host, uuid), used)
@@ -277,6 +282,7 @@ class GpumemScheduling:
             headroom=self._settings.headroom,
             rooms=rooms_of(hellos),
             optimistic=self._settings.optimistic,
+            leasing=hellos[0].get("leasing", ()) if totals else (),
         )
         for worker in ready:
             self._join(self._planner, worker)

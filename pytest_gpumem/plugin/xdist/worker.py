@@ -119,6 +119,7 @@ class Worker:
         self._queue: deque[int] = deque()
         """What was handed out and has not begun, in the order in which it will."""
         self._returned: set[int] = set()
+        self._stage: Stage | None = None
 
     def begins(self) -> bool:
         """Take note that an item begins, perhaps once more; return whether it is one to run."""
@@ -152,6 +153,11 @@ class Worker:
         """Tell that this process ends on purpose, with all of the running test reported."""
         self.send(left=self._interactor.item_index)
 
+    def tell(self, **message: Any) -> None:
+        """Tell what this process holds now, and what there is to say besides."""
+        if self._stage is not None:
+            self._stage.tell(**message)
+
     def send(self, **message: Any) -> None:
         """Send builtin values to the controller's scheduler; works over any gateway."""
         self._interactor.sendevent("unscheduled", indices=message)
@@ -167,8 +173,8 @@ class Worker:
         self._listen()
         self._sentinels = len(session.items)
         # Registered now, as the last of all: its hooks are called before any other plugin's.
-        stage = Stage(self, self._interactor, session)
-        session.config.pluginmanager.register(stage, "gpumem-stage")
+        self._stage = Stage(self, self._interactor, session)
+        session.config.pluginmanager.register(self._stage, "gpumem-stage")
 
     def _listen(self) -> None:
         """Take note of grants and of what is handed out; xdist begins to listen in a moment."""
@@ -245,11 +251,17 @@ class Stage:
         self._spoiled = self._worker.spoiled()
         self._tell()
 
-    def _tell(self) -> None:
+    def tell(self, **message: Any) -> None:
+        """Tell what is kept, if that is new, and what else there is to say."""
         holding, used = self._worker.holding(), self._worker.used()
         if holding != self._told or used:
             self._told = holding
-            self._worker.send(holding=dict(holding), used=dict(used))
+            message |= {"holding": dict(holding), "used": dict(used)}
+        if message:
+            self._worker.send(**message)
+
+    def _tell(self) -> None:
+        self.tell()
         if self._worker.ram is not None and (ram := self._worker.ram()) is not None:
             self._worker.send(ram=ram)
             if ram[1]:  # what waits here of other modules is for whoever takes its place

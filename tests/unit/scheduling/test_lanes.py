@@ -73,16 +73,16 @@ def test_a_family_waits_for_its_scout_and_for_the_next_one_if_it_told_nothing() 
     for test in range(4):
         admit(state, test)
     alone = state.backlog.alone
-    assert ([*alone.tests], state.backlog.followers_work) == ([0], 3.0)
+    assert ([*alone.tests], state.backlog.families.work) == ([0], 3.0)
 
     alone.take(0, 1.0)
     scout_ended(state, "m.py::g")
-    assert ([*alone.tests], state.backlog.followers_work) == ([1], 2.0)
+    assert ([*alone.tests], state.backlog.families.work) == ([1], 2.0)
 
     state.seen.used_card(1, 10)
     scout_ended(state, "m.py::g")
     assert len(state.backlog.shared) == 2
-    assert not state.backlog.scouting
+    assert not state.backlog.families
 
 
 def test_work_and_area_are_those_of_the_tests_that_wait_to_share() -> None:
