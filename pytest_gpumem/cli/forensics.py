@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,10 @@ _EPILOG = (
 
 _LIVE = 200
 """Characters of a message that comes while a log is written."""
+_SILENCE = 5.0, 15.0
+"""Seconds after which it is told what is read: first, and from then on."""
+_NAME = 100
+"""Characters of a file's name that are told then."""
 
 
 def add_forensics(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -110,13 +116,53 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run_command=_compare)
 
 
+class _Progress:
+    """Says on standard error what is read, where that takes long."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._next = time.monotonic() + _SILENCE[0]
+        self._name = ""
+        self._files = self._size = 0
+
+    def __call__(self, name: str, size: int) -> None:
+        """Enter so many bytes of a file."""
+        self._files += name != self._name
+        self._name = name
+        self._size += size
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _SILENCE[1]
+            self._say(f"read {self._read()} so far, now {printable(name)[-_NAME:]!r}")
+
+    def interrupted(self) -> int:
+        """Say how far it came, and return the exit status of a process that Ctrl-C ends."""
+        self._say(f"ended by Ctrl-C{f' after {self._read()}' if self._files else ''}")
+        return 128 + signal.SIGINT
+
+    def _read(self) -> str:
+        files = "1 file" if self._files == 1 else f"{self._files:,} files"
+        return f"{files}, {self._size / 1e6:,.0f} MB"
+
+    def _say(self, sentence: str) -> None:
+        sys.stderr.write(f"gpumem {self._command}: {sentence}\n")
+        sys.stderr.flush()
+
+
 def _forensics(chosen: argparse.Namespace) -> int:
+    progress = _Progress("forensics")
+    try:
+        return _tell(chosen, progress)
+    except KeyboardInterrupt:
+        return progress.interrupted()
+
+
+def _tell(chosen: argparse.Namespace, progress: _Progress) -> int:
     from pytest_gpumem.forensics import analysis
 
     _learn()
     person = chosen.format == "terminal" and chosen.output is None
     asks = bool(chosen.cause or chosen.felled)
-    found = analysis.analyse(chosen.logs, _live if person and not asks else None)
+    found = analysis.analyse(chosen.logs, _live if person and not asks else None, progress)
     if chosen.cause or chosen.felled:
         return _names(found, chosen.cause)
     told = bool(found.totals.runs or found.events or found.deaths)
@@ -231,6 +277,14 @@ def _write(lines: Iterator[str], output: Path | None) -> None:
 
 
 def _compare(chosen: argparse.Namespace) -> int:
+    progress = _Progress("compare")
+    try:
+        return _set_against(chosen, progress)
+    except KeyboardInterrupt:
+        return progress.interrupted()
+
+
+def _set_against(chosen: argparse.Namespace, progress: _Progress) -> int:
     from pytest_gpumem.forensics import analysis
 
     _learn()
@@ -241,7 +295,8 @@ def _compare(chosen: argparse.Namespace) -> int:
         chosen.max_peak_growth,
         chosen.max_leaks,
     )
-    before, after = analysis.analyse([chosen.before]), analysis.analyse([chosen.after])
+    before = analysis.analyse([chosen.before], progress=progress)
+    after = analysis.analyse([chosen.after], progress=progress)
     compare.check(before, after, limits, incomplete=chosen.allow_incomplete)
     told = compare.compare(before, after, limits)
     if chosen.format == "json":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from pytest_gpumem.forensics.readers import Reading, Watch
+    from pytest_gpumem.forensics.readers import Progress, Reading, Watch
     from pytest_gpumem.forensics.runs import Run
     from pytest_gpumem.records import RunRecord
     from pytest_gpumem.records.findings import OomEvent
@@ -37,19 +37,22 @@ _NEAR = 0.01
 """Share by which two reports of one run may differ in its duration."""
 
 
-def analyse(paths: Iterable[str], watch: Watch | None = None) -> Findings:
+def analyse(
+    paths: Iterable[str], watch: Watch | None = None, progress: Progress | None = None
+) -> Findings:
     """Return what the files tell; ``-`` is standard input, directories and archives are walked.
 
     Args:
         paths: of the files.
         watch: told of each message of a standard input that has not ended, when it comes.
+        progress: told what is read of files: their names, with the bytes of each part.
 
     Raises:
         OSError: when a file that was named cannot be read.
         ValueError: in one sentence, when it is of no use.
 
     """
-    inputs = readers.gather(paths, watch)
+    inputs = readers.gather(paths, watch, progress)
     return _findings(inputs.readings, inputs.notes)
 
 

@@ -155,8 +155,10 @@ _BELOW_ERROR = re.compile(
     r"trace|notice))|\b\w*Warning: |^\[[WI]\d{3,4} |\[[WI]\] |\[[WI]:onnxruntime"
     r"|^I[ \d][\w/. :]{3,80}\]"
 )
-_ERROR_LEVEL = re.compile(r"\b(?:ERROR|CRITICAL|FATAL|[\w.]+(?:Error|Exception))\b|(?i:level\W{1,4}"
-                          r"(?:error|fatal|crit))")  # fmt: skip
+_ERROR_LEVEL = re.compile(
+    r"\b(?:ERROR|CRITICAL|FATAL|[\w.]+(?:Error|Exception))\b|(?i:level\W{1,4}(?:error|fatal|crit))"
+    r"|\b(?:INFO|DEBUG)\W{1,4}(?:Error|Exception)\b"
+)
 
 
 def reports(

@@ -138,9 +138,12 @@ _SIZE = compile_figures(
 )
 _REQUESTED = compile_figures(r"<tried> (?:was |were )?requested\b")
 _NOT_ASKED = re.compile(
-    r"(?i)(?:free|available|only|have|has|left|used?|total|capacity|limit|budget)\W{0,3}(?:is\W)?$"
+    r"(?i)(?:free|available|only|have|has|left|used?|total|capacity|limit|budget)(?: of)?\W{0,3}"
+    r"(?:is\W)?$"
 )
-_NOT_ASKED_AFTER = re.compile(r"(?i)\)?,? (?:is |are )?(?:free|available|left|remain|in use|total)")
+_NOT_ASKED_AFTER = re.compile(
+    r"(?i)\)?,? (?:is |are )?(?:free|available|left|remain|in use|used|total)"
+)
 
 
 class Unforeseen(NamedTuple):

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 _HINT = re.compile(
     r"(?i)memory|alloc|vram|\boom|exhausted|NVML_SUCCESS|NOT_INITIALIZED|pool size|KV cache"
-    r"|cache blocks|INSUFFICIENT_RESOURCES|OUT_OF_RESOURCES|That was not possible"
-    r"|mem-fraction-static|8007000e"
+    r"|cache blocks|INSUFFICIENT.RESOURCES|OUT_OF_RESOURCES|That was not possible"
+    r"|mem-fraction-static|8007000e|cl(?:Create|Enqueue)|out of gpu resources|paging file"
 )
 """Lines without any of these say nothing of memory; grammars are loaded only for one that has."""
 _LINES = 100

@@ -36,6 +36,9 @@ _NEW = re.compile(
     r"frame #|>|.{0,80}\bout of memory\b|During handling|The above exception|\d+ passed|\d+ failed)"
 )
 
+_FOUND = re.compile(r"\S+\.\w{1,4}[:-]\d+[:-]")
+"""How a line begins that a search has found in a file."""
+
 
 def soon(at: Cursor, line: Line) -> str:
     """Return the two lines that follow, where a program says that it tries again."""
@@ -160,7 +163,7 @@ def _joined(line: Line, body: str, carrier: re.Pattern[str] | None) -> tuple[str
             part = match[1]
         # What a first line lacks altogether may be all that the second has.
         new = _NEW.match(part) or _NEW.match(text.body)
-        if not part.strip() or (new and ("emory" in body or len(parts) > 1)):
+        if not part.strip() or _FOUND.match(part) or (new and ("emory" in body or len(parts) > 1)):
             break
         parts.append(part)
         widths.append(len(text.whole))

@@ -17,8 +17,9 @@ def _figure(match: re.Match[str]) -> str:
     name, bare = match.groups()
     # What follows an x is a number of another kind: 0x8007000E.
     if bare:
-        return rf"(?<!x)(?P<{name}>{_DIGITS})(?!\d)"
-    return rf"(?<!x)(?P<{name}>{_DIGITS}(?:\.\d{{0,6}})?\s?(?:[Bb]ytes|[KMGTPE](?:i?[Bb])?|k[Bb]|B)\b)"
+        return rf"(?<![xX\d])(?P<{name}>{_DIGITS})(?!\d)"
+    unit = "(?:[Bb]ytes|[KMGTPE](?:i?[Bb])?|k[Bb]|B)"
+    return rf"(?<![xX\d])(?P<{name}>{_DIGITS}(?:\.\d{{0,6}})?\s?{unit}\b)"
 
 
 def compile_figures(pattern: str) -> re.Pattern[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import stat
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.forensics.runs import Run, Seen
 
     Watch = Callable[[Seen, str | None], None]
+    Progress = Callable[[str, int], None]
+    """Told a file's name with each part that is read of it, which has so many bytes."""
 
 _SPOOLED = 1 << 26
 _NESTED = 3
@@ -57,12 +60,15 @@ class Inputs(NamedTuple):
     notes: list[str]
 
 
-def gather(given: Iterable[str], watch: Watch | None = None) -> Inputs:
+def gather(
+    given: Iterable[str], watch: Watch | None = None, progress: Progress | None = None
+) -> Inputs:
     """Return what the files hold; ``-`` is standard input, directories and archives are walked.
 
     Args:
         given: their paths.
         watch: told of each message of a standard input that has not ended, when it comes.
+        progress: told what is read of files.
 
     Raises:
         OSError: when a file that was named cannot be read.
@@ -74,13 +80,15 @@ def gather(given: Iterable[str], watch: Watch | None = None) -> Inputs:
         if each == "-":
             inputs.readings.extend(_stdin(inputs.notes, watch))
         elif Path(each).is_dir():
-            _walk(each, inputs)
+            _walk(each, inputs, progress)
         else:
             try:
-                with Path(each).open("rb") as file:
-                    inputs.readings.extend(read_stream(file, each, inputs.notes))
+                _read(each, inputs, progress)
             except ValueError as error:
                 raise ValueError(f"{each!r} {error}") from None
+            except OSError as error:
+                # One that breaks while it is read has no name in its error.
+                raise OSError(error.errno, error.strerror, error.filename or each) from None
     return inputs
 
 
@@ -95,11 +103,22 @@ def _stdin(notes: list[str], watch: Watch | None) -> list[Reading]:
         raise ValueError(f"'-' {error}") from None
 
 
-def _walk(root: str, inputs: Inputs) -> None:
+def _read(path: str, inputs: Inputs, progress: Progress | None) -> None:
+    """Read a file."""
+    with Path(path).open("rb") as file:
+        told: IO[bytes] = file
+        if progress is not None:
+            told = cast("IO[bytes]", Counted(file, functools.partial(progress, path)))
+        inputs.readings.extend(read_stream(told, path, inputs.notes))
+
+
+def _walk(root: str, inputs: Inputs, progress: Progress | None) -> None:
     """Read the files of a directory in order of their names; what cannot be read is a note."""
 
-    def unreadable(error: OSError) -> None:
-        inputs.notes.append(f"{error.filename!r}: {error.strerror}")
+    def unreadable(error: OSError, path: Path | None = None) -> None:
+        # A file that breaks while it is read has no name in its error.
+        name = error.filename or str(path)
+        inputs.notes.append(f"{name!r}: {error.strerror or error}")
 
     for directory, names, files in os.walk(root, onerror=unreadable):
         names[:] = sorted(
@@ -112,12 +131,11 @@ def _walk(root: str, inputs: Inputs) -> None:
             try:
                 if name.startswith(".") or not stat.S_ISREG(path.stat().st_mode):
                     continue
-                with path.open("rb") as file:
-                    inputs.readings.extend(read_stream(file, str(path), inputs.notes))
+                _read(str(path), inputs, progress)
             except ValueError as error:
                 inputs.notes.append(f"{str(path)!r} {error}")
             except OSError as error:
-                unreadable(error)
+                unreadable(error, path)
 
 
 def read_stream(

@@ -131,10 +131,11 @@ PACKED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
 
 
 class Counted(io.RawIOBase):
-    """Counts what is read."""
+    """Counts what is read, and tells somebody of it if asked to."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], tell: Callable[[int], None] | None = None) -> None:
         self._file = file
+        self._tell = tell
         self.size = 0
 
     def readable(self) -> bool:
@@ -145,6 +146,8 @@ class Counted(io.RawIOBase):
         """Return what the file gives, at most ``size`` bytes."""
         told = self._file.read(size)
         self.size += len(told)
+        if self._tell is not None:
+            self._tell(len(told))
         return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import pickle
@@ -117,6 +118,25 @@ def test_what_cannot_be_opened_is_a_note_of_its_directory(tmp_path, monkeypatch)
     inputs = readers.gather([str(tmp_path)])
     assert failures(inputs) == 1
     assert inputs.notes == [f"'{tmp_path}/gone': No such file or directory"]
+
+
+def test_what_breaks_while_it_is_read_is_a_note_with_its_name(tmp_path, monkeypatch):
+    whole = readers.read_stream
+
+    def read(file, path, notes):
+        if path.endswith("b.log"):
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(file, path, notes)
+
+    for name in "abc":
+        (tmp_path / f"{name}.log").write_bytes(LOG)
+    monkeypatch.setattr(readers, "read_stream", read)
+    inputs = readers.gather([str(tmp_path)])
+
+    assert len(inputs.readings) == 2
+    assert inputs.notes == [f"'{tmp_path}/b.log': Input/output error"]
+    with pytest.raises(OSError, match=f"'{tmp_path}/b.log'"):
+        readers.gather([str(tmp_path / "b.log")])
 
 
 @pytest.mark.parametrize(

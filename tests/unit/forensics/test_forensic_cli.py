@@ -10,7 +10,9 @@ import pytest
 from forensic_corpus import LOG, NODE, RECORD
 
 import pytest_gpumem
+from pytest_gpumem.cli import forensics as command
 from pytest_gpumem.cli import main as cli
+from pytest_gpumem.forensics import readers
 
 
 @pytest.fixture
@@ -80,6 +82,43 @@ def test_a_directory_is_walked_and_says_what_it_could_not_read(tmp_path, capsys)
     told = json.loads(out)
 
     assert (status, len(told["events"]), len(told["notes"])) == (0, 1, 1)
+
+
+def test_what_takes_long_is_told_while_it_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_SILENCE", (0.0, 3600.0))
+    for name in "ab":
+        (tmp_path / f"{name}.log").write_text(LOG)
+
+    assert cli.main(["forensics", str(tmp_path), "--format", "json"]) == 0
+    assert capsys.readouterr().err == (
+        f"gpumem forensics: read 1 file, 0 MB so far, now '{tmp_path}/a.log'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["forensics", "{0}"], "gpumem forensics: ended by Ctrl-C after 2 files, 0 MB\n"),
+        (["compare", "{0}/a.log", "{0}"], "gpumem compare: ended by Ctrl-C after 2 files, 0 MB\n"),
+        (["forensics", "-"], "gpumem forensics: ended by Ctrl-C\n"),
+    ],
+)
+def test_ctrl_c_ends_it_in_one_sentence(tmp_path, capsys, monkeypatch, arguments, sentence):
+    class Stopped(io.BytesIO):
+        def read(self, size=-1):
+            raise KeyboardInterrupt
+
+    def refuse(head):
+        if head.startswith(b"stop"):
+            raise KeyboardInterrupt
+
+    (tmp_path / "a.log").write_text(LOG)
+    (tmp_path / "b.log").write_text("stop\n")
+    monkeypatch.setattr(readers, "_refuse_binary", refuse)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(Stopped()))
+
+    assert cli.main([each.format(tmp_path) for each in arguments]) == 130
+    assert capsys.readouterr().err == sentence
 
 
 def test_standard_input_is_read(capsys, monkeypatch):

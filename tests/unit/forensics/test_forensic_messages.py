@@ -150,6 +150,58 @@ def test_what_speaks_of_a_message_is_none(text):
     assert events(f"starting\n{text}\nstopped\n") == ()
 
 
+QUOTATIONS = (Path(__file__).parent / "quotations.txt").read_text().strip("\n").split("\n===\n")
+"""Code, change logs, manuals, mails and settings that have a message's words and no memory."""
+
+
+@pytest.mark.parametrize("text", QUOTATIONS, ids=range(len(QUOTATIONS)))
+def test_who_quotes_a_message_reports_none(text):
+    assert events(f"{text}\n") == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'It says "CUDA out of memory. Tried to allocate 2.00 GiB" when I raise the batch size.',
+        "_Error: cannot allocate vector of size 401.6 MB._ Do you have an idea?",
+        "$ kill -9 4711\n./run.sh: line 3:  4711 Killed                  python train.py",
+        "[CRITICAL] WORKER TIMEOUT (pid:8)\n[ERROR] Worker (pid:8) was sent SIGKILL! Perhaps ...",
+        "slurmstepd: error: *** JOB 7 DUE TO TIME LIMIT ***\nsrun: error: n1: task 0: Killed",
+        "step timed out after 3600 s\n##[error]Process completed with exit code 137.",
+    ],
+)
+def test_a_figure_makes_no_report_of_a_quotation_nor_a_signal_one_of_a_kill(text):
+    assert events(f"starting\n{text}\n") == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'It says "{torch()}" when I raise the batch size.',
+        "2025-01-01 10:00:00 INFO Error running model: CUDA error: out of memory",
+        "======== Step 683/3710 ========\nRuntimeError: CUDA out of memory",
+    ],
+)
+def test_the_state_of_a_card_is_a_report_wherever_it_stands(text):
+    assert len(events(f"starting\n{text}\n")) == 1
+
+
+def test_each_killed_process_that_is_named_is_one_event():
+    lines_of = "ERROR Process 'Worker-{0}' pid:{0} exited with 'signal 9 (SIGKILL)'\n"
+
+    assert len(events("".join(lines_of.format(each) for each in (338, 339, 340)))) == 3
+
+
+def test_a_test_may_print_banners():
+    log = (Path(__file__).parent / "banners.txt").read_text()
+
+    assert [(each.nodeid, each.tried_bytes, each.line) for each in events(log)] == [
+        ("tests/test_a.py::test_one", 2 << 30, 14),
+        ("tests/test_a.py::test_two", 3 << 30, 24),
+        (None, 4 << 30, 32),
+    ]
+
+
 def test_a_suite_adds_its_own_messages(tmp_path, monkeypatch, capsys):
     from pytest_gpumem.cli import main as cli
 
