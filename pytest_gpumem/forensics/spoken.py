@@ -97,6 +97,9 @@ _PROSE_HEAD = re.compile(
     r"|(?:fix|feat|docs|chore|refactor)(?:\([\w./-]+\))?!?): )"
     r"|^\W*(?:q\d*[:.] )?(?:what|why|how|does)\b(?!\(|:)"
 )
+_PASSED = re.compile(r"\s*(?:[\u2713\u2714\u221a]|ok \d+ |--- PASS: |\[ +(?:OK|PASSED|RUN) +\])")
+"""What stands before the name of a test that passed, in what is no pytest's output."""
+_NONE = re.compile(r"(?:(?:^|[,;(|] ?)0|\b(?:[Nn]o|[Nn]ever|[Ww]ithout)) $")
 _CLASS = re.compile(r"[\w.]{1,80}(?:Error|Exception): ?$")
 """The name of an exception, with which somebody may begin to quote."""
 _ASIDE = re.compile(r"\([^()]*\)")
@@ -176,7 +179,7 @@ def reports(
     """
     start, end = span
     head, tail = text[max(0, start - AROUND) : start], text[end:]
-    if QUOTING.search(head) or _code(text, span, head):
+    if QUOTING.search(head) or _NONE.search(head) or _PASSED.match(head) or _code(text, span, head):
         return False
     if kind == "kill":
         # At whatever level somebody logs it.

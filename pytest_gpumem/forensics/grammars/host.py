@@ -152,6 +152,7 @@ PROBABLE_KILL = re.compile(
     # torchrun, torch's and Python's own multiprocessing, subprocess, joblib, Celery, Dask,
     # gunicorn, time.
     r"| *exitcode +: -9\b.*"
+    r"|npm (?:ERR!|error) (?:code|errno) 137|.{0,400}\breturned a non-zero code: 137\b.*"
     r"|.{0,200}(?:\(exitcode: -9\)|\b(?:exit|return)[_ ]?code ?[=:] ?-9\b"
     r"|\bSignal 9 \(SIGKILL\) received"
     r"|\bdied with <Signals\.SIGKILL: 9>|\bsignal: killed\b|\bcode=killed, status=9/KILL\b"
