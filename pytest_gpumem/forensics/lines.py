@@ -347,7 +347,22 @@ _QUOTED = re.compile(r"\s*(?:E |[>|]|#(?!\d))")
 
 
 _TOLD = ("log", "message", "msg", "textPayload", "MESSAGE", "event", "text", "line")
-_WHY = ("error", "err", "exception", "exc_info", "traceback", "stack_trace", "stack")
+_WHY = (
+    *(
+        "error",
+        "err",
+        "exception",
+        "exc_info",
+        "traceback",
+        "stack_trace",
+        "stack",
+        "reason",
+        "cause",
+    ),
+    *("detail", "details", "stderr", "error_message", "errorMessage", "exception.message"),
+    "exception.stacktrace",
+)
+_EXIT = ("exitCode", "exit_code", "exitcode", "exitStatus", "exit_status")
 _WITHIN = ("fields", "jsonPayload", "data", "record")
 
 
@@ -363,11 +378,21 @@ def _of_json(text: str) -> tuple[list[str], str]:
     told = next((record[key] for key in _TOLD if isinstance(record.get(key), str)), None)
     if told is None:
         return [text], ""
-    why = [record[key] for key in _WHY if isinstance(record.get(key), str)]
+    why = [text for key in _WHY for text in _texts(record.get(key))]
+    why += [f"{key}: {record[key]}" for key in _EXIT if isinstance(record.get(key), (int, str))]
     level = next((str(record[key]) for key in ("level", "severity", "levelname", "lvl")
                   if isinstance(record.get(key), str)), "")  # fmt: skip
     told_lines = [told.strip("\r\n"), *why]
     return [line for part in told_lines for line in part.split("\n")], level.upper()
+
+
+def _texts(value: object) -> list[str]:
+    """Return what a field says why something failed: a text, or an error with fields of its own."""
+    if isinstance(value, dict):
+        return [
+            value[key] for key in ("message", "msg", "stack") if isinstance(value.get(key), str)
+        ]
+    return [value] if isinstance(value, str) else []
 
 
 def read_all(raw: bytes, learned: re.Pattern[str] | None = None) -> list[Text]:

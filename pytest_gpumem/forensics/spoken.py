@@ -27,7 +27,7 @@ ERROR = re.compile(
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 # What stands before words in code, in whatever language.
 _CODE = re.compile(
-    r"\s*(?:>\s+|\d+\s+|\+{1,4} |\S+\.\w{1,4}[:-]\d+[:-]\s*)?"
+    r"\s*(?:>\s+|\d+\s+|\+{1,4} |-\s+(?=(?:raise|throw|except)\b)|\S+\.\w{1,4}[:-]\d+[:-]\s*)?"
     r"(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case"
     r"|throw|grep|echo|REM)\s"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
@@ -95,10 +95,12 @@ _PROSE_HEAD = re.compile(
     r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
     r"|explains?|documents?|handles?) |(?:fixed|added|changed|removed|subject"
     r"|(?:fix|feat|docs|chore|refactor)(?:\([\w./-]+\))?!?): )"
-    r"|^\W*(?:q\d*[:.] )?(?:what|why|how|does)\b(?!\(|:)"
+    r"|^\W*(?:(?:q\d*|faq)[:.] )?(?:what|why|how|does)\b(?!\(|:)"
 )
-_PASSED = re.compile(r"\s*(?:[\u2713\u2714\u221a]|ok \d+ |--- PASS: |\[ +(?:OK|PASSED|RUN) +\])")
-"""What stands before the name of a test that passed, in what is no pytest's output."""
+_PASSED = re.compile(
+    r"\s*(?:[\u2713\u2714\u221a]|[-*] \[[ xX]\] |ok \d+ |--- PASS: |\[ +(?:OK|PASSED|RUN) +\])"
+)
+"""What stands before the name of a test that passed, in no pytest's output, or of a task."""
 _NONE = re.compile(r"(?:(?:^|[,;(|] ?)0|\b(?:[Nn]o|[Nn]ever|[Ww]ithout)) $")
 _CLASS = re.compile(r"[\w.]{1,80}(?:Error|Exception): ?$")
 """The name of an exception, with which somebody may begin to quote."""

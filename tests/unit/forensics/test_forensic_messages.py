@@ -180,9 +180,12 @@ def test_a_figure_makes_no_report_of_a_quotation_nor_a_signal_one_of_a_kill(text
         f'It says "{torch()}" when I raise the batch size.',
         "2025-01-01 10:00:00 INFO Error running model: CUDA error: out of memory",
         "======== Step 683/3710 ========\nRuntimeError: CUDA out of memory",
+        '{"level":"error","msg":"container exited","exitCode":137,"reason":"OOMKilled"}',
+        '{"msg":"the job ended","exitCode":137}',
+        '{"level":50,"msg":"step 3","err":{"type":"Error","message":"CUDA error: out of memory"}}',
     ],
 )
-def test_the_state_of_a_card_is_a_report_wherever_it_stands(text):
+def test_what_a_program_states_is_a_report_wherever_it_stands(text):
     assert len(events(f"starting\n{text}\n")) == 1
 
 
