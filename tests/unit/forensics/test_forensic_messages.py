@@ -74,9 +74,13 @@ def test_a_line_of_the_summary_counts_behind_any_head(head):
 
 WORDS = [
     line.split("\t")
-    for line in (Path(__file__).parent / "messages.tsv").read_text().splitlines()[1:]
+    for name in ("messages", "messages_alone")
+    for line in (Path(__file__).parent / f"{name}.tsv").read_text().splitlines()[1:]
 ]
-"""Whose memory, the size that was asked for, and the message, its newlines as ``\\n``."""
+"""Whose memory, the size that was asked for, and the message, its newlines as ``\\n``.
+
+Those of ``messages.tsv`` are known in every carrier, the others on a line of their own.
+"""
 
 
 @pytest.mark.parametrize(("memory", "tried", "text"), WORDS, ids=range(len(WORDS)))
