@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.reports.counted import plural
+from pytest_gpumem.reports.counted import likewise, plural
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from pytest_gpumem.records import Alive, AliveGroup, RecordedTest, RunRecord
 
@@ -95,10 +95,10 @@ def lines(run: RunRecord, shown: int, each: int | None) -> Iterator[str]:
         each: how many lines of each, None for all.
 
     """
-    every = told(run)
-    for test, alive in every[:shown]:
-        yield f"  {test.nodeid}: {head(alive)}"
-        for row in (found := rows(alive))[:each]:
+    every = _alike(told(run))
+    for test, alive, found, others in every[:shown]:
+        yield f"  {test}: {head(alive)}"
+        for row in found[:each]:
             yield f"      {format_bytes(row.size):>11}  {row.text}"
         if each is not None and len(found) > each:
             size = format_bytes(sum(row.size for row in found[each:]))
@@ -107,13 +107,34 @@ def lines(run: RunRecord, shown: int, each: int | None) -> Iterator[str]:
             yield f"      {alive.note}"
         if alive.snapshot:
             yield f"      snapshot: {alive.snapshot}"
-    if len(every) > shown:
-        yield f"  ... {len(every) - shown} more; --gpumem-top=0 shows all"
-    if every and (others := _not_looked_at(run)):
+        if others:
+            yield f"      likewise {plural(len(others), 'test')}"
+            yield from likewise(others, verbose=each is None)
+    if more := sum(1 + len(others) for *_, others in every[shown:]):
+        yield f"  ... {more} more; --gpumem-top=0 shows all"
+    if every and (unseen := _not_looked_at(run)):
         yield (
-            f"  not looked at: {plural(others, 'further test')} out of memory; "
+            f"  not looked at: {plural(unseen, 'further test')} out of memory; "
             "--gpumem-peaks=offenders records all"
         )
+
+
+def _alike(
+    every: Iterable[tuple[RecordedTest, Alive]],
+) -> list[tuple[str, Alive, list[Row], list[str]]]:
+    """Return each that differs in what it tells: its test, itself, its rows, and who is like it.
+
+    A suite whose tests run out of memory one after the other fails each time beside the same.
+    """
+    found: dict[object, tuple[str, Alive, list[Row], list[str]]] = {}
+    for test, alive in every:
+        made = rows(alive)
+        like = head(alive), tuple(made), alive.note, alive.snapshot
+        if like in found:
+            found[like][-1].append(test.nodeid)
+        else:
+            found[like] = test.nodeid, alive, made, []
+    return list(found.values())
 
 
 def _not_looked_at(run: RunRecord) -> int:

@@ -95,6 +95,17 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+_LIKEWISE_SHOWN = 3
+
+
+def likewise(others: Sequence[str], *, verbose: bool) -> Iterator[str]:
+    """Yield the first of those that came off as the one above them, or all, and count the rest."""
+    bound = len(others) if verbose else _LIKEWISE_SHOWN
+    yield from (f"          {other}" for other in others[:bound])
+    if len(others) > bound:
+        yield f"          ... {len(others) - bound} more; -v shows all"
+
+
 def place(test: RecordedTest) -> str:
     """Return a test's nodeid, with its worker where it has one."""
     return f"{test.nodeid} [{test.worker}]" if test.worker else test.nodeid

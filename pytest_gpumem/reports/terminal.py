@@ -20,6 +20,7 @@ from pytest_gpumem.reports.counted import (
     count_up,
     instances,
     left_by_scopes,
+    likewise,
     own,
     peaks,
     place,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import CardUsage, FixtureUsage, Holder, RecordedTest, RunRecord
 
 _HOLDERS_SHOWN = 3
-_LIKEWISE_SHOWN = 3
 _LEFT_SHOWN = 10
 _ALIVE_SHOWN = 5
 _STEPS = {
@@ -212,19 +212,11 @@ def _leaked(leaks: Sequence[Leak], shown: int, verbosity: int) -> Iterator[str]:
             size = format_bytes(sum(leak.size for leak in others))
             yield f"      likewise {size} in {plural(len(others), 'leak')}"
             each = (f"{format_bytes(leak.size):>10} by {leak.by}" for leak in others)
-            yield from _likewise(list(each), verbosity)
+            yield from likewise(list(each), verbose=verbosity > 0)
     left = [leak for group in groups[shown:] for leak in group]
     if left:
         size = format_bytes(sum(leak.size for leak in left))
         yield f"  ... {plural(len(left), 'more leak')}, {size}; --gpumem-top=0 shows all"
-
-
-def _likewise(others: Sequence[str], verbosity: int) -> Iterator[str]:
-    """Name those that came off as the one above them."""
-    bound = len(others) if verbosity > 0 else _LIKEWISE_SHOWN
-    yield from (f"          {other}" for other in others[:bound])
-    if len(others) > bound:
-        yield f"          ... {len(others) - bound} more; -v shows all"
 
 
 def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]:
@@ -250,7 +242,7 @@ def _ooms(counted: Counted, shown: int, verbosity: int) -> Iterator[str]:
         yield from (f"      {sentence}" for sentence in culprits)
         if others:
             yield f"      likewise {plural(len(others), 'test')}"
-            yield from _likewise([_asked(test) for test in others], verbosity)
+            yield from likewise([_asked(test) for test in others], verbose=verbosity > 0)
     left = sum(len(tests) for _, tests in groups[shown:])
     if left:
         yield f"  ... {plural(left, 'more test')}; --gpumem-top=0 shows all"

@@ -279,6 +279,32 @@ def test_of_several_attempts_the_recorded_one_is_told_and_recovery_only_with_lin
     assert "alive" not in shown(unseen)
 
 
+def test_tests_that_failed_beside_the_same_are_told_together():
+    same = alive(group(7, "", "left by t.py::test_leaks"), moment="failed")
+    other = alive(group(9, "", "left by t.py::test_leaks"), moment="failed")
+    tests = [
+        recorded(f"t{number}", outcome="failed", oom="out of memory", alive=(each,))
+        for number, each in enumerate([same, same, other, same, same, same])
+    ]
+    expected = [
+        "  t2: 9.00 MiB still held by tensors when it had failed",
+        "         9.00 MiB  left by t.py::test_leaks",
+        "  t0: 7.00 MiB still held by tensors when it had failed",
+        "         7.00 MiB  left by t.py::test_leaks",
+        "      likewise 4 tests",
+        "          t1",
+        "          t3",
+        "          t4",
+        "          ... 1 more; -v shows all",
+    ]
+    assert section(shown(*tests), "alive") == expected
+    assert section(shown(*tests, verbosity=1), "alive")[-1] == "          t5"
+    assert section(shown(*tests, top=1), "alive") == [
+        *expected[:2],
+        "  ... 5 more; --gpumem-top=0 shows all",
+    ]
+
+
 def test_a_test_above_its_budget_is_told_how_to_see_its_lines():
     above = BudgetVerdict("t.py::test_a", "A card", "above", 9 * MIB, 0, 5 * MIB)
     hint = "    --gpumem-peaks=offenders tells line by line what was alive"
