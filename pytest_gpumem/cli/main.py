@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import os
 import sys
 from pathlib import Path
@@ -72,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add(commands)
     ps.add(commands)
     chosen = parser.parse_args(arguments)
+    # A nodeid may have what the terminal, or the file behind it, has no bytes for.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if hasattr(chosen, "run_command"):
             return int(chosen.run_command(chosen))

@@ -107,8 +107,9 @@ def _line(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Escape what Markdown would take for its own, or GitHub for a person or an issue."""
+    """Escape what Markdown takes for its own, or GitHub for a person, an issue or a formula."""
     text = _line(text)
     for special in "\\`*_~#&[]<>|":
         text = text.replace(special, f"\\{special}")
-    return re.sub(r"(?<=[@#])(?=\w)", "<!-- -->", text)
+    text = re.sub(r"(?<=[@#])(?=\w)", "<!-- -->", text)
+    return text.replace("$", "<span>$</span>")  # as GitHub documents; a backslash does not do

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import re
+import sys
 
 import pytest
 
@@ -141,3 +143,14 @@ def test_doctor_names_the_versions_and_why_there_is_no_card(capsys, monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     assert "card          none: nothing is plugged in" in lines
     assert any(line.startswith("pytest-gpumem 0.1.0") for line in lines)
+
+
+def test_what_the_terminal_has_no_letters_for_is_written_out(tmp_path, monkeypatch):
+    named = RUN.tests[0]._replace(nodeid="test_x.py::test_é[😀]")
+    records.save(RUN._replace(tests=(named,)), tmp_path / "run.json")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+
+    assert cli.main(["report", str(tmp_path / "run.json")]) == 0
+    sys.stdout.flush()
+    assert rb"test_x.py::test_\xe9[\U0001f600]" in written.getvalue()

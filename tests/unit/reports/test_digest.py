@@ -59,6 +59,13 @@ def test_nobody_is_called_by_a_comment(tmp_path, capsys):
     assert "[@<!-- -->octocat-#<!-- -->12-a@<!-- -->b.c-# x]" in page
 
 
+def test_a_dollar_begins_no_formula(tmp_path, capsys):
+    test = RecordedTest("t.py::t[$x$-$1]", "passed", 0.5, "", (usage(3),))
+    page = rendered(tmp_path, capsys, run(test))
+
+    assert "[<span>$</span>x<span>$</span>-<span>$</span>1]" in page
+
+
 def test_tables_are_bounded_and_say_by_how_much(tmp_path, capsys):
     page = rendered(
         tmp_path,
