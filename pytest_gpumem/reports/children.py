@@ -24,7 +24,7 @@ def largest(test: RecordedTest, card: str) -> Iterator[str]:
         source = " by the driver" if child.peak is None else besides
         yield f"{format_bytes(_peak(child)):>11}  {_process(child)}{source}"
     if len(mine) > _SHOWN:
-        yield f"{'':>11}  ... {len(mine) - _SHOWN} more processes"
+        yield f"{'':>11}  ... {len(mine) - _SHOWN} more"
 
 
 def ends(tests: Iterable[RecordedTest]) -> Ends:

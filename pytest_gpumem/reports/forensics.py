@@ -120,7 +120,7 @@ def _read(found: Findings) -> Iterator[str]:
     if len(sources) > _FEW:
         cut = sum(not source.complete for source in sources)
         more = f"; {cut:,} of all are incomplete" if cut else ""
-        yield f"and {len(sources) - _FEW:,} more files{more}"
+        yield f"and {len(sources) - _FEW:,} more{more}"
 
 
 def _duration(seconds: float) -> str:
@@ -288,7 +288,7 @@ def compared(told: Comparison, top: int) -> Iterator[Section]:
         ("seconds", f"{told.before.duration:.1f}", f"{told.after.duration:.1f}", ""),
     ]
     leaks = [f"leaks: {each.name} {each.before} -> {each.after}" for each in told.leaks[:_FEW]]
-    more = [f"and {len(told.leaks) - _FEW:,} more leaks"] if len(told.leaks) > _FEW else []
+    more = [f"and {len(told.leaks) - _FEW:,} more"] if len(told.leaks) > _FEW else []
     lines = [
         told.verdict,
         *(f"missed: {each}" for each in told.missed),

@@ -228,7 +228,7 @@ def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]
         yield f"          {tensors} {holder.dtype} {shape}, {format_bytes(holder.size)} {whole}"
         yield from (f"          allocated at {frame}" for frame in holder.stack[:_HOLDERS_SHOWN])
     if limit is not None and len(holders) > limit:
-        yield f"      ... {len(holders) - limit} more holders; -v shows all"
+        yield f"      ... {plural(len(holders) - limit, 'more holder')}; -v shows all"
 
 
 def _ooms(counted: Counted, shown: int, verbosity: int) -> Iterator[str]:

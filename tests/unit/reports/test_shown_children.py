@@ -85,7 +85,7 @@ RUN = RunRecord(
         (1, "  a.py::test_torn_down [gw0]: library workspace"),
         (1, " 300.00 MiB  process 71 (vllm serve), 80.00 MiB besides torch"),
         (1, "  80.00 MiB  process 72 by the driver"),
-        (1, "... 1 more processes"),
+        (1, "... 1 more"),
     ],
 )
 def test_the_section_shows(verbosity, told):
