@@ -9,10 +9,12 @@ these tensors in hand.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 import time
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.errors import InUseError
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 _PATIENCE = 0.02
 """Seconds in which a thread that runs Python is sure to have moved on."""
+_THREADS = (f"{os.sep}threading.py", str(Path("concurrent", "futures", "thread.py")))
+"""Ends of the files whose functions ``run`` call what a thread was started for."""
+_STEPS, _MOST = 4, 10_000
+"""How far, and to how many objects, is followed what such a thread was started with."""
 
 
 def refuse(parts: Collection[int], but: Collection[int]) -> bool:
@@ -101,16 +107,36 @@ def _has_in_hand(
         if frame.f_code.co_filename.startswith(torch):
             reached = _in_reach(frame)
         else:
-            reached = _named(frame) if stuck and frame is innermost else iter(())
+            reached = _at_hand(frame) if stuck and frame is innermost else iter(())
         if any(id(each) in parts for each in reached):
             return True
         frame = frame.f_back
     return False
 
 
-def _named(frame: FrameType) -> Iterator[Any]:
-    yield from list(frame.f_locals.values())
-    yield from (frame.f_globals.get(name) for name in frame.f_code.co_names)
+def _at_hand(frame: FrameType) -> Iterator[Any]:
+    """Yield what a function names; and what that refers to, the nearest first, if it runs a thread.
+
+    ``self._target(*self._args)`` may be a call into C, and then no variable is the tensor. In other
+    functions what their variables refer to tells nothing: ``time.sleep`` beside ``self.model``.
+    """
+    found = [*frame.f_locals.values(), *map(frame.f_globals.get, frame.f_code.co_names)]
+    runs = frame.f_code.co_name == "run" and frame.f_code.co_filename.endswith(_THREADS)
+    seen: set[int] = set()
+    for _ in range(1 + _STEPS * runs):
+        following: list[Any] = []
+        for each in found:
+            if id(each) in seen or issubclass(type(each), (type, ModuleType)):
+                continue
+            if len(seen) == _MOST:
+                return
+            seen.add(id(each))
+            yield each
+            if type(each) is FunctionType:  # not through its globals
+                following += (each.__closure__, each.__defaults__)
+            else:
+                following += gc.get_referents(each)
+        found = following
 
 
 def _in_reach(frame: FrameType) -> Iterator[Any]:

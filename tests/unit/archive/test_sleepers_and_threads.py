@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import sys
 import threading
+import time
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -179,3 +183,19 @@ def test_a_graph_that_was_made_by_a_call_that_had_begun_before(consolidator, mon
     for each in (losses[0], loss_of(twin)):
         each.backward()
     assert torch.equal(model.weight.grad, twin.weight.grad)
+
+
+def test_a_thread_whose_function_is_written_in_c(consolidator):
+    model, stop = nn.Linear(6, 6), SimpleQueue()
+    work = functools.partial(stop.get, timeout=60)
+    work.of = [model.weight]
+    thread = threading.Thread(target=work)
+    thread.start()
+    while sys._current_frames()[thread.ident].f_code is not threading.Thread.run.__code__:
+        time.sleep(0.01)
+    time.sleep(0.01)
+    (told,) = consolidator.consolidate_gpu_memory([{"data": model}]).refused
+    stop.put(None)
+    thread.join()
+    assert f"the thread {thread.name!r} computes with it" in told
+    assert consolidator.consolidate_gpu_memory([{"data": model}]).refused == ()
