@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import records
+from pytest_gpumem.plugin.settings import Settings
 from pytest_gpumem.plugin.state import USAGE, State, marks_of, stashed
 from pytest_gpumem.plugin.xdist.worker import run_unreported
 from pytest_gpumem.records import properties
@@ -91,10 +92,10 @@ class Proving:
     def __init__(self, state: State) -> None:
         self._wanted = state.settings.oom_at
         self._most = state.settings.oom_tries
-        self._cards = state.found.cards if state.settings.simulated else ()
-        """Simulated ones, of which the line to repeat an attempt tells the sizes."""
         self.simulated = bool(state.settings.simulated)
         """Whether the card's allocator can be asked; a real one's operations are watched."""
+        self._simulating = _simulating(state) if self.simulated else ""
+        """For the line to repeat an attempt."""
         self._attempt: _Attempt | None = None
 
     # Within the ladder, which holds a lease for all attempts, and in the place of plugins that
@@ -196,12 +197,20 @@ class Proving:
             if failed:
                 call.sections.append(("GPU memory: it was made to run out", text))
         why = "" if again.passed else f"it did not pass again: {again.error}"
-        proof = records.Proof(again.refusing.counted, found, why)
+        proof = records.Proof(again.refusing.counted, found, why, self._simulating)
         properties.tell_proof(plain.reports[-1].user_properties, proof)
 
     def _told(self, item: pytest.Item, refusal: records.Refusal) -> str:
-        line = proofs.repeat(item.nodeid, refusal, self._cards)
+        line = proofs.repeat(item.nodeid, refusal, self._simulating)
         return f"{proofs.text(refusal)}\n    {line}"
+
+
+def _simulating(state: State) -> str:
+    """Return the options by which a run has the simulated cards of this one."""
+    settings = state.settings
+    context = settings.simulate_context
+    given = None if context == Settings().simulate_context else context
+    return proofs.simulating(state.found.cards, given, compiled=settings.simulate_compiled)
 
 
 @contextmanager

@@ -319,6 +319,8 @@ class Proof(NamedTuple):
     """Fewer than that where the trials were cut, or only some were asked for."""
     why: str = ""
     """Why none was tried."""
+    simulated: str = ""
+    """The options that give such simulated cards; empty: they were real ones."""
 
 
 class RecordedTest(NamedTuple):

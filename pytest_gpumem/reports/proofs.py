@@ -25,16 +25,13 @@ VERDICTS = {
 }
 
 
-def lines(tests: Sequence[RecordedTest], cards: Sequence[Card], shown: int) -> Iterator[str]:
-    """Return the lines of the section; none where no allocation was made to fail.
-
-    ``cards`` are the simulated ones, of which the lines to repeat an attempt tell the sizes.
-    """
+def lines(tests: Sequence[RecordedTest], shown: int) -> Iterator[str]:
+    """Return the lines of the section; none where no allocation was made to fail."""
     proofs = [(test.nodeid, test.proof) for test in tests if test.proof is not None]
     if not proofs:
         return
-    tried = [(nodeid, each) for nodeid, proof in proofs for each in proof.tried]
-    counts = Counter(each.verdict for _, each in tried)
+    tried = [(nodeid, proof, each) for nodeid, proof in proofs for each in proof.tried]
+    counts = Counter(each.verdict for *_, each in tried)
     told = ", ".join(
         f"{counts[verdict]} {VERDICTS[verdict]}" for verdict in VERDICTS if counts[verdict]
     )
@@ -47,10 +44,10 @@ def lines(tests: Sequence[RecordedTest], cards: Sequence[Card], shown: int) -> I
         for nodeid, proof in proofs
         if len(proof.tried) < proof.allocations
     ]
-    bad = [(nodeid, each) for nodeid, each in tried if is_bad(each)]
-    for nodeid, each in bad[:shown]:
+    bad = [one for one in tried if is_bad(one[-1])]
+    for nodeid, proof, each in bad[:shown]:
         yield f"  {text(each)}"
-        yield f"      {repeat(nodeid, each, cards)}"
+        yield f"      {repeat(nodeid, each, proof.simulated)}"
     if len(bad) > shown:
         yield f"  and {len(bad) - shown} more"
     yield from cut[:shown]
@@ -72,11 +69,18 @@ def text(refusal: Refusal) -> str:
     return f"at allocation {refusal.at} it {verdict}{also}{error}"
 
 
-def repeat(nodeid: str, refusal: Refusal, cards: Sequence[Card]) -> str:
-    """Return the line that does it again, on such simulated cards; none: on the real ones."""
-    sizes = ",".join(_size(card.total) for card in cards)
-    simulate = f"--gpumem-simulate {sizes} " if sizes else ""
+def repeat(nodeid: str, refusal: Refusal, simulated: str) -> str:
+    """Return the line that does it again; ``simulated`` as in ``Proof``."""
+    simulate = f"{simulated} " * bool(simulated)
     return f"pytest -p gpumem {simulate}--gpumem-oom-at {refusal.at} {shlex.quote(nodeid)}"
+
+
+def simulating(cards: Sequence[Card], context: int | None, *, compiled: bool) -> str:
+    """Return the options that give such simulated cards; ``context`` None is what is assumed."""
+    options = f"--gpumem-simulate {','.join(_size(card.total) for card in cards)}"
+    if context is not None:
+        options += f" --gpumem-simulate-context {_size(context)}"
+    return options + " --gpumem-simulate-compiled" * compiled
 
 
 def _size(size: int) -> str:

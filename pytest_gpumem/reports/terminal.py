@@ -92,7 +92,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _section("alive", alive.lines(run, shown, each))
     yield from _section(
         "running out of memory, where it was made to",
-        proofs.lines(run.tests, run.cards if run.simulated else (), shown),
+        proofs.lines(run.tests, shown),
     )
     yield from _section("set for the whole process and left so", _left(touched, verbosity))
     yield from _section("sharing", _sharing(run, verbosity))

@@ -86,6 +86,7 @@ def test_each_allocation_that_a_test_did_not_recover_from_is_told_with_a_line_to
             Refusal(3, "not reached"),
         ),
         "more are not tried",
+        proofs.simulating(CARDS, 16 * MIB, compiled=True),
     )
     tests = [
         recorded("a.py::good", proof=good),
@@ -93,9 +94,10 @@ def test_each_allocation_that_a_test_did_not_recover_from_is_told_with_a_line_to
         recorded("a.py::untried", proof=Proof(7, (), "it fails undisturbed")),
         recorded("a.py::other"),
     ]
-    again = "      pytest -p gpumem --gpumem-simulate 1024MiB,5000 --gpumem-oom-at"
+    cards = "--gpumem-simulate 1024MiB,5000 --gpumem-simulate-context 16MiB"
+    again = f"      pytest -p gpumem {cards} --gpumem-simulate-compiled --gpumem-oom-at"
 
-    assert list(proofs.lines(tests, CARDS, 10)) == [
+    assert list(proofs.lines(tests, 10)) == [
         (
             "  6 allocations of 2 tests failed: 3 recovered, 1 leaked, 1 ended in another error, "
             "1 made fewer allocations this time"
@@ -107,10 +109,10 @@ def test_each_allocation_that_a_test_did_not_recover_from_is_told_with_a_line_to
         "  3 of 5 allocations of a.py::bad[a b] were tried: more are not tried",
         "  0 of 7 allocations of a.py::untried were tried: it fails undisturbed",
     ]
-    few = list(proofs.lines(tests, CARDS, 1))
+    few = list(proofs.lines(tests, 1))
     assert few[3:] == [
         "  and 1 more",
         "  3 of 5 allocations of a.py::bad[a b] were tried: more are not tried",
         "  and so of 1 more test",
     ]
-    assert list(proofs.lines([recorded("a.py::other")], CARDS, 10)) == []
+    assert list(proofs.lines([recorded("a.py::other")], 10)) == []
