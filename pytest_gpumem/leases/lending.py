@@ -6,7 +6,8 @@ for the card, both wait for ever, where they would not without us. What a proces
 be seen, but that it waits can: neither it nor what it started uses a CPU. So whoever waits for a
 test's lease, or as a test for one that a fixture of the same run took, does not wait for sleepers:
 where the card has the room all the same, only for a moment; else longer, for whoever merely slept
-may then run out of memory beside it.
+may then run out of memory beside it. Where main memory has no room one of them would be killed: of
+that, only after so long that no test is expected to sleep.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ NAP = 0.25
 """Seconds of sleep after which a lease is lent where there is room, among workers of one run. Not
 among tests, which wait for one another as a rule, and of which one may use its share later."""
 SLEEP = 10.0
-"""Seconds of sleep after which it is lent whatever is free of the card."""
+"""Seconds of sleep after which it is lent whatever is free of the card..."""
+LONG_SLEEP = 600.0
+"""... and of main memory: whoever takes what is not there has the kernel kill somebody."""
 _BUSY = 0.1
 """Part of a CPU that nobody uses who only looks now and then whether something is free."""
 
@@ -41,7 +44,9 @@ class Lent(NamedTuple):
     unused: Collection[str] = ()
     """Of those who sleep; for where there is room."""
     asleep: Collection[str] = ()
-    """Of those among them who have slept for so long that it may well be for ever."""
+    """Of those among them who have slept for so long that it may well be for ever..."""
+    for_good: Collection[str] = ()
+    """... or that main memory is lent that is not there."""
 
 
 class Nap(NamedTuple):
@@ -85,7 +90,10 @@ class Lending:
         now = time.monotonic()
         for each in lenders:
             self._naps[each.name] = self._nap(each, now)
-        asleep = {each.name for each in lenders if now - self._naps[each.name].since >= SLEEP}
+        asleep, for_good = (
+            {each.name for each in lenders if now - self._naps[each.name].since >= seconds}
+            for seconds in (SLEEP, LONG_SLEEP)
+        )
         unused = {
             each.name
             for each in lenders
@@ -93,7 +101,7 @@ class Lending:
             and now - self._naps[each.name].since >= NAP
             and self._family.is_sibling(each.process)
         }
-        return Lent(asleep | unused, asleep)
+        return Lent(asleep | unused, asleep, for_good)
 
     def _may_lend(self, lease: Entry, page: Page) -> bool:
         sibling = self._worker and self._family.is_sibling(lease.process)

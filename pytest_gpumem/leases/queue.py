@@ -175,11 +175,18 @@ class Queue:
         """Return which of the leases that are ``lent`` leave ``request`` what it asks for."""
         if lent is None or not lent.unused:
             return ()
-        there = self._lookout is not None and all(
-            claim.extra + self.headroom <= self._lookout.unused(*self.cards[key])
-            for key, claim in request.claims.items()
-        )
-        return lent.unused if there else lent.asleep
+        if self._lookout is None:
+            return lent.asleep
+        lacking = []
+        for key, claim in request.claims.items():
+            uuid, total = self.cards[key]
+            # What is asked for of main memory has what this process has of it as a part.
+            more = claim.extra - (host.own() if host.is_pool(uuid) else 0)
+            if more + self.headroom > self._lookout.unused(uuid, total):
+                lacking.append(uuid)
+        if any(map(host.is_pool, lacking)):
+            return lent.for_good
+        return lent.asleep if lacking else lent.unused
 
     def _pause(self, view: View, request: Entry, terms: Terms, waited: float) -> float:
         """Return the seconds until the next look, if nobody wakes us before."""

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 
 from pytest_gpumem.devices import Usage, host
 from pytest_gpumem.errors import LeaseTimeout, TooLarge
-from pytest_gpumem.leases import ask, family
+from pytest_gpumem.leases import ask, family, lending
 from pytest_gpumem.leases.entries import card_key, entry_named
 from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
@@ -155,6 +156,23 @@ def test_a_pool_is_never_taken_for_a_card(number):
     assert set(key) - set("0123456789abcdef")
     entry = entry_named(f"h-0000000007-4711.9f3c2a51-56789abc=5,{key}=7,{card_key(RAM)}=9")
     assert [claim.extra for claim in entry.claims.values()] == [5, 7, 9]
+
+
+@pytest.mark.parametrize(
+    ("used", "long", "lent"), [(1, 600, True), (12, 600, False), (12, 0, True)]
+)
+def test_who_sleeps_lends_main_memory_only_where_it_is_there_or_after_very_long(
+    stores, machine, monkeypatch, *, used, long, lent
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 99)
+        stores().acquire(ram(12), TOTALS, "sleeps", test=True)
+    monkeypatch.setattr(family.Families, "seconds_of_sleeper", lambda *_: 5.0)
+    monkeypatch.setattr(lending, "SLEEP", 0.0)
+    monkeypatch.setattr(lending, "LONG_SLEEP", long)
+    machine(used, p99=used)
+    with nullcontext() if lent else pytest.raises(LeaseTimeout, match=r"12\.00 GiB held"):
+        stores().acquire(ram(8), TOTALS, "asks", 0.3, test=True)
 
 
 def test_more_than_there_is_is_refused_by_name(stores, machine):
