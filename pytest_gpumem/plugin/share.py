@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import host
 from pytest_gpumem.plugin.ladder import Ladder, tell_why
 from pytest_gpumem.plugin.measure import Measuring
 from pytest_gpumem.plugin.state import HISTORY, State, is_apart, is_isolated, marks_of
@@ -76,6 +75,8 @@ def save_history(config: pytest.Config, state: State, run: RunRecord) -> None:
 
 def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
     """Return how many workers ``-n auto`` starts where xdist would start ``wanted``."""
+    from pytest_gpumem.devices import host
+
     settings = state.settings
     state.ask_driver()
     # Workers spread over the slices of a card, of which each process sees one.
@@ -248,6 +249,8 @@ def _hello(
         "apart": [index for index, item in enumerate(items) if is_isolated(item, settings.isolate)],
     }
     if settings.ram or in_ram:
+        from pytest_gpumem.devices import host
+
         told |= {"ram": host.host().ram, "rams": in_ram}
     if settings.ram or in_ram or settings.worker_ram is not None:
         use = workers.RamUse(settings.worker_ram)

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem import devices
-from pytest_gpumem.devices import host
-from pytest_gpumem.scheduling.ram import run_time
 from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
@@ -107,6 +105,8 @@ def _by_ram(
     Where the scheduler packs them, more workers make the run shorter until what these keep leaves
     too little for the tests: the fewest whose run is about as short as it can be.
     """
+    from pytest_gpumem.scheduling.ram import run_time  # asked for by -n auto alone
+
     why = f"{format_bytes(room)} of main memory left"
     if not each:
         return max(1, room // WORKER_RAM), why
@@ -267,8 +267,11 @@ class RamUse:
     """Bytes by which it has to change to be told again."""
 
     def __init__(self, bound: int | None) -> None:
+        from pytest_gpumem.devices import host  # most runs do not watch their main memory
+
+        self._resident = host.resident
         self._bound = bound
-        self._first = host.resident() or 0
+        self._first = self._resident() or 0
         self._told = 0
         self._large = False
 
@@ -284,7 +287,7 @@ class RamUse:
 
     def __call__(self) -> tuple[int, int] | None:
         """Return the bytes, and all that it has if that is too much, else 0; None: nothing new."""
-        now = host.resident() or 0
+        now = self._resident() or 0
         grown = max(0, now - self._first)
         large = self._bound is not None and self._first <= self._bound < now
         if abs(grown - self._told) < self.STEP and large <= self._large:

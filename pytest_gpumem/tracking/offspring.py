@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _CAN_ASK = hasattr(os, "waitid")
 """Not so on macOS before Python 3.13."""
+_NUMBERS = "/proc/sys/kernel/ns_last_pid"
 
 
 def has_children(besides: Collection[int] = ()) -> bool:
@@ -38,7 +39,7 @@ class Offspring:
         self._reaped = _reaped()
         self._numbers = _Numbers()
         self._last = b""
-        """The last number when there were none; empty when there were some, or it is not known."""
+        """The last number when there were none; empty when there may have been some."""
 
     def stirred(self, besides: Collection[int] = ()) -> bool:
         """Whether there are some now, ``besides`` those that do not count, or were till now."""
@@ -49,7 +50,7 @@ class Offspring:
         reaped, before = _reaped(), self._reaped
         self._reaped = reaped
         found = reaped != before or has_children(besides)
-        self._last = b"" if found else last
+        self._last = b"" if found or besides else last
         return found
 
     def close(self) -> None:
@@ -67,7 +68,7 @@ class _Numbers:
     def __init__(self) -> None:
         self._file = -1
         with suppress(OSError):
-            self._file = os.open("/proc/sys/kernel/ns_last_pid", os.O_RDONLY | os.O_CLOEXEC)
+            self._file = os.open(_NUMBERS, os.O_RDONLY | os.O_CLOEXEC)
 
     def last(self) -> bytes:
         """Return it as it is read; empty where the system does not tell."""
