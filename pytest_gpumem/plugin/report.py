@@ -214,9 +214,8 @@ class Reporting:
         """Return what is known of the run; its tests only if one told something, or for a file."""
         state, settings = self._state, self._state.settings
         late = self._late or self._pids
-        told = self._tests or self._late or state.worker_ram  # of those that told nothing as well
-        told = told or any(each.user_properties for each in self._reports)
-        tests = self._recorded() if told or self._files else []
+        told = state.worker_ram or any(each.user_properties for each in self._reports)
+        tests = self._recorded() if told or self._tests or self._late or self._files else []
         run = records.RunRecord(
             schema=records.SCHEMA,
             mode=settings.mode,
