@@ -208,9 +208,9 @@ class Estimates:
         planned = self._tests[test]
         if self._surprising and family(planned.nodeid) in self._surprising:
             return True
-        return not planned.seen and any(self._on_card(each.name) for each in planned.wide)
+        return not planned.seen and any(self.is_on_card(each.name) for each in planned.wide)
 
-    def _on_card(self, fixture: str) -> bool:
+    def is_on_card(self, fixture: str) -> bool:
         """Return whether a wide fixture holds something of a card."""
         return self._sizes.get(fixture, 0) > 0 or fixture in self._untold
 

@@ -86,6 +86,14 @@ def scout_ended(state: State, kin: str) -> None:
         state.until_replan = 0
 
 
+def begins(state: State, fixture: str, test: int) -> None:
+    """Let all tests but ``test`` wait until a wide fixture stands that it sets up."""
+    state.seen.begins(fixture)
+    if state.seen.untold(test) and fixture not in state.backlog.holders:
+        state.backlog.holders.send(fixture, test)
+    _leave_cpu(state, fixture)
+
+
 def stands(state: State, fixture: str, *, leases: bool) -> None:
     """Let the tests go that waited for what a wide fixture holds.
 
@@ -94,8 +102,25 @@ def stands(state: State, fixture: str, *, leases: bool) -> None:
     state.seen.told(fixture, leases=leases)
     for test in state.backlog.holders.release(fixture):
         admit(state, test)
+    _leave_cpu(state, fixture)
     state.changed = True
     state.until_replan = 0
+
+
+def _leave_cpu(state: State, fixture: str) -> None:
+    """Let tests of a fixture that turned out to use a card no longer wait as CPU tests.
+
+    Whoever has set it up had better find those of its module among the GPU tests.
+    """
+    if fixture in state.moved or not state.seen.is_on_card(fixture):
+        return
+    state.moved.add(fixture)
+
+    def uses_it(test: int) -> bool:
+        return any(each.name == fixture for each in state.tests[test].wide)
+
+    for test in state.backlog.cpu.extract(lambda each: uses_it(each) and state.seen.on_card(each)):
+        admit(state, test)
 
 
 def setter_ended(state: State, test: int) -> None:

@@ -107,6 +107,14 @@ class Pile:
         self.time = max(0.0, self.time - duration) if self._count else 0.0
         return portion.take(test, duration)
 
+    def extract(self, suits: Callable[[int], bool]) -> list[int]:
+        """Remove all tests that wait and suit; return them in the order of the collection."""
+        entries = (*self._free, *self._owned)
+        portions = {id(each): each for each in (self.long, *(entry[-1] for entry in entries))}
+        portions |= {id(each): each for each in self._first.values()}
+        found = [(each, test) for each in portions.values() for test in each.tests if suits(test)]
+        return sorted(self.take(portion, test) for portion, test in found)
+
     def release(self, portion: Portion | None) -> None:
         """Let any worker take ``portion``."""
         if portion is not None:

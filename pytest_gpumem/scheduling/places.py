@@ -120,6 +120,8 @@ class Worker:
         self.stopped = False
         self.ran = ""
         """Module of the test that it ran last; what it was handed since it may have returned."""
+        self.ran_in = ""
+        """Class of that test, or its module."""
         self.grown = 0
         """Bytes of main memory that it keeps more than before its first test."""
         self.too_large = False

@@ -188,6 +188,7 @@ class Planner:
         self._cluster.end(worker)
         self._ram.end(worker)
         worker.ran = self._tests[test].group
+        worker.ran_in = self._tests[test].nodeid.partition("[")[0].rpartition("::")[0]
         worker.set_up = self._order.after(test, worker.set_up)
         lanes.scout_ended(self._state, family(self._tests[test].nodeid))
 
@@ -232,10 +233,8 @@ class Planner:
 
         Until it stands, no further worker is sent a test that uses it.
         """
-        given = self._cluster.workers[worker].given
-        self._seen.begins(fixture)
-        if given and self._seen.untold(given[0]) and fixture not in self._state.backlog.holders:
-            self._state.backlog.holders.send(fixture, given[0])
+        if given := self._cluster.workers[worker].given:
+            lanes.begins(self._state, fixture, given[0])
 
     def stands(self, fixture: str, *, leases: bool) -> None:
         """Take note that what a wide fixture holds was told, and whether that is by a lease."""

@@ -236,8 +236,8 @@ def _run_from_lanes(state: State, worker: Worker) -> bool:
         lone = portion is backlog.alone or portion is backlog.last
         may_go = cluster.may_go if lone else cluster.fits
         tests = list(itertools.islice(portion.tests, LOOK))
-        if lone:  # in any order: so the worker's module keeps its fixtures
-            tests.sort(key=lambda each: state.tests[each].group != worker.group)
+        if lone or (portion.group and worker.standing):  # in any order: fixtures stand longest so
+            tests.sort(key=lambda each: _leads_away(state, worker, each))
         for test in tests:
             if not may_go(worker, test):
                 _reserve(state, worker, portion, test)
@@ -247,6 +247,12 @@ def _run_from_lanes(state: State, worker: Worker) -> bool:
         backlog.shared.release(worker.gpu)  # who begins with the module is to have the rest of it
         worker.gpu = None
     return False
+
+
+def _leads_away(state: State, worker: Worker, test: int) -> int:
+    """Return how far ``test`` is from what ``worker`` ran last: 0 in its class, 1 in its module."""
+    around = state.tests[test].nodeid.partition("[")[0].rpartition("::")[0]
+    return (around != worker.ran_in) + (state.tests[test].group != worker.group)
 
 
 def _run_from_elsewhere(state: State, worker: Worker) -> bool:

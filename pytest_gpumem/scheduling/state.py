@@ -41,6 +41,8 @@ class State:
         """Workers that may be given something."""
         self.changed = True
         """Whether a worker that was given nothing may be given something now."""
+        self.moved: set[str] = set()
+        """Wide fixtures whose tests do not wait as CPU tests any more."""
         self.left = len(tests)
         """Tests that have not ended."""
         self.until_replan = 0
