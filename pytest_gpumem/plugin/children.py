@@ -43,7 +43,7 @@ def watch(state: State) -> tuple[Children, Sampler] | None:
         state.notes.append(f"child processes of tests are not known: {error}")
         return None
     agent.begin()  # in what this process forks
-    sampler = Sampler(children.sample, children.worth_a_look, settings.sample_interval)
+    sampler = Sampler(children.look, children.worth_a_look, settings.sample_interval)
     if settings.sample_interval:
         sampler.start()
     return children, sampler

@@ -94,11 +94,11 @@ class Measuring:
         self._alive: tuple[records.Alive, ...] = ()
         """What was alive when it ran out of memory, where it is not recorded."""
         self._state = state
-        self._sampler: Sampler | None = None
+        self.sampler: Sampler | None = None
         # Now, because modules of tests keep copies of the environment.
         watched = children.watch(state)
         if watched is not None:
-            self.tracker.children, self._sampler = watched
+            self.tracker.children, self.sampler = watched
         self._plugins = config.pluginmanager
         self._monitors = Watched(config.pluginmanager)
         self.beginning: Callable[[pytest.Item, ItemMarks], None] = lambda _item, _marks: None
@@ -114,8 +114,8 @@ class Measuring:
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing of that behind."""
-        if self._sampler is not None:
-            self._sampler.stop()
+        if self.sampler is not None:
+            self.sampler.stop()
         if self.tracker.children is not None:
             self.tracker.children.close()
             self.tracker.children = None

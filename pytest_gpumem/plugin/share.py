@@ -229,8 +229,8 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
     standing.tell = lambda fixtures: worker.tell(stand=fixtures)
     standing.tell_begun = lambda fixture: worker.send(begun=fixture)
     observers.append(standing.asks)
-    if tracker is not None and tracker.children is not None:
-        tracker.children.seen = standing.look
+    if measuring is not None and measuring.sampler is not None:
+        measuring.sampler.then = standing.look
     return ladder
 
 

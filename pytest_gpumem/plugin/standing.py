@@ -65,13 +65,13 @@ class Standing:
 
     def look(self) -> None:
         """Tell of an engine that a fixture is about to start. Another thread calls this."""
-        fixture, tracker = self.setting_up, self._tracker
-        if self.tell is None or fixture is None or tracker is None:
+        tracker = self._tracker
+        fixture = None if tracker is None else tracker.setting_up()
+        if fixture is None or fixture.identity == self._begun or tracker is None:
             return
-        name = tracker.starting()
-        if name and name != self._begun:
-            self._begun = name
-            self.tell_begun(name)
+        if tracker.children is not None and tracker.children.held_by((fixture,)):
+            self._begun = fixture.identity
+            self.tell_begun(fixture.identity)
 
     def set_up(self, fixture: pytest.FixtureDef[Any], leases: Collection[str]) -> None:
         """Take note that the set-up of ``fixture`` ended, and of the leases that it took."""

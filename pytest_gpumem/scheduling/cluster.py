@@ -241,19 +241,13 @@ class Cluster:
         Contexts stay: a test that does not fit beside those there are would wait in vain.
         """
         cards = self.cards_for(worker, test)
-        owed = any(self._owed(worker, card, test) for card in cards)
+        owed = any(card.owed_beside(worker, self._there(worker, card, test)) for card in cards)
         if test in self._seen.ooms and owed:
             return False  # it gets all the room that there can be
         if self.fits(worker, test):
             return True
         # What other programs use may be theirs for good: the lease waits for it, not for ever.
         return not (owed or busy(cards) or len(cards) < self._tests[test].cards)
-
-    def _owed(self, worker: Worker, card: Card, test: int) -> bool:
-        """Return whether somebody has something to give back that ``test`` would not have anew."""
-        own = worker.owed - (self._there(worker, card, test) if card is worker.card else 0)
-        others = (each for each in card.workers if each is not worker)
-        return (worker.owes and own > 0) or any(each.owes for each in others)
 
     def would_go(self, card: Card, test: int) -> bool:
         """Return whether ``test``, which must run alone, could if no test ran on ``card``."""

@@ -109,10 +109,12 @@ class Pile:
 
     def extract(self, suits: Callable[[int], bool]) -> list[int]:
         """Remove all tests that wait and suit; return them in the order of the collection."""
-        entries = (*self._free, *self._owned)
-        portions = {id(each): each for each in (self.long, *(entry[-1] for entry in entries))}
-        portions |= {id(each): each for each in self._first.values()}
-        found = [(each, test) for each in portions.values() for test in each.tests if suits(test)]
+        portions = [self.long, *self._first.values()]
+        portions += [each[-1] for each in self._free]
+        portions += [each[-1] for each in self._owned]
+        found = []
+        for portion in {id(each): each for each in portions}.values():
+            found += [(portion, test) for test in portion.tests if suits(test)]
         return sorted(self.take(portion, test) for portion, test in found)
 
     def release(self, portion: Portion | None) -> None:

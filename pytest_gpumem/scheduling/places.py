@@ -76,6 +76,14 @@ class Card:
         """Whether a worker has something to give back."""
         return any(each.owes for each in self.workers)
 
+    def owed_beside(self, worker: Worker, own: int) -> bool:
+        """Return whether anybody has more to give back than ``worker`` its ``own`` bytes.
+
+        These it would take again: its next test's fixtures hold them.
+        """
+        others = (each for each in self.workers if each is not worker)
+        return (worker.owes and worker.owed > own) or any(each.owes for each in others)
+
 
 class Worker:
     """One process that runs tests."""

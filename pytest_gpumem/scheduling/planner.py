@@ -228,7 +228,7 @@ class Planner:
         if where is not None:
             self._state.changed |= self._cluster.keeps(told, where, size, fixtures)
 
-    def holds(self, worker: str, fixture: str) -> None:
+    def begins(self, worker: str, fixture: str) -> None:
         """Take note that ``worker`` sets up a wide fixture that begins to hold something of a card.
 
         Until it stands, no further worker is sent a test that uses it.

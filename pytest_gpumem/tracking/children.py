@@ -66,8 +66,6 @@ class Children:
         """What is said of the last child that ran out of memory in the running test."""
         self._looked = 0.0
         """When the driver was asked last."""
-        self.seen: Callable[[], None] = lambda: None
-        """Called by the sampler's thread after it has looked."""
 
     def enter(self, name: str) -> int:
         """Let a test or fixture run that was not known yet; return its number."""
@@ -106,11 +104,6 @@ class Children:
         """Whether there are children, on a card or not yet."""
         met = any(not child.ended for child in list(self._children))
         return met or has_children(self.starters.apart)
-
-    def sample(self) -> None:
-        """Look, and let it be known what was seen."""
-        self.look()
-        self.seen()
 
     def look(self, age: float = 0.0) -> None:
         """Take in what children told, and what the driver says of all.

@@ -30,6 +30,8 @@ class Sampler:
         self._look = look
         self._worth_it = worth_it
         self._interval = interval
+        self.then: Callable[[], None] = lambda: None
+        """Called after each look, in the thread."""
         self._go_on = _thread.allocate_lock()
         """Held while the thread is to run."""
         self._ended = _thread.allocate_lock()
@@ -56,6 +58,7 @@ class Sampler:
             while not go_on.acquire(timeout=self._interval):
                 if self._worth_it():
                     self._look()
+                    self.then()
         except Exception as error:  # in a thread of nobody's
             note_failure("looking at the tests' child processes", error)
         finally:

@@ -81,15 +81,9 @@ class Tracker:
         """Return what stays the same while this process keeps what it keeps; -1: unknown."""
         return -1 if self.children is not None and self.children.met else self.meters.moves
 
-    def starting(self) -> str:
-        """Return the identity of the wide fixture that is set up and whose processes use a card.
-
-        "" if there is none. Any thread may ask.
-        """
-        owner, here = self._turns.charged[0], self.children
-        if here is None or not isinstance(owner, Fixture) or not owner.wide or owner.torn_down:
-            return ""
-        return owner.identity if here.held_by((owner,)) else ""
+    def setting_up(self) -> Fixture | None:
+        """Return the wide fixture that is set up now, None if none is. Any thread may ask."""
+        return self._turns.setting_up()
 
     def child_oom(self) -> str:
         """Return in one sentence which child of the running test ran out of memory, or ""."""

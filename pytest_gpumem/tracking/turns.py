@@ -43,6 +43,13 @@ class Turns:
             return (owner, self.test)
         return (owner,)
 
+    def setting_up(self) -> Fixture | None:
+        """Return the wide fixture that is set up now, None if none is."""
+        owner = self._owners[-1]
+        if not isinstance(owner, Fixture) or owner.torn_down:
+            return None
+        return owner if owner.wide else None
+
     def charge(self, meter: Meter, before: AllocatorReading, now: AllocatorReading) -> None:
         """Charge what an allocator did between two boundaries."""
         for owner in self.charged:

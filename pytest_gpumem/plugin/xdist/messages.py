@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from pytest_gpumem.scheduling.commands import CardKey
+    from pytest_gpumem.scheduling.planner import Planner
 
 
 class Taken(NamedTuple):
@@ -53,6 +54,17 @@ def rooms_of(hellos: Iterable[Mapping[str, Any]]) -> dict[str, int]:
         if room is not None:
             rooms[host] = min(room, rooms.get(host, room))
     return rooms
+
+
+def tell_fixtures(planner: Planner, worker: str, message: Mapping[str, Any]) -> None:
+    """Tell the planner of wide fixtures that begin to use a card, and of those that stand.
+
+    What these hold is in the same message, or was in one before.
+    """
+    if "begun" in message:
+        planner.begins(worker, message["begun"])
+    for fixture, leases in message.get("stand", {}).items():
+        planner.stands(fixture, leases=leases)
 
 
 def taken(told: Iterable[tuple[str, object]]) -> Taken:

@@ -17,7 +17,7 @@ import pytest
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.xdist import lost
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
-from pytest_gpumem.plugin.xdist.messages import Taken, cards_of, rooms_of, taken
+from pytest_gpumem.plugin.xdist.messages import Taken, cards_of, rooms_of, taken, tell_fixtures
 from pytest_gpumem.plugin.xdist.nodes import LOOK_AGAIN, Node, StallClock, Worker
 from pytest_gpumem.scheduling import commands
 from pytest_gpumem.scheduling.estimates import planned_tests
@@ -187,15 +187,10 @@ class GpumemScheduling:
         if planner is not None and "ram" in indices:
             grown, worker.too_large = indices["ram"]
             planner.main_memory(worker.name, grown, too_large=bool(worker.too_large))
-        if planner is not None and "begun" in indices:
-            planner.holds(worker.name, indices["begun"])
-        for fixture, leases in indices.get("stand", {}).items():
-            if planner is not None:
-                planner.stands(fixture, leases=leases)
-        for uuid, used in indices.get("used", {}).items():
-            if planner is not None:
-                planner.used((worker.host, uuid), used)
         if planner is not None:
+            tell_fixtures(planner, worker.name, indices)
+            for uuid, used in indices.get("used", {}).items():
+                planner.used((worker.host, uuid), used)
             self._obey()
 
     def remove_node(self, node: Node) -> str | None:
@@ -263,8 +258,7 @@ class GpumemScheduling:
     def _plan(self, ready: Sequence[Worker]) -> None:
         hellos = [worker.hello for worker in ready if worker.hello is not None]
         totals, used = cards_of(hellos)
-        kept = self._settings.context + self._settings.headroom
-        most = max(totals.values(), default=0) - kept
+        most = max(totals.values(), default=0) - self._settings.context - self._settings.headroom
         self._planner = Planner(
             planned_tests(
                 self._collection,

@@ -33,9 +33,16 @@ class Engine(NamedTuple):
 class Runs:
     """Workers that set up and tear down as pytest does, on a card that may run out of memory."""
 
-    def __init__(self, tests: list[PlannedTest], sizes: dict[WideFixture, int], workers: int):
-        self.tests, self.sizes = tests, sizes
-        self.planner = Planner(tests, {("", "card"): TOTAL}, context=CONTEXT, headroom=HEADROOM)
+    def __init__(
+        self,
+        tests: list[PlannedTest],
+        sizes: dict[WideFixture, int],
+        workers: int,
+        leasing: tuple[str, ...] = (),
+    ):
+        self.tests, self.sizes, self.leasing = tests, sizes, leasing
+        cards = {("", "card"): TOTAL}
+        self.planner = Planner(tests, cards, context=CONTEXT, headroom=HEADROOM, leasing=leasing)
         self.standing: dict[str, dict[WideFixture, int]] = {}
         self.grants: list[Grant] = []
         self.set_ups = self.now = 0
@@ -64,6 +71,9 @@ class Runs:
                 oom = sum(sum(each.values()) for each in self.standing.values()) > TOTAL
                 if oom:
                     del held[each]
+                else:  # as a worker tells when the set-up is over
+                    self.tell(worker)
+                    self.planner.stands(each.name, leases=bool(self.leasing and held[each]))
         heapq.heappush(self.ends, (self.now + 3 + test % 3, test, worker, test, oom))
 
     def end(self) -> None:
@@ -125,13 +135,16 @@ def suite(
     return planned, sizes
 
 
-@pytest.mark.parametrize(("scope", "set_ups"), [("class", 4), ("module", 4), ("session", 1)])
+USES = {"class": 4, "module": 4, "session": 1}
+
+
+@pytest.mark.parametrize("scope", USES)
 def test_marked_tests_of_a_large_engine_set_it_up_once_and_never_run_out_of_memory(
-    scope: str, set_ups: int
+    scope: str,
 ) -> None:
     runs = Runs(*suite(Engine(scope, 70), mark=80), workers=4).run()
     assert runs.ooms.total() == 0
-    assert runs.set_ups == set_ups
+    assert runs.set_ups == USES[scope]
     # What stands is not asked for again.
     assert {grant.size for grant in runs.grants} == {80, 10 + CONTEXT}
 
@@ -144,7 +157,72 @@ def test_of_tests_of_an_engine_that_nobody_knows_only_the_first_ones_run_out_of_
     assert set(runs.passed) == set(range(len(runs.tests)))
     assert max(runs.passed.values()) == 1
     assert runs.ooms.total() < 4  # all workers but one
-    assert runs.set_ups < len(runs.passed) / 2
+    # Of those that ran out of memory, one may come back when its module is done.
+    assert runs.set_ups - runs.ooms.total() <= USES[scope] + 1
+
+
+@pytest.mark.parametrize("scope", ["class", "module", "session"])
+def test_an_engine_whose_code_takes_a_lease_is_set_up_once_from_the_first_run_on(
+    scope: str,
+) -> None:
+    runs = Runs(*suite(Engine(scope, 70), mark=None), workers=4, leasing=("engine",)).run()
+    assert runs.ooms.total() == 0
+    assert runs.set_ups == USES[scope]
+
+
+@pytest.mark.parametrize("scope", ["class", "module", "session"])
+@pytest.mark.parametrize("size", [0, 10])
+def test_small_leases_and_those_that_are_not_taken_cost_no_time(scope: str, size: int) -> None:
+    told, untold = (
+        Runs(*suite(Engine(scope, size), mark=None, cpu=0), workers=4, leasing=leasing).run()
+        for leasing in [("engine",), ()]
+    )
+    assert told.now <= untold.now + 5  # one test: here workers hear of a fixture as a test ends
+    assert set(told.passed) == set(untold.passed)
+
+
+@pytest.mark.parametrize("seen", [0, 3])
+def test_who_waits_for_what_a_fixture_holds_goes_when_its_test_is_over(seen: int) -> None:
+    fixture = WideFixture("", "engine")
+    tests = [
+        PlannedTest(f"{n}.py::t", False, None, 1.0, f"{n}.py", seen=False, wide=(fixture,))
+        for n in range(3)
+    ]
+    planner = Planner(
+        tests, {("", "card"): TOTAL}, context=CONTEXT, headroom=HEADROOM, leasing=("engine",)
+    )
+    for name in ("a", "b", "c"):
+        planner.add_worker(name, [("", "card")])
+
+    def given() -> list[int]:
+        return sorted(each.test for each in planner.commands() if isinstance(each, Run))
+
+    assert given() == [0]
+    planner.resident("a", seen, ("", "card"), {"engine": seen} if seen else {})
+    if seen:
+        planner.stands("engine", leases=True)
+    else:  # its set-up failed
+        planner.finished("a", 0, duration=0.1, peak=0)
+    assert given() == [1, 2]
+
+
+def test_while_an_engine_starts_no_other_worker_is_sent_its_tests() -> None:
+    fixture = WideFixture("", "engine")
+    tests = [
+        PlannedTest(f"{n}.py::t", False, None, 1.0, f"{n}.py", seen=False, wide=(fixture,))
+        for n in range(3)
+    ]
+    planner = Planner(tests, {("", "card"): TOTAL}, context=CONTEXT, headroom=HEADROOM)
+    planner.add_worker("a", [("", "card")])
+    assert [each.test for each in planner.commands() if isinstance(each, Run)] == [0]
+    planner.begins("a", "engine")
+    planner.add_worker("b", [("", "card")])
+    assert planner.commands() == []
+    planner.resident("a", 70, ("", "card"), {"engine": 70})
+    planner.stands("engine", leases=False)
+    assert planner.commands() == []  # there is no room for a second one
+    planner.finished("a", 0, duration=1.0, peak=0, fixtures=70)
+    assert [each.worker for each in planner.commands() if isinstance(each, Run)] == ["a"]
 
 
 @settings(deadline=None)
