@@ -427,6 +427,28 @@ def engine():
 @pytest.mark.parametrize("i", range(2))
 def test_engine(engine, i): pass
 """
+STANDING = """
+import pytest_gpumem
+
+def reserved():
+    return pytest_gpumem.gpu_lease("2500MiB")
+
+@pytest.fixture(scope="{scope}")
+def engine():
+    with {lease}:
+        with open("set-ups", "a") as file:
+            print("set up", file=file)
+        time.sleep(0.2)
+        yield
+"""
+SERVED = """
+import time, pytest
+
+@pytest.mark.parametrize("i", range(3))
+def test_served(engine, i): time.sleep(0.02)
+
+def test_on_cpu(): time.sleep(0.05)
+"""
 RESERVED = """
 import pytest
 from pytest_gpumem import gpu_lease
@@ -487,6 +509,23 @@ def test_nobody_waits_for_what_its_own_family_has(run, source, arguments):
 
     assert set(finished.outcomes) == {"passed"}, finished.output
     assert all(grant.waited < 3 for grant in grants(finished)), grants(finished)
+
+
+@pytest.mark.parametrize(
+    ("scope", "lease", "set_ups"),
+    [
+        ("session", 'pytest_gpumem.gpu_lease("2500MiB")', 1),
+        ("module", "reserved()", 3),
+    ],
+)
+def test_a_fixture_with_a_lease_is_set_up_once_for_each_use_in_a_first_run(
+    run, tmp_path, scope, lease, set_ups
+):
+    conftest = TAKE + STANDING.format(scope=scope, lease=lease)
+    finished = run(SERVED, "-n", "3", conftest=conftest, test_a=SERVED, test_b=SERVED)
+
+    assert finished.outcomes == {"passed": 12}, finished.output
+    assert (tmp_path / "set-ups").read_text().count("set up") == set_ups
 
 
 @pytest.mark.parametrize(("schedule", "waited"), [("careful", 0), ("off", HOPE)])
