@@ -320,9 +320,8 @@ class Leases:
             # Of what this process keeps it has nothing. A grant of the scheduler has its context.
             context = 0 if self._is_scheduled else self._settings.context_cost
             return want_of(need, Place(card.total - kept, self._settings.headroom, context))
-        settings = self._settings
-        place = Place(card.total, settings.headroom, settings.context_cost, kept, standing)
-        return want_of(need, place)
+        costs = self._settings.headroom, self._settings.context_cost
+        return want_of(need, Place(card.total, *costs, kept, standing))
 
     def _is_shared(self, card: Card) -> bool:
         if self._without:

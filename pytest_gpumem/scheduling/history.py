@@ -299,10 +299,8 @@ class History:
 
         """
         peaks = (peak_own,) if gpu else ()
-        self._put(
-            nodeid,
-            _Entry(peaks, fixtures, duration, 1, gpu, () if ram is None else (ram,)),
-        )
+        rams = () if ram is None else (ram,)
+        self._put(nodeid, _Entry(peaks, fixtures, duration, 1, gpu, rams))
 
     def learn(self, tests: Iterable[RecordedTest], worker_ram: int = 0) -> None:
         """Remember the tests of a run, by their records, and what their largest process kept.

@@ -55,6 +55,7 @@ class Tracker:
         root: Path | None = None,
     ) -> None:
         self._turns = Turns()
+        self.setting_up = self._turns.setting_up
         self.meters = Meters(self._turns.charge, release_cache)
         self.boundary = self.meters.boundary
         self._tensors = TensorLedger(root)
@@ -80,10 +81,6 @@ class Tracker:
     def kept_since(self) -> int:
         """Return what stays the same while this process keeps what it keeps; -1: unknown."""
         return -1 if self.children is not None and self.children.met else self.meters.moves
-
-    def setting_up(self) -> Fixture | None:
-        """Return the wide fixture that is set up now, None if none is. Any thread may ask."""
-        return self._turns.setting_up()
 
     def child_oom(self) -> str:
         """Return in one sentence which child of the running test ran out of memory, or ""."""
