@@ -38,7 +38,7 @@ _HOMES = {
     "records.plain": ("load_run",),
     "records.run": ("RunRecord",),
     "routing.model_pool": ("ModelPool",),
-    "routing.placing": ("load_sentence_transformer",),
+    "routing.placement": ("load_sentence_transformer",),
     "routing.resource_manager": (
         "HybridResourceManager",
         "get_resource_manager",

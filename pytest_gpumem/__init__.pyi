@@ -78,7 +78,7 @@ from pytest_gpumem.records.run import (
 from pytest_gpumem.routing.model_pool import (
     ModelPool as ModelPool,
 )
-from pytest_gpumem.routing.placing import (
+from pytest_gpumem.routing.placement import (
     load_sentence_transformer as load_sentence_transformer,
 )
 from pytest_gpumem.routing.resource_manager import (

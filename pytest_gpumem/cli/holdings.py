@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import devices
-from pytest_gpumem.cli import simulated
+from pytest_gpumem.cli import simulated_cards
 from pytest_gpumem.devices import family, host
 from pytest_gpumem.leases.request import called
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pytest_gpumem.leases.entries import Entry
+    from pytest_gpumem.leases.glimpses import Glimpse, Watcher
     from pytest_gpumem.leases.ledger import Ledger
     from pytest_gpumem.leases.page import Page
-    from pytest_gpumem.leases.watching import Glimpse, Watcher
 
 
 class Holding(NamedTuple):
@@ -75,7 +75,7 @@ def look(ledger: Ledger, watcher: Watcher | None = None) -> list[CardState]:
     seen = {
         state.uuid for state in found
     }  # in a simulated run's child the driver tells of its card
-    for each in simulated.cards():
+    for each in simulated_cards.cards():
         if each.uuid in seen:
             continue
         used = dict(each.processes())

@@ -24,7 +24,7 @@ from pytest_gpumem.cli import (
     run,
 )
 from pytest_gpumem.cli.arguments import read_count
-from pytest_gpumem.cli.learned import HISTORY, load_history
+from pytest_gpumem.cli.history import HISTORY, load_history
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.reports import terminal
 from pytest_gpumem.units import format_mib, printable

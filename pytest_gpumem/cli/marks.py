@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import files, records
-from pytest_gpumem.cli.learned import ask_where, load_history
-from pytest_gpumem.reports.counted import plural
+from pytest_gpumem.cli.history import ask_where, load_history
+from pytest_gpumem.reports.counts import plural
 from pytest_gpumem.scheduling.history import MARGIN, PEAKS, History, module, with_margin
 from pytest_gpumem.units import format_bytes, parse_bytes
 

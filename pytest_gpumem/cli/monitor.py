@@ -86,9 +86,9 @@ class _View:
 
         """
         from pytest_gpumem.errors import LeaseError
+        from pytest_gpumem.leases.glimpses import Watcher
         from pytest_gpumem.leases.ledger import Ledger
         from pytest_gpumem.leases.place import run_directory
-        from pytest_gpumem.leases.watching import Watcher
 
         directory = run_directory()
         self._ledger = Ledger(directory)

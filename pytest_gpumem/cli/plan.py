@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import files, records
 from pytest_gpumem.cli.arguments import read_count, read_size
-from pytest_gpumem.cli.learned import ask_where, load_history
+from pytest_gpumem.cli.history import ask_where, load_history
 from pytest_gpumem.devices.models import find_model
 from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.history import History, module
@@ -214,7 +214,7 @@ def _of_run(run: records.RunRecord) -> Suite:
 
 
 def _need(
-    lease: records.Grant, cards: Sequence[records.Card]
+    lease: records.LeaseUsage, cards: Sequence[records.Card]
 ) -> tuple[int | None, int, bool] | None:
     """Return what a test's mark says, as far as its lease tells: bytes, cards, alone.
 

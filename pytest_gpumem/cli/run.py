@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices, files
-from pytest_gpumem.cli import simulated
+from pytest_gpumem.cli import simulated_cards
 from pytest_gpumem.cli.arguments import read_size
-from pytest_gpumem.cli.measured import Measured, Took, say
+from pytest_gpumem.cli.measurement import Measured, Took, say
 from pytest_gpumem.devices import host
 from pytest_gpumem.devices.processes import command
 from pytest_gpumem.errors import LeaseError
@@ -133,7 +133,7 @@ def _run(chosen: argparse.Namespace) -> int:
         check(chosen.command_line[0])
         leave_on_signals()
         with ExitStack() as stack:
-            context = simulated.use(chosen.simulate, stack) or CONTEXT
+            context = simulated_cards.use(chosen.simulate, stack) or CONTEXT
             cards = [] if chosen.vram == 0 else _cards(chosen.card)
             return _Run(chosen, cards, _pools(chosen.ram), context).through()
     except CannotStartError as error:

@@ -64,7 +64,7 @@ class Figures(NamedTuple):
     ooms: int
 
 
-class Told(NamedTuple):
+class ChildFigures(NamedTuple):
     """What one child told."""
 
     slot: int
@@ -163,7 +163,7 @@ class Book:
         begun = family.begun(family.identity(os.getpid()))
         return owner if begun is None or begun * 1e9 >= since else NOBODY
 
-    def read(self) -> list[Told]:
+    def read(self) -> list[ChildFigures]:
         """Return what each child told that lives, or ended and was not struck."""
         if not self.used:
             return []
@@ -173,7 +173,7 @@ class Book:
                 self._told(slot) for slot in self._slots.taken() if words[slot + _OWNER] != _ROOT
             ]
 
-    def survivors(self) -> list[Told] | None:
+    def survivors(self) -> list[ChildFigures] | None:
         """Return the children that live; None while the process that runs the tests does."""
         words = self._words
         with self._slots.alone():
@@ -182,9 +182,9 @@ class Book:
                 return None
         return [told for told in self.read() if told.lives]
 
-    def _told(self, slot: int) -> Told:
+    def _told(self, slot: int) -> ChildFigures:
         words = self._words
-        return Told(
+        return ChildFigures(
             slot,
             self._slots.pid(slot, words[slot + _PID], words[slot + _NAMESPACE]),
             words[slot + _OWNER],
@@ -299,7 +299,7 @@ def _cards(slot: int) -> range:
     return range(first, first + _CARD * _CARDS, _CARD)
 
 
-def left_behind(directory: Path) -> list[Told]:
+def left_behind(directory: Path) -> list[ChildFigures]:
     """Return the children that live though the process that ran their tests has ended.
 
     Takes the books out of ``directory`` that nobody has any more.

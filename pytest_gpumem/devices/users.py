@@ -72,14 +72,14 @@ def used_by_others(card: Card) -> bool:
     return bool(set(process_bytes(card)) - {os.getpid()})
 
 
-class Held(NamedTuple):
+class OwnUsage(NamedTuple):
     """What this process's allocators have of a card, in bytes."""
 
     allocated: int
     reserved: int
 
 
-def held(card: Card) -> Held:
+def held(card: Card) -> OwnUsage:
     """Return what this process's allocators have of ``card``."""
     found = [
         reading
@@ -87,7 +87,7 @@ def held(card: Card) -> Held:
         for index, reading in enumerate(allocator.read())
         if allocator.card(index).uuid == card.uuid
     ]
-    return Held(sum(each.allocated for each in found), sum(each.reserved for each in found))
+    return OwnUsage(sum(each.allocated for each in found), sum(each.reserved for each in found))
 
 
 def totals() -> tuple[int, int | None]:

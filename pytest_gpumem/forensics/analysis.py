@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import events, readers
-from pytest_gpumem.forensics.readers import recorded
+from pytest_gpumem.forensics.readers import own_runs
 from pytest_gpumem.forensics.runs import LETTERS, WORDS
 from pytest_gpumem.forensics.signatures import signature, subject
 from pytest_gpumem.records.findings import (
@@ -76,7 +76,7 @@ def analyze_oom_sequence(log: str | Path) -> OomSequence:
 
 def of_record(run: RunRecord, name: str = "") -> Findings:
     """Return what the records of a run tell; ``name`` stands where a file's would."""
-    return findings([(name, [recorded.of_record(run)])])
+    return findings([(name, [own_runs.of_record(run)])])
 
 
 def findings(logs: Sequence[tuple[str, list[Run]]], notes: Sequence[str] = ()) -> Findings:

@@ -64,7 +64,7 @@ class Draft:
         return self.run.find(self.nodeid, self.worker)
 
 
-class Told(NamedTuple):
+class FileEvents(NamedTuple):
     """What one file tells of memory."""
 
     drafts: list[Draft]
@@ -74,7 +74,7 @@ class Told(NamedTuple):
     """Workers that died, why unknown."""
 
 
-def draft(path: str, runs: Sequence[Run], first: int) -> Told:
+def draft(path: str, runs: Sequence[Run], first: int) -> FileEvents:
     """Return what one file tells of memory.
 
     Args:
@@ -83,7 +83,7 @@ def draft(path: str, runs: Sequence[Run], first: int) -> Told:
         first: number of the first run.
 
     """
-    told = Told([], [], [])
+    told = FileEvents([], [], [])
     number = first - 1
     named: set[str | None] = set()
     for run in runs:
@@ -286,7 +286,7 @@ def _kills(path: str, number: int, run: Run) -> list[Draft]:
     return killed
 
 
-def _running(runs: Sequence[Run], told: Told) -> None:
+def _running(runs: Sequence[Run], told: FileEvents) -> None:
     """Give a kill the test that was running: the shell may tell of it before pytest's output."""
     named = {each.nodeid for each in (*told.drafts, *told.deaths)}
     dead = {id(each.run) for each in told.deaths}

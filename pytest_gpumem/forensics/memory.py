@@ -7,12 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.forensics import lines, spoken
-from pytest_gpumem.forensics.cursor import BEGUN
-from pytest_gpumem.forensics.enclosing import advised, coded, commented, listed
-from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
-from pytest_gpumem.forensics.runs import Kill, Seen
-from pytest_gpumem.forensics.signatures import signature, subject
-from pytest_gpumem.forensics.wrapped import (
+from pytest_gpumem.forensics.continuation import (
     ERROR_LINE,
     following,
     preceding,
@@ -20,6 +15,11 @@ from pytest_gpumem.forensics.wrapped import (
     soon,
     traced,
 )
+from pytest_gpumem.forensics.cursor import BEGUN
+from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
+from pytest_gpumem.forensics.quotation import advised, coded, commented, listed
+from pytest_gpumem.forensics.runs import Kill, Seen
+from pytest_gpumem.forensics.signatures import signature, subject
 
 if TYPE_CHECKING:
     from pytest_gpumem.forensics.cursor import Cursor

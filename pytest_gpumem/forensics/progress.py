@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.forensics.continuation import following
 from pytest_gpumem.forensics.cursor import BEGUN, FILE
 from pytest_gpumem.forensics.memory import WHAT, note_kill, note_loose
 from pytest_gpumem.forensics.runs import FAILING, SUBTESTS
-from pytest_gpumem.forensics.wrapped import following
 
 if TYPE_CHECKING:
     from pytest_gpumem.forensics.cursor import Cursor

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.leases import family, telling
+from pytest_gpumem.leases import family, notices
 from pytest_gpumem.leases.entries import is_process
 from pytest_gpumem.leases.locks import FileLock, Watch, is_held
 from pytest_gpumem.leases.place import is_plain
@@ -30,7 +30,7 @@ class Alive:
 
     def tell(self, file: FileLock) -> None:
         """Let this process's file say from whom it descends, where its terminal is, its worker."""
-        own, terminal = " ".join(family.lineage(os.getpid())), telling.terminal()
+        own, terminal = " ".join(family.lineage(os.getpid())), notices.terminal()
         worker = os.environ.get("PYTEST_XDIST_WORKER", "")
         with suppress(OSError):  # a full disk costs what is told, not the lease
             file.write(f"{own}\n{'' if terminal is None else terminal}\n{worker}\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.errors import RequestRefusedError
-from pytest_gpumem.leases import telling
+from pytest_gpumem.leases import notices
 from pytest_gpumem.leases.outside import CudaDriver
 from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import Lease, LeaseStore
@@ -56,7 +56,7 @@ def gpu_lease(
     card, leases = _card(device), store()
     for tell in observers:
         tell(card.uuid, card.total if exclusive else _bytes(vram))
-    with telling.Waiting(f"gpu_lease of {_label()}", leases.ancestors) as waiting:
+    with notices.Waiting(f"gpu_lease of {_label()}", leases.ancestors) as waiting:
         lease = leases.acquire(
             {card.uuid: want}, {card.uuid: card.total}, _label(), timeout, waiting.note
         )

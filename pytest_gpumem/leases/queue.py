@@ -11,7 +11,7 @@ from pytest_gpumem.devices import host
 from pytest_gpumem.errors import LeaseError, LeaseTimeout
 from pytest_gpumem.leases import describe
 from pytest_gpumem.leases.entries import HELD, KEPT, LASTING, WAITING, Entry, entry_of
-from pytest_gpumem.leases.lending import LOOK, Lending
+from pytest_gpumem.leases.loans import LOOK, Lending
 from pytest_gpumem.leases.locks import News, Watch
 from pytest_gpumem.leases.outside import taken
 from pytest_gpumem.leases.place import Vanished
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.admission import Claim
     from pytest_gpumem.leases.ledger import Ledger
-    from pytest_gpumem.leases.lending import Lent, Nap
+    from pytest_gpumem.leases.loans import Lent, Nap
     from pytest_gpumem.leases.outside import Lookout, Outside
     from pytest_gpumem.leases.page import Page
     from pytest_gpumem.leases.request import Hope, Terms

@@ -144,7 +144,7 @@ class LeaseStore:
         ``on_wait`` is called with a sentence that says what is waited for and who holds it, when
         the wait has lasted a moment and when that changes. Out of the lease of a ``test`` comes
         what its process asks for meanwhile; in a ``worker`` it does not wait for leases of other
-        workers that sleep, see ``lending``. One of ``low`` priority lets many who come later go
+        workers that sleep, see ``loans``. One of ``low`` priority lets many who come later go
         first.
 
         Raises:

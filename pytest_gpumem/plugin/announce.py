@@ -11,8 +11,8 @@ import pytest
 
 from pytest_gpumem import devices
 from pytest_gpumem.errors import LeaseError
+from pytest_gpumem.leases.glimpses import Glimpse, Teller, is_watched
 from pytest_gpumem.leases.place import run_directory
-from pytest_gpumem.leases.watching import Glimpse, Teller, is_watched
 
 if TYPE_CHECKING:
     from pathlib import Path

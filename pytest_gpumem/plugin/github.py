@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pytest_gpumem import records
 from pytest_gpumem.reports import annotations as remarks
 from pytest_gpumem.reports import digest, sections
-from pytest_gpumem.reports.counted import count_up
+from pytest_gpumem.reports.counts import count_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpumem import devices
 from pytest_gpumem.archive.consolidator import registered
-from pytest_gpumem.leases import telling
+from pytest_gpumem.leases import notices
 from pytest_gpumem.plugin import attempts, retry
 from pytest_gpumem.plugin.lease import Leases
 from pytest_gpumem.plugin.route import may_fall_back
@@ -116,7 +116,7 @@ class Ladder:
     def pytest_unconfigure(self) -> None:
         """Leave the terminal to others."""
         if self._tells:
-            telling.drop()
+            notices.drop()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(
@@ -330,4 +330,4 @@ def _keep_terminal(config: pytest.Config) -> bool:
     """Let it be told in the terminal what is waited for, whatever captures meanwhile."""
     capture = config.pluginmanager.getplugin("capturemanager")
     with nullcontext() if capture is None else capture.global_and_fixture_disabled():
-        return telling.keep()
+        return notices.keep()

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from pytest_gpumem import devices
 from pytest_gpumem.archive.consolidator import registered
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
-from pytest_gpumem.leases import telling
+from pytest_gpumem.leases import notices
 from pytest_gpumem.leases.ledger import own_ledger
 from pytest_gpumem.plugin import wide_fixtures
 from pytest_gpumem.plugin.needs import Needs, too_large
 from pytest_gpumem.plugin.standing import Standing, with_leases
 from pytest_gpumem.plugin.state import GRANT, ItemMarks, State, marks_of
-from pytest_gpumem.records import Grant
+from pytest_gpumem.records import LeaseUsage
 from pytest_gpumem.scheduling.workers import Holdings
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Leases:
         cards = self._cards[: need.cards]
         wants, totals = self._wants(item, need, cards)
         begun = time.monotonic()
-        with telling.Waiting(item.nodeid, self._open().ancestors) as waiting:
+        with notices.Waiting(item.nodeid, self._open().ancestors) as waiting:
 
             def on_wait(text: str) -> None:
                 waiting.note(text)
@@ -183,7 +183,7 @@ class Leases:
         size = min(total if size is None else size for total, size in sizes)
         mark = marks_of(item).need
         uuids = tuple(card.uuid for card in cards)
-        item.stash[GRANT] = Grant(
+        item.stash[GRANT] = LeaseUsage(
             uuids, size, self._lease.exclusive, self.waited, mark.vram if mark else None
         )
         self.beside = any(map(self._open().is_shared, uuids))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-class Need(NamedTuple):
+class MarkedNeed(NamedTuple):
     """What a test asks: bytes (None: not said), how many cards, alone or not, where else."""
 
     vram: int | None
@@ -37,7 +37,7 @@ def gpu(
     isolated: bool = False,
     *,
     ram: str | int | None = None,
-) -> Need:
+) -> MarkedNeed:
     """Say how the test uses VRAM: peak, cards, alone, or on the "cpu"; in a process of its own.
 
     With ``ram`` also what it takes of main memory, as the mark of that name says of any test.
@@ -51,7 +51,7 @@ def gpu(
         raise ValueError(f"fallback={fallback!r} is not a device to fall back to; allowed is 'cpu'")
     size = None if vram is None else _size("vram", vram)
     in_ram = None if ram is None else _size("ram", ram)
-    return Need(size, count, exclusive, fallback, isolated, in_ram)
+    return MarkedNeed(size, count, exclusive, fallback, isolated, in_ram)
 
 
 def ram(size: str | int) -> int:

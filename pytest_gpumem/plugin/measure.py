@@ -371,7 +371,7 @@ def _attach(item: pytest.Item, usage: Usage, oom: str, alive: tuple[records.Aliv
         return  # as for most
     grant = stashed(item, GRANT)
     beside = item.stash.get(BESIDE, []) if oom else []
-    told = properties.Told(
+    told = properties.OwnProperties(
         usage.cards,
         usage.fixtures,
         oom,

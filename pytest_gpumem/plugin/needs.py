@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import Card
     from pytest_gpumem.scheduling.history import Expectation, History
 
-ANY = marks.Need(vram=None, cards=1, exclusive=False)
+ANY = marks.MarkedNeed(vram=None, cards=1, exclusive=False)
 """What a test without a mark asks for."""
 
 
@@ -86,7 +86,7 @@ class Needs:
 
 
 def _need_of(
-    expected: Expectation, mark: marks.Need | None, settings: Settings, *, known: bool
+    expected: Expectation, mark: marks.MarkedNeed | None, settings: Settings, *, known: bool
 ) -> Need:
     """Return what to grant a test of which this is known, or which may use a card."""
     from pytest_gpumem.leases.ask import SOMETHING, Need  # many runs never ask for a lease

@@ -21,7 +21,7 @@ from pytest_gpumem.plugin.xdist.worker import run_unreported
 from pytest_gpumem.records import properties
 from pytest_gpumem.reports import proofs
 from pytest_gpumem.simulator.allocator import CachingAllocator
-from pytest_gpumem.simulator.refusing import Refusing
+from pytest_gpumem.simulator.exhaustion import Refusing
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _simulating(state: State) -> str:
 
 @contextmanager
 def _asked(refusing: Refusing) -> Iterator[None]:
-    """Have the simulated card ask ``refusing`` for every allocation of this process."""
+    """Have the simulated card ask ``exhaustion`` for every allocation of this process."""
     CachingAllocator.refusing = refusing
     try:
         yield

@@ -94,7 +94,7 @@ class Peaks:
             offends = bool(told.oom) or self._is_above(item, told)
             self._ran[item.nodeid] = _Ran(item, own, offends, self._failed)
 
-    def _is_above(self, item: pytest.Item, told: properties.Told) -> bool:
+    def _is_above(self, item: pytest.Item, told: properties.OwnProperties) -> bool:
         """Return whether a test took more than its budget or its limit."""
         marked = marks_of(item).vram_limit
         limit = self._state.settings.vram_limit if marked is None else marked

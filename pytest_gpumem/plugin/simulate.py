@@ -80,11 +80,11 @@ def _compiled(settings: Settings, notes: list[str]) -> Path | None:
     """Return the library of the compiled card where it is asked for and can be made."""
     if not settings.simulate_compiled:
         return None
-    from pytest_gpumem.simulator.torch_face import building
+    from pytest_gpumem.simulator.torch_face import compilation
 
     try:
-        library = building.library()
-    except building.CannotCompileError as error:
+        library = compilation.library()
+    except compilation.CannotCompileError as error:
         notes.append(f"the simulated card is not compiled, but simulated in Python: {error}")
         return None
     if settings.simulate_workspace:

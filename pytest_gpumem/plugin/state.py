@@ -20,7 +20,7 @@ STATE = pytest.StashKey["State"]()
 ITEM_MARKS = pytest.StashKey["ItemMarks"]()
 USAGE: pytest.StashKey[Usage] = pytest.StashKey()
 """What a test did, once it is over."""
-GRANT: pytest.StashKey[records.Grant] = pytest.StashKey()
+GRANT: pytest.StashKey[records.LeaseUsage] = pytest.StashKey()
 """What a test was granted."""
 
 
@@ -90,7 +90,7 @@ class State:
 class ItemMarks:
     """What the marks of one test mean; None where it has no such mark."""
 
-    need: marks.Need | None = None
+    need: marks.MarkedNeed | None = None
     ram: int | None = None
     vram_limit: int | None = None
     vram_leak_limit: int | None = None

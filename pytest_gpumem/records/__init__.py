@@ -1,6 +1,5 @@
 """What a run leaves behind."""
 
-from pytest_gpumem.records.joined import merge
 from pytest_gpumem.records.plain import (
     from_plain,
     load_run,
@@ -18,8 +17,8 @@ from pytest_gpumem.records.run import (
     CardUsage,
     ChildUsage,
     FixtureUsage,
-    Grant,
     Holder,
+    LeaseUsage,
     Left,
     LostWorker,
     Process,
@@ -32,6 +31,7 @@ from pytest_gpumem.records.run import (
     ScopeUsage,
     short,
 )
+from pytest_gpumem.records.shards import merge
 
 __all__ = [
     "SCHEMA",
@@ -42,8 +42,8 @@ __all__ = [
     "CardUsage",
     "ChildUsage",
     "FixtureUsage",
-    "Grant",
     "Holder",
+    "LeaseUsage",
     "Left",
     "LostWorker",
     "Process",

@@ -15,7 +15,7 @@ from pytest_gpumem.records.run import (
     CardUsage,
     ChildUsage,
     FixtureUsage,
-    Grant,
+    LeaseUsage,
     Left,
     Process,
     Proof,
@@ -43,13 +43,13 @@ RAM = "gpumem_ram"
 _PROOF = "gpumem_proof"
 
 
-class Told(NamedTuple):
+class OwnProperties(NamedTuple):
     """The fields of a ``RecordedTest`` that its own process knows."""
 
     cards: tuple[CardUsage, ...] = ()
     fixtures: tuple[FixtureUsage, ...] = ()
     oom: str = ""
-    lease: Grant | None = None
+    lease: LeaseUsage | None = None
     left: tuple[Left, ...] = ()
     children: tuple[ChildUsage, ...] = ()
     beside: tuple[Process, ...] = ()
@@ -62,7 +62,7 @@ class Told(NamedTuple):
     proof: Proof | None = None
 
 
-NOTHING = Told()
+NOTHING = OwnProperties()
 
 _IN_RECORD = (
     "cards",
@@ -77,7 +77,7 @@ _IN_RECORD = (
 )
 
 
-def tell_usage(properties: Properties, usage: Told) -> None:
+def tell_usage(properties: Properties, usage: OwnProperties) -> None:
     """Tell what the test did to the cards; nothing where it did nothing."""
     _forget(properties, _USAGE)
     if not any(usage):
@@ -152,7 +152,7 @@ def tell_consolidated(properties: Properties, done: object) -> None:
     properties.append((_CONSOLIDATED, str(done)))
 
 
-def read(properties: Iterable[tuple[str, object]]) -> Told:
+def read(properties: Iterable[tuple[str, object]]) -> OwnProperties:
     """Return what was told; the fields of which nothing was are their defaults."""
     found = dict(properties)
     if not found:
@@ -172,7 +172,7 @@ def read(properties: Iterable[tuple[str, object]]) -> Told:
         plain["ram"] = dict(zip(RamUsage._fields, json.loads(ram), strict=True))
     if isinstance(proof := found.get(_PROOF), str):
         plain["proof"] = json.loads(proof)
-    return from_plain(Told, plain)
+    return from_plain(OwnProperties, plain)
 
 
 def _forget(properties: Properties, names: Sequence[str]) -> None:

@@ -222,7 +222,7 @@ class RamUsage(NamedTuple):
         return self.peak - self.baseline
 
 
-class Grant(NamedTuple):
+class LeaseUsage(NamedTuple):
     """Permission to use bytes of a card, as one test had it."""
 
     cards: tuple[str, ...]
@@ -339,7 +339,7 @@ class RecordedTest(NamedTuple):
     """First sentence of the out-of-memory error that failed it, else empty."""
     start: float = 0.0
     """When its set-up began, in seconds since the epoch by its worker's clock."""
-    lease: Grant | None = None
+    lease: LeaseUsage | None = None
     """What it was granted, None where it asked for nothing."""
     host: str = ""
     """Where it ran; empty for the machine that reports."""

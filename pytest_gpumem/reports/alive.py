@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.reports.counted import likewise, plural
+from pytest_gpumem.reports.counts import likewise, plural
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:

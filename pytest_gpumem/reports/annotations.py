@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.reports.counted import by_cause, by_kind, count_up, place, plural
+from pytest_gpumem.reports.counts import by_cause, by_kind, count_up, place, plural
 from pytest_gpumem.units import format_bytes, printable
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pytest_gpumem.forensics import analysis
 from pytest_gpumem.forensics.compare import Limits, compare
 from pytest_gpumem.records import short
 from pytest_gpumem.reports import alive, budgets, forensics, ram, timeline
-from pytest_gpumem.reports.counted import (
+from pytest_gpumem.reports.counts import (
     by_kind,
     count_up,
     left_by_scopes,

@@ -16,7 +16,7 @@ from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.reports import alive, forensics, html, timeline
 from pytest_gpumem.reports.chart import COLOURS, draw, lane
 from pytest_gpumem.reports.chart import leaked as leaked_of
-from pytest_gpumem.reports.counted import left_by_scopes, own
+from pytest_gpumem.reports.counts import left_by_scopes, own
 from pytest_gpumem.reports.sections import Section
 from pytest_gpumem.units import format_bytes, format_mib
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.records import short
 from pytest_gpumem.reports import alive, budgets, children, proofs, ram, timeline
-from pytest_gpumem.reports.counted import (
+from pytest_gpumem.reports.counts import (
     Counted,
     Leak,
     LeftByScope,

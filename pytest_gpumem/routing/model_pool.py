@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
 from pytest_gpumem.archive.consolidator import GpuConsolidator, get_gpu_consolidator
-from pytest_gpumem.routing import placing
+from pytest_gpumem.routing import placement
 from pytest_gpumem.routing.pool_entries import Entries, PooledModel, is_module
 from pytest_gpumem.routing.resource_manager import CPU, shared
 from pytest_gpumem.tracking import release
@@ -224,7 +224,7 @@ class ModelPool:
         gc.collect()
         model = reference()
         if model is not None:
-            placing.take_back(self._entries.with_kin(model))
+            placement.take_back(self._entries.with_kin(model))
 
     def clear(self) -> None:
         """Unload every model."""
@@ -282,11 +282,11 @@ class ModelPool:
             return model
         asleep = self.consolidator.sleeping_bytes(model)
         if shared.banned and not entry.banned:
-            placing.take_back(self._entries.with_kin(model))
+            placement.take_back(self._entries.with_kin(model))
             entry.banned = True
         elif asleep:
-            if placing.room_for(asleep, "model", self._make_room_for(entry)) == CPU:
-                placing.take_back(self._entries.with_kin(model))
+            if placement.room_for(asleep, "model", self._make_room_for(entry)) == CPU:
+                placement.take_back(self._entries.with_kin(model))
             self._restore(model)
         elif entry.banned and not shared.banned:
             entry.banned = False
@@ -300,16 +300,16 @@ class ModelPool:
             if not release.oom_sentence(error):
                 raise
             release.clear_frames(error)
-            placing.take_back(self._entries.with_kin(model))
+            placement.take_back(self._entries.with_kin(model))
 
     def _place(self, entry: PooledModel, model: Any) -> None:
         entry.banned = bool(shared.banned)
         model = self._entries.with_kin(model)
-        if placing.is_all_on_card(model) and not shared.banned:
+        if placement.is_all_on_card(model) and not shared.banned:
             return
         make_room = self._make_room_for(entry)
-        device = placing.room_for(placing.size_of(model), "model", make_room)
-        placing.place(model, device, lambda: make_room(0))
+        device = placement.room_for(placement.size_of(model), "model", make_room)
+        placement.place(model, device, lambda: make_room(0))
 
     def _make_room_for(self, entry: PooledModel) -> Callable[[int], bool]:
         def make_room(size: int) -> bool:
@@ -336,7 +336,7 @@ class ModelPool:
         if not is_module(model):
             return 0
         item = {"data": model, "type": "model", "metadata": {"model_name": entry.name}}
-        if not placing.is_on_card(model):
+        if not placement.is_on_card(model):
             return 0
         done = self.consolidator.consolidate_gpu_memory([item], process_context="model pool")
         for refusal in done.refused:
@@ -378,7 +378,7 @@ def _take_apart(entry: PooledModel, framework: _Framework, consolidator: GpuCons
 
 
 def _sentence_transformer(name: str) -> Any:
-    return placing.load_sentence_transformer(name, device=CPU)
+    return placement.load_sentence_transformer(name, device=CPU)
 
 
 def _weakly(model: Any) -> Callable[[], Any]:

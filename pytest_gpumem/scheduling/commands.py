@@ -8,7 +8,7 @@ CardKey = tuple[str, str]
 """Host and UUID of a card: simulated ones and MIG slices may have equal UUIDs on two hosts."""
 
 
-class Grant(NamedTuple):
+class Allotment(NamedTuple):
     """What is set aside for a test on each of its cards, and of main memory."""
 
     size: int | None
@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
     worker: str
     test: int
-    grant: Grant | None = None
+    grant: Allotment | None = None
     """None for a test that is expected to use no card, nor much main memory."""
 
 

@@ -40,7 +40,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.scheduling import lanes
-from pytest_gpumem.scheduling.acting import give_back, in_order, launch, run
+from pytest_gpumem.scheduling.actions import give_back, in_order, launch, run
 from pytest_gpumem.scheduling.commands import Replace, Stop
 from pytest_gpumem.scheduling.contexts import may_use
 from pytest_gpumem.scheduling.places import Reservation

@@ -20,8 +20,8 @@ from pytest_gpumem.simulator.segments import OutOfMemory, Segments, counted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pytest_gpumem.simulator.exhaustion import Refusing
     from pytest_gpumem.simulator.policy import Policy
-    from pytest_gpumem.simulator.refusing import Refusing
 
 _FIRST_ADDRESS = 0x7F00_0000_0000
 _DEVICE_SPACE = 2**48

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from pytest_gpumem.simulator.refusing import Refusing
+    from pytest_gpumem.simulator.exhaustion import Refusing
 
 __tracebackhide__ = True  # pytest shows the test's line last, none of these
 
@@ -39,7 +39,7 @@ class Operation(NamedTuple):
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
-    """Within it, ``refusing`` is asked for each operation of torch that allocates on a card.
+    """Within it, ``exhaustion`` is asked for each operation of torch that allocates on a card.
 
     Those of other threads are not seen, but for autograd's own.
 

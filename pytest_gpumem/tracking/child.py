@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Plain classes: each data class takes half a millisecond of every run's start.
 
 
-class Held:
+class ChildHolding:
     """What one child holds of one card; bytes, None where its source does not tell."""
 
     told: Figures | None = None
@@ -68,11 +68,11 @@ class Child:
         """Whether its owner is over."""
         self.news = True
         """Whether something is known that no test's record has."""
-        self.cards: dict[str, Held] = {}
+        self.cards: dict[str, ChildHolding] = {}
 
-    def on(self, uuid: str) -> Held:
+    def on(self, uuid: str) -> ChildHolding:
         """Return what it holds of a card."""
-        return self.cards.setdefault(uuid, Held())
+        return self.cards.setdefault(uuid, ChildHolding())
 
     def leaked_on(self, uuid: str) -> int:
         """Return what it held of a card when its owner was over."""

@@ -25,7 +25,7 @@ from pytest_gpumem.tracking.offspring import Offspring, has_children
 from pytest_gpumem.tracking.shares import Share, Shares
 
 if TYPE_CHECKING:
-    from pytest_gpumem.devices.book import Figures, Told
+    from pytest_gpumem.devices.book import ChildFigures, Figures
     from pytest_gpumem.records import Card, CardUsage, ChildUsage
     from pytest_gpumem.tracking.accounts import Fixture, Owner
     from pytest_gpumem.tracking.starters import Starters
@@ -133,7 +133,7 @@ class Children:
                 child.slot = None
                 child.end(told.ended)
 
-    def _met(self, told: Told) -> Child:
+    def _met(self, told: ChildFigures) -> Child:
         """Return the child whose page is new; the driver may have told of it before."""
         identity = family.identity(told.pid)
         owner = self.starters.heir(told.owner, identity)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.records import Holder
-from pytest_gpumem.tracking import wording
+from pytest_gpumem.tracking import sentences
 from pytest_gpumem.tracking.torch_heap import Heap, Storage, scan, still_heap
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _UNKNOWN = "unknown holder (the search was cut)"
 
 
 @dataclass(frozen=True)
-class Held:
+class Holding:
     """Storages of one device that are held at one place."""
 
     where: str
@@ -79,7 +79,7 @@ def find_holders(
     arrays: Callable[[], Iterable[Array]] = tuple,
     known: Container[int] = (),
     root: Path | None = None,
-) -> list[Held]:
+) -> list[Holding]:
     """Return who holds the living storages for which ``on_card(tensor)`` is true.
 
     Args:
@@ -136,8 +136,8 @@ class _Search:
 
     def run(self) -> None:
         """Search until every wanted storage has a root, or nothing is left to ask about."""
-        for _, frame in wording.running_frames():
-            for value in wording.local_variables(frame).values():
+        for _, frame in sentences.running_frames():
+            for value in sentences.local_variables(frame).values():
                 self.heap.link(frame, "", value)
         self._climb([each for each in self.wanted if self._enter(each)])
         deadline = time.thread_time() + _MAX_CPU_SECONDS
@@ -151,10 +151,10 @@ class _Search:
             asked.update(level)
             self._climb(self._ask_collector(level))
 
-    def groups(self, root: Path) -> list[Held]:
+    def groups(self, root: Path) -> list[Holding]:
         """Return the wanted storages by the place that holds them."""
         above, held_by = self._trace(), self._held_by()
-        members: dict[tuple[str, ...], list[tuple[wording.Place, Storage]]] = {}
+        members: dict[tuple[str, ...], list[tuple[sentences.Place, Storage]]] = {}
         for address, tensors in self._by_address().items():
             storage = self.heap.storages[address]
             chains = [self._chain(each, above) for each in tensors if each in above]
@@ -170,7 +170,7 @@ class _Search:
         if each in self.seen:
             return False
         self.seen.add(each)
-        if each in self.fixtures or wording.is_root(self.heap.objects[each]):
+        if each in self.fixtures or sentences.is_root(self.heap.objects[each]):
             self.roots.append(each)
             return False
         return True
@@ -190,7 +190,7 @@ class _Search:
         new = []
         wanted = set(level)
         for holder in self._referrers(level):
-            if holder is self.heap.objects or wording.is_ours(holder):
+            if holder is self.heap.objects or sentences.is_ours(holder):
                 continue
             held = wanted.intersection(map(id, gc.get_referents(holder)))
             known = self.holds.setdefault(self.heap.add(holder), {})
@@ -257,33 +257,33 @@ class _Search:
         return found
 
     def _place(
-        self, chains: list[list[wording.Part]], root: Path
-    ) -> tuple[wording.Place, str] | None:
+        self, chains: list[list[sentences.Part]], root: Path
+    ) -> tuple[sentences.Place, str] | None:
         """Return the place at the root of the shortest of ``chains``, and its fixture."""
         if not chains:
             return None
         chain = min(chains, key=len)
         fixture = self.fixtures.get(id(chain[0].thing), "")
         if fixture:
-            return wording.below(fixture, chain), fixture
-        return wording.place(chain, root), ""
+            return sentences.below(fixture, chain), fixture
+        return sentences.place(chain, root), ""
 
-    def _chain(self, tensor: int, above: dict[int, int]) -> list[wording.Part]:
+    def _chain(self, tensor: int, above: dict[int, int]) -> list[sentences.Part]:
         ids = [tensor]
         while above[ids[-1]] != ids[-1]:
             ids.append(above[ids[-1]])
         return self._parts(ids[::-1])
 
-    def _parts(self, ids: list[int]) -> list[wording.Part]:
+    def _parts(self, ids: list[int]) -> list[sentences.Part]:
         steps = [None, *(self.holds[holder][held] for holder, held in pairwise(ids))]
         return [
-            wording.Part(self.heap.objects[each], step)
+            sentences.Part(self.heap.objects[each], step)
             for each, step in zip(ids, steps, strict=True)
         ]
 
     def _rootless(
         self, tensors: list[int], held_by: dict[int, list[int]]
-    ) -> tuple[wording.Place, str]:
+    ) -> tuple[sentences.Place, str]:
         """Return the place of a storage that no root reaches: a cycle, or a holder in C++."""
         ways = []
         for tensor in tensors:
@@ -293,18 +293,18 @@ class _Search:
             ways.append(way)
         way = max(ways, key=len)
         if len(way) == 1:
-            return wording.Place(_UNKNOWN if self.cut else _NOBODY), ""
+            return sentences.Place(_UNKNOWN if self.cut else _NOBODY), ""
         if way[-1] in held_by:
             start = way.index(held_by[way[-1]][0])
-            found = wording.cycle(self._parts([way[start], *way[start:][::-1]]))
+            found = sentences.cycle(self._parts([way[start], *way[start:][::-1]]))
             above = f"{_UNKNOWN} above "
             return found._replace(name=f"{above if self.cut else ''}{found.name}"), ""
         above = _UNKNOWN if self.cut else "no Python object"
-        return wording.rootless(above, self._parts(way[::-1])), ""
+        return sentences.rootless(above, self._parts(way[::-1])), ""
 
 
-def _group(fixture: str, members: list[tuple[wording.Place, Storage]]) -> Held:
+def _group(fixture: str, members: list[tuple[sentences.Place, Storage]]) -> Holding:
     """Return one group of storages that have name and fixture in common."""
     storages = sorted((storage for _, storage in members), key=lambda storage: -storage.size)
-    where = wording.common([place for place, _ in members])
-    return Held(where, fixture or None, tuple(storages))
+    where = sentences.common([place for place, _ in members])
+    return Holding(where, fixture or None, tuple(storages))

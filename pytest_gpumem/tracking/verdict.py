@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.devices import Array
     from pytest_gpumem.records import Holder
-    from pytest_gpumem.tracking.holders import Held
+    from pytest_gpumem.tracking.holders import Holding
 
 _BLOCK = 512
 """The allocator's unit: every size is rounded up to it (c10/cuda/CUDACachingAllocator.cpp)."""
@@ -336,7 +336,7 @@ def _on_card(tensor: Tensor) -> bool:
 
 
 def _verdict(
-    stayed: int, made: list[Held], stacks: Mapping[int, tuple[str, ...]], fixtures: set[str]
+    stayed: int, made: list[Holding], stacks: Mapping[int, tuple[str, ...]], fixtures: set[str]
 ) -> Verdict:
     rightful = [each for each in made if each.fixture in fixtures]
     own = [each for each in made if each not in rightful]
@@ -353,7 +353,7 @@ def _verdict(
 
 
 def _within(
-    leaked: int, groups: list[Held], stacks: Mapping[int, tuple[str, ...]]
+    leaked: int, groups: list[Holding], stacks: Mapping[int, tuple[str, ...]]
 ) -> Iterator[Holder]:
     """Yield the holders of ``leaked`` bytes; they never sum to more.
 
@@ -377,15 +377,15 @@ def _block(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def _blocks(groups: list[Held]) -> int:
+def _blocks(groups: list[Holding]) -> int:
     """Return the bytes that the storages of ``groups`` take in the allocator."""
     return sum(_block(storage.size) for each in groups for storage in each.storages)
 
 
-def _slack(groups: list[Held]) -> int:
+def _slack(groups: list[Holding]) -> int:
     sizes = (storage.size for each in groups for storage in each.storages)
     return sum(_SLACK for size in sizes if size > _SLACK)
 
 
-def _holder(held: Held, stacks: Mapping[int, tuple[str, ...]]) -> Holder:
+def _holder(held: Holding, stacks: Mapping[int, tuple[str, ...]]) -> Holder:
     return held.record()._replace(stack=stacks.get(held.storages[0].address, ()))

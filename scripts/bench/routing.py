@@ -88,7 +88,7 @@ def waking(rounds: int) -> None:
     from sentence_transformers import SentenceTransformer
 
     from pytest_gpumem import ArchiveStore, GpuConsolidator, ModelPool
-    from pytest_gpumem.routing.placing import size_of
+    from pytest_gpumem.routing.placement import size_of
 
     def load(device: str) -> SentenceTransformer:
         return SentenceTransformer(str(get_model_path()), device=device)

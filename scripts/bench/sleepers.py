@@ -35,9 +35,9 @@ def main() -> int:
 
     library = None
     if options.compiled:
-        from pytest_gpumem.simulator.torch_face import building
+        from pytest_gpumem.simulator.torch_face import compilation
 
-        library = building.library()
+        library = compilation.library()
     simulation = Simulation.start([CARD], CONTEXT, library=library)
     with tempfile.TemporaryDirectory() as directory:
         from pytest_gpumem import ArchiveStore, GpuConsolidator

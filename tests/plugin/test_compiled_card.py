@@ -3,7 +3,7 @@
 import pytest
 from harness import run_pytest, write_suite
 
-from pytest_gpumem.simulator.torch_face import building
+from pytest_gpumem.simulator.torch_face import compilation
 
 COMPILED = ("-p", "gpumem", "--gpumem-simulate", "1GiB*2", "--gpumem-simulate-compiled")
 SUITE = """
@@ -49,8 +49,8 @@ def test_full():
 )
 def test_every_process_of_a_run_has_it(tmp_path, how):
     try:
-        building.library()
-    except building.CannotCompileError as error:
+        compilation.library()
+    except compilation.CannotCompileError as error:
         pytest.skip(str(error))
     write_suite(tmp_path, test_it=SUITE.replace("{word}", "CUDA"))
     run = run_pytest(tmp_path, *COMPILED, "--gpumem-json=run.json", "-v", *how)

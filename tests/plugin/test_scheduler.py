@@ -1017,9 +1017,11 @@ def test_a_test_that_never_ran_may_use_a_card_unexpectedly():
 def test_what_a_test_took_is_read_from_its_report():
     usage = CardUsage("GPU-1", *(0,) * 7, process=None, extra=7, fixture_bytes=1)
     told: list[tuple[str, object]] = []
-    properties.tell_usage(told, properties.Told((usage, usage._replace(extra=2, fixture_bytes=4))))
+    properties.tell_usage(
+        told, properties.OwnProperties((usage, usage._replace(extra=2, fixture_bytes=4)))
+    )
 
     assert taken(told) == Taken(7, 4, oom=False)
-    properties.tell_usage(told, properties.Told(oom="CUDA out of memory"))
+    properties.tell_usage(told, properties.OwnProperties(oom="CUDA out of memory"))
     assert taken(told) == Taken(0, 0, oom=True)
     assert taken([("other", 1)]) == Taken(0, 0)

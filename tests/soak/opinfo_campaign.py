@@ -18,7 +18,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_map
 
 from pytest_gpumem.simulator import Simulation
-from pytest_gpumem.simulator.torch_face import building
+from pytest_gpumem.simulator.torch_face import compilation
 
 SAMPLES = 4
 NOT_COMPARED = (
@@ -89,7 +89,7 @@ def difference(op, dtype, sample):
 
 
 def main() -> None:
-    library = building.library() if "GPUMEM_TEST_COMPILED" in os.environ else None
+    library = compilation.library() if "GPUMEM_TEST_COMPILED" in os.environ else None
     simulation = Simulation.start([32 * 2**30], 384 * 2**20, library=library)
     simulation.install()
     warnings.simplefilter("ignore")

@@ -37,9 +37,9 @@ def main() -> int:
     options = parser.parse_args()
     library = None
     if options.compiled:
-        from pytest_gpumem.simulator.torch_face import building
+        from pytest_gpumem.simulator.torch_face import compilation
 
-        library = building.library()
+        library = compilation.library()
     simulation = Simulation.start([4 * 2**30], 2**20, library=library)
     simulation.install()
     try:

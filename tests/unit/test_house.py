@@ -29,7 +29,7 @@ FLOORS = (
 )
 """From the ground up; a room uses those below it, and those of the ground one another."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-EXCEPTIONS = {("cli/simulated.py", "simulator"), ("agent.py", "simulator")}
+EXCEPTIONS = {("cli/simulated_cards.py", "simulator"), ("agent.py", "simulator")}
 """Commands read the ledger of a simulated card, as they read the driver's, and give one to what
 they start; the agent gives it to what tests start."""
 

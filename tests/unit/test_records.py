@@ -12,8 +12,8 @@ from pytest_gpumem.records import (
     CardUsage,
     ChildUsage,
     FixtureUsage,
-    Grant,
     Holder,
+    LeaseUsage,
     Left,
     Process,
     Proof,
@@ -76,11 +76,11 @@ def test_other_files_are_refused_by_name(tmp_path, text):
         records.load_run(path)
 
 
-TOLD = properties.Told(
+TOLD = properties.OwnProperties(
     (USAGE, USAGE._replace(card="GPU-2", peak=5)),
     (FixtureUsage("model", "session", "GPU-1", 100, 120),),
     "CUDA out of memory",
-    Grant(("GPU-1",), 7, alone=True, waited=0.5),
+    LeaseUsage(("GPU-1",), 7, alone=True, waited=0.5),
     (Left("default device", "cpu", "cuda:0"),),
     (ChildUsage(7, "python", "GPU-1", "test_x.py::test_a"),),
     (Process(7, "python", None),),
@@ -110,19 +110,19 @@ def tell(told):
     return found
 
 
-@pytest.mark.parametrize("field", properties.Told._fields)
+@pytest.mark.parametrize("field", properties.OwnProperties._fields)
 def test_what_a_test_told_is_read_whether_it_told_one_thing_or_all(field):
-    alone = properties.Told(**{field: getattr(TOLD, field)})
+    alone = properties.OwnProperties(**{field: getattr(TOLD, field)})
 
     assert properties.read(tell(alone)) == alone
     assert properties.read(tell(TOLD)) == TOLD
-    assert properties.read([]) == properties.Told()
+    assert properties.read([]) == properties.OwnProperties()
 
 
 def test_a_further_attempt_takes_the_place_of_the_one_before():
     found = tell(TOLD._replace(ram=None, proof=None))
     properties.tell_consolidated(found, "3 MiB")
-    properties.tell_usage(found, properties.Told())
+    properties.tell_usage(found, properties.OwnProperties())
     properties.tell_routes(found, ())
     properties.tell_step(found, "cpu")
 

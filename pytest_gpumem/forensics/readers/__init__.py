@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 from pytest_gpumem.forensics import lines
 from pytest_gpumem.forensics.readers.junit import read_junit
+from pytest_gpumem.forensics.readers.own_runs import read_record
 from pytest_gpumem.forensics.readers.page import read_page
-from pytest_gpumem.forensics.readers.recorded import read_record
 from pytest_gpumem.forensics.readers.snapshot import read_snapshot
 from pytest_gpumem.forensics.readers.streams import CHUNK, PACKED, Counted, chunks, live, peek
 from pytest_gpumem.forensics.sequence import Follower

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import IO, Any
 
-from pytest_gpumem.forensics.readers.failing import enter
+from pytest_gpumem.forensics.readers.failures import enter
 from pytest_gpumem.forensics.readers.streams import CHUNK
 from pytest_gpumem.forensics.runs import Run
 

@@ -7,7 +7,7 @@ import json
 import re
 from typing import IO, TYPE_CHECKING
 
-from pytest_gpumem.forensics.readers.failing import enter
+from pytest_gpumem.forensics.readers.failures import enter
 from pytest_gpumem.forensics.readers.streams import whole
 from pytest_gpumem.forensics.runs import Run
 

@@ -1,6 +1,6 @@
 """A test in a process of its own, that neither breaks the run's process nor is broken by it.
 
-``isolating`` hands tests over in each process that runs some, ``process`` starts and ends the
+``parent`` hands tests over in each process that runs some, ``process`` starts and ends the
 fresh one, ``child`` is what runs there: pytest with the run's own arguments, and one test.
 """
 
@@ -24,7 +24,7 @@ def begin(session: pytest.Session, state: State) -> None:
         pytest.UsageError: in one sentence, where that cannot be.
 
     """
-    from pytest_gpumem.plugin.isolate.isolating import Isolating
+    from pytest_gpumem.plugin.isolate.parent import Isolating
 
     config, which = session.config, state.settings.isolate
     plan_only = any(map(config.getoption, ("collectonly", "setupplan", "setuponly")))

@@ -46,9 +46,9 @@ def main(number: int) -> None:
     if blueprint.coverage is None:
         pytest.main(blueprint.arguments, plugins=[serving])
         return
-    from pytest_gpumem.plugin.isolate import covering
+    from pytest_gpumem.plugin.isolate import coverage_lines
 
-    counting = covering.count(blueprint.coverage)
+    counting = coverage_lines.count(blueprint.coverage)
     pytest.main(blueprint.arguments, plugins=[serving])
     counting.stop()
     counting.save()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from pytest_gpumem.plugin.isolate.covering import Wish
+    from pytest_gpumem.plugin.isolate.coverage_lines import Wish
 
 GRACE = 10.0
 """Seconds that a process may take to end after its test, by what is registered for its exit; after

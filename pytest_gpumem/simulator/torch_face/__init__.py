@@ -49,9 +49,9 @@ def install(
 
 
 def _fits(library: Path, note: Callable[[str], None]) -> bool:
-    from pytest_gpumem.simulator.torch_face import building
+    from pytest_gpumem.simulator.torch_face import compilation
 
-    if building.fits(library):
+    if compilation.fits(library):
         return True
     note("the compiled card was made for another torch than this one: it is simulated in Python")
     return False

@@ -1,6 +1,6 @@
 """Tensors that torch's own C++ takes for a card's.
 
-``card.cpp`` is compiled for the torch at hand (``building``), tried in a process of its own
+``card.cpp`` is compiled for the torch at hand (``compilation``), tried in a process of its own
 (``proof``) and then loaded: a tensor of the card is a dense tensor on ``cuda:0`` in every thread
 and below Python too, and a tensor of the host costs nothing more than without a card. Here is what
 the library asks of Python, which keeps the account.

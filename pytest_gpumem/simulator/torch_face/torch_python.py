@@ -18,6 +18,7 @@ from pytest_gpumem.simulator import spec
 from pytest_gpumem.simulator.torch_face import stubs
 from pytest_gpumem.simulator.torch_face.calls import HOST
 from pytest_gpumem.simulator.torch_face.cuda_functions import memory_of
+from pytest_gpumem.simulator.torch_face.device_numbers import read_devices_of_to, understand_numbers
 from pytest_gpumem.simulator.torch_face.legacy import replace_types
 from pytest_gpumem.simulator.torch_face.modes import (
     Face,
@@ -25,7 +26,6 @@ from pytest_gpumem.simulator.torch_face.modes import (
     face_again,
     making_tensors_beside,
 )
-from pytest_gpumem.simulator.torch_face.numbered import read_devices_of_to, understand_numbers
 from pytest_gpumem.simulator.torch_face.refusal import TORCH_VERSION
 
 if TYPE_CHECKING:

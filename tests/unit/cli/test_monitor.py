@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gpumem.cli import main as cli
-from pytest_gpumem.leases.watching import Watcher, is_watched
+from pytest_gpumem.leases.glimpses import Watcher, is_watched
 from pytest_gpumem.plugin.announce import Watched
 
 SUITE = """
@@ -145,7 +145,7 @@ def test_a_monitor_is_looked_for_in_the_first_test_and_soon_again(
 
 TELLS = """
 import sys, pathlib
-from pytest_gpumem.leases.watching import Glimpse, Teller
+from pytest_gpumem.leases.glimpses import Glimpse, Teller
 teller = Teller(pathlib.Path(sys.argv[1]))
 teller.tell(Glimpse(7, "gw0", "test_x[\u00e9]", "call", {"GPU-1": (1, 2)}))
 print("told", flush=True)

@@ -13,7 +13,7 @@ from pytest_gpumem import records
 from pytest_gpumem.cli import main as cli
 from pytest_gpumem.cli.plan import shards_of, sum_of_largest
 from pytest_gpumem.devices.models import MODELS, find_model
-from pytest_gpumem.records import Card, CardUsage, Grant, RecordedTest, RunRecord
+from pytest_gpumem.records import Card, CardUsage, LeaseUsage, RecordedTest, RunRecord
 from pytest_gpumem.scheduling.history import History
 from pytest_gpumem.scheduling.simulation import Actual
 
@@ -125,7 +125,7 @@ def test_what_of_a_tests_fixtures_is_the_sessions(standing, held, lasting):
 
 
 def test_a_mark_that_asks_for_more_than_the_card_has_does_not_fit(tmp_path, capsys):
-    lease = Grant(("GPU-1",), 16 * GIB, False, 0.0, marked=16 * GIB)
+    lease = LeaseUsage(("GPU-1",), 16 * GIB, False, 0.0, marked=16 * GIB)
     run = saved(tmp_path, seen("a.py::x", 1.0, GIB, lease=lease))
     _, out, _ = plan(capsys, run, "--card=T4", "--workers=1")
 
@@ -135,9 +135,9 @@ def test_a_mark_that_asks_for_more_than_the_card_has_does_not_fit(tmp_path, caps
 
 
 def test_a_test_on_two_cards_and_one_that_is_alone(tmp_path, capsys):
-    both = Grant(("GPU-1", "GPU-2"), GIB, False, 0.0)
-    alone = Grant(("GPU-1",), GIB, True, 0.0)
-    unknown = Grant(("GPU-1",), TOTAL, True, 0.0)
+    both = LeaseUsage(("GPU-1", "GPU-2"), GIB, False, 0.0)
+    alone = LeaseUsage(("GPU-1",), GIB, True, 0.0)
+    unknown = LeaseUsage(("GPU-1",), TOTAL, True, 0.0)
     tests = [seen("a.py::both", 1.0, GIB, lease=both), seen("a.py::cpu", 1.0)]
     tests += [seen(f"a.py::alone{n}", 10.0, GIB, lease=alone) for n in range(2)]
     tests += [seen(f"a.py::unknown{n}", 10.0, GIB, lease=unknown) for n in range(2)]
@@ -151,7 +151,9 @@ def test_a_test_on_two_cards_and_one_that_is_alone(tmp_path, capsys):
 
 
 def test_a_lease_of_a_test_that_used_no_card_does_not_put_it_on_one(tmp_path, capsys):
-    lease = Grant(("GPU-1",), 1, False, 0.0)  # as each has that may use a card, for all we know
+    lease = LeaseUsage(
+        ("GPU-1",), 1, False, 0.0
+    )  # as each has that may use a card, for all we know
     tests = [seen(f"a.py::cpu{n}", 10.0, lease=lease) for n in range(4)]
     large = [seen(f"a.py::large{n}", 10.0, 60 * GIB) for n in range(4)]
     _, out, _ = plan(capsys, saved(tmp_path, *tests, *large), "--json", "--workers=2")

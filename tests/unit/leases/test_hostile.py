@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from pytest_gpumem.errors import LeaseError, RequestRefusedError, TooLarge
+from pytest_gpumem.leases.glimpses import Teller, Watcher, is_watched
 from pytest_gpumem.leases.locks import is_held
 from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
-from pytest_gpumem.leases.watching import Teller, Watcher, is_watched
 
 A = "GPU-aaaaaaaa-0000-0000-0000-00000000000a"
 TOTALS = {A: 1000}

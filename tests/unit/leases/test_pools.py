@@ -12,7 +12,7 @@ import pytest
 
 from pytest_gpumem.devices import Usage, host
 from pytest_gpumem.errors import LeaseTimeout, TooLarge
-from pytest_gpumem.leases import ask, family, lending
+from pytest_gpumem.leases import ask, family, loans
 from pytest_gpumem.leases.entries import card_key, entry_named
 from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
@@ -168,8 +168,8 @@ def test_who_sleeps_lends_main_memory_only_where_it_is_there_or_after_very_long(
         patch.setattr(os, "getpid", lambda: 99)
         stores().acquire(ram(12), TOTALS, "sleeps", test=True)
     monkeypatch.setattr(family.Families, "seconds_of_sleeper", lambda *_: 5.0)
-    monkeypatch.setattr(lending, "SLEEP", 0.0)
-    monkeypatch.setattr(lending, "LONG_SLEEP", long)
+    monkeypatch.setattr(loans, "SLEEP", 0.0)
+    monkeypatch.setattr(loans, "LONG_SLEEP", long)
     machine(used, p99=used)
     with nullcontext() if lent else pytest.raises(LeaseTimeout, match=r"12\.00 GiB held"):
         stores().acquire(ram(8), TOTALS, "asks", 0.3, test=True)

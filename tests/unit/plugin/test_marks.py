@@ -6,9 +6,9 @@ from pytest_gpumem.plugin import marks
 
 
 def test_a_gpu_mark_says_what_a_test_needs():
-    assert marks.read("gpu", (), {}) == marks.Need(None, 1, False)
+    assert marks.read("gpu", (), {}) == marks.MarkedNeed(None, 1, False)
     need = marks.read("gpu", (), {"vram": "2GiB", "count": 2, "exclusive": True})
-    assert need == marks.Need(2**31, 2, True)
+    assert need == marks.MarkedNeed(2**31, 2, True)
     assert marks.read("gpu", (), {"ram": "1GiB"}).ram == 2**30 == marks.read("ram", ("1GiB",), {})
 
 

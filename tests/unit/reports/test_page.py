@@ -15,8 +15,8 @@ from pytest_gpumem.cli import main as cli
 from pytest_gpumem.records import (
     Card,
     CardUsage,
-    Grant,
     Holder,
+    LeaseUsage,
     RecordedTest,
     RunRecord,
     ScopeUsage,
@@ -42,7 +42,7 @@ def run():
         RecordedTest(HOSTILE, "passed", 1.0, "gw0", (usage(100),), start=10.0),
         RecordedTest("test_a.py::test_leak", "passed", 1.0, "gw1",
                      (usage(300, 64 * MIB, (holder,)),), start=10.5,
-                     lease=Grant(("GPU-1",), 400 * MIB, False, 0.25)),
+                     lease=LeaseUsage(("GPU-1",), 400 * MIB, False, 0.25)),
         RecordedTest("test_a.py::test_oom", "failed", 0.5, "gw0", (usage(20),), oom=oom,
                      start=11.0),
         RecordedTest("test_b.py::test_again", "rerun", 0.5, "gw1", (usage(30),), oom=oom,

@@ -15,7 +15,7 @@ from pytest_gpumem.records import (
     CardUsage,
     ChildUsage,
     FixtureUsage,
-    Grant,
+    LeaseUsage,
     Left,
     RecordedTest,
     Route,
@@ -50,7 +50,7 @@ TESTS = (
     *(ran(f"test_{n}", 12.0 + n, usage(MIB), outcome="rerun", oom=OOM, worker="gw1")
       for n in range(5)),
     *(ran(f"test_{n}", 20.0 + n, usage(MIB), step="alone", worker="gw1",
-          lease=Grant(("GPU-1",), MIB, alone=True, waited=0.5)) for n in range(5)),
+          lease=LeaseUsage(("GPU-1",), MIB, alone=True, waited=0.5)) for n in range(5)),
     ran("test_fell_back", 30.0, step="cpu", broke="CUDA error: an illegal memory access",
         routes=(Route("tensor", MIB, "cuda", "fits"),
                 Route("model", MIB, "cpu", "82 % of 3.81 GiB is used"),

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pytest_gpumem import records
-from pytest_gpumem.records import Card, CardUsage, Grant, RecordedTest, RunRecord
+from pytest_gpumem.records import Card, CardUsage, LeaseUsage, RecordedTest, RunRecord
 from pytest_gpumem.reports import timeline, trace
 from pytest_gpumem.reports.timeline import Level
 
@@ -23,7 +23,7 @@ def ran(name, start, reserved=0, kept=0, worker="gw0", **fields):
 
 A = ran("a.py::test_a", 10.0, 8 * MIB, 2 * MIB)
 B = ran("a.py::test_b", 11.0, 4 * MIB, worker="gw1",
-         lease=Grant(("GPU-1",), 5 * MIB, alone=True, waited=0.5))  # fmt: skip
+         lease=LeaseUsage(("GPU-1",), 5 * MIB, alone=True, waited=0.5))  # fmt: skip
 C = ran("a.py::test_c", 13.0, oom="CUDA out of memory")
 CARDS = (Card("GPU-1", "A card", 64 * MIB), Card("GPU-2", "Unused", 64 * MIB))
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_gpumem.scheduling.commands import Fail, Flush, Grant, Reset, Run
+from pytest_gpumem.scheduling.commands import Allotment, Fail, Flush, Reset, Run
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.fixtures import WideFixture, nodes_of
 from pytest_gpumem.scheduling.planner import Planner
@@ -44,7 +44,7 @@ class Runs:
         cards = {("", "card"): TOTAL}
         self.planner = Planner(tests, cards, context=CONTEXT, headroom=HEADROOM, leasing=leasing)
         self.standing: dict[str, dict[WideFixture, int]] = {}
-        self.grants: list[Grant] = []
+        self.grants: list[Allotment] = []
         self.set_ups = self.now = 0
         self.ooms: Counter[int] = Counter()
         self.passed: Counter[int] = Counter()

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from pytest_gpumem.admission import Claim
 from pytest_gpumem.leases.entries import HELD, WAITING, Entry, entry_of
-from pytest_gpumem.leases.lending import may_lend
+from pytest_gpumem.leases.loans import may_lend
 from pytest_gpumem.leases.page import Page
 from pytest_gpumem.leases.view import Known, View
-from pytest_gpumem.scheduling.commands import Command, Fail, Flush, Grant, Reset, Run, Stop
+from pytest_gpumem.scheduling.commands import Allotment, Command, Fail, Flush, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.fixtures import WideFixture, nodes_of
 from pytest_gpumem.scheduling.planner import Planner
@@ -148,7 +148,7 @@ class Workers:
         self.planner = planner
         self.queues: dict[str, deque[int | Flush | Reset]] = {name: deque() for name in names}
         self.held: dict[str, dict[WideFixture, str]] = {name: {} for name in names}
-        self.grants: dict[int, Grant | None] = {}
+        self.grants: dict[int, Allotment | None] = {}
         self.leases = Leases(names)
         self.passed: list[int] = []
         self.strikes = 0

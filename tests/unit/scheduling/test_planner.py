@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 
 from pytest_gpumem.admission import Claim, fits
 from pytest_gpumem.scheduling import policy
-from pytest_gpumem.scheduling.commands import CardKey, Fail, Flush, Grant, Reset, Run, Stop
+from pytest_gpumem.scheduling.commands import Allotment, CardKey, Fail, Flush, Reset, Run, Stop
 from pytest_gpumem.scheduling.estimates import PlannedTest
 from pytest_gpumem.scheduling.fixtures import WideFixture
 from pytest_gpumem.scheduling.history import family
@@ -280,9 +280,9 @@ def test_a_test_felled_out_of_memory_teaches_neither_its_peak_nor_its_time() -> 
     tests = [gpu(f"a[{n}]", None, 10.0) for n in range(3)]
     planner = planner_of(tests, workers=1)
     for test in range(2):
-        assert planner.commands() == [Run("w0", test, Grant(None, 1, alone=True))]
+        assert planner.commands() == [Run("w0", test, Allotment(None, 1, alone=True))]
         planner.finished("w0", test, duration=0.01, peak=5, felled=True)
-    assert planner.commands() == [Run("w0", 2, Grant(None, 1, alone=True))]
+    assert planner.commands() == [Run("w0", 2, Allotment(None, 1, alone=True))]
     assert planner._seen.pace(gpu=True) == 1.0
 
 
@@ -485,7 +485,7 @@ def test_a_test_is_not_sent_while_what_it_needs_is_being_given_back() -> None:
         assert planner.commands() == [step("w0")]
         planner.resident("w0", 70 if step is Flush else CONTEXT)
         planner.flushed("w0")
-    assert Run("w0", 1, Grant(60, 1, alone=False)) in planner.commands()
+    assert Run("w0", 1, Allotment(60, 1, alone=False)) in planner.commands()
 
 
 def test_a_test_on_two_cards_waits_for_what_is_given_back_on_the_other() -> None:
@@ -577,7 +577,7 @@ def test_a_test_is_granted_what_is_set_aside_for_it() -> None:
             if isinstance(command, Run):
                 grants[command.test] = command.grant
                 workers.planner.finished(command.worker, command.test, duration=1.0, peak=20)
-    assert grants == {0: Grant(20, 1, alone=False), 1: Grant(None, 1, alone=True), 2: None}
+    assert grants == {0: Allotment(20, 1, alone=False), 1: Allotment(None, 1, alone=True), 2: None}
 
 
 def test_room_for_fixtures_is_set_aside_where_they_are_not_set_up() -> None:
@@ -585,12 +585,12 @@ def test_room_for_fixtures_is_set_aside_where_they_are_not_set_up() -> None:
     planner = planner_of(tests, workers=1)
     (first,) = planner.commands()
     assert isinstance(first, Run)
-    assert first.grant == Grant(60, 1, alone=False)
+    assert first.grant == Allotment(60, 1, alone=False)
     planner.resident("w0", CONTEXT + 40, fixtures={"": 40})
     planner.finished("w0", first.test, duration=1.0, peak=20, fixtures=40)
     (second,) = planner.commands()
     assert isinstance(second, Run)
-    assert second.grant == Grant(20, 1, alone=False)
+    assert second.grant == Allotment(20, 1, alone=False)
 
 
 @pytest.mark.parametrize(
@@ -612,7 +612,7 @@ def test_only_fixtures_make_room_for_fixtures(kept: int, standing: int, asked: i
 
     (second,) = planner.commands()
     assert isinstance(second, Run)
-    assert second.grant == Grant(asked, 1, alone=False)
+    assert second.grant == Allotment(asked, 1, alone=False)
 
 
 def test_tests_that_fit_only_without_their_fixtures_do_not_run_together() -> None:
@@ -990,7 +990,7 @@ class Room(RuleBasedStateMachine):
                 self.flushing.add(command.worker)
         assert self.planner.commands() == []
 
-    def run(self, worker: str, test: int, grant: Grant | None) -> None:
+    def run(self, worker: str, test: int, grant: Allotment | None) -> None:
         assert worker in self.queues
         assert worker not in self.stopped | self.flushing
         assert self.started[test] == self.ended[test] == self.ooms[test]
@@ -1011,7 +1011,7 @@ class Room(RuleBasedStateMachine):
         self.started[test] += 1
         self.queues[worker].append(test)
 
-    def run_on_card(self, worker: str, test: int, grant: Grant) -> None:
+    def run_on_card(self, worker: str, test: int, grant: Allotment) -> None:
         cards = self.cards_of(worker, test)
         assert len(cards) == self.tests[test].cards
         for card in cards:
@@ -1037,7 +1037,7 @@ class Room(RuleBasedStateMachine):
         if self.ooms[test] > 1:
             assert test not in self.beside_unseen
 
-    def check_room(self, worker: str, test: int, card: CardKey, grant: Grant) -> None:
+    def check_room(self, worker: str, test: int, card: CardKey, grant: Allotment) -> None:
         running = self.on_card(card)
         if not running and not self.comes_back(card):
             return  # The card is its own; it may be a last resort.

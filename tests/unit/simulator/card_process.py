@@ -89,11 +89,11 @@ def _server(cards: int, compiled: bool) -> _Server:
 def _library() -> str:
     import pytest
 
-    from pytest_gpumem.simulator.torch_face import building
+    from pytest_gpumem.simulator.torch_face import compilation
 
     try:
-        return str(building.library())
-    except building.CannotCompileError as error:
+        return str(compilation.library())
+    except compilation.CannotCompileError as error:
         if "compiler for C++" in str(error):
             pytest.skip(str(error))
         raise

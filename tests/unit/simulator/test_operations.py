@@ -9,8 +9,8 @@ from card_process import on_compiled_cards
 def test_each_operation_that_allocates_can_be_made_to_fail_before_it_does_anything():
     import torch
 
+    from pytest_gpumem.simulator.exhaustion import Refusing
     from pytest_gpumem.simulator.operations import Operations
-    from pytest_gpumem.simulator.refusing import Refusing
 
     def step(watched):
         model = torch.nn.Linear(64, 64, bias=False).cuda()
@@ -56,8 +56,8 @@ def test_each_operation_that_allocates_can_be_made_to_fail_before_it_does_anythi
 def test_what_is_refused_unforeseen_and_what_is_not_counted():
     import torch
 
+    from pytest_gpumem.simulator.exhaustion import Refusing
     from pytest_gpumem.simulator.operations import Operation, Operations
-    from pytest_gpumem.simulator.refusing import Refusing
 
     def fails(size):
         try:

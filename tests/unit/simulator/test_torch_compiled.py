@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from card_process import CONTEXT, MIB, on_compiled_cards
 
-from pytest_gpumem.simulator.torch_face import building, proof
+from pytest_gpumem.simulator.torch_face import compilation, proof
 
 
 @on_compiled_cards
@@ -264,7 +264,7 @@ def test_what_a_handler_of_a_signal_raises_arrives_as_it_is():
 
 @pytest.mark.slow
 def test_a_process_may_end_as_soon_as_backward_has_returned():
-    library = building.library()
+    library = compilation.library()
     ended = [
         subprocess.run(
             [sys.executable, "-m", proof.__name__, library], stderr=subprocess.PIPE, check=False

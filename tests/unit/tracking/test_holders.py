@@ -77,7 +77,7 @@ class Suite:
             vars(sys.modules.pop(name)).clear()
         gc.collect()
 
-    def held(self, fixtures: Mapping[int, str] | None = None) -> list[holders.Held]:
+    def held(self, fixtures: Mapping[int, str] | None = None) -> list[holders.Holding]:
         return holders.find_holders(on_card, fixtures=fixtures, known=self.known, root=self.root)
 
     def where(self, fixtures: Mapping[int, str] | None = None) -> list[str]:

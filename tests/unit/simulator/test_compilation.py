@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gpumem.simulator import Simulation
-from pytest_gpumem.simulator.torch_face import building
+from pytest_gpumem.simulator.torch_face import compilation
 
 MIB = 2**20
 
@@ -30,8 +30,8 @@ def compiler(tmp_path, monkeypatch):
 
 
 def reason():
-    with pytest.raises(building.CannotCompileError) as caught:
-        building.library()
+    with pytest.raises(compilation.CannotCompileError) as caught:
+        compilation.library()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

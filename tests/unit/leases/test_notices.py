@@ -7,19 +7,19 @@ import time
 
 import pytest
 
-from pytest_gpumem.leases import telling
+from pytest_gpumem.leases import notices
 
 
 @pytest.fixture
 def pipe(monkeypatch):
     """Return both ends of a pipe; a wait of some milliseconds needs words."""
-    monkeypatch.setattr(telling, "AFTER", 0.01)
-    monkeypatch.setattr(telling._Terminal, "file", None)
-    monkeypatch.setattr(telling._Terminal, "said", -telling.EVERY)
+    monkeypatch.setattr(notices, "AFTER", 0.01)
+    monkeypatch.setattr(notices._Terminal, "file", None)
+    monkeypatch.setattr(notices._Terminal, "said", -notices.EVERY)
     read, write = os.pipe()
     os.set_blocking(read, False)
     yield read, write
-    telling.drop()
+    notices.drop()
     os.close(read)
     os.close(write)
 
@@ -36,19 +36,19 @@ def told(read, seconds=5.0):
 
 def test_the_file_is_kept_once_and_dropped(pipe):
     _, write = pipe
-    assert telling.keep(write)
-    assert not telling.keep(write)
-    assert telling.terminal() not in (None, write)
-    telling.drop()
-    telling.drop()
-    assert telling.terminal() is None
-    assert not telling.keep(1_000_000)  # no such file
+    assert notices.keep(write)
+    assert not notices.keep(write)
+    assert notices.terminal() not in (None, write)
+    notices.drop()
+    notices.drop()
+    assert notices.terminal() is None
+    assert not notices.keep(1_000_000)  # no such file
 
 
 def test_a_wait_is_told_once(pipe):
     read, write = pipe
-    telling.keep(write)
-    with telling.Waiting("test_a", dict) as waiting:
+    notices.keep(write)
+    with notices.Waiting("test_a", dict) as waiting:
         waiting.note("1.00 GiB")
         waiting.note("2.00 GiB")
         assert told(read) == "\ngpumem: test_a waits for 2.00 GiB\n"
@@ -57,12 +57,12 @@ def test_a_wait_is_told_once(pipe):
 
 def test_a_short_wait_and_a_wait_soon_after_another_line_need_no_words(pipe, monkeypatch):
     read, write = pipe
-    telling.keep(write)
-    monkeypatch.setattr(telling._Terminal, "said", time.monotonic())
-    with telling.Waiting("test_a", dict) as waiting:
+    notices.keep(write)
+    monkeypatch.setattr(notices._Terminal, "said", time.monotonic())
+    with notices.Waiting("test_a", dict) as waiting:
         waiting.note("1.00 GiB")
         assert told(read, 0.05) == ""
-    with telling.Waiting("test_b", dict) as waiting:
+    with notices.Waiting("test_b", dict) as waiting:
         assert waiting.what == ""
 
 
@@ -73,13 +73,13 @@ def test_the_outermost_process_that_kept_its_file_tells_as_well(pipe, tmp_path, 
     read, write = pipe
     file = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY)
     if kind == "own":
-        telling.keep(write)
+        notices.keep(write)
     process = 2**30 if kind == "gone" else os.getpid()
     ancestors = {
         "1:0": None,
         f"{process}:0": {"file": file, "none": None}.get(kind, write),
     }
-    with telling.Waiting("test_a", lambda: ancestors) as waiting:
+    with notices.Waiting("test_a", lambda: ancestors) as waiting:
         waiting.note("1.00 GiB")
         time.sleep(0.05)
         heard = told(read, 0.3)

@@ -6,7 +6,7 @@ import itertools
 import re
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.forensics.wrapped import following, preceding
+from pytest_gpumem.forensics.continuation import following, preceding
 
 if TYPE_CHECKING:
     from pytest_gpumem.forensics.cursor import Cursor

@@ -1,4 +1,4 @@
-"""Nobody waits for ever for a test that sleeps, see ``lending``."""
+"""Nobody waits for ever for a test that sleeps, see ``loans``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 from pytest_gpumem.admission import Claim
 from pytest_gpumem.devices.family import seconds_of_sleeper
-from pytest_gpumem.leases import lending
+from pytest_gpumem.leases import loans
 from pytest_gpumem.leases.entries import HELD, RESIDENT, WAITING, Entry, entry_of
 from pytest_gpumem.leases.family import kin_among
-from pytest_gpumem.leases.lending import Lending, may_lend
+from pytest_gpumem.leases.loans import Lending, may_lend
 from pytest_gpumem.leases.page import Page
 
 LINES = {"1.a": ("a", "x"), "2.b": ("b", "a", "x"), "3.c": ("c", "x")}
@@ -84,8 +84,8 @@ def test_a_lease_is_lent_after_a_nap_and_more_so_after_a_sleep(
     lender = Lending(request, Families(told, sibling=True), {}, worker=False)
     clock = iter([place / 8 for place in range(12)])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(lending, "NAP", 0.25)
-    monkeypatch.setattr(lending, "SLEEP", 1.0)
+    monkeypatch.setattr(loans, "NAP", 0.25)
+    monkeypatch.setattr(loans, "SLEEP", 1.0)
     looks = [lender.look(page(lease, request)) for _ in range(12)]
 
     def beginning(found: list[bool]) -> int | None:
@@ -101,7 +101,7 @@ def test_tests_and_other_runs_lend_only_after_long(test, sibling, monkeypatch) -
     lender = Lending(request, Families([5.0] * 12, sibling=sibling), {}, worker=test)
     clock = iter(range(12))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(lending, "SLEEP", 9.0)
+    monkeypatch.setattr(loans, "SLEEP", 9.0)
     looks = [lender.look(page(lease, request)) for _ in range(12)]
     assert [bool(each.unused) for each in looks] == [False] * 9 + [True] * 3
 
@@ -113,7 +113,7 @@ def test_tests_and_other_runs_lend_only_after_long(test, sibling, monkeypatch) -
 def test_whose_sleep_was_just_seen_lends_to_the_next_request_at_once(
     begins, number, lends, monkeypatch
 ) -> None:
-    naps: dict[str, lending.Nap] = {}
+    naps: dict[str, loans.Nap] = {}
     for place, (at, holds) in enumerate([(0.0, 1), (begins, number)], 5):
         lease = entry(HELD, holds, "1.a", test=True)
         request = entry(WAITING, place, "3.c")
@@ -166,13 +166,13 @@ import sys, time
 from pathlib import Path
 from pytest_gpumem.devices import Usage
 from pytest_gpumem.errors import LeaseTimeout
-from pytest_gpumem.leases import lending
+from pytest_gpumem.leases import loans
 from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
 
 A = "GPU-aaaaaaaa-0000-0000-0000-00000000000a"
 directory, used, size, sleep, timeout, then = sys.argv[1:]
-lending.SLEEP = float(sleep)
+loans.SLEEP = float(sleep)
 
 class Driver:
     def used(self, uuid): return int(used)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.scheduling.commands import Flush, Grant, Reset, Run
+from pytest_gpumem.scheduling.commands import Allotment, Flush, Reset, Run
 
 if TYPE_CHECKING:
     from pytest_gpumem.scheduling.places import Worker
@@ -25,11 +25,11 @@ def launch(state: State, worker: Worker, test: int, *, alone: bool = False) -> b
     """Run GPU test ``test`` with what it needs set aside, or alone on its cards."""
     state.cluster.start(worker, test, alone=alone)
     size = None if state.seen.need(test) is None else worker.asked
-    grant = Grant(size, len(worker.using), worker.using[0].exclusive)
+    grant = Allotment(size, len(worker.using), worker.using[0].exclusive)
     return run(state, worker, test, grant)
 
 
-def run(state: State, worker: Worker, test: int, grant: Grant | None = None) -> bool:
+def run(state: State, worker: Worker, test: int, grant: Allotment | None = None) -> bool:
     """Run ``test``, after those that ``worker`` was given before."""
     if not worker.given:
         state.ram.start(worker, test)
@@ -41,7 +41,7 @@ def run(state: State, worker: Worker, test: int, grant: Grant | None = None) -> 
     if grant is None and not state.tests[test].seen:
         state.cluster.surprises(worker)
     if ram := state.ram.to_lease(worker, test):
-        grant = (grant or Grant(0, 0, alone=False))._replace(ram=ram)
+        grant = (grant or Allotment(0, 0, alone=False))._replace(ram=ram)
     state.out.append(Run(worker.name, test, grant))
     return True
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_gpumem.simulator.allocator import CachingAllocator, OutOfMemory
-from pytest_gpumem.simulator.refusing import ENDLESS, Refusing
+from pytest_gpumem.simulator.exhaustion import ENDLESS, Refusing
 
 KIB = 1024
 

