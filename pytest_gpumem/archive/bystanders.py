@@ -8,6 +8,8 @@ these tensors in hand.
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import gc
 import os
 import sys
@@ -27,7 +29,7 @@ _PATIENCE = 0.02
 """Seconds in which a thread that runs Python is sure to have moved on."""
 _THREADS = (f"{os.sep}threading.py", str(Path("concurrent", "futures", "thread.py")))
 """Ends of the files whose functions ``run`` call what a thread was started for."""
-_STEPS, _MOST = 4, 10_000
+_STEPS, _MOST = 6, 10_000
 """How far, and to how many objects, is followed what such a thread was started with."""
 
 
@@ -118,9 +120,11 @@ def _at_hand(frame: FrameType) -> Iterator[Any]:
     """Yield what a function names; and what that refers to, the nearest first, if it runs a thread.
 
     ``self._target(*self._args)`` may be a call into C, and then no variable is the tensor. In other
-    functions what their variables refer to tells nothing: ``time.sleep`` beside ``self.model``.
+    functions what their variables refer to tells nothing, but for what the call names in which they
+    stand: ``time.sleep`` beside ``self.model``, and ``self.model.weight.add_``.
     """
     found = [*frame.f_locals.values(), *map(frame.f_globals.get, frame.f_code.co_names)]
+    yield from _named(frame, found)
     runs = frame.f_code.co_name == "run" and frame.f_code.co_filename.endswith(_THREADS)
     seen: set[int] = set()
     for _ in range(1 + _STEPS * runs):
@@ -137,6 +141,40 @@ def _at_hand(frame: FrameType) -> Iterator[Any]:
             else:
                 following += gc.get_referents(each)
         found = following
+
+
+def _named(frame: FrameType, found: Iterable[Any]) -> Iterator[Any]:
+    """Yield what attributes of ``found`` a call names, and what lies in containers on the way.
+
+    They are looked up where objects keep them, so that nobody's code runs: no property is found.
+    """
+    names = _names(frame)
+    found = list(found)
+    for _ in range(len(names)):
+        following: list[Any] = []
+        for each in found:
+            if type(each) in (dict, list, tuple):
+                following += list(each.values()) if type(each) is dict else each
+                continue
+            with contextlib.suppress(AttributeError):  # it has none: ``__slots__``, or is of C
+                kept = object.__getattribute__(each, "__dict__")
+                for table in (kept, *map(kept.get, ("_parameters", "_buffers", "_modules"))):
+                    following += [table[name] for name in names if name in (table or ())]
+        found = following[:_MOST]
+        yield from found
+
+
+def _names(frame: FrameType) -> set[str]:
+    """Return the attributes that were read for the call in which a function stands."""
+    names: set[str] = set()
+    for each in dis.get_instructions(frame.f_code):
+        if each.offset >= frame.f_lasti:
+            break
+        if each.opname.startswith(("STORE_", "POP_", "RETURN_", "JUMP_")):  # a statement's end
+            names.clear()
+        elif each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            names.add(each.argval)
+    return names
 
 
 def _in_reach(frame: FrameType) -> Iterator[Any]:

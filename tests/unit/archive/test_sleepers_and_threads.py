@@ -199,3 +199,45 @@ def test_a_thread_whose_function_is_written_in_c(consolidator):
     thread.join()
     assert f"the thread {thread.name!r} computes with it" in told
     assert consolidator.consolidate_gpu_memory([{"data": model}]).refused == ()
+
+
+class Holder:
+    def __init__(self, model, there, go):
+        self.model, self.all, self.there, self.go = model, {"a": [model]}, there, go
+
+    def a_chain(self):
+        return (self.model[0].weight, self.there.set(), self.go.acquire())
+
+    def an_iterator(self):
+        return (next(self.model.parameters()), self.there.set(), self.go.acquire())
+
+    def a_container(self):
+        return (self.all["a"][0], self.there.set(), self.go.acquire())
+
+    def lines(self):
+        self.there.set()
+        return self.go.acquire(
+            self.model[0].weight is not None,
+        )
+
+    def elsewhere(self):
+        assert self.model is not None
+        self.there.set()
+        return self.go.acquire()
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Holder) if name[0] != "_"])
+def test_a_thread_in_a_call_that_names_the_model_though_no_variable_is(consolidator, name):
+    model = nn.Sequential(nn.Linear(6, 6))
+    there, go = threading.Event(), threading.Lock()
+    go.acquire()
+    thread = threading.Thread(target=getattr(Holder(model, there, go), name))
+    thread.start()
+    assert there.wait(30)
+    time.sleep(0.01)
+    refused = consolidator.consolidate_gpu_memory([{"data": model}]).refused
+    go.release()
+    thread.join()
+    assert [f"the thread {thread.name!r} computes with it" in each for each in refused] == (
+        [] if name == "elsewhere" else [True]
+    )
