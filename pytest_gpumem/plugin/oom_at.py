@@ -215,7 +215,7 @@ def _simulating(state: State) -> str:
 
 @contextmanager
 def _asked(refusing: Refusing) -> Iterator[None]:
-    """Have the simulated card ask ``exhaustion`` for every allocation of this process."""
+    """Have the simulated card ask ``refusing`` for every allocation of this process."""
     CachingAllocator.refusing = refusing
     try:
         yield

@@ -70,7 +70,7 @@ def text(refusal: Refusal) -> str:
 
 
 def repeat(nodeid: str, refusal: Refusal, simulated: str) -> str:
-    """Return the line that does it again; ``simulated_cards`` as in ``Proof``."""
+    """Return the line that does it again; ``simulated`` as in ``Proof``."""
     simulate = f"{simulated} " * bool(simulated)
     return f"pytest -p gpumem {simulate}--gpumem-oom-at {refusal.at} {shlex.quote(nodeid)}"
 

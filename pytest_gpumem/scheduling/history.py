@@ -67,7 +67,7 @@ class Expectation(NamedTuple):
     """Bytes beyond what its process keeps; None when nothing is known."""
     duration: float
     source: str
-    """Where the peak comes from: ``mark``, ``history``, ``family`` or ``guess``."""
+    """Where the peak comes from: ``mark``, ``learned``, ``family`` or ``guess``."""
     gpu: bool
     fixtures: int = 0
     """Bytes that a process needs on top if the wider fixtures are not set up in it; of a mark,

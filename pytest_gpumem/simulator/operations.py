@@ -39,7 +39,7 @@ class Operation(NamedTuple):
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
-    """Within it, ``exhaustion`` is asked for each operation of torch that allocates on a card.
+    """Within it, ``refusing`` is asked for each operation of torch that allocates on a card.
 
     Those of other threads are not seen, but for autograd's own.
 
