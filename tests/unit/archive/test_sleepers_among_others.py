@@ -189,6 +189,15 @@ def test_one_that_a_cuda_graph_may_read_stays_awake(consolidator, monkeypatch):
     asleep(consolidator, model)
 
 
+@pytest.fixture
+def interruptible():
+    """Let an interrupt raise: what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("moment", ["falls asleep", "wakes"])
 def test_an_interrupt_loses_nothing(consolidator, monkeypatch, moment):
     model, awake = linear(), linear()
