@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +53,8 @@ def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int], 
 
 
 _LEASE = "gpu_lease"
+_DECORATORS = 20
+"""How many around a function are looked through."""
 
 
 def _leases(function: Any) -> bool:
@@ -61,17 +62,29 @@ def _leases(function: Any) -> bool:
 
     What it hides deeper is known once it asks for one.
     """
-    own = inspect.unwrap(function)
-    names = getattr(own, "__globals__", {})
-    helpers = [names.get(name) for name in _names(own)]
-    return any(_LEASE in _names(each) for each in (own, *helpers))
+    own = _plain(function)
+    if own is None:
+        return False
+    names = own.__code__.co_names
+    helpers = [_plain(own.__globals__.get(name)) for name in names]
+    return _LEASE in names or any(each and _LEASE in each.__code__.co_names for each in helpers)
 
 
-def _names(function: Any) -> tuple[str, ...]:
-    """Return the names of others that the code of a function, if it is one, has."""
-    own = inspect.unwrap(function) if callable(function) else function
-    code = getattr(own, "__code__", None)
-    return code.co_names if isinstance(code, types.CodeType) else ()
+def _plain(function: Any) -> types.FunctionType | None:
+    """Return the function below decorators, None for what is no function.
+
+    Nobody's code runs: ``unittest.mock.call`` is wrapped for ever, a lazy module loads itself.
+    """
+    for _ in range(_DECORATORS):
+        if type(function) is types.MethodType:
+            function = function.__func__
+        elif type(function) is not types.FunctionType:
+            return None
+        elif "__wrapped__" not in vars(function):
+            return function
+        else:
+            function = vars(function)["__wrapped__"]
+    return None
 
 
 _HOLD_NOTHING = ("_pytest.", "pytest_gpumem.plugin.scopes")

@@ -905,21 +905,36 @@ def test_what_pytest_does_not_offer_any_more_is_named():
 
 
 WIDE = """
+import functools
+from unittest.mock import call
+
 import pytest
+from pytest_gpumem import gpu_lease
 from pytest_gpumem.plugin.wide_fixtures import wide_fixtures
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory): return 1
+def database(tmp_path_factory): return call.anything(1)
+
+def helper(): return gpu_lease("1GiB")
+
+def decorated(function):
+    @functools.wraps(function)
+    def inner(): yield from function()
+    return inner
 
 @pytest.fixture(scope="package")
-def server(): return 2
+@decorated
+def server():
+    with helper():
+        yield 2
 
 @pytest.fixture
 def narrow(database): return 3
 
 def pytest_collection_finish(session):
-    sets, places = wide_fixtures(session.items)
+    sets, places, leasing = wide_fixtures(session.items)
     lines = [f"{item.nodeid}: {sets[place]}" for item, place in zip(session.items, places)]
+    lines.append(f"with a lease: {leasing}")
     session.config.rootpath.joinpath("wide").write_text("\\n".join(lines))
 """
 USERS = """
@@ -963,6 +978,7 @@ def test_workers_tell_which_wide_fixtures_tests_use_and_where_they_end(tmp_path)
         f"{it}::test_overriding: {((it, it + '::server', None), ('p', 'p::server', None))}",
         f"{it}::test_param[x]: {((it, it + '::drive', 0),)}",
         f"{it}::test_param[y]: {((it, it + '::drive', 1),)}",
+        "with a lease: ['p::server']",
     ]
 
 
