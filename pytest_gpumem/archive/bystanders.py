@@ -124,7 +124,7 @@ def _at_hand(frame: FrameType) -> Iterator[Any]:
     stand: ``time.sleep`` beside ``self.model``, and ``self.model.weight.add_``.
     """
     found = [*frame.f_locals.values(), *map(frame.f_globals.get, frame.f_code.co_names)]
-    yield from _named(frame, found)
+    yield from _named(frame)
     runs = frame.f_code.co_name == "run" and frame.f_code.co_filename.endswith(_THREADS)
     seen: set[int] = set()
     for _ in range(1 + _STEPS * runs):
@@ -143,14 +143,17 @@ def _at_hand(frame: FrameType) -> Iterator[Any]:
         found = following
 
 
-def _named(frame: FrameType, found: Iterable[Any]) -> Iterator[Any]:
-    """Yield what attributes of ``found`` a call names, and what lies in containers on the way.
+def _named(frame: FrameType) -> Iterator[Any]:
+    """Yield what the call names in which a function stands, and what lies in containers on the way.
 
-    They are looked up where objects keep them, so that nobody's code runs: no property is found.
+    Attributes are looked up where objects keep them, so that nobody's code runs: no property is
+    found.
     """
-    names = _names(frame)
-    found = list(found)
-    for _ in range(len(names)):
+    variables, attributes = _names(frame)
+    found = [
+        scope[name] for scope in (frame.f_locals, frame.f_globals) for name in variables & {*scope}
+    ]
+    for _ in range(1 + len(attributes)):
         following: list[Any] = []
         for each in found:
             if type(each) in (dict, list, tuple):
@@ -159,22 +162,26 @@ def _named(frame: FrameType, found: Iterable[Any]) -> Iterator[Any]:
             with contextlib.suppress(AttributeError):  # it has none: ``__slots__``, or is of C
                 kept = object.__getattribute__(each, "__dict__")
                 for table in (kept, *map(kept.get, ("_parameters", "_buffers", "_modules"))):
-                    following += [table[name] for name in names if name in (table or ())]
+                    following += [table[name] for name in attributes if name in (table or ())]
         found = following[:_MOST]
         yield from found
 
 
-def _names(frame: FrameType) -> set[str]:
-    """Return the attributes that were read for the call in which a function stands."""
-    names: set[str] = set()
+def _names(frame: FrameType) -> tuple[set[str], set[str]]:
+    """Return the variables and the attributes that were read for the call that a function makes."""
+    variables: set[str] = set()
+    attributes: set[str] = set()
     for each in dis.get_instructions(frame.f_code):
         if each.offset >= frame.f_lasti:
             break
         if each.opname.startswith(("STORE_", "POP_", "RETURN_", "JUMP_")):  # a statement's end
-            names.clear()
+            variables, attributes = set(), set()
         elif each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            names.add(each.argval)
-    return names
+            attributes.add(each.argval)
+        elif each.opname.startswith("LOAD_") and each.opname != "LOAD_CONST":
+            # From Python 3.13 on one instruction may read two.
+            variables |= {*each.argval} if isinstance(each.argval, tuple) else {each.argval}
+    return variables, attributes
 
 
 def _in_reach(frame: FrameType) -> Iterator[Any]:

@@ -214,6 +214,10 @@ class Holder:
     def a_container(self):
         return (self.all["a"][0], self.there.set(), self.go.acquire())
 
+    def a_list(self):
+        models, there = [self.model], self.there.set()
+        return models[0] is there or (models[0][0], self.go.acquire())
+
     def lines(self):
         self.there.set()
         return self.go.acquire(
@@ -221,7 +225,8 @@ class Holder:
         )
 
     def elsewhere(self):
-        assert self.model is not None
+        models = [self.model]
+        assert models is not None
         self.there.set()
         return self.go.acquire()
 
