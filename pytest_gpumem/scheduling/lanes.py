@@ -119,7 +119,9 @@ def _leave_cpu(state: State, fixture: str) -> None:
     def uses_it(test: int) -> bool:
         return any(each.name == fixture for each in state.tests[test].wide)
 
-    for test in state.backlog.cpu.extract(lambda each: uses_it(each) and state.seen.on_card(each)):
+    for test in state.backlog.cpu.extract(
+        state.modules_of.get(fixture, ()), lambda each: uses_it(each) and state.seen.on_card(each)
+    ):
         admit(state, test)
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from pytest_gpumem.scheduling.estimates import PlannedTest
 
@@ -59,6 +59,8 @@ class Pile:
         self._late = late
         self._last = last
         self._first: dict[str, Portion] = {}
+        self._halves: dict[str, list[Portion]] = {}
+        """By module, what was split off for another worker."""
         self._free: list[tuple[int, bool, float, int, Portion]] = []
         self._owned: list[tuple[float, int, Portion]] = []
         self._number = itertools.count()
@@ -107,14 +109,16 @@ class Pile:
         self.time = max(0.0, self.time - duration) if self._count else 0.0
         return portion.take(test, duration)
 
-    def extract(self, suits: Callable[[int], bool]) -> list[int]:
-        """Remove all tests that wait and suit; return them in the order of the collection."""
-        portions = [self.long, *self._first.values()]
-        portions += [each[-1] for each in self._free]
-        portions += [each[-1] for each in self._owned]
-        found = []
-        for portion in {id(each): each for each in portions}.values():
-            found += [(portion, test) for test in portion.tests if suits(test)]
+    def extract(self, groups: Iterable[str], suits: Callable[[int], bool]) -> list[int]:
+        """Remove what waits of modules ``groups`` and suits; return it in the collection's order.
+
+        No other module is looked at: each may have a fixture for which this is asked.
+        """
+        portions = [self.long]
+        for group in groups:
+            portions += [self._first[group]] if group in self._first else []
+            portions += self._halves.get(group, ())
+        found = [(portion, test) for portion in portions for test in portion.tests if suits(test)]
         return sorted(self.take(portion, test) for portion, test in found)
 
     def release(self, portion: Portion | None) -> None:
@@ -193,6 +197,7 @@ class Pile:
     def _split(self, portion: Portion) -> Portion:
         """Return the latter half of ``portion`` as one of its own."""
         half = Portion(portion.group)
+        self._halves.setdefault(portion.group, []).append(half)
         moved = [portion.tests.pop() for _ in range((len(portion.tests) + 1) // 2)]
         for test in reversed(moved):
             half.add(test, self._tests[test].duration)

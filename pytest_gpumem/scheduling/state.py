@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ class State:
         """Tests after which the number of contexts is thought over."""
         self.out: list[Command] = []
         """What is to be done and was not told yet."""
+
+    @cached_property
+    def modules_of(self) -> dict[str, set[str]]:
+        """By wide fixture, the modules whose tests use it."""
+        found: dict[str, set[str]] = {}
+        for test in self.tests:
+            for each in test.wide:
+                found.setdefault(each.name, set()).add(test.group)
+        return found
 
     @property
     def gpu_waits(self) -> bool:

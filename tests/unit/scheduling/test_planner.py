@@ -767,6 +767,29 @@ def test_a_test_put_back_into_what_a_worker_has_handed_out_is_found_by_others() 
     assert list(half.tests) == [1]
 
 
+def test_what_is_extracted_is_looked_for_in_its_modules_alone_in_all_of_their_parts() -> None:
+    modules = ("m0.py", "m1.py", "m2.py")
+    tests = [cpu(f"t{n}", 2.0 if n in (4, 5, 7) else 1.0, modules[n // 4]) for n in range(12)]
+    tests[6] = tests[6]._replace(duration=99.0)
+    pile = Pile(tests, late={})
+    pile.fill(range(12), long=9.0)
+    for module in modules:
+        assert pile.adopt(module, None, suits=any_test)
+    half = pile.adopt("another.py", None, suits=any_test)
+    assert half is not None
+    assert half.group == "m1.py"
+    asked: list[int] = []
+
+    def suits(test: int) -> bool:
+        asked.append(test)
+        return test != 5
+
+    assert pile.extract(["m1.py", "gone.py"], suits) == [4, 6, 7]
+    assert sorted(asked) == [4, 5, 6, 7]
+    assert len(pile) == 9
+    assert pile.extract(["m1.py"], any_test) == [5]
+
+
 def test_short_cpu_tests_are_handed_out_ahead_but_never_beside_a_gpu_test() -> None:
     tests = [gpu(f"g{n}", 10, 0.001) for n in range(5)] + [cpu(f"c{n}", 0.001) for n in range(50)]
     planner = planner_of(tests, workers=2)
@@ -1177,7 +1200,8 @@ class Room(RuleBasedStateMachine):
             unseen = any(not self.tests[test].seen for test in queue if test not in self.grants)
             unknown = unseen and not self.grants.keys() & set(queue)
             whole = unknown or self.is_exclusive(self.on_card(card).get(name))
-            most += self.totals[card] if whole else kept + self.granted(name, card)
+            granted = self.totals[card] if whole else kept + self.granted(name, card)
+            most += max(kept, min(granted, self.totals[card]))
         self.others[card] = max(0, min(max(self.others[card], size - most), size - least))
         self.planner.used(card, size)
         self.obey()
