@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.units import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_gpumem.forensics.runs import Seen
     from pytest_gpumem.records.findings import Findings
@@ -71,7 +72,7 @@ def add_forensics(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--felled", action="store_true", help="Print the tests that a shared failure felled."
     )
-    parser.set_defaults(run_command=_forensics)
+    parser.set_defaults(run_command=partial(_watched, _forensics))
 
 
 def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -113,7 +114,7 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default="terminal",
         help="Default: terminal.",
     )
-    parser.set_defaults(run_command=_compare)
+    parser.set_defaults(run_command=partial(_watched, _compare))
 
 
 class _Progress:
@@ -148,15 +149,18 @@ class _Progress:
         sys.stderr.flush()
 
 
-def _forensics(chosen: argparse.Namespace) -> int:
-    progress = _Progress("forensics")
+def _watched(
+    read: Callable[[argparse.Namespace, _Progress], int], chosen: argparse.Namespace
+) -> int:
+    """Run a command that reads files; Ctrl-C ends it with one sentence."""
+    progress = _Progress(chosen.command)
     try:
-        return _tell(chosen, progress)
+        return read(chosen, progress)
     except KeyboardInterrupt:
         return progress.interrupted()
 
 
-def _tell(chosen: argparse.Namespace, progress: _Progress) -> int:
+def _forensics(chosen: argparse.Namespace, progress: _Progress) -> int:
     from pytest_gpumem.forensics import analysis
 
     _learn()
@@ -276,15 +280,7 @@ def _write(lines: Iterator[str], output: Path | None) -> None:
         file.writelines(f"{line}\n" for line in lines)
 
 
-def _compare(chosen: argparse.Namespace) -> int:
-    progress = _Progress("compare")
-    try:
-        return _set_against(chosen, progress)
-    except KeyboardInterrupt:
-        return progress.interrupted()
-
-
-def _set_against(chosen: argparse.Namespace, progress: _Progress) -> int:
+def _compare(chosen: argparse.Namespace, progress: _Progress) -> int:
     from pytest_gpumem.forensics import analysis
 
     _learn()

@@ -52,10 +52,10 @@ def gpu_lease(
     """
     from pytest_gpumem import devices
 
-    want = Want(_bytes(vram), exclusive)
-    card, leases = _card(device), store()
+    size = _bytes(vram)
+    want, card, leases = Want(size, exclusive), _card(device), store()
     for tell in observers:
-        tell(card.uuid, card.total if exclusive else _bytes(vram))
+        tell(card.uuid, card.total if exclusive else size)
     with notices.Waiting(f"gpu_lease of {_label()}", leases.ancestors) as waiting:
         lease = leases.acquire(
             {card.uuid: want}, {card.uuid: card.total}, _label(), timeout, waiting.note

@@ -15,19 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_gpumem.archive import sleep
 from pytest_gpumem.archive.asleep import nap_of
 from pytest_gpumem.archive.consolidator import GpuConsolidator
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import ArchiveError
 
+pytestmark = pytest.mark.usefixtures("host_is_a_card")
 X = torch.linspace(-1, 1, 24).view(4, 6)
 CALLS = ["open", "pwrite", "preadv", "fsync", "ftruncate", "rename", "unlink", "mkdir", "scandir"]
-
-
-@pytest.fixture(autouse=True)
-def host_is_a_card(monkeypatch):
-    monkeypatch.setattr(sleep, "is_on_card", lambda tensor: not tensor.is_meta)
 
 
 @pytest.fixture

@@ -11,24 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_gpumem.archive import sleep, torch_private
+from pytest_gpumem.archive import torch_private
 from pytest_gpumem.archive.asleep import nap_of
-from pytest_gpumem.archive.consolidator import GpuConsolidator
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import ArchiveError, InUseError, KeyRefusedError, WrongKeyError
 from pytest_gpumem.tracking import verdict
 
+pytestmark = pytest.mark.usefixtures("host_is_a_card")
 X = torch.linspace(-1, 1, 24).view(4, 6)
-
-
-@pytest.fixture(autouse=True)
-def host_is_a_card(monkeypatch):
-    monkeypatch.setattr(sleep, "is_on_card", lambda tensor: not tensor.is_meta)
-
-
-@pytest.fixture
-def consolidator(tmp_path):
-    return GpuConsolidator(ArchiveStore(tmp_path / "store", key=b"k" * 32))
 
 
 def linear():

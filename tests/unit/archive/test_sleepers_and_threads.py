@@ -15,22 +15,11 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from pytest_gpumem.archive import bystanders, sleep, torch_private
+from pytest_gpumem.archive import bystanders, torch_private
 from pytest_gpumem.archive.asleep import nap_of
-from pytest_gpumem.archive.consolidator import GpuConsolidator
-from pytest_gpumem.archive.store import ArchiveStore
 
+pytestmark = pytest.mark.usefixtures("host_is_a_card")
 X = torch.linspace(-1, 1, 24).view(4, 6)
-
-
-@pytest.fixture(autouse=True)
-def host_is_a_card(monkeypatch):
-    monkeypatch.setattr(sleep, "is_on_card", lambda tensor: not tensor.is_meta)
-
-
-@pytest.fixture
-def consolidator(tmp_path):
-    return GpuConsolidator(ArchiveStore(tmp_path / "store", key=b"k" * 32))
 
 
 class Pause:

@@ -13,14 +13,12 @@ import uses
 from hypothesis import settings
 from torch import nn
 
-from pytest_gpumem.archive import sleep, torch_private
+from pytest_gpumem.archive import torch_private
 from pytest_gpumem.archive.asleep import AsleepTensor, nap_of, wake
 from pytest_gpumem.archive.consolidator import GpuConsolidator
 from pytest_gpumem.archive.store import ArchiveStore
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
+pytestmark = [pytest.mark.usefixtures("host_is_a_card"), pytest.mark.filterwarnings("ignore")]
 MEMORY = "/dev/shm"  # noqa: S108  # a directory of a random name is made there
 SHARE = 1 if settings.get_current_profile_name() == "soak" else 11
 """Of the uses one in so many is tried with each kind, all of them with the first."""
@@ -32,12 +30,6 @@ def consolidator():
     memory = MEMORY if Path(MEMORY).is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as store:
         yield GpuConsolidator(ArchiveStore(store, key=b"k" * 32))
-
-
-@pytest.fixture(autouse=True)
-def host_is_a_card(monkeypatch):
-    """Let tensors of the host sleep: every part of torch works there, and at full speed."""
-    monkeypatch.setattr(sleep, "is_on_card", lambda tensor: not tensor.is_meta)
 
 
 def made(kind):
