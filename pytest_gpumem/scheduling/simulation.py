@@ -12,14 +12,14 @@ import heapq
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.scheduling.commands import Fail, Flush, Reset, Run, Stop
+from pytest_gpumem.scheduling.commands import Fail, Flush, Reset, Run
 from pytest_gpumem.scheduling.fixtures import WideFixture
 from pytest_gpumem.scheduling.planner import Planner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_gpumem.scheduling.commands import CardKey
+    from pytest_gpumem.scheduling.commands import CardKey, Command
     from pytest_gpumem.scheduling.estimates import PlannedTest
 
 CARD: CardKey = ("", "card")
@@ -214,18 +214,8 @@ def simulate(
         planner.add_worker(name, [CARD])
     while not planner.done:
         commands = planner.commands()
-        for command in commands:
-            match command:
-                case Run(name, test):
-                    host.queues[int(name)].append(test)
-                case Flush(name) | Reset(name):
-                    host.flush(int(name), all_of_them=isinstance(command, Reset))
-                    _tell(planner, host, name)
-                    planner.flushed(name)
-                case Fail(test, why):
-                    refused.append((test, why))
-                case Stop():
-                    pass
+        _obey(planner, host, commands)
+        refused += [(each.test, each.why) for each in commands if isinstance(each, Fail)]
         for name in names:
             if host.enter(int(name)):
                 _tell(planner, host, name)
@@ -252,6 +242,17 @@ def simulate(
             felled=oom and not again,
         )
     return Result(host.now, host.ooms, tuple(felled), tuple(refused), host.setups, tuple(ended))
+
+
+def _obey(planner: Planner, host: Host, commands: Sequence[Command]) -> None:
+    for command in commands:
+        match command:
+            case Run(name, test):
+                host.queues[int(name)].append(test)
+            case Flush(name) | Reset(name):
+                host.flush(int(name), all_of_them=isinstance(command, Reset))
+                _tell(planner, host, name)
+                planner.flushed(name)
 
 
 def _tell(planner: Planner, host: Host, name: str) -> None:
