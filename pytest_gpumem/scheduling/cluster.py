@@ -261,9 +261,10 @@ class Cluster:
     def asks(self, worker: Worker, card: Card, test: int) -> int:
         """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there."""
         kept, standing = self._baseline(worker, card), self._there(worker, card, test)
-        fixtures = self._seen.fixtures(test)
-        lacks = admission.missing(fixtures, self._context, kept, standing)
-        return (self._seen.need(test) or 0) + lacks
+        need, fixtures = self._seen.need(test), self._seen.fixtures(test)
+        # A test that takes nothing itself makes no context: its fixtures' processes have theirs.
+        context = 0 if need == 0 else self._context
+        return (need or 0) + admission.missing(fixtures, context, kept, standing)
 
     def _there(self, worker: Worker, card: Card, test: int) -> int:
         """Return what fixtures hold at ``worker`` that are ``test``'s own, or make way for them."""
@@ -274,12 +275,17 @@ class Cluster:
         return worker.holds(card, but={*stay} - {"", *(each.name for each in planned.wide)})
 
     def room(self, worker: Worker, card: Card) -> int:
-        """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""
+        """Return the bytes that a test of ``worker`` may take on ``card``; negative: none.
+
+        An engine may outgrow what was expected of it while others run beside it. It stays whether
+        its own tests run or wait, so those that take no more than it has do not wait.
+        """
         if card.exclusive:
             return -1
         claims = [claim for name, claim in card.claims.items() if name != worker.name]
         claims.append(Claim(self._baseline(worker, card), 0, exclusive=False))
-        return admission.room(card.total, card.others, self._headroom, claims)
+        free = admission.room(card.total, card.others, self._headroom, claims)
+        return free if worker.resident.get(card, 0) < self._context else max(0, free)
 
     def _baseline(self, worker: Worker, card: Card) -> int:
         """Return what ``worker`` keeps on ``card`` while it runs a test there."""
@@ -312,11 +318,5 @@ class Cluster:
             return admission.why_too_many(nodeid, count, max(map(len, rings), default=0))
         each = "the card" if count == 1 else f"each of the {count} cards"
         there_is = f"{each} that a worker uses first has {format_bytes(max(sizes))} at most"
-        return admission.why_too_large(
-            nodeid,
-            self._seen.whole(test),
-            count,
-            there_is,
-            context=self._context,
-            headroom=self._headroom,
-        )
+        costs = {"context": self._context, "headroom": self._headroom}
+        return admission.why_too_large(nodeid, self._seen.whole(test), count, there_is, **costs)

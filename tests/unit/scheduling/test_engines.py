@@ -225,6 +225,25 @@ def test_while_an_engine_starts_no_other_worker_is_sent_its_tests() -> None:
     assert [each.worker for each in planner.commands() if isinstance(each, Run)] == ["a"]
 
 
+def test_an_engine_that_outgrew_its_size_serves_on_beside_tests_that_fill_the_card() -> None:
+    fixture = WideFixture("", "engine")
+    tests = [
+        PlannedTest(f"{n}.py::t", True, 0, 1.0, f"{n}.py", seen=True, wide=(fixture,), fixtures=70)
+        for n in range(2)
+    ]
+    tests.append(PlannedTest("2.py::t", True, 15, 9.0, "2.py", seen=True))
+    planner = Planner(tests, {("", "card"): TOTAL}, context=CONTEXT, headroom=HEADROOM)
+    for name in ("a", "b"):
+        planner.add_worker(name, [("", "card")])
+    first = {each.test: each.worker for each in planner.commands() if isinstance(each, Run)}
+    assert first.keys() == {0, 2}  # 75 and 20 of the 95 that are given out
+    planner.resident(first[0], 78, ("", "card"), {"engine": 78})
+    planner.finished(first[0], 0, duration=1.0, peak=0, fixtures=78)
+    assert [(each.worker, each.test) for each in planner.commands() if isinstance(each, Run)] == [
+        (first[0], 1)
+    ]
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_no_test_whose_mark_holds_runs_out_of_memory(data: st.DataObject) -> None:

@@ -1066,6 +1066,8 @@ class Room(RuleBasedStateMachine):
             return  # The card is its own; it may be a last resort.
         need = grant.size or 0
         assert grant.size is not None or not running
+        if not need and not grant.alone and self.resident.get((worker, card), 0) >= CONTEXT:
+            return  # It takes no more than the worker keeps anyway.
         claims = [
             Claim(size, self.granted(name, card), self.is_exclusive(running.get(name)))
             for (name, place), size in self.resident.items()
