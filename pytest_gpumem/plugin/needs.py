@@ -82,12 +82,10 @@ class Needs:
         known = expected.peak is not None or expected.gpu or marked.need is not None
         if not known and (expected.source != "guess" or "torch" not in sys.modules):
             return None
-        return _need_of(expected, marked.need, self._settings, known=known)
+        return _need_of(expected, marked.need, known=known)
 
 
-def _need_of(
-    expected: Expectation, mark: marks.MarkedNeed | None, settings: Settings, *, known: bool
-) -> Need:
+def _need_of(expected: Expectation, mark: marks.MarkedNeed | None, *, known: bool) -> Need:
     """Return what to grant a test of which this is known, or which may use a card."""
     from pytest_gpumem.leases.ask import SOMETHING, Need  # many runs never ask for a lease
 
@@ -96,8 +94,7 @@ def _need_of(
         return Need(0, asked.cards, asked.exclusive, expected.peak or 0)
     if expected.peak is not None:
         return Need(expected.peak, asked.cards, asked.exclusive, expected.fixtures)
-    careful = asked.exclusive or settings.schedule != "optimistic"
-    return Need(None if known and careful else SOMETHING, asked.cards)
+    return Need(None if known else SOMETHING, asked.cards)
 
 
 def too_large(item: pytest.Item, need: Need, cards: Sequence[Card], settings: Settings) -> str:

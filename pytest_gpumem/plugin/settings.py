@@ -247,12 +247,11 @@ class Settings(SimulationSettings, PlaceSettings):
         "share it.",
     )
     schedule: str = declared(
-        one_of(("careful", "optimistic", "off"), "a way to schedule"),
-        "How xdist's workers get their tests in place of --dist load. careful: tests of "
-        "unknown peak run alone on the card first; optimistic: they share it, and run again "
-        "alone if they run out of memory; off: xdist schedules, and tests wait for leases.",
+        one_of(("on", "off"), "a way to schedule"),
+        "How xdist's workers get their tests. on: in place of --dist load, as there is VRAM for "
+        "them; off: xdist schedules, and tests wait for leases.",
         "HOW",
-        default="careful",
+        default="on",
         needs_on=True,
         group="share",
     )

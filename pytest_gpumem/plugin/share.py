@@ -113,7 +113,6 @@ def share_as_controller(config: pytest.Config, state: State) -> None:
         SchedulerSettings(
             context=settings.context_cost,
             headroom=settings.headroom,
-            optimistic=settings.schedule == "optimistic",
             skip_too_large=settings.too_large == "skip",
         ),
         why_not="--gpumem-schedule=off" if settings.schedule == "off" else None,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.scheduling.fixtures import WideFixture
-from pytest_gpumem.scheduling.history import FAMILY_MARGIN, MARGIN, family, with_margin
+from pytest_gpumem.scheduling.history import FAMILY_MARGIN, family, with_margin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from pytest_gpumem.scheduling.history import Expectation
 
-OPTIMISM = 0.8
-"""Share of the peaks seen so far that an optimistic guess covers."""
 TRUST = 8
 """Tests' worth of weight that durations learned earlier have against observed ones."""
 GUESS = 0.1
@@ -124,7 +121,6 @@ class Estimates:
     Args:
         tests: all tests; they are known by their index here.
         most: bytes that a test can have; no estimate is larger.
-        optimistic: guess unknown peaks from those seen so far, and leave less margin.
         leasing: identities of wide fixtures that take a lease, as their code says.
 
     """
@@ -134,12 +130,10 @@ class Estimates:
         tests: Sequence[PlannedTest],
         *,
         most: int,
-        optimistic: bool,
         leasing: Collection[str] = (),
     ) -> None:
         self._tests = tests
         self._most = most
-        self._optimistic = optimistic
         self._family_peaks: dict[str, int] = {}
         self._family_fixtures: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
@@ -148,8 +142,6 @@ class Estimates:
         """Wide fixtures that take leases, which their tests run within."""
         self._untold = set(leasing)
         """Wide fixtures that hold something of a card; nobody knows how much before they stand."""
-        self._peaks: list[int] = []
-        """Sorted."""
         self._surprising: set[str] = set()
         """Families and modules of tests that used a card although that was not expected."""
         self._harmless: set[str] = set()
@@ -178,10 +170,7 @@ class Estimates:
             return 0
         kin = self._family_peaks.get(family(planned.nodeid))
         if kin is not None:
-            margin = MARGIN if self._optimistic else FAMILY_MARGIN
-            return min(most, with_margin(kin, margin))
-        if self._optimistic and self._peaks:
-            return min(most, self._peaks[int(OPTIMISM * (len(self._peaks) - 1))])
+            return min(most, with_margin(kin, FAMILY_MARGIN))
         return None
 
     def fixtures(self, test: int) -> int:
@@ -245,7 +234,6 @@ class Estimates:
         if (peak != 0 or fixtures) and not self.on_card(test):
             self._surprising |= {kin, planned.group}
         if peak is not None:
-            bisect.insort(self._peaks, peak)
             self._family_peaks[kin] = max(peak, self._family_peaks.get(kin, 0))
             self._family_fixtures[kin] = max(fixtures, self._family_fixtures.get(kin, 0))
 

@@ -27,7 +27,7 @@ def lane_of(state: State, test: int) -> Lane:
         return Lane.RAM if state.ram.packs(test) else Lane.CPU
     if state.seen.ooms[test] > 1:
         return Lane.LAST
-    if not _may_share(state, test) or state.seen.whole(test) > state.cluster.roomiest():
+    if state.cluster.is_exclusive(test) or state.seen.whole(test) > state.cluster.roomiest():
         return Lane.ALONE
     return Lane.SHARED if state.tests[test].cards == 1 else Lane.WIDE
 
@@ -40,12 +40,6 @@ def uses_card(state: State, test: int) -> bool:
     """
     seen = state.seen
     return seen.on_card(test) or (seen.suspect(test) and state.cluster.crowded())
-
-
-def _may_share(state: State, test: int) -> bool:
-    """Return whether ``test`` may run beside others where there is room."""
-    unknown = state.seen.need(test) is None and not state.optimistic
-    return not (unknown or state.tests[test].exclusive or test in state.seen.ooms)
 
 
 def admit(state: State, test: int) -> None:
@@ -66,7 +60,7 @@ def admit(state: State, test: int) -> None:
 def _scouts(state: State, test: int) -> bool:
     """Return whether the peak of ``test`` would tell what others of its family need."""
     planned = state.tests[test]
-    if state.optimistic or planned.exclusive or state.seen.need(test) is not None:
+    if planned.exclusive or state.seen.need(test) is not None:
         return False
     return not state.seen.scouted(family(planned.nodeid))
 
@@ -155,10 +149,10 @@ def open_lanes(state: State) -> None:
             (in_ram if state.ram.packs(test) else on_cpu).append(test)
         elif not state.cluster.possible_anywhere(test):
             give_up(state, test)
-        elif planned.cards == 1 and _may_share(state, test) and not state.seen.untold(test):
-            sharing.append(test)
-        else:
+        elif planned.cards > 1 or state.cluster.is_exclusive(test) or state.seen.untold(test):
             admit(state, test)
+        else:
+            sharing.append(test)
     state.backlog.expect(sharing)
     for test in in_ram:
         state.backlog.add(test, Lane.RAM)

@@ -36,8 +36,6 @@ class Planner:
         headroom: bytes of each card that are never given out.
         others: bytes that other programs use, by card.
         rooms: bytes of main memory that tests may take, by host; those of others are not limited.
-        optimistic: guess unknown peaks from those seen so far, with a small margin, instead of
-            running such tests alone first; a wrong guess costs a second run of the test, alone.
         leasing: identities of wide fixtures that take a lease, as their code says.
 
     """
@@ -51,11 +49,10 @@ class Planner:
         headroom: int,
         others: Mapping[CardKey, int] | None = None,
         rooms: Mapping[str, int] = MappingProxyType({}),
-        optimistic: bool = False,
         leasing: Collection[str] = (),
     ) -> None:
         most = max(0, max(cards.values(), default=0) - headroom - context)
-        seen = Estimates(tests, most=most, optimistic=optimistic, leasing=leasing)
+        seen = Estimates(tests, most=most, leasing=leasing)
         order = SetUpOrder(tests)
         self._tests = tests
         self._seen = seen
@@ -65,9 +62,7 @@ class Planner:
         )
         self._backlog = Backlog(tests, seen, order.late_modules)
         self._ram = ram = MainMemory(tests, rooms)
-        self._state = State(
-            tests, seen, order, self._cluster, self._backlog, ram=ram, optimistic=optimistic
-        )
+        self._state = State(tests, seen, order, self._cluster, self._backlog, ram=ram)
         self._started = False
 
     @property

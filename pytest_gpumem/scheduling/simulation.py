@@ -189,8 +189,6 @@ def simulate(
     planned: Sequence[PlannedTest],
     actual: Sequence[Actual],
     machine: Machine,
-    *,
-    optimistic: bool = False,
 ) -> Result:
     """Return the run of ``planned``, what the planner is told, as ``actual`` turns out.
 
@@ -204,7 +202,6 @@ def simulate(
         {CARD: machine.card},
         context=machine.context,
         headroom=machine.headroom,
-        optimistic=optimistic,
     )
     felled: list[int] = []
     refused: list[tuple[int, str]] = []

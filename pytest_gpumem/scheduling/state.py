@@ -29,7 +29,6 @@ class State:
         backlog: Backlog,
         *,
         ram: MainMemory,
-        optimistic: bool,
     ) -> None:
         self.tests = tests
         self.seen = seen
@@ -37,7 +36,6 @@ class State:
         self.cluster = cluster
         self.backlog = backlog
         self.ram = ram
-        self.optimistic = optimistic
         self.asking: dict[str, Worker] = {}
         """Workers that may be given something."""
         self.changed = True

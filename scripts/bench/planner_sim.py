@@ -121,12 +121,11 @@ def run_planner(
     cases: Sequence[Actual],
     history: History | None,
     *,
-    optimistic: bool = False,
     marked: bool = True,
 ) -> tuple[Result, History]:
     """Return the run under the planner, and what it taught."""
     tests = planned(cases, history, marked=marked)
-    result = simulate(tests, cases, MACHINE, optimistic=optimistic)
+    result = simulate(tests, cases, MACHINE)
     learned = History()
     for case in (cases[test] for test in result.ended):
         learned.note(case.nodeid, case.peak, case.duration, case.gpu)
@@ -222,9 +221,6 @@ POLICIES: dict[str, Callable[[list[Actual], int], Result]] = {
     "load + exclusive lock": lambda cases, _: run_load(cases, locked=True),
     "planner, known": lambda cases, _: run_planner(cases, None)[0],
     "planner, first run": lambda cases, _: run_planner(cases, History())[0],
-    "planner, first run, optimistic": lambda cases, _: run_planner(
-        cases, History(), optimistic=True
-    )[0],
     "planner, first run, no marks": lambda cases, _: run_planner(cases, History(), marked=False)[0],
     "planner, second run": lambda cases, seed: run_planner(
         cases, run_planner(again(cases, seed), History())[1]

@@ -137,7 +137,6 @@ POLICIES = (
     Policy("load, our leases, peaks marked", "gpumem-leases", (*OURS, "--gpumem-schedule=off")),
     Policy("scheduler, first run", "gpumem", OURS),
     Policy("scheduler, second run", "gpumem", OURS, forget=False),
-    Policy("scheduler, first run, optimistic", "gpumem", (*OURS, "--gpumem-schedule=optimistic")),
     Policy("scheduler, first run, peaks marked", "gpumem-known", OURS),
     Policy("scheduler, first run, no marks", "gpumem-unmarked", OURS),
 )

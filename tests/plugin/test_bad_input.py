@@ -32,7 +32,7 @@ def error_of(finished):
         (["--gpumem-json=."], "' is a directory"),
         (["--gpumem-trace=no/such/trace.json"], "--gpumem-trace: cannot write"),
         (["--gpumem-history=test_it.py"], "test_it.py' are ignored: it is not JSON"),
-        (["--gpumem-schedule=fast"], "allowed are careful, optimistic, off"),
+        (["--gpumem-schedule=fast"], "allowed are on, off"),
         (["--gpumem-too-large=run"], "'run' is not an outcome; allowed are fail, skip"),
         (["--gpumem-oom=ignore"], "'ignore' is not an answer; allowed are fail, retry"),
         (["--gpumem-lease-timeout=soon"], "'soon' is not a number of seconds"),

@@ -528,7 +528,7 @@ def test_a_fixture_with_a_lease_is_set_up_once_for_each_use_in_a_first_run(
     assert (tmp_path / "set-ups").read_text().count("set up") == set_ups
 
 
-@pytest.mark.parametrize(("schedule", "waited"), [("careful", 0), ("off", HOPE)])
+@pytest.mark.parametrize(("schedule", "waited"), [("on", 0), ("off", HOPE)])
 def test_only_without_a_scheduler_is_it_hoped_that_others_spare_what_they_keep(
     tmp_path, neighbour, schedule, waited
 ):

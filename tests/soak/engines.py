@@ -71,7 +71,7 @@ def engine():
 LEASED = """
 @pytest.fixture(scope=os.environ["ENGINE_SCOPE"])
 def engine():
-    with pytest_gpumem.gpu_lease("3100MiB"):
+    with pytest_gpumem.gpu_lease("3200MiB"):
         started = Engine()
         yield started
         started.process.communicate()

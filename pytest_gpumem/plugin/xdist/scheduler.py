@@ -34,8 +34,6 @@ class SchedulerSettings(NamedTuple):
     """What a process costs once it uses a card."""
     headroom: int
     """What is never given out."""
-    optimistic: bool = False
-    """Let tests of unknown peak share the card."""
     skip_too_large: bool = False
     """Skip tests that can never run, instead of failing them."""
 
@@ -275,7 +273,6 @@ class GpumemScheduling:
             context=self._settings.context,
             headroom=self._settings.headroom,
             rooms=rooms_of(hellos),
-            optimistic=self._settings.optimistic,
             leasing=hellos[0].get("leasing", ()) if totals else (),
         )
         for worker in ready:

@@ -43,7 +43,7 @@ EXAMPLES = {
     "archive_key_file": ("key", None),
     "archive_quota": ("20GiB", 20 * 2**30),
     "consolidate_above": ("70%", 0.7),
-    "schedule": ("optimistic", "optimistic"),
+    "schedule": ("off", "off"),
     "headroom": ("0B", 0),
     "context": ("300MiB", 300 * 2**20),
     "too_large": ("skip", "skip"),

@@ -20,40 +20,38 @@ GPU = PlannedTest("m.py::g", True, 20, 1.0, "m.py")
 def state_of(
     *tests: PlannedTest,
     workers: int = 2,
-    optimistic: bool = False,
     rooms: dict[str, int] | None = None,
 ) -> State:
-    seen, order = Estimates(tests, most=TOTAL, optimistic=optimistic), SetUpOrder(tests)
+    seen, order = Estimates(tests, most=TOTAL), SetUpOrder(tests)
     cards = {("", "card0"): TOTAL, ("", "card1"): TOTAL}
     cluster = Cluster(tests, seen, cards, {}, context=CONTEXT, headroom=HEADROOM)
     for number in range(workers):
         cluster.join(f"w{number}", [*cards])
     backlog = Backlog(tests, seen, order.late_modules)
     ram = MainMemory(tests, rooms or {})
-    return State(tests, seen, order, cluster, backlog, ram=ram, optimistic=optimistic)
+    return State(tests, seen, order, cluster, backlog, ram=ram)
 
 
 @pytest.mark.parametrize(
-    ("test", "ooms", "optimistic", "lane"),
+    ("test", "ooms", "lane"),
     [
-        (CPU, 0, False, Lane.CPU),
-        (CPU, 1, False, Lane.ALONE),
-        (CPU, 2, False, Lane.LAST),
-        (GPU, 0, False, Lane.SHARED),
-        (GPU, 1, True, Lane.ALONE),
-        (GPU, 2, False, Lane.LAST),
-        (GPU._replace(exclusive=True), 0, False, Lane.ALONE),
-        (GPU._replace(cards=2), 0, False, Lane.WIDE),
-        (GPU._replace(cards=2, exclusive=True), 0, False, Lane.ALONE),
-        (GPU._replace(peak=None), 0, False, Lane.ALONE),
-        (GPU._replace(peak=None), 0, True, Lane.SHARED),
-        (GPU._replace(peak=85), 0, False, Lane.SHARED),
-        (GPU._replace(peak=86), 0, False, Lane.ALONE),
-        (GPU._replace(peak=80, fixtures=6), 0, False, Lane.ALONE),
+        (CPU, 0, Lane.CPU),
+        (CPU, 1, Lane.ALONE),
+        (CPU, 2, Lane.LAST),
+        (GPU, 0, Lane.SHARED),
+        (GPU, 1, Lane.ALONE),
+        (GPU, 2, Lane.LAST),
+        (GPU._replace(exclusive=True), 0, Lane.ALONE),
+        (GPU._replace(cards=2), 0, Lane.WIDE),
+        (GPU._replace(cards=2, exclusive=True), 0, Lane.ALONE),
+        (GPU._replace(peak=None), 0, Lane.ALONE),
+        (GPU._replace(peak=85), 0, Lane.SHARED),
+        (GPU._replace(peak=86), 0, Lane.ALONE),
+        (GPU._replace(peak=80, fixtures=6), 0, Lane.ALONE),
     ],
 )
-def test_what_is_known_of_a_test_decides_how_it_has_to_run(test, ooms, optimistic, lane) -> None:
-    state = state_of(test, optimistic=optimistic)
+def test_what_is_known_of_a_test_decides_how_it_has_to_run(test, ooms, lane) -> None:
+    state = state_of(test)
     state.seen.ooms.update([0] * ooms)
     assert lane_of(state, 0) is lane
 

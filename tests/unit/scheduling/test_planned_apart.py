@@ -21,7 +21,7 @@ def test_a_process_of_its_own_costs_a_context_and_its_wide_fixtures_in_addition(
         apart=(1, 3),
         context=CONTEXT,
     )
-    estimates = Estimates(tests, most=10_000, optimistic=False)
+    estimates = Estimates(tests, most=10_000)
 
     assert [estimates.need(index) for index in range(4)] == [100, 150, None, None]
     estimates.stands({tests[0].wide[0].name: 30})
@@ -41,7 +41,7 @@ def test_no_estimate_of_a_test_with_its_own_context_is_more_than_a_card_has() ->
     tests = planned_tests(
         NAMES, marks, history.expect, most=most, any_card=True, apart=(0, 1, 3), context=CONTEXT
     )
-    estimates = Estimates(tests, most=most, optimistic=False)
+    estimates = Estimates(tests, most=most)
     estimates.used_card(2, 990)
 
     assert [estimates.need(index) for index in range(4)] == [990 + CONTEXT, most, most, most]

@@ -39,7 +39,6 @@ def planner_of(
     *,
     workers: int = 2,
     cards: int = 1,
-    optimistic: bool = False,
     others: int = 0,
 ) -> Planner:
     uuids = [f"card{number}" for number in range(cards)]
@@ -49,7 +48,6 @@ def planner_of(
         context=CONTEXT,
         headroom=HEADROOM,
         others=dict.fromkeys(uuids, others),
-        optimistic=optimistic,
     )
     for number in range(workers):
         first = number % cards
@@ -223,16 +221,6 @@ def test_a_test_of_unknown_peak_runs_alone_and_its_peak_is_then_expected_of_its_
     workers.obey()
     # 20 times 1.3 beside 3 contexts: two tests fit.
     assert len(workers.running()) == 2
-
-
-def test_an_optimistic_planner_guesses_unknown_peaks_from_those_seen() -> None:
-    tests = [gpu(f"t{n}", None) for n in range(20)]
-    workers = Workers(tests, planner_of(tests, workers=3, optimistic=True))
-    workers.obey()
-    assert len(workers.running()) == 1
-    workers.finish(peak=10)
-    workers.obey()
-    assert len(workers.running()) == 3
 
 
 def test_a_test_out_of_memory_runs_once_more_and_alone() -> None:
@@ -708,7 +696,7 @@ def test_a_test_too_large_beside_the_contexts_does_not_keep_the_card_waiting() -
     # Two contexts leave 75 bytes. What its relative took makes 78 bytes be expected of the last.
     tests = [gpu(f"g{n}", 10) for n in range(38)] + [gpu("x[0]", None), gpu("x[1]", None)]
     tests += [cpu(f"c{n}") for n in range(60)]
-    workers = Workers(tests, planner_of(tests, workers=3, optimistic=True))
+    workers = Workers(tests, planner_of(tests, workers=3))
     workers.peaks = {38: 60, 39: 60}
     order = workers.run()
     assert order.index(39) < len(tests) - 20
@@ -874,9 +862,8 @@ def test_the_same_reports_give_the_same_commands() -> None:
     assert runs[0].order == runs[1].order
 
 
-@pytest.mark.parametrize("optimistic", [False, True])
-def test_a_run_without_tests_stops_its_workers(optimistic: bool) -> None:
-    planner = planner_of([], optimistic=optimistic)
+def test_a_run_without_tests_stops_its_workers() -> None:
+    planner = planner_of([])
     assert planner.done
     assert planner.commands() == [Stop("w0"), Stop("w1")]
 
@@ -925,9 +912,8 @@ class Room(RuleBasedStateMachine):
         hosts=hosts,
         workers=st.integers(1, 4),
         others=st.integers(0, 30),
-        optimistic=st.booleans(),
     )
-    def begin(self, tests, hosts, workers, others, optimistic) -> None:
+    def begin(self, tests, hosts, workers, others) -> None:
         self.tests = tests
         self.hosts = [
             [(f"host{host}", f"card{number}") for number in range(len(totals))]
@@ -945,7 +931,6 @@ class Room(RuleBasedStateMachine):
             context=CONTEXT,
             headroom=HEADROOM,
             others=self.others,
-            optimistic=optimistic,
         )
         self.rings: dict[str, list[CardKey]] = {}
         self.queues: dict[str, list[int]] = {}
