@@ -181,10 +181,6 @@ class Cluster:
         )
         return max(rooms, default=0)
 
-    def has_card(self, worker: Worker) -> bool:
-        """Return whether ``worker`` sees any card."""
-        return worker.card is not self._nothing
-
     def disturbed(self, card: Card) -> bool:
         """Return whether tests run that may use ``card`` unexpectedly."""
         return any(
@@ -230,10 +226,22 @@ class Cluster:
 
     def fits(self, worker: Worker, test: int) -> bool:
         """Return whether ``test`` has room at ``worker`` now."""
-        cards = self.cards_for(worker, test)
-        if len(cards) < self._tests[test].cards or (self.is_exclusive(test) and busy(cards)):
+        cards, alone = self.cards_for(worker, test), self.is_exclusive(test)
+        if len(cards) < self._tests[test].cards or (alone and busy(cards)):
             return False
-        return all(self.asks(worker, card, test) <= self.room(worker, card) for card in cards)
+        return all(
+            self.asks(worker, card, test) <= self.room(worker, card)
+            or (not alone and self._takes_nothing(worker, card, test))
+            for card in cards
+        )
+
+    def _takes_nothing(self, worker: Worker, card: Card, test: int) -> bool:
+        """Return whether ``test`` takes no more of ``card`` than ``worker`` keeps there anyway.
+
+        It need not wait, however full the card is: an engine may outgrow what was expected of it.
+        """
+        has_context = worker.resident.get(card, 0) >= self._context
+        return has_context and not card.exclusive and not self.asks(worker, card, test)
 
     def may_go(self, worker: Worker, test: int) -> bool:
         """Return whether a test that waits for room has it, or can never have more than now.
@@ -253,10 +261,8 @@ class Cluster:
         """Return whether ``test``, which must run alone, could if no test ran on ``card``."""
         if test in self._seen.ooms and card.owed:
             return False
-        idle = [claim._replace(extra=0) for claim in card.claims.values()]
-        return self._seen.whole(test) <= admission.room(
-            card.total, card.others, self._headroom, idle
-        )
+        kept = sum(claim.resident for claim in card.claims.values())
+        return self._seen.whole(test) <= self.capacity(card, 0) - kept
 
     def asks(self, worker: Worker, card: Card, test: int) -> int:
         """Return what ``test`` needs on ``card`` beyond what ``worker`` keeps there."""
@@ -275,17 +281,12 @@ class Cluster:
         return worker.holds(card, but={*stay} - {"", *(each.name for each in planned.wide)})
 
     def room(self, worker: Worker, card: Card) -> int:
-        """Return the bytes that a test of ``worker`` may take on ``card``; negative: none.
-
-        An engine may outgrow what was expected of it while others run beside it. It stays whether
-        its own tests run or wait, so those that take no more than it has do not wait.
-        """
+        """Return the bytes that a test of ``worker`` may take on ``card``; negative: none."""
         if card.exclusive:
             return -1
         claims = [claim for name, claim in card.claims.items() if name != worker.name]
         claims.append(Claim(self._baseline(worker, card), 0, exclusive=False))
-        free = admission.room(card.total, card.others, self._headroom, claims)
-        return free if worker.resident.get(card, 0) < self._context else max(0, free)
+        return admission.room(card.total, card.others, self._headroom, claims)
 
     def _baseline(self, worker: Worker, card: Card) -> int:
         """Return what ``worker`` keeps on ``card`` while it runs a test there."""

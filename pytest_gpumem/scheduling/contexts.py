@@ -55,7 +55,7 @@ def _bounds(state: State, card: Card, contexts: int) -> tuple[float, float]:
 def may_use(state: State, worker: Worker) -> bool:
     """Return whether ``worker`` has a context on its card or may open one."""
     card, backlog = worker.card, state.backlog
-    if not state.cluster.has_card(worker):
+    if not worker.sees_card:
         return False
     if worker.kept:
         return True

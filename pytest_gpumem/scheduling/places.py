@@ -92,7 +92,7 @@ class Worker:
         self.name = name
         self.host = host
         self.ring = ring
-        """Its own card first."""
+        """Its own card first; if it sees none, one that has no bytes."""
         self.card = ring[0]
         self.resident: dict[Card, int] = {}
         self.standing: dict[Card, Mapping[str, int]] = {}
@@ -136,6 +136,11 @@ class Worker:
         """Whether it is to be replaced, when it goes on to another module."""
         self.stays = context
         """Bytes that it cannot give back: its context, and what it kept after its last reset."""
+
+    @property
+    def sees_card(self) -> bool:
+        """Whether it sees any card."""
+        return self.card.total >= 0
 
     @property
     def kept(self) -> int:

@@ -164,7 +164,7 @@ def last_resort(state: State, worker: Worker) -> bool:
 
     Tests that can never run are given up.
     """
-    able = may_use(state, worker) or not state.cluster.has_card(worker)
+    able = may_use(state, worker) or not worker.sees_card
     if not able or not worker.card.idle:
         return False
     reserved = worker.card.own_reservation
