@@ -241,6 +241,15 @@ def _to(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     return _send(face, tensor, device, dtype, rest.get("memory_format"))
 
 
+def _type_as(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Send the tensor to where the other one is, which the host takes for the same place."""
+    tensor, other = _bind(("self", "other"), args, kwargs)
+    device = _device_of(face, other)
+    if _device_of(face, tensor) == device:
+        return func(*args, **kwargs)
+    return _send(face, tensor, device, other.dtype)
+
+
 def _cuda(face: Face, _func: Function, args: Any, kwargs: Any) -> Any:
     tensor, device, _, memory_format = _bind(
         ("self", "device", "non_blocking", "memory_format"), args, kwargs
@@ -420,6 +429,7 @@ def _handlers() -> dict[Any, Handler]:
         torch.dropout: _dropout,
         torch._VF._pad_packed_sequence: _pad_packed,
         Tensor.to: _to,
+        Tensor.type_as: _type_as,
         Tensor.cuda: _cuda,
         Tensor.cpu: _cpu,
         Tensor.type: _type,

@@ -163,6 +163,21 @@ def test_type_conversions_by_name_cross_devices():
 
 
 @on_card
+def test_a_tensor_goes_where_the_one_is_whose_type_it_takes():
+    import torch
+
+    host, card = torch.ones(2), torch.zeros(3, dtype=torch.float64, device="cuda")
+    sent, back = host.type_as(card), card.type_as(other=host)
+    assert (sent.is_cuda, sent.dtype, sent.tolist()) == (True, torch.float64, [1, 1])
+    assert (back.is_cuda, back.dtype, back.tolist()) == (False, torch.float32, [0, 0, 0])
+    assert host.type_as(torch.zeros(1)) is host
+    assert card.type_as(card) is card
+    weights = torch.ones(2, requires_grad=True)
+    weights.type_as(card).sum().backward()
+    assert not weights.grad.is_cuda
+
+
+@on_card
 def test_gradients_come_back_to_the_device_of_their_tensor():
     import torch
 
