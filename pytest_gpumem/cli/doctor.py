@@ -23,6 +23,9 @@ _VISIBILITY = (
 )  # fmt: skip
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF",
               "PYTORCH_NO_CUDA_MEMORY_CACHING", "CUDA_LAUNCH_BLOCKING")  # fmt: skip
+_HIDING = {"", "-1"}
+"""Values of ``CUDA_VISIBLE_DEVICES`` that name no card."""
+_SIMULATED = "--gpumem-simulate 4GiB gives a suite a simulated card"
 _TORCH = """
 import torch
 version = torch.version
@@ -38,6 +41,8 @@ class Finding(NamedTuple):
     said: str
     mend: str = ""
     """What to do about it; empty where nothing is wrong."""
+    optional: bool = False
+    """Whether many machines do without, which is wrong only where it is said to be needed."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,7 +52,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="Say what pytest would find here, what is wrong and how to fix it.",
         epilog="Exit status: 0, also where something is wrong; 1 with --strict then.",
     )
-    parser.add_argument("--strict", action="store_true", help="End with 1 where something is wrong")
+    parser.add_argument(
+        "--strict", action="store_true",
+        help="End with 1 where something is wrong, or a card, torch or pytest-xdist is missing.",
+    )  # fmt: skip
     parser.set_defaults(run_command=_doctor)
 
 
@@ -56,7 +64,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
     for finding in examine():
         sys.stdout.write(f"{finding.what:<13} {finding.said}\n")
         if finding.mend:
-            wrong += 1
+            wrong += chosen.strict or not finding.optional
             sys.stdout.write(f"{'':<13} -> {finding.mend}\n")
     sys.stdout.write(f"\n{wrong} to fix\n" if wrong else "\nnothing to fix\n")
     return 1 if wrong and chosen.strict else 0
@@ -86,7 +94,7 @@ def _xdist() -> Finding:
     version = _version("pytest-xdist")
     if not version:
         mend = "for tests on several workers: pip install pytest-xdist"
-        return Finding("pytest-xdist", "not installed: tests run one by one", mend)
+        return Finding("pytest-xdist", "not installed: tests run one by one", mend, optional=True)
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 7):
         return Finding("pytest-xdist", version, "too old: pip install 'pytest-xdist>=3.7'")
     return Finding("pytest-xdist", version)
@@ -94,11 +102,16 @@ def _xdist() -> Finding:
 
 def _cards(found: devices.CardsFound) -> Iterator[Finding]:
     if not found.cards:
-        text = os.environ.get("CUDA_VISIBLE_DEVICES")
-        mend = "--gpumem-simulate 4GiB gives a suite a simulated card"
-        if text is not None and "CUDA_VISIBLE_DEVICES" in found.why_none:
+        text = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        mend, without_driver = _SIMULATED, "no NVIDIA driver library" in found.why_none
+        if "CUDA_VISIBLE_DEVICES" in found.why_none:
             mend = "unset CUDA_VISIBLE_DEVICES, or name a card that is there"
-        yield Finding("card", f"none: {found.why_none}", mend)
+        elif "nvidia-ml-py" in found.why_none:
+            mend = "pip install nvidia-ml-py"
+        elif not without_driver:
+            mend = f"nvidia-smi shows whether the driver works; {_SIMULATED}"
+        asked = text.strip() not in _HIDING
+        yield Finding("card", f"none: {found.why_none}", mend, without_driver and not asked)
     for card in found.cards:
         reading = devices.driver_reading(card)
         free = f", {format_bytes(reading.free)} free" if reading else ", the driver tells no use"
@@ -117,7 +130,8 @@ def _torch(card: bool) -> Iterator[Finding]:
     """Ask torch in a process of its own: importing it takes seconds, and it may end its process."""
     version = _version("torch")
     if not version:
-        yield Finding("torch", "not installed", "tests that use a card need it: pip install torch")
+        mend = "for tests that use it: pip install torch"
+        yield Finding("torch", "not installed", mend, optional=True)
         return
     try:
         done = subprocess.run(  # noqa: S603  # our own few lines
@@ -156,7 +170,7 @@ def _why_bad(name: str, value: str) -> str:
         return "without torch's cache allocator no peaks are told: unset it"
     if name == "CUDA_LAUNCH_BLOCKING" and value == "1":
         return "every kernel is waited for, so tests are slower: unset it when done debugging"
-    if name == "CUDA_VISIBLE_DEVICES" and value.strip() in {"", "-1"}:
+    if name == "CUDA_VISIBLE_DEVICES" and value.strip() in _HIDING:
         return "it hides every card: unset it, or name one"
     if name in _ALLOCATOR[:3]:
         for part in filter(None, value.split(",")):

@@ -5,6 +5,7 @@ import pytest
 from pytest_gpumem import devices
 from pytest_gpumem.cli import doctor
 from pytest_gpumem.cli import main as cli
+from pytest_gpumem.devices import nvml
 from pytest_gpumem.devices.nvml import DriverReading
 from pytest_gpumem.records import Card
 
@@ -39,6 +40,44 @@ def test_a_machine_where_all_is_well_has_nothing_to_mend(monkeypatch, capsys):
     assert "A card (GPU-1), 4.00 GiB, 4.00 GiB free" in told
     assert "CUDA 13.0, CUDA usable: true" in told
     assert told.endswith("\nnothing to fix\n")
+
+
+NO_CARD = [
+    # why, CUDA_VISIBLE_DEVICES, how to mend it, and how many things are to be mended
+    (nvml._no_library(), None, "--gpumem-simulate 4GiB", "nothing"),
+    (nvml._no_library(), "0", "--gpumem-simulate 4GiB", "1"),
+    ("the NVIDIA driver answers, but there is no card", None, "nvidia-smi shows", "1"),
+    ("the NVML binding nvidia-ml-py is missing: no", None, "pip install nvidia-ml-py", "1"),
+    ("CUDA_VISIBLE_DEVICES='7' leaves none", "7", "unset CUDA_VISIBLE_DEVICES", "1"),
+]
+
+
+@pytest.mark.parametrize("row", NO_CARD)
+def test_no_card_is_wrong_where_there_should_be_one(monkeypatch, capsys, row):
+    why, visible, mend, number = row
+    monkeypatch.setattr(devices, "find_cards", lambda: devices.CardsFound((), why))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    assert cli.main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert f"card          none: {why}\n{'':<13} -> {mend}" in told
+    assert told.endswith(f"\n{number} to fix\n")
+    assert cli.main(["doctor", "--strict"]) == 1
+    assert capsys.readouterr().out.endswith("\n1 to fix\n")
+
+
+@pytest.mark.parametrize("name", ["torch", "pytest-xdist"])
+def test_a_package_that_not_every_suite_needs_is_wrong_with_strict_alone(monkeypatch, capsys, name):
+    with_card(monkeypatch)
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda each: "" if each == name else version(each))
+
+    assert cli.main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert f"pip install {name}\n" in told
+    assert told.endswith("\nnothing to fix\n")
+    assert cli.main(["doctor", "--strict"]) == 1
 
 
 def test_a_full_card_is_told_with_who_fills_it(monkeypatch):
