@@ -347,7 +347,7 @@ class Reporting:
 
         lines = list(terminal.lines(run, self._state.settings.top, verbosity))
         if lines:
-            terminalreporter.section("GPU memory")
+            terminalreporter.write_sep("=", "GPU memory")  # which ends pytest's last line
         for line in lines:
             terminalreporter.write_line(line.text, **({line.colour: True} if line.colour else {}))
         for failure in self._failures:

@@ -292,6 +292,14 @@ def test_a(i): take()
     assert run_without_torch(source, "--gpumem-top=3").section.count("test_it.py::test_a") == 3
 
 
+def test_the_section_begins_as_pytests_own_do(run_without_torch):
+    lines = run_without_torch("def test_a(): take()").output.splitlines()
+    (title,) = (number for number, line in enumerate(lines) if " GPU memory " in line)
+
+    assert lines[title - 1] == ""
+    assert lines[title + 1].startswith("1 of 1 test used VRAM")
+
+
 def test_a_run_that_touched_no_card_shows_no_section(run_without_torch):
     finished = run_without_torch("def test_a(): pass")
 
