@@ -7,6 +7,7 @@ and says why; ``FOUND_IN`` is the version in which all of them were found.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
 from pathlib import Path
@@ -316,8 +317,9 @@ class Recording:
 def allocation_stacks() -> dict[int, tuple[str, ...]]:
     """Return the address of each live allocation -> its stack, innermost user frame first.
 
-    A frame is ``path:line function``. Frames of torch and of this package are left out; an
-    allocation of which nothing else is left, or made before recording began, is not in it.
+    A frame is ``path:line function``. Frames of torch and of this package are left out, and those
+    of pytest and of what called it; an allocation of which nothing else is left, or made before
+    recording began, is not in it.
     """
     cuda = torch_state.cuda()
     if cuda is None or (_private(IS_RECORDING) is not None and not _is_recording()):
@@ -338,9 +340,12 @@ def allocation_stacks() -> dict[int, tuple[str, ...]]:
 
 def _user_frames(frames: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     ours = (_folder(sys.modules["torch"].__file__), _folder(__file__, above=1))
+    runner = sys.modules.get("_pytest")
+    outside = "\0" if runner is None else _folder(runner.__file__)
+    inside = itertools.takewhile(lambda frame: not frame["filename"].startswith(outside), frames)
     return tuple(
         f"{frame['filename']}:{frame['line']} {frame['name']}"
-        for frame in frames
+        for frame in inside
         if not frame["filename"].startswith(ours)
     )
 

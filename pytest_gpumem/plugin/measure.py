@@ -27,7 +27,7 @@ from pytest_gpumem.plugin.state import (
     marks_of,
     stashed,
 )
-from pytest_gpumem.plugin.wide_fixtures import identity
+from pytest_gpumem.plugin.wide_fixtures import called, identity
 from pytest_gpumem.records import properties
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import NOTHING_USED, Fixture, Scope, Usage
@@ -229,13 +229,13 @@ class Measuring:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_fixture_setup(
-        self, fixturedef: pytest.FixtureDef[Any]
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
     ) -> Generator[None, object, object]:
         """Charge a fixture's set-up to the fixture."""
         if fixturedef.argname in scopes.NAMES:  # they take nothing
             return (yield)
         fixture = self.tracker.begin_fixture(
-            fixturedef.argname, fixturedef.scope, identity(fixturedef)
+            called(fixturedef, request), fixturedef.scope, identity(fixturedef)
         )
         try:
             value = yield

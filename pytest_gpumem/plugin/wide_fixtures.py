@@ -1,4 +1,4 @@
-"""Which fixtures of a wider scope a test uses.
+"""Which fixtures of a wider scope a test uses, and how fixtures are called.
 
 ``Function._fixtureinfo`` says it before a test is set up, which pytest has no public word for.
 """
@@ -20,6 +20,34 @@ Told = tuple[tuple[str, str, int | None], ...]
 def identity(fixture: pytest.FixtureDef[Any]) -> str:
     """Return what tells a fixture from others of its name: several files may have a ``model``."""
     return f"{fixture.baseid}::{fixture.argname}" if fixture.baseid else fixture.argname
+
+
+_SETUPS = {
+    "_xunit_setup_module_fixture_": (
+        "setUpModule", "setup_module", "tearDownModule", "teardown_module"
+    ),
+    "_xunit_setup_class_fixture_": ("setup_class", "teardown_class"),
+    "_xunit_setup_method_fixture_": ("setup_method", "teardown_method"),
+    "_xunit_setup_function_fixture_": ("setup_function", "teardown_function"),
+    "_unittest_setUpClass_fixture_": ("setUpClass", "tearDownClass"),
+    "_unittest_setup_method_fixture_": ("setup_method", "teardown_method"),
+}  # fmt: skip
+"""How the names of fixtures begin that pytest makes of a suite's functions, and of which."""
+
+
+def called(fixture: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> str:
+    """Return what a fixture is called in a report: ``model``, ``test_a.py::TestA::setUpClass``."""
+    for start, functions in _SETUPS.items() if fixture.argname.startswith("_") else ():
+        if fixture.argname.startswith(start):
+            where = request.module if "_setup_module_" in start else request.cls or request.module
+            written = (name for name in functions if _is_written(getattr(where, name, None)))
+            return f"{fixture.baseid}::{next(written, functions[0])}"
+    return fixture.argname
+
+
+def _is_written(function: object) -> bool:
+    """Whether it is the suite's: every ``TestCase`` has a ``setUpClass``, which does nothing."""
+    return function is not None and getattr(function, "__module__", "") != "unittest.case"
 
 
 def used_by(item: pytest.Item) -> set[str]:

@@ -105,7 +105,7 @@ class Fixture(Owner):
     def __init__(self, name: str, scope: str, identity: str = "") -> None:
         super().__init__(name, scope)
         self.identity = identity or name
-        """What tells it from others of its name."""
+        """What tells it from others of its name; it ends in the name that pytest has for it."""
         self.after_set_up: dict[str, Account] = {}
         """The accounts as they stood at the end of its set-up."""
         self.roots: tuple[int, ...] = ()
@@ -155,8 +155,7 @@ class Test(Owner):
 
     def fixture_bytes(self, uuid: str, names: Collection[str]) -> int:
         """Return what the wider fixtures among ``names`` hold."""
-        used = [fixture for fixture in (*self.found, *self.set_up) if fixture.name in names]
-        return held(used, uuid)
+        return held(asked_for((*self.found, *self.set_up), names), uuid)
 
     def pay_back(self, seen: Counter[str]) -> Iterator[tuple[Fixture, str, int]]:
         """Credit the fixtures torn down in the test with what came back after their teardown.
@@ -182,6 +181,11 @@ class Test(Owner):
             if fixture.wide and fixture.torn_down:
                 found |= fixture.kept()
         return found
+
+
+def asked_for(fixtures: Iterable[Fixture], names: Collection[str]) -> list[Fixture]:
+    """Return those of which pytest's names, which reports need not show, are among ``names``."""
+    return [each for each in fixtures if each.identity.rpartition("::")[2] in names]
 
 
 def held(fixtures: Iterable[Fixture], uuid: str) -> int:

@@ -57,9 +57,14 @@ class Known(NamedTuple):
         words = {fixture.name: fixture.label for fixture in self.turns.wide}
         words |= {test: alive.THIS_TEST, "": _BEFORE}
         return {
-            address: words.get(owner) or (f"left by {owner}" if "::" in owner else owner)
+            address: words.get(owner) or f"left by {_gone(owner)}"
             for address, owner in self.tensors.owners()
         }
+
+
+def _gone(owner: str) -> str:
+    """Return in words a test, whose name is its nodeid, or a fixture that was torn down."""
+    return f"fixture {owner!r}" if owner.isidentifier() else owner
 
 
 class Recorder:

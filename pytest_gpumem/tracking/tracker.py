@@ -19,6 +19,7 @@ from pytest_gpumem.tracking.accounts import (
     Fixture,
     Test,
     Usage,
+    asked_for,
     card_usages,
     fixture_usages,
     held,
@@ -256,7 +257,7 @@ class Tracker:
         usages = card_usages(test, self.meters, verdicts, fixtures) if touched else ()
         if self.children is None or not self.children.known:
             return usages
-        used = [each for each in {*self._turns.wide, *self._turns.moved} if each.name in fixtures]
+        used = asked_for({*self._turns.wide, *self._turns.moved}, fixtures)
         return self.children.widen(usages, test, used, self.meters.untouched)
 
     # Fixtures

@@ -228,6 +228,8 @@ def test_stacks_are_told_by_address_without_the_frames_of_torch(recorder: Record
         frame(ours, 1, "wrapper"),
         frame("/home/me/conftest.py", 3, "model"),
         frame("/lib/torchvision/models.py", 2, "load"),
+        frame(str(Path(pytest.__file__).parents[1] / "_pytest" / "fixtures.py"), 5, "call"),
+        frame("/usr/bin/pytest", 1, "<module>"),
     ]
     recorder.blocks = [
         {"address": 512, "state": "active_allocated", "frames": frames},

@@ -52,7 +52,11 @@ def test_without_a_record_tensors_are_told_by_shape_and_owner():
 
     tracker = Tracker()
     tracker.begin_test("t.py::test_before")
+    gone = tracker.begin_fixture("index", "class")
+    kept = torch.ones(2000, device="cuda")
+    tracker.end_fixture(gone, None)
     leaked = torch.ones(1000, device="cuda")
+    tracker.begin_teardown(gone)
     tracker.end_test()
     tracker.begin_test("t.py::test_a")
     fixture = tracker.begin_fixture("model", "module")
@@ -68,11 +72,12 @@ def test_without_a_record_tensors_are_told_by_shape_and_owner():
     found = {(g.owner, g.kind, g.shape, g.allocations, g.size, g.where) for g in told.groups}
     assert found == {
         ("left by t.py::test_before", "other", (1000,), 1, 4000, ""),
+        ("left by fixture 'index'", "other", (2000,), 1, 8000, ""),
         ("fixture 'model' (module)", "parameter", (64, 64), 1, 16384, ""),
         ("this test", "other", (10, 10), 3, 1200, ""),
         ("no Python tensor", "unknown", (), 0, 5000, ""),
     }
-    del leaked, mine
+    del kept, leaked, mine
 
     # A pass over the heap at each of hundreds would cost the run minutes.
     looks = [bool(tracker.recordings.left()) for _ in range(LOOKS)]
