@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq
 QUICK = scheduling tracking plugin test_admission.py test_house.py test_records.py test_units.py
 # Those whose tests cover them alone: `make coverage` measures how far as it runs them.
 COVERED = $(addprefix tests/unit/,archive forensics leases reports routing scheduling tracking cli test_admission.py test_budgets.py test_files.py test_records.py test_units.py)
-PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name py.typed) pytest_gpumem.pth pyproject.toml README.md LICENSE
+PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -path '*/card/*' -o -name py.typed) pytest_gpumem.pth pyproject.toml README.md LICENSE
 
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1

@@ -83,13 +83,10 @@ def _compiled(settings: Settings, notes: list[str]) -> Path | None:
     from pytest_gpumem.simulator.torch_face import compilation
 
     try:
-        library = compilation.library()
+        return compilation.library()
     except compilation.CannotCompileError as error:
         notes.append(f"the simulated card is not compiled, but simulated in Python: {error}")
         return None
-    if settings.simulate_workspace:
-        notes.append("the compiled card does not obey --gpumem-simulate-workspace")
-    return library
 
 
 def _cards_of(simulation: Simulation) -> CardsFound:

@@ -44,22 +44,31 @@ class PinnedMemory:
         """Count ``storage`` as page-locked from now on."""
         if storage._cdata in self._pinned:
             return
-        size: int = storage.nbytes()
         pinned = _Pinned(storage, self._died)
         pinned.address = storage._cdata
-        pinned.block = 1 << (size - 1).bit_length() if size else 0
+        pinned.block = self.take(storage.nbytes())
         self._pinned[pinned.address] = pinned
+
+    def take(self, size: int) -> int:
+        """Count ``size`` bytes as page-locked; returns those of their block."""
         if not size:
-            return
+            return 0
+        block = 1 << (size - 1).bit_length()
         with self._lock:
             self._settle()
-            if self._cached[pinned.block]:
-                self._cached[pinned.block] -= 1
+            if self._cached[block]:
+                self._cached[block] -= 1
             else:
                 self._allocations.add(1)
-                self._allocated_bytes.add(pinned.block)
+                self._allocated_bytes.add(block)
             self._active_requests.add(1)
-            self._active_bytes.add(pinned.block)
+            self._active_bytes.add(block)
+        return block
+
+    def give_back(self, block: int) -> None:
+        """Say that the tensor that had ``block`` is gone; at any moment."""
+        if block:
+            self._returned.append(block)
 
     def register(self, address: int, size: int, _flags: int = 0) -> int:
         """Lock a range of memory, as ``cudaHostRegister`` does; returns its code of success."""
@@ -77,13 +86,15 @@ class PinnedMemory:
             return True
         if not self._registered:  # nor has each tensor an address
             return False
-        address: int = tensor.data_ptr()
+        return self.locked(tensor.data_ptr())
+
+    def locked(self, address: int) -> bool:
+        """Tell whether an address lies in a range that the program locked."""
         return any(first <= address < first + size for first, size in self._registered.items())
 
     def _died(self, pinned: Any) -> None:
         del self._pinned[pinned.address]
-        if pinned.block:
-            self._returned.append(pinned.block)
+        self.give_back(pinned.block)
 
     def _settle(self) -> None:
         while self._returned:

@@ -52,6 +52,8 @@ MODES = {
     "no-xdist": ("-p", "no:xdist"),
 }
 """The four ways in which every feature must work."""
+COMPILED = "GPUMEM_TEST_COMPILED" in os.environ
+"""Whether every simulated card is to be a compiled one."""
 ON_WORKERS = [pytest.param(mode, marks=[pytest.mark.slow] * (mode != "n2")) for mode in MODES]
 """The same, for what takes long: a worker does what one process does, and sends it home."""
 
@@ -119,7 +121,7 @@ def run_pytest(
         if name == "GPUMEM_RUN_DIR"
         or not name.startswith(("GPUMEM", "PYTEST_", "CUDA_", "HF_", "GITHUB_"))
     }
-    if "GPUMEM_TEST_COMPILED" in os.environ:  # every simulated card is to be a compiled one
+    if COMPILED:
         clean["GPUMEM_SIMULATE_COMPILED"] = "1"
     cache = directory.with_name(f"{directory.name}-cache")
     program = ["-m", "pytest"] if within is None else list(map(str, within))

@@ -112,7 +112,7 @@ SUITES = {
         ("unittests/bases", "unittests/regression"),
         share=0.04,
         below="tests",
-        needs=("cloudpickle", "scipy", "scikit-learn"),
+        needs=("cachier", "cloudpickle", "scipy", "scikit-learn"),
     ),
     "kornia": Suite(
         "kornia",
@@ -134,7 +134,7 @@ SUITES = {
             "test/test_low_bit_optim.py",
             "test/dtypes/test_affine_quantized_float.py",
         ),
-        needs=("parameterized",),
+        needs=("expecttest", "parameterized"),
     ),
 }
 
@@ -242,6 +242,7 @@ def main() -> int:
     parser.add_argument(
         "--source", action="append", default=[], metavar="PROJECT=DIRECTORY", help="a checkout"
     )
+    parser.add_argument("--compiled", action="store_true", help="on the compiled card")
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="of pytest, for every suite")
     parser.add_argument("--share", type=float, help="part of the tests; default: as listed here")
     parser.add_argument("--seconds", type=float, default=60, help="for a test, at most")
@@ -329,6 +330,7 @@ def run(
         f"--bounded-seconds={chosen.seconds}",
         *(("-k", select) if select else ()),
         *(CARD if place else ("-p", "no:gpumem")),
+        *(("--gpumem-simulate-compiled",) if place and chosen.compiled else ()),
         *suite.options,
         *suite.device[place],
         *suite.tests,

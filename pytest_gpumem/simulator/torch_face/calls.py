@@ -202,7 +202,7 @@ def _assert_async(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """
     if face.memory.where(args[0]):
         if not args[0]:
-            face.memory.lost = "device-side assert triggered"
+            face.memory.lose()
         return None
     return func(*args, **kwargs)
 

@@ -24,7 +24,8 @@ from pytest_gpumem import files
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SOURCE = Path(__file__).with_name("card.cpp")
+SOURCE = Path(__file__).with_name("card")
+"""The directory of what is compiled, ``card.cpp`` and its parts."""
 COMPILERS = ("c++", "g++", "clang++")
 """What is looked for on the path, behind ``CXX``."""
 COMPILE_TIMEOUT = 600
@@ -88,7 +89,7 @@ def _command(compiler: str, torch: Path, made: Path) -> list[str]:
         *("-std=c++20", "-O1", "-fPIC", "-shared", "-w"),
         *(f"-D_GLIBCXX_USE_CXX11_ABI={_string_abi(torch)}",),
         *(f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"),
-        str(SOURCE),
+        str(SOURCE / "card.cpp"),
         *(f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(made)),
     ]
 
@@ -152,7 +153,8 @@ def _compiler() -> str:
 
 def _key(torch: Path) -> str:
     version = (torch / "version.py").read_bytes()
-    made_of = (SOURCE.read_bytes(), version, str(torch).encode(), platform.machine().encode())
+    parts = [path.read_bytes() for path in sorted(SOURCE.iterdir())]
+    made_of = (*parts, version, str(torch).encode(), platform.machine().encode())
     return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """Tensors that torch's own C++ takes for a card's.
 
-``card.cpp`` is compiled for the torch at hand (``compilation``), tried in a process of its own
+``card/card.cpp`` is compiled for the torch at hand (``compilation``), tried in a process of its own
 (``proof``) and then loaded: a tensor of the card is a dense tensor on ``cuda:0`` in every thread
 and below Python too, and a tensor of the host costs nothing more than without a card. Here is what
 the library asks of Python, which keeps the account.
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_gpumem.simulator.torch_face import memory
+from pytest_gpumem.simulator.torch_face.legacy import CardType, replace_types
 from pytest_gpumem.simulator.torch_face.refusal import OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -31,19 +33,91 @@ _torch: Any = torch
 
 
 class _Current(memory.Current):
-    """The current card of this thread, which C++ keeps."""
+    """The current card and streams of this thread, which C++ keeps."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._get: Callable[[], int] = library.gpumem_current
-        self._set: Callable[[int], None] = library.gpumem_choose
+    def __init__(self, library: Any) -> None:
+        library.gpumem_stream.restype = ctypes.c_longlong
+        library.gpumem_choose_stream.argtypes = [ctypes.c_int, ctypes.c_longlong]
+        self._library = library
 
     @property
     def index(self) -> int:
-        return self._get()
+        index: int = self._library.gpumem_current()
+        return index
 
     @index.setter
     def index(self, index: int) -> None:
-        self._set(index)
+        self._library.gpumem_choose(index)
+
+    def stream(self, index: int) -> int:
+        number: int = self._library.gpumem_stream(index)
+        return number
+
+    def choose_stream(self, index: int, number: int) -> None:
+        self._library.gpumem_choose_stream(index, number)
+
+
+class Answers:
+    """What C++ asks, by names that ``card/account.h`` knows; ``index`` is a card's number."""
+
+    out_of_memory = OutOfMemoryError
+
+    def __init__(self, memory: CompiledMemory) -> None:
+        self._memory = memory
+        self.blocks: dict[int, tuple[int, Block]] = {}
+        """Card and block of each storage, by where its bytes are."""
+        self._pinned: dict[int, int] = {}
+
+    def take(self, index: int, size: int, address: int, stream: int) -> Block | None:
+        """Return the block of a new storage."""
+        memory = self._memory
+        block = memory.take(size, memory.card(index).device, stream)
+        if block is not None:
+            self.blocks[address] = index, block
+            if memory.history.recording:
+                memory.history.placed(block, address)
+        return block
+
+    def release(self, index: int, block: Block | None, address: int) -> None:
+        """Free the block of a storage that is gone."""
+        # It is asked again where a signal's handler raised in it.
+        if block is not None and self.blocks.pop(address, None) is not None:
+            self._memory.give_back(block, self._memory.cards[index].device)
+
+    def foresee(self, index: int, size: int) -> None:
+        """Raise what taking ``size`` bytes would, where it is clear that there is no room."""
+        memory = self._memory
+        memory.check()
+        card = memory.card(index)
+        card.enter()
+        if size > card.room():
+            memory.give_back(memory.take(size, card.device), card.device)
+
+    def use(self, address: int, stream: int) -> None:
+        """Say that a stream uses a storage, so that its block is not free as soon as it is."""
+        if address in self.blocks:
+            index, block = self.blocks[address]
+            self._memory.cards[index].allocator.use(block, stream)
+
+    def multiply(self, index: int) -> None:
+        """Take cuBLAS's workspace for this thread, if it has none."""
+        self._memory.multiply(self._memory.card(index).device, threading.get_ident())
+
+    def lose(self) -> None:
+        """Lose the context."""
+        self._memory.lose()
+
+    def pin(self, address: int, size: int) -> None:
+        """Count memory of the host as page-locked."""
+        self._pinned[address] = self._memory.pinned.take(size)
+
+    def unpin(self, address: int) -> None:
+        """Count it no longer."""
+        self._memory.pinned.give_back(self._pinned.pop(address, 0))
+
+    def pinned(self, address: int) -> bool:
+        """Tell whether it is."""
+        return address in self._pinned or self._memory.pinned.locked(address)
 
 
 class CompiledMemory(memory.CardMemory):
@@ -56,15 +130,22 @@ class CompiledMemory(memory.CardMemory):
         _torch.ops.load_library(str(path))
         self._library = ctypes.PyDLL(str(path))
         self._current = _Current(self._library)
-        self._told: dict[int, int] = {}
+        self._answers = Answers(self)
 
     def install(self) -> None:
         """Put the cards into this process's torch."""
         install = self._library.gpumem_install
-        install.argtypes = [ctypes.c_int, *[ctypes.py_object] * 3]
-        install(len(self.machine), self._take, self._release, OutOfMemoryError)
+        install.argtypes = [ctypes.c_int, ctypes.py_object, ctypes.c_char_p]
+        products = " ".join(memory.PRODUCTS) if self.machine[0].workspace else ""
+        install(len(self.machine), self._answers, products.encode())
         atexit.register(self._close)
         _place_storages()
+        _construct_older_types()
+
+    def begin(self, visible: Sequence[int]) -> None:
+        """Initialise CUDA with these cards of the machine, in this order."""
+        super().begin(visible)
+        self._library.gpumem_begin()
 
     def _close(self) -> None:
         """Stop asking Python, which is about to end.
@@ -87,21 +168,13 @@ class CompiledMemory(memory.CardMemory):
     def _generator(self, index: int) -> Any:
         return _torch.ops.gpumem_card.default_generator(index)
 
-    def _take(self, index: int, size: int, address: int) -> Block | None:
-        block = self.take(size, self.card(index).device)
-        if block is not None:
-            self._told[block.address] = address
-            if self.history.recording:
-                self.history.placed(block, address)
-        return block
-
-    def _release(self, index: int, block: Block | None) -> None:
-        # It is asked again where a signal's handler raised in it.
-        if block is not None and self._told.pop(block.address, None) is not None:
-            self._free(block, self.cards[index])
+    def use_on(self, tensor: torch.Tensor, stream: int) -> None:
+        """Say that a stream uses ``tensor``, so that its block is not free as soon as it is."""
+        if tensor.is_cuda:
+            self._answers.use(tensor.untyped_storage().data_ptr(), stream)
 
     def _addresses(self) -> dict[int, int]:
-        return self._told
+        return {block.address: place for place, (_, block) in self._answers.blocks.items()}
 
 
 def _place_storages() -> None:
@@ -124,3 +197,15 @@ def _place_storages() -> None:
 
     storage_class.__new__ = new
     storage_class.resize_ = resize
+
+
+def _construct_older_types() -> None:
+    """Let ``torch.cuda.FloatTensor`` and its like make tensors, as a build with CUDA does."""
+    replace_types()
+    convert = torch.Tensor.type
+
+    def type_or_converted(tensor: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        name = str(dtype) if isinstance(dtype, CardType) else dtype
+        return convert(tensor, name, *args, **kwargs)
+
+    _torch.Tensor.type = type_or_converted

@@ -34,6 +34,19 @@ __tracebackhide__ = True  # pytest shows the test's line last, none of these
 
 _C: Any = torch._C
 _cuda: Any = torch.cuda
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "_addmm_activation",
+    "bmm",
+    "baddbmm",
+    "addmv",
+    "dot",
+    "vdot",
+    "_int_mm",
+    "_scaled_mm",
+)
+"""The operations of aten that cuBLAS does, which works in memory of its own."""
 _storage_address: Callable[[torch.Tensor], int] = _C._storage_address
 
 
@@ -78,13 +91,27 @@ class TorchCard:
                 raise device_error("out of memory", 2)
             self.entered = True
 
+    def room(self) -> int:
+        """Return the bytes that are not handed out, at most what the memory fraction allows."""
+        allocator, allocated = self.allocator, self.allocator.allocated
+        room = allocator.reserved - allocated + self.shared.free()
+        return room if allocator.allowed is None else min(room, allocator.allowed - allocated)
+
 
 class Current(threading.local):
     """Card and streams of this thread."""
 
     index = 0
-    streams: Mapping[int, int] = MappingProxyType({})
+    _streams: Mapping[int, int] = MappingProxyType({})
     """By card, where it is not the default one, 0."""
+
+    def stream(self, index: int) -> int:
+        """Return the number of the stream on a card."""
+        return self._streams.get(index, 0)
+
+    def choose_stream(self, index: int, number: int) -> None:
+        """Make a stream the current one on its card."""
+        self._streams = {**self._streams, index: number}
 
 
 class CardMemory:
@@ -148,12 +175,16 @@ class CardMemory:
 
     def stream(self, index: int) -> int:
         """Return the number of this thread's stream on a card; 0 is the default one."""
-        return self._current.streams.get(index, 0)
+        return self._current.stream(index)
 
     def choose_stream(self, index: int, number: int) -> None:
         """Make a stream this thread's current one on its card."""
-        self._current.streams = {**self._current.streams, index: number}
+        self._current.choose_stream(index, number)
         self.choose(index)
+
+    def lose(self) -> None:
+        """Lose the context, as by a kernel whose assertion failed: the next call sees it."""
+        self.lost = "device-side assert triggered"
 
     def check(self) -> None:
         """Raise as CUDA, for each call after the one of which the context was lost."""
@@ -303,8 +334,10 @@ class CardMemory:
         alive = [(held.block, held()) for held in list(self._held.values())]
         return {block.address: it.data_ptr() for block, it in alive if block and it is not None}
 
-    def take(self, size: int, device: torch.device) -> Block | None:
+    def take(self, size: int, device: torch.device, stream: int | None = None) -> Block | None:
         """Return a block of ``device`` for ``size`` bytes, None for nothing.
+
+        It is of this thread's current stream unless one is named.
 
         Raises:
             torch.OutOfMemoryError: when it does not fit.
@@ -322,7 +355,9 @@ class CardMemory:
         if (error := beyond_any_card(size)) is not None:
             raise error
         try:
-            block = card.allocator.malloc(size, self.stream(card.index))
+            block = card.allocator.malloc(
+                size, self.stream(card.index) if stream is None else stream
+            )
         except OutOfMemory as refused:
             # With its traceback it would be a cycle, which keeps the frames of all callers.
             refusal = refused.with_traceback(None)

@@ -21,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_gpumem.simulator.torch_face.memory import PRODUCTS
 from pytest_gpumem.simulator.torch_face.refusal import OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -58,22 +59,7 @@ _MIXING = _INDEXING | {
 }
 # torch's tensors of symbolic zeros crash the interpreter when they pass a dispatch mode.
 _INSTEAD = {torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default}
-# What cuBLAS does, which works in memory of its own.
-_PRODUCTS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "mm",
-        "addmm",
-        "_addmm_activation",
-        "bmm",
-        "baddbmm",
-        "addmv",
-        "dot",
-        "vdot",
-        "_int_mm",
-        "_scaled_mm",
-    )
-)
+_PRODUCTS = frozenset(f"aten::{name}" for name in PRODUCTS)
 _ENGINE = -1
 """Stands for the thread of autograd's that works for a card."""
 _HOST_FULL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
@@ -387,6 +373,12 @@ def entered(face: Face) -> Iterator[None]:
 def face_again() -> AbstractContextManager[Any]:
     """Return the context of this thread's face, for Python that torch calls from inside."""
     return getattr(_this_thread, "face", None) or nullcontext()
+
+
+def charges_again() -> AbstractContextManager[Any]:
+    """Return the context that charges, for Python that torch runs without modes."""
+    face = getattr(_this_thread, "face", None)
+    return nullcontext() if face is None else face.charges
 
 
 def making_tensors_beside(tensors: Any) -> AbstractContextManager[None]:

@@ -23,6 +23,7 @@ from pytest_gpumem.simulator.torch_face.legacy import replace_types
 from pytest_gpumem.simulator.torch_face.modes import (
     Face,
     backward_on_the_card,
+    charges_again,
     face_again,
     making_tensors_beside,
 )
@@ -65,6 +66,7 @@ def prepare_for_modes(memory: CardMemory) -> None:
     _construct_subclasses()
     _let_autocast_reach_the_host()
     _group_by_seen_device(memory)
+    _charge_for_showing()
     run = backward_on_the_card(_torch.autograd.graph._engine_run_backward)
     _torch.autograd._engine_run_backward = _torch.autograd.graph._engine_run_backward = run
     when_imported("torch._subclasses.fake_tensor", _let_fake_tensors_see_the_host)
@@ -292,6 +294,19 @@ def _group_by_seen_device(memory: CardMemory) -> None:
         return groups
 
     _C._group_tensors_by_device_and_dtype = group
+
+
+def _charge_for_showing() -> None:
+    """Charge what ``repr`` of a tensor takes, which torch runs without any modes."""
+    module: Any = _torch._tensor_str
+    show = module._str_intern
+
+    @functools.wraps(show)
+    def show_and_charge(*args: Any, **kwargs: Any) -> Any:
+        with charges_again():
+            return show(*args, **kwargs)
+
+    module._str_intern = show_and_charge
 
 
 def _run_compiled_functions_eagerly() -> None:

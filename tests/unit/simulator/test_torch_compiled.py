@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -183,21 +184,76 @@ def test_kernels_that_only_cuda_has_give_the_values_of_the_cpu():
             torch.testing.assert_close(card.cpu(), host)
 
 
-@pytest.mark.parametrize("kind", ["to_sparse", "quantize", "nest", "sparse_coo"])
 @on_compiled_cards
-def test_what_has_not_one_storage_is_refused_in_one_sentence(kind):
+def test_tensors_that_are_made_of_others_live_where_these_do():
     import torch
 
-    tensor = torch.eye(3, device="cuda")
-    make = {
-        "to_sparse": tensor.to_sparse,
-        "quantize": lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
-        "nest": lambda: torch.nested.nested_tensor([tensor, tensor]),
-        "sparse_coo": lambda: torch.sparse_coo_tensor([[0]], [1.0], (2,), device="cuda"),
-    }[kind]
+    torch.sparse.check_sparse_tensor_invariants.disable()  # which torch warns of where it is open
     warnings.simplefilter("ignore")  # of torch's own
-    with pytest.raises(NotImplementedError, match="only strided ones are simulated"):
-        make()
+    tensor = torch.eye(3, device="cuda:1")
+    before = torch.cuda.memory_allocated(1)
+    quantized = torch.quantize_per_tensor(tensor, 0.5, 0, torch.quint8)
+    ragged = torch.nested.nested_tensor([tensor, tensor[:2]])
+    assert torch.cuda.memory_allocated(1) == before + 2 * 512
+    for made in (
+        *(quantized, quantized[1:], quantized.dequantize(), quantized.cpu().to("cuda:1")),
+        *(ragged, ragged + ragged, ragged.to_padded_tensor(0), ragged.cpu().to("cuda:1")),
+        *(tensor.to_sparse().cpu().to("cuda:1"), tensor.to_sparse_csr().cpu().to("cuda:1")),
+    ):
+        assert made.device == tensor.device
+    assert quantized.cpu().dequantize().equal(torch.eye(3))
+    assert ragged.cpu().to_padded_tensor(0)[1].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    for sparse in (tensor.to_sparse(), tensor.to_sparse_csr()):
+        sparse.values().add_(1)
+        sparse.mul_(2)
+        assert sparse.to_dense().equal(tensor * 4)
+    indices = torch.zeros(1, 4, dtype=torch.long, device="cuda:1")
+    uncoalesced = torch.sparse_coo_tensor(indices, torch.ones(4, device="cuda:1"), (2,))
+    uncoalesced += uncoalesced.clone()
+    assert uncoalesced.coalesce().to_dense().tolist() == [8, 0]
+    assert torch.cuda.memory_allocated(0) == 0
+
+
+@on_compiled_cards
+def test_what_does_not_fit_is_refused_before_the_host_computes_it():
+    import torch
+
+    one = torch.ones(1, device="cuda")
+    large, row = one.expand(2**28), one.expand(1, 2**14)  # of 1 GiB, and of nothing on the card
+    torch.cuda.memory.set_per_process_memory_fraction(0.75)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = r"Tried to allocate (1024\.00 M|2\.00 G)iB"
+    for ask in (
+        lambda: torch.cat([large]),
+        lambda: large + 1,
+        lambda: row.T @ row,
+        large.sort,
+        lambda: large.to("cuda:1", torch.float64),
+        lambda: one.repeat(2**28),
+    ):
+        with pytest.raises(torch.OutOfMemoryError, match=size):
+            ask()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 64 * 1024
+    assert torch.cuda.memory_stats()["num_ooms"] == 5
+    assert torch.cuda.max_memory_allocated() == 512
+
+
+@on_compiled_cards
+def test_autograd_works_on_the_streams_of_the_forward_pass():
+    import torch
+
+    side = torch.cuda.Stream()
+    leaf = torch.ones(MIB, device="cuda", requires_grad=True)
+    with torch.cuda.stream(side):
+        loss = (leaf * leaf).sum()
+    torch.cuda.empty_cache()
+    loss.backward()
+    assert torch.cuda.current_stream().stream_id == 0
+    segments = torch.cuda.memory_snapshot()
+    # The engine of its own accord says that the default stream uses what came from the side.
+    assert {each["stream"] for each in segments} == {0, side.stream_id}
+    made = [each for each in segments if each["stream"] == side.stream_id]
+    assert sum(each["total_size"] for each in made) >= 4 * MIB
 
 
 @on_compiled_cards

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from card_process import library
 
 from pytest_gpumem.simulator.card import SharedCard
 
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
 WORKSPACE = 8320 * 1024
 
 PROGRAM = f"""
-import threading, torch
+import sys, threading
+from pathlib import Path
 from pytest_gpumem.simulator import Simulation
-Simulation.start([2**30], 2**20, {WORKSPACE}).install()
+library = Path(sys.argv[1]) if sys.argv[1] else None
+Simulation.start([2**30], 2**20, {WORKSPACE}, library).install()
+import torch
 
 def taken(act):
     before = torch.cuda.memory_allocated()
@@ -57,10 +61,10 @@ print([taken(act) for act in (
 """
 
 
-def test_each_thread_and_stream_that_multiplies_takes_one() -> None:
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_thread_and_stream_that_multiplies_takes_one(compiled: bool) -> None:
+    command = [sys.executable, "-W", "error", "-c", PROGRAM, library() if compiled else ""]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     taken, refusal = run.stdout.strip().split("; ")
     # Autograd works in a thread of its own; what was given back is taken again.
