@@ -18,6 +18,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 80rem;
   padding: 0 1rem; color: var(--text); background: var(--back) }
 h1 { font-size: 1.5rem; margin: 0 0 .8rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+h3 { font-size: 1rem; margin: 1.1rem 0 .3rem }
 a { color: inherit } p { margin: .25rem 0 } ul { margin: .3rem 0 } small { color: var(--faint) }
 table { border-collapse: collapse; width: 100%; font-size: .92em }
 td, th { padding: .2rem .55rem; text-align: left; border-bottom: 1px solid var(--line);

@@ -16,16 +16,17 @@ from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.reports import alive, forensics, html, timeline
 from pytest_gpumem.reports.chart import COLOURS, draw, lane
 from pytest_gpumem.reports.chart import leaked as leaked_of
-from pytest_gpumem.reports.counts import left_by_scopes, own
+from pytest_gpumem.reports.counts import by_kind, count_up, left_by_scopes, own, plural
 from pytest_gpumem.reports.sections import Section
 from pytest_gpumem.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from pytest_gpumem.records import Holder, RecordedTest, RunRecord
     from pytest_gpumem.records.findings import Findings, OomEvent
+    from pytest_gpumem.reports.counts import Leak
 
 
 def save(run: RunRecord, found: Findings, path: Path, *, linked: bool = False) -> None:
@@ -72,13 +73,14 @@ def _head(run: RunRecord, found: Findings) -> Iterator[str]:
     totals = found.totals
     peak = max((own(card) for test in run.tests for card in test.cards), default=0)
     leaked = sum(map(leaked_of, run.tests))
+    bad, processes = totals.failed + totals.errors, run.workers or 1
     shown = (
         ("tests", f"{totals.tests:,}", ""),
-        ("failed or error", f"{totals.failed + totals.errors:,}", "bad" if totals.failed else ""),
+        ("failed or error", f"{bad:,}", "bad" if bad else ""),
         ("out of memory", f"{totals.oom:,}", "bad" if totals.oom else ""),
         ("highest own peak", format_bytes(peak), ""),
         ("leaked", format_bytes(leaked), "bad" if leaked else ""),
-        ("workers", str(run.workers or 1), ""),
+        ("worker" if processes == 1 else "workers", str(processes), ""),
         ("seconds", f"{end - begin:.1f}", ""),
     )
     yield '<div class="figures">'
@@ -112,34 +114,50 @@ def _events(found: Findings) -> Iterator[str]:
     yield "<h2>Out of memory</h2>"
     if len(found.events) > 1:
         yield from _ranked(found)
+        yield "<h3>One by one</h3>"
+    followed: dict[int, list[OomEvent]] = {}
+    for each in found.events:
+        if each.cascade_of is not None:
+            followed.setdefault(each.cascade_of, []).append(each)
+    first = [at for at, each in enumerate(found.events) if each.cascade_of is None]
     yield '<div id="cascade">'
-    for number, event in enumerate(found.events):
-        if event.cascade_of is not None:
-            continue
-        followed = [each for each in found.events if each.cascade_of == number]
-        felled = event.felled + sum(each.felled for each in followed)
-        yield f"<details{' open' if number == 0 else ''}><summary>"
-        yield f"<b>{escape(event.nodeid or 'outside of tests')}</b>{_worker(event)}"
-        probably = "" if event.confirmed else "probably "
-        yield f' <span class="cause">{probably}{CAUSES[event.cause]}</span>'
-        if felled > 1:
-            yield f' <span class="count">felled {felled} tests</span>'
-        yield "</summary>"
-        yield from (f"<p>{escape(each)}</p>" for each in event.evidence)
-        if event.message:
-            yield f"<p><code>{escape(event.message)}</code></p>"
-        if event.before:
-            names = ", ".join(map(escape, event.before))
-            yield f"<p>ran before it on the same worker: {names}</p>"
-        if event.advice:
-            yield f"<pre>{escape(chr(10).join(event.advice))}</pre>"
-        if followed:
-            yield "<p>met the very same state:</p><ul>"
-            for each in followed:
-                yield f"<li>{escape(each.nodeid or 'outside of tests')}{_worker(each)}</li>"
-            yield "</ul>"
+    for number, at in enumerate(first):
+        if number == _UNFOLDED:
+            yield f"<details><summary>{len(first) - number} more</summary>"
+        yield from _event(found.events[at], followed.get(at, ()), shown=number == 0)
+    if len(first) > _UNFOLDED:
         yield "</details>"
     yield "</div>"
+
+
+_UNFOLDED = 10
+"""Events of a list that is not to be scrolled through on the way to what stands below it."""
+
+
+def _event(event: OomEvent, followed: Sequence[OomEvent], *, shown: bool) -> Iterator[str]:
+    """Show an event, with what followed from it."""
+    felled = event.felled + sum(each.felled for each in followed)
+    yield f"<details{' open' if shown else ''}><summary>"
+    yield f"<b>{escape(event.nodeid or 'outside of tests')}</b>{_worker(event)}"
+    probably = "" if event.confirmed else "probably "
+    yield f' <span class="cause">{probably}{CAUSES[event.cause]}</span>'
+    if felled > 1:
+        yield f' <span class="count">felled {felled} tests</span>'
+    yield "</summary>"
+    yield from (f"<p>{escape(each)}</p>" for each in event.evidence)
+    if event.message:
+        yield f"<p><code>{escape(event.message)}</code></p>"
+    if event.before:
+        names = ", ".join(map(escape, event.before))
+        yield f"<p>ran before it on the same worker: {names}</p>"
+    if event.advice:
+        yield f"<pre>{escape(chr(10).join(event.advice))}</pre>"
+    if followed:
+        yield "<p>met the very same state:</p><ul>"
+        for each in followed:
+            yield f"<li>{escape(each.nodeid or 'outside of tests')}{_worker(each)}</li>"
+        yield "</ul>"
+    yield "</details>"
 
 
 def _ranked(found: Findings) -> Iterator[str]:
@@ -170,7 +188,8 @@ def _alive(run: RunRecord) -> Iterator[str]:
         return
     yield '<h2>What filled the card</h2><div id="alive">'
     for test, told in every:
-        yield f"<details><summary><b>{escape(test.nodeid)}</b></summary>"
+        head = f"<b>{escape(test.nodeid)}</b> <small>{escape(alive.head(told))}</small>"
+        yield f"<details><summary>{head}</summary>"
         rows = tuple(
             (format_bytes(row.size), row.what, row.kinds, row.owner) for row in alive.rows(told)
         )
@@ -183,27 +202,30 @@ def _alive(run: RunRecord) -> Iterator[str]:
 
 
 def _leaks(run: RunRecord) -> Iterator[str]:
-    rows = [
-        (test, what, leaked, holders)
-        for test in run.tests
-        for what, leaked, holders in (
-            *(("", card.leaked, card.holders) for card in test.cards),
-            *((f"fixture {each.name}", each.leaked, each.holders) for each in test.fixtures),
-        )
-        if leaked
-    ]
-    if not rows:
+    """Show the largest leak of each kind, and fold away the others of that kind."""
+    kinds = by_kind(count_up(run).leaks)
+    if not kinds:
         return
     yield '<h2>Leaks</h2><div id="leaks">'
-    for test, what, leaked, holders in sorted(rows, key=lambda row: -row[2]):
-        by = f" <small>{escape(what)}</small>" if what else ""
-        yield f"<details open><summary><b>{format_bytes(leaked)}</b> {escape(test.nodeid)}{by}"
-        yield "</summary><ul>"
-        yield from (f"<li>{_holder(each)}</li>" for each in holders)
-        if not holders:
+    for first, *others in kinds:
+        yield f"<details open><summary>{_leak(first)}</summary><ul>"
+        yield from (f"<li>{_holder(each)}</li>" for each in first.holders)
+        yield from (f"<li>{escape(sentence)}</li>" for sentence in first.orphans)
+        if not first.holders and not first.orphans:
             yield "<li>no Python object refers to it</li>"
-        yield "</ul></details>"
+        yield "</ul>"
+        if others:
+            size = format_bytes(sum(leak.size for leak in others))
+            yield f"<details><summary>likewise {size} in {plural(len(others), 'leak')}</summary>"
+            yield "<ul>"
+            yield from (f"<li>{_leak(each)}</li>" for each in others)
+            yield "</ul></details>"
+        yield "</details>"
     yield "</div>"
+
+
+def _leak(leak: Leak) -> str:
+    return f"<b>{format_bytes(leak.size)}</b> by {escape(leak.by)}"
 
 
 def _left_by_module(run: RunRecord) -> Iterator[str]:

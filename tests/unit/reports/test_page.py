@@ -15,6 +15,7 @@ from pytest_gpumem.cli import main as cli
 from pytest_gpumem.records import (
     Card,
     CardUsage,
+    FixtureUsage,
     Holder,
     LeaseUsage,
     RecordedTest,
@@ -103,10 +104,68 @@ def test_many_that_ran_out_are_ranked_by_cause_as_forensics_ranks_them(tmp_path,
     told = capsys.readouterr().out
     page = Path(paths[1]).read_text(encoding="utf-8")
     titles = re.findall(r"<h3>(.*?)</h3>", page)
+    assert titles.pop() == "One by one"
     assert titles[0].startswith("2 tests: ")
     assert titles[1].startswith("1 test: ")
     assert [title in told for title in titles] == [True] * len(titles)
     assert page.index("<h3>") < page.index('id="cascade"')
+
+
+def made_of(tests, tmp_path, **told):
+    records.save(run()._replace(tests=tuple(tests), **told), tmp_path / "run.json")
+    path = tmp_path / "p.html"
+    assert cli.main(["report", str(tmp_path / "run.json"), "--html", str(path), "--linked"]) == 0
+    return path.read_text(encoding="utf-8")
+
+
+def test_leaks_of_one_kind_are_one_entry_and_a_fixture_is_named_before_its_test(tmp_path):
+    def leaks(name, size, where, **more):
+        holder = Holder(where, (4, 4), "float32", size * MIB)
+        return RecordedTest(name, "passed", 1.0, "", (usage(size, size * MIB, (holder,)),), **more)
+
+    kept = FixtureUsage("model", "module", "GPU-1", 8 * MIB, 8 * MIB, 0, 8 * MIB, ())
+    page = made_of(
+        [
+            *(
+                leaks(f"a.py::test_{at}", at + 1, f"a.py: module global KEPT[{at}]")
+                for at in range(5)
+            ),
+            leaks("b.py::test_b", 3, "b.py: module global CACHE", fixtures=(kept,)),
+        ],
+        tmp_path,
+    )
+    shown = page[page.index('id="leaks"') : page.index('id="tests"')]
+
+    assert shown.count("<details open>") == 3
+    assert "<summary><b>5.00 MiB</b> by a.py::test_4</summary>" in shown
+    assert "likewise 10.00 MiB in 4 leaks" in shown
+    assert shown.count("KEPT[") == 1
+    assert "<b>8.00 MiB</b> by fixture model (module), torn down after b.py::test_b" in shown
+
+
+@pytest.mark.parametrize(("number", "more"), [(10, 0), (11, 1), (150, 140)])
+def test_what_ran_out_of_memory_is_folded_where_it_is_long(tmp_path, number, more):
+    tests = (
+        RecordedTest(f"a.py::test_{at}", "failed", 1.0, "", (usage(20),),
+                     oom=f"CUDA out of memory. Tried to allocate {at + 1}.00 GiB", start=at)
+        for at in range(number)
+    )  # fmt: skip
+    page = made_of(tests, tmp_path)
+    shown = page[page.index('id="cascade"') : page.index('id="tests"')]
+
+    assert shown.count('class="cause"') == number
+    assert shown.count("<details>") + shown.count("<details open>") == number + bool(more)
+    assert shown.count("</details>") == number + bool(more)
+    assert (f"<summary>{more} more</summary>" in shown) == bool(more)
+
+
+@pytest.mark.parametrize(("outcome", "kind"), [("failed", "bad"), ("error", "bad"), ("passed", "")])
+def test_figures_are_red_where_something_is_wrong(tmp_path, outcome, kind):
+    page = made_of([RecordedTest("a.py::test_a", outcome, 1.0, "")], tmp_path, workers=0)
+
+    bad = int(outcome != "passed")
+    assert f'<div class="figure {kind}"><b>{bad}</b><span>failed or error</span>' in page
+    assert "<b>1</b><span>worker</span>" in page
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
