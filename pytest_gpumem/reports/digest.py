@@ -52,7 +52,7 @@ def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterato
                 (
                     format_bytes(first.size),
                     first.by,
-                    first.holders[0].where if first.holders else "; ".join(first.orphans),
+                    "; ".join([*(each.where for each in first.holders[:1]), *first.orphans]),
                     plural(len(others), "leak") if others else "",
                 )
                 for first, *others in by_kind(counted.leaks)

@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 
 from pytest_gpumem import records
 from pytest_gpumem.cli import main as cli
-from pytest_gpumem.records import Card, CardUsage, Holder, RecordedTest, RunRecord
+from pytest_gpumem.records import Card, CardUsage, ChildUsage, Holder, RecordedTest, RunRecord
 
 MIB = 2**20
 HOSTILE = "test_a.py::test_x[a|b*c*`d`<script>&amp;_e_\n# no heading]"
@@ -49,6 +49,17 @@ def test_what_names_of_tests_contain_stays_text(tmp_path, capsys):
     shown = "test_a.py::test_x[a|b*c*`d`&lt;script&gt;&amp;amp;_e_ # no heading]"
     assert cells(page, "Own peaks") == [["3.00 MiB", "0%", "3.00 MiB", "3.00 MiB", shown]]
     assert cells(page, "Leaks") == [["3.00 MiB", shown, "a.py: CACHE['|']", ""]]
+
+
+def test_what_holds_a_leak_is_told_with_the_processes_that_hold_the_rest(tmp_path, capsys):
+    child = ChildUsage(71, "serve", "GPU-1", "t.py::t", 2 * MIB, leaked=2 * MIB, start=1.0)
+    test = RecordedTest(
+        "t.py::t", "passed", 0.5, "", (usage(5, 5, "t.py: KEPT"),), children=(child,)
+    )
+    page = rendered(tmp_path, capsys, run(test))
+
+    held = "t.py: KEPT; process 71 (serve) held 2.00 MiB, still runs"
+    assert cells(page, "Leaks") == [["5.00 MiB", "t.py::t", held, ""]]
 
 
 def test_nobody_is_called_by_a_comment(tmp_path, capsys):
