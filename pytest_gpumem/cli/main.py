@@ -47,17 +47,14 @@ class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]  # at run
         return super().add_parser(name, **{"description": more.get("help"), **more})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 for input that cannot be used.
-
-    ``gpumem compare`` returns 1 when a threshold is missed.
-    """
-    parser: argparse.ArgumentParser = _Parser(
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    made: argparse.ArgumentParser = _Parser(
         prog="gpumem",
         description="Look at cards, runs, logs and archives; share cards among tests and commands.",
     )
-    parser.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
-    commands = parser.add_subparsers(
+    made.add_argument("--version", action="version", version=f"pytest-gpumem {__version__}")
+    commands = made.add_subparsers(
         dest="command", required=True, metavar="COMMAND", action=_Commands
     )
     doctor.add(commands)
@@ -72,7 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     monitor.add(commands)
     run.add(commands)
     ps.add(commands)
-    chosen = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 for input that cannot be used.
+
+    ``gpumem compare`` returns 1 when a threshold is missed.
+    """
+    chosen = parser().parse_args(arguments)
     # A nodeid may have what the terminal, or the file behind it, has no bytes for.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -25,6 +25,8 @@ COMMANDS = {
 }
 """What the examples call, and the module that it runs."""
 NO_OTHERS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+SHELLS = {"console", "text"}
+"""Languages of blocks that show commands."""
 BLOCK = re.compile(r"^```(?P<info>[^\n]+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
 
@@ -94,6 +96,27 @@ def test_examples_print_what_the_documents_show(blocks, tmp_path):
 def test_links_between_documents_lead_somewhere(document):
     for target in LINK.findall(document.read_text()):
         assert not target or (document.parent / target).exists(), target
+
+
+COMMAND = re.compile(r"^\$ gpumem ([^|>\n]*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_documents_show_without_running_it_can_be_typed(document, capsys):
+    from pytest_gpumem.cli import main
+    from pytest_gpumem.plugin.settings import OPTIONS
+
+    text = document.read_text()
+    flags = {"--gpumem", *(option.flag for option in OPTIONS)}
+    assert set(re.findall(r"--gpumem[\w-]*", text)) <= flags
+    for match in BLOCK.finditer(text):
+        if match["info"] == "python":
+            compile(match["body"], document.name, "exec")
+        for command in COMMAND.findall(match["body"]) if match["info"] in SHELLS else ():
+            try:
+                main.parser().parse_args(shlex.split(command, comments=True))
+            except SystemExit:
+                pytest.fail(f"gpumem {command}: {capsys.readouterr().err}")
 
 
 def test_a_reader_finds_every_how_to():
