@@ -93,7 +93,11 @@ _PLACE_COLUMNS = ("path", ">tests", ">passed", ">failed", ">errors", ">OOM", ">s
 def _totals(found: Findings) -> Iterator[str]:
     totals = found.totals
     names = ("passed", "failed", "errors", "skipped", "xfailed", "xpassed")
-    counts = ", ".join(f"{count:,} {name}" for name in names if (count := getattr(totals, name)))
+    counts = ", ".join(
+        "1 error" if (name, count) == ("errors", 1) else f"{count:,} {name}"
+        for name in names
+        if (count := getattr(totals, name))
+    )
     if totals.tests:
         rate = f", pass rate {totals.pass_rate:.1f} %" if totals.pass_rate is not None else ""
         took = f", {_duration(totals.duration)}" if totals.duration else ""

@@ -42,7 +42,7 @@ def test_every_form_has_every_title_cause_and_row(found):
     markdown = "\n".join(sections.markdown(told))
     page = "\n".join(html.page(told, "What <happened>"))
 
-    assert "4 tests in 1 run: 1 passed, 2 failed, 1 errors, pass rate 25.0 %, 1 min 2 s" in text
+    assert "4 tests in 1 run: 1 passed, 2 failed, 1 error, pass rate 25.0 %, 1 min 2 s" in text
     for form in (text, markdown, page):
         assert "First out of memory" in form
         assert "tried 2.00 GiB" in form
