@@ -274,6 +274,7 @@ _PREFIXES = tuple(
             r"\ufeff",
             r"[^\t]{1,120}\t[^\t]{1,120}\t\ufeff?(?=\d{4}-)",
             r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,:]\d+)?(?:Z| ?[+-]\d\d:?\d\d)?\]?:? ?",
+            r"std(?:err|out) [FP] (?=\S)",
             # GitLab's stream and its number.
             r"\d\d[OE][+ ]? ?(?=\S)",
             r"\[?\d\d:\d\d:\d\d(?:[.,]\d+)?\]?:? ?",

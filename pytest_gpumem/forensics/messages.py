@@ -1,11 +1,11 @@
 """Whether a text reports that memory ran out, and what it says.
 
-A text is judged in this order. Its words: the first grammar that finds its own in it is the one.
-What stands before them: code and assertions quote a message, they do not report it. Whether the
-text itself goes on: about a retry, or as a record below an error; where a test shows it as its
-error that does not count. Figures make a message then, behind any head, in any carrier. Without
-them it needs a context that says error, unless nobody but a framework writes such words, and none
-that is prose. What is code or prose says ``spoken.py``.
+A text is judged in this order. Its words: the first grammar that finds its own in it is the one,
+whatever else is in it. What stands before them: code and assertions quote a message, they do not
+report it. Whether the text itself goes on: about a retry, or as a record below an error; where a
+test shows it as its error that does not count. Figures make a message then, behind any head, in any
+carrier. Without them it needs a context that says error, unless nobody but a framework writes such
+words, and none that is prose. What is code says ``spoken.py``, what is prose ``prose.py``.
 
 Where no grammar finds its words, the class of an exception, or a beginning that was cut short, may
 still say whose they were; and what is said in nobody's words is judged by ``unforeseen.py``.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.forensics import grammars, spoken, unforeseen
+from pytest_gpumem.forensics import grammars, prose, spoken, unforeseen
 from pytest_gpumem.forensics.grammars.language import compile_figures, size
 from pytest_gpumem.records.findings import GpuProcess
 
@@ -113,17 +113,13 @@ def parse(text: str, *, raised: bool = False) -> Message | None:
 
     """
     text = _BLANKS.sub(" ", text)
-    words = False
     for grammar in grammars.speaking(text):
         match = grammar.head.search(text)
         if match is None or "cudaErrorIllegal" in text:
             continue
         found = _stated(_message(grammar, text, match))
-        if spoken.reports(text, match.span(), found.kind, found.figures, raised=raised):
-            return found
-        words = True
-    if words:
-        return None
+        told = spoken.reports(text, match.span(), found.kind, found.figures, raised=raised)
+        return found if told else None
     return _by_class(text, raised=raised) or _cut_short(text) or _unforeseen(text, raised=raised)
 
 
@@ -137,7 +133,7 @@ def _named(head: str, tail: str) -> bool:
     """Tell whether what stands around words without figures says that they are an error."""
     if not head.strip():
         return not tail.strip(" .!\"'")
-    return _SEPARATED.search(head) is not None and spoken.ERROR.search(head) is not None
+    return _SEPARATED.search(head) is not None and prose.ERROR.search(head) is not None
 
 
 def _by_class(text: str, *, raised: bool) -> Message | None:

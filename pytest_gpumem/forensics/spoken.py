@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from pytest_gpumem.forensics import prose
+
 AROUND = 400
 """How far from a message what is said of it stands."""
 _CLOSE = 200
@@ -19,12 +21,6 @@ ENDS = re.compile(
 )
 """Where PyTorch's message has given its figures."""
 
-# Words of an error before the message, whoever wrote them.
-ERROR = re.compile(
-    r"(?i:error|exception|fail(?:ed|ure|s)?\b|fatal|panic|abort|critical|crash|terminat|\berr\b"
-    r"|could not|cannot|unable|non-?zero)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
-)
-_STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 # What stands before words in code, in whatever language.
 _CODE = re.compile(
     r"\s*(?:>\s+|\d+\s+|\+{1,4} |-\s+(?=(?:raise|throw|except)\b)|\S+\.\w{1,4}[:-]\d+[:-]\s*)?"
@@ -84,45 +80,11 @@ QUOTING = re.compile(
     r"|does not match|^\s*(?:Input|Regex|Pattern|Expected|Actual): |^\s*[-+?] +['\"]"
 )
 """An assertion about a message: it quotes one, and what follows it compares."""
-_PROSE_HEAD = re.compile(
-    r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
-    r"|see also|"
-    r"hint|note|tip|e\.g\.|such as|(?:is|are|called) (?:the|an?)|may|might|can|would|likely|"
-    r"sometimes|often|usually|typically|(?:this|which|code \d+) (?:\w+ )?(?:indicates"
-    r"|means))\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
-    r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
-    r"|\b(?:reported|treated|shown|counted) as \W?$"
-    r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
-    r"|explains?|documents?|handles?) |(?:fixed|added|changed|removed|subject"
-    r"|(?:fix|feat|docs|chore|refactor)(?:\([\w./-]+\))?!?): )"
-    r"|^\W*(?:(?:q\d*|faq)[:.] )?(?:what|why|how|does)\b(?!\(|:)"
-)
 _PASSED = re.compile(
     r"\s*(?:[\u2713\u2714\u221a]|[-*] \[[ xX]\] |ok \d+ |--- PASS: |\[ +(?:OK|PASSED|RUN) +\])"
 )
 """What stands before the name of a test that passed, in no pytest's output, or of a task."""
 _NONE = re.compile(r"(?:(?:^|[,;(|] ?)0|\b(?:[Nn]o|[Nn]ever|[Ww]ithout)) $")
-_CLASS = re.compile(r"[\w.]{1,80}(?:Error|Exception): ?$")
-"""The name of an exception, with which somebody may begin to quote."""
-_ASIDE = re.compile(r"\([^()]*\)")
-_PROSE_TAIL = re.compile(
-    r"(?i)[\"'`*]*\s*(?:,? ?(?:(?:errors?|exceptions?)(?!: \w)|issues?|problems?|conditions?"
-    r"|handling|"
-    r"handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will"
-    r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
-    r"|\. This (?:error )?(?:(?:occurs|happens|arises) (?:when|if|because)|means|indicates)\b"
-    r"|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
-    r"|[-\u2013\u2014=]+>? ?(?:to )?(?:fix|try|reduc|lower|solv|increas|decreas)|[\"'`]\?"
-    r"| [\u0400-\ud7ff])"
-)
-_EXPLAINED = re.compile(
-    r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often"
-    r"|indicates?|typically)\b"
-)
-_TOLD_OF = re.compile(
-    r" (?:was|were|is|are|has been|can be|may be) (?:raised|thrown|caused|seen|returned|reported"
-    r"|fixed|avoided|handled)\b"
-)
 _EMPHASIS = re.compile(r"\*\*[^*]+\*\*|</t[dh]>")
 """What somebody who writes for readers sets off, or puts into a table."""
 _OPEN = re.compile(r"=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},|\{\{|^\s*--[a-z][\w-]*[ =,]")
@@ -136,22 +98,12 @@ _STATE = re.compile(
 """What stands before the name of a container's state where a program tells of it."""
 _SELECTED = re.compile(r"\"[^{}]*\}\s*(?:[=!<>]|\[|\))")
 """What stands behind it in a query."""
-_MENTIONED = re.compile(
-    r"[A-Za-z]{2,}, $|\b(?i:shows?|showed|showing|says?|said|saying|reads|gets?|got|getting|sees?"
-    r"|saw|gives?|gave)(?: (?:an?|the|me|us|this))?(?: (?:error|message))? $"
-)
-"""What stands before a quotation in somebody's sentence."""
-_ITALIC = re.compile(r"(?:^|.*\s)([_*]{1,3})(?=\w)[^_*]*\0[^_*]*\1 \w")
-"""Words set off in a sentence that goes on."""
-_PLACE = re.compile(r"\.(?:c|cc|cpp|cu|cuh|h|hpp|py|rs)\W{1,3}(?:line )?\d")
-"""Where in a program it was: nobody but the program says that."""
-_GOES_ON = re.compile(r"[.,;)]| (?:[a-z]|\| )")
 HANDLED = re.compile(
     r"(?i)\b(?:retrying|retried|will retry|fall(?:ing|s)?[ -]?back|recover(?:ed|ing|y)?|"
     r"(?<!\d )skipped|skipping|reducing|halving|will try|trying again|not a failure|handled|"
     r"(?<!\d )ignored|ignoring|moving to cpu|using cpu|switching to cpu|on cpu instead|"
     r"clearing (?:the )?cache|caught (?:an? )?(?:cuda )?(?:oom|out)|oom caught|"
-    r"(?<!unhandled exception )caught:|as expected|expected error"
+    r"(?<!unhandled exception )caught:|as expected|expected error(?! ?[!=]=)"
     r"|(?:use|using|reading) .{1,40}\binstead\b)"
 )
 _BELOW_ERROR = re.compile(
@@ -186,15 +138,17 @@ def reports(
     if kind == "kill":
         # At whatever level somebody logs it.
         handled = HANDLED.search(head) or HANDLED.search(tail)
-        told = _prose(head, tail, figures) or _EXPLAINED.match(tail)
+        told = prose.told(head, tail, figures) or prose.EXPLAINED.match(tail)
         return not (handled or told or _of_kills(text, span))
     if not raised and _survived(text, end, head):
         return False
     if figures >= TELLING:
         return True
-    if _quoted(head, tail, figures):
+    if figures:
+        return not prose.quoted(head, tail, figures)
+    if _named_only(text, span, head) or prose.told(head, tail, 0):
         return False
-    return figures > 0 or not (_named_only(text, span, head) or _prose(head, tail, 0))
+    return raised or not prose.within(head, tail)
 
 
 def _of_kills(text: str, span: tuple[int, int]) -> bool:
@@ -229,43 +183,9 @@ def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
         or (head.endswith(" = ") and text[span[1] :] in ("", ";"))
     ):
         return True
-    if ERROR.search(head):
+    if prose.ERROR.search(head):
         return False
     return _STARRED.match(head) is not None or (alone and _LISTED.match(text, span[1]) is not None)
-
-
-def _prose(head: str, tail: str, figures: int) -> bool:
-    """Tell whether somebody's own sentence goes on about the words."""
-    said = _CLASS.sub("", head)
-    if _PROSE_HEAD.search(_ASIDE.sub("", said)) or _quoted(head, tail, figures):
-        return True
-    if head.endswith("... ") and tail.startswith(" ..."):
-        return True
-    if not figures and _TOLD_OF.match(tail):
-        return True
-    return not figures and not _STATED.search(head) and bool(_PROSE_TAIL.match(tail[:_CLOSE]))
-
-
-def _quoted(head: str, tail: str, figures: int) -> bool:
-    """Tell whether words are shown as a quotation, or as code, within a sentence.
-
-    With a figure they may be all that an item of a list has, pasted.
-    """
-    head, tail = head.replace("``", "`"), tail.replace("``", "`")
-    said, mark, _ = head.rpartition('"')
-    if mark and head.count('"') % 2 and _MENTIONED.search(said):
-        return True
-    if _ITALIC.match(f"{head}\0{tail[:_CLOSE]}"):
-        return True
-    before = head.rpartition("`")[0]
-    if "`" not in head or before.count("`") % 2 or tail.count("`") % 2 == 0:
-        return False
-    if _PLACE.search(tail.partition("`")[0]):
-        return False
-    return (
-        bool(before.strip(" -*+" if figures else None))
-        or _GOES_ON.match(tail.partition("`")[2]) is not None
-    )
 
 
 def _survived(text: str, end: int, head: str) -> bool:

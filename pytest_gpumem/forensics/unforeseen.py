@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from pytest_gpumem.forensics import prose
 from pytest_gpumem.forensics.grammars.language import compile_figures, size
-from pytest_gpumem.forensics.spoken import ERROR
 
 _BETWEEN = r"(?:[a-z]{1,14}[ _-]?){0,3}?"
 _STORE = r"(?:memory|v?ram\b|mem\b)"
@@ -117,20 +117,6 @@ or says which card."""
 _COMMENT = re.compile(r"/\*|\*/")
 _ROW = re.compile(r".*\|\s*$")
 """A row of a table that somebody wrote."""
-_BREAK = re.compile(r"[:;\])>!=,(|]|\. |\.{3}|\s-+\s|\"|'(?![a-z]\b)")
-_TOLD = re.compile(
-    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|handles?|(?P<plain>to|of|by|from|and|or"
-    r"|with|for|as"
-    r"|is|are|be|was|were)) $"
-)
-"""The last word before words that somebody's sentence tells of; with an error before, some may."""
-_ON = re.compile(r"(?i).{0,60}?\b(?:or if|in which case|otherwise|because|is about to|unless)\b")
-_AMONG = re.compile(r"[ a-z]{0,20}, (?:and|or|nor) [a-z]")
-"""What follows one of several things that a sentence lists, where a comma stands before it."""
-_THEN = re.compile(r", (?:the|an?|it|this|that|these|they|we|so|then|which|but) [a-z]")
-"""How a sentence goes on that has begun with what may happen."""
-_SUBJECT = 3
-"""Words that a program puts before its own: who it is, or for whom it asked."""
 _NEAR, _BEHIND = 60, 100
 _AFTER = 200
 _SIZE = compile_figures(
@@ -176,7 +162,7 @@ def _of_memory(text: str, around: str, start: int) -> bool:
     if _OF_MEMORY.search(around):
         return True
     return _SIZE.search(around) is not None and bool(
-        _CARD.search(around) or ERROR.search(text, 0, start)
+        _CARD.search(around) or prose.ERROR.search(text, 0, start)
     )
 
 
@@ -208,18 +194,13 @@ def stated(text: str, found: Unforeseen) -> bool:
         return False
     if _named(text, found) or _LISTED.match(text) or _ROW.match(text):
         return False
-    told, error = _TOLD.search(head), ERROR.search(head)
-    if size(found.tried) is not None:
-        return told is None or told["plain"] is not None
-    if head.endswith("(") and not (error and tail.startswith(")")):
+    if (
+        size(found.tried) is None
+        and head.endswith("(")
+        and not (tail.startswith(")") and prose.ERROR.search(head))
+    ):
         return False
-    if head.endswith(", ") and _AMONG.match(tail):
-        return False
-    if error:
-        return told is None or told["plain"] is not None
-    if _ON.match(tail) or _THEN.match(tail):
-        return False
-    return told is None and len(_BREAK.split(head)[-1].split()) <= _SUBJECT
+    return not prose.within(head, tail)
 
 
 def _named(text: str, found: Unforeseen) -> bool:

@@ -35,7 +35,12 @@ GRAMMARS = (
         r"(?i:\bout of (?:gpu|device|video) memory)",
         r"trying to allocate <tried>",
     ),
-    grammar("cuda", "out of GPU and shared host memory", "", distinct=True),
+    grammar(
+        "cuda",
+        "out of GPU and shared host memory",
+        r"(?:System is )?out of GPU and shared host memory",
+        distinct=True,
+    ),
     grammar(
         "cuda",
         "(cudaMalloc error out",

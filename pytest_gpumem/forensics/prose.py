@@ -1,0 +1,126 @@
+"""Whether words stand in somebody's sentence, rather than in a program's message.
+
+A program puts few words before its own: who it is, or that this is an error. Who writes of an error
+has begun a sentence, or goes on with it behind the words.
+"""
+
+from __future__ import annotations
+
+import re
+
+_CLOSE = 200
+ERROR = re.compile(
+    r"(?i:error|exception|fail(?:ed|ure|s)?\b|fatal|panic|abort|critical|crash|terminat|\berr\b"
+    r"|could not|cannot|unable|non-?zero)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
+)
+"""Words of an error before the message, whoever wrote them."""
+_STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
+_PROSE_HEAD = re.compile(
+    r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
+    r"|see also|"
+    r"hint|note|tip|e\.g\.|such as|(?:is|are|called) (?:the|an?)|may|might|can|would|likely|"
+    r"sometimes|often|usually|typically|(?:this|which|code \d+) (?:\w+ )?(?:indicates"
+    r"|means))\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
+    r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
+    r"|\b(?:reported|treated|shown|counted) as \W?$"
+    r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
+    r"|explains?|documents?|handles?) |(?:fixed|added|changed|removed|subject"
+    r"|(?:fix|feat|docs|chore|refactor)(?:\([\w./-]+\))?!?): )"
+    r"|^\W*(?:(?:q\d*|faq)[:.] )?(?:what|why|how|does)\b(?!\(|:)"
+)
+_CLASS = re.compile(r"[\w.]{1,80}(?:Error|Exception): ?$")
+"""The name of an exception, with which somebody may begin to quote."""
+_ASIDE = re.compile(r"\([^()]*\)")
+_PROSE_TAIL = re.compile(
+    r"(?i)[\"'`*]*\s*(?:,? ?(?:(?:errors?|exceptions?)(?!: \w)|issues?|problems?|conditions?"
+    r"|handling|"
+    r"handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will"
+    r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
+    r"|\. This (?:error )?(?:(?:occurs|happens|arises) (?:when|if|because)|means|indicates)\b"
+    r"|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
+    r"|[-\u2013\u2014=]+>? ?(?:to )?(?:fix|try|reduc|lower|solv|increas|decreas)|[\"'`]\?"
+    r"| [\u0400-\ud7ff])"
+)
+EXPLAINED = re.compile(
+    r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often"
+    r"|indicates?|typically)\b"
+)
+_TOLD_OF = re.compile(
+    r" (?:was|were|is|are|has been|can be|may be) (?:raised|thrown|caused|seen|returned|reported"
+    r"|fixed|avoided|handled)\b"
+)
+_MENTIONED = re.compile(
+    r"[A-Za-z]{2,}, $|\b(?i:shows?|showed|showing|says?|said|saying|reads|gets?|got|getting|sees?"
+    r"|saw|gives?|gave)(?: (?:an?|the|me|us|this))?(?: (?:error|message))? $"
+)
+"""What stands before a quotation in somebody's sentence."""
+_ITALIC = re.compile(r"(?:^|.*\s)([_*]{1,3})(?=\w)[^_*]*\0[^_*]*\1 \w")
+"""Words set off in a sentence that goes on."""
+_PLACE = re.compile(r"\.(?:c|cc|cpp|cu|cuh|h|hpp|py|rs)\W{1,3}(?:line )?\d")
+"""Where in a program it was: nobody but the program says that."""
+_GOES_ON = re.compile(r"[.,;)]| (?:[a-z]|\| )")
+_BREAK = re.compile(r"[:;\])>!=,(|]|\. |\.{3}|\s-+\s|\"|'(?![a-z]\b)")
+_LAST = re.compile(
+    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|handles?|(?P<plain>to|of|by|from|and|or"
+    r"|with|for|as"
+    r"|is|are|be|was|were)) $"
+)
+"""The last word before words that somebody's sentence tells of; with an error before, some may."""
+_ON = re.compile(r"(?i).{0,60}?\b(?:or if|in which case|otherwise|because|is about to|unless)\b")
+_AMONG = re.compile(r"[ a-z]{0,20}, (?:and|or|nor) [a-z]")
+"""What follows one of several things that a sentence lists, where a comma stands before it."""
+_THEN = re.compile(r", (?:the|an?|it|this|that|these|they|we|so|then|which|but) [a-z]")
+"""How a sentence goes on that has begun with what may happen."""
+_SUBJECT = 3
+"""Words that a program puts before its own: who it is, or for whom it asked."""
+
+
+def told(head: str, tail: str, figures: int) -> bool:
+    """Tell whether somebody's own sentence goes on about the words.
+
+    A program that says whose error it is may go on, too.
+    """
+    said = _CLASS.sub("", head)
+    if _PROSE_HEAD.search(_ASIDE.sub("", said)) or quoted(head, tail, figures):
+        return True
+    if head.endswith("... ") and tail.startswith(" ..."):
+        return True
+    if not figures and _TOLD_OF.match(tail):
+        return True
+    return not figures and not _STATED.search(head) and bool(_PROSE_TAIL.match(tail[:_CLOSE]))
+
+
+def quoted(head: str, tail: str, figures: int) -> bool:
+    """Tell whether words are shown as a quotation, or as code, within a sentence.
+
+    With a figure they may be all that an item of a list has, pasted.
+    """
+    head, tail = head.replace("``", "`"), tail.replace("``", "`")
+    said, mark, _ = head.rpartition('"')
+    if mark and head.count('"') % 2 and _MENTIONED.search(said):
+        return True
+    if _ITALIC.match(f"{head}\0{tail[:_CLOSE]}"):
+        return True
+    before = head.rpartition("`")[0]
+    if "`" not in head or before.count("`") % 2 or tail.count("`") % 2 == 0:
+        return False
+    if _PLACE.search(tail.partition("`")[0]):
+        return False
+    return (
+        bool(before.strip(" -*+" if figures else None))
+        or _GOES_ON.match(tail.partition("`")[2]) is not None
+    )
+
+
+def within(head: str, tail: str) -> bool:
+    """Tell whether words stand within a sentence that leads up to them, or lists them."""
+    if head.endswith(", ") and _AMONG.match(tail):
+        return True
+    last = _LAST.search(head)
+    if last is not None and not last["plain"]:
+        return True
+    if ERROR.search(head):
+        return False
+    if last is not None or _ON.match(tail) or _THEN.match(tail):
+        return True
+    return len(_BREAK.split(head)[-1].split()) > _SUBJECT
