@@ -44,6 +44,8 @@ _STRUCTURE = rb"|".join(
     for part in (
         # The host.
         rb"[Kk]illedANSI(?:\s|$)|(?:[Cc]ode|status|exited?|Error)ANSI[ :=\"'(]+ANSI137",
+        # The same behind the word of another language.
+        rb"[\x80-\xff][ :=\"']*137\b",
         rb"SIGKILL|9/KILL|[Ss]ignal:? (?:9\b|killed)|[Cc]ode[ :=]+-9\b",
         # pytest's lines.
         rb"\.(?:py|md|rst|txt|ya?ml|json|ipynb)ANSI::|\.pyANSI:\d+: ",

@@ -17,7 +17,7 @@ from pytest_gpumem.forensics.continuation import (
 )
 from pytest_gpumem.forensics.cursor import BEGUN
 from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
-from pytest_gpumem.forensics.quotation import advised, coded, commented, listed
+from pytest_gpumem.forensics.quotation import advised, coded, commented, listed, wrapped
 from pytest_gpumem.forensics.runs import Kill, Seen
 from pytest_gpumem.forensics.signatures import signature, subject
 
@@ -133,7 +133,7 @@ def note_loose(
         level = ""
     if found is None or listed(at, line, body) or coded(at, line, body, found.text[: found.start]):
         return False
-    if found.figures < spoken.TELLING and advised(at, line):
+    if found.figures < spoken.TELLING and (advised(at, line) or wrapped(at, line, body)):
         return True
     if found.kind == "kill":
         at.run.kills.append(Kill(line.number, found, found.pid))
@@ -159,7 +159,7 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
     if at.captured:
         return False
     match = SHELL_KILL.search(body) or PROBABLE_KILL.fullmatch(body)
-    if match is None or _TEXT.fullmatch(body) or advised(at, line):
+    if match is None or _TEXT.fullmatch(body) or advised(at, line) or wrapped(at, line, body):
         return False
     at_word = next(_KILLED.finditer(body), match).start()
     if not spoken.reports(body, (at_word, at_word), "kill", 1) or coded(

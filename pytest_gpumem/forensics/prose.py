@@ -18,8 +18,8 @@ _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
     r"|see also|"
-    r"hint|note|tip|e\.g\.|such as|(?:is|are|called) (?:the|an?)|may|might|can|would|likely|"
-    r"sometimes|often|usually|typically|(?:this|which|code \d+) (?:\w+ )?(?:indicates"
+    r"hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can|would|likely|"
+    r"sometimes|often|usually|typically|(?:this|it|which|code \d+) (?:\w+ )?(?:indicates"
     r"|means))\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
     r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
     r"|\b(?:reported|treated|shown|counted) as \W?$"
@@ -61,18 +61,36 @@ _PLACE = re.compile(r"\.(?:c|cc|cpp|cu|cuh|h|hpp|py|rs)\W{1,3}(?:line )?\d")
 _GOES_ON = re.compile(r"[.,;)]| (?:[a-z]|\| )")
 _BREAK = re.compile(r"[:;\])>!=,(|]|\. |\.{3}|\s-+\s|\"|'(?![a-z]\b)")
 _LAST = re.compile(
-    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|handles?|(?P<plain>to|of|by|from|and|or"
-    r"|with|for|as"
-    r"|is|are|be|was|were)) $"
+    r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|(?:in|under|for) which|whether|handles?"
+    r"|(?:to|from|of|before|without|about) running"
+    r"|(?P<plain>to|of|by|from|and|or|with|for|as|is|are|be|was|were)) $"
 )
 """The last word before words that somebody's sentence tells of; with an error before, some may."""
+_SEVERAL = re.compile(r"(?i)\b(?:errors|exceptions|failures)\b[^:]*$")
+"""A program tells of one error at a time."""
 _ON = re.compile(r"(?i).{0,60}?\b(?:or if|in which case|otherwise|because|is about to|unless)\b")
 _AMONG = re.compile(r"[ a-z]{0,20}, (?:and|or|nor) [a-z]")
 """What follows one of several things that a sentence lists, where a comma stands before it."""
 _THEN = re.compile(r", (?:the|an?|it|this|that|these|they|we|so|then|which|but) [a-z]")
 """How a sentence goes on that has begun with what may happen."""
+_WIDTH = 40
+_UNFINISHED = re.compile(r"(?:[\"'(]?\b[A-Za-z'-]+[\"'),.]{0,2} ){2}[\"']?[A-Za-z'-]+,?$")
+"""How a line of prose ends within a sentence: words, and no end of it."""
+_CLOSED = re.compile(r"[*_`]{0,2}[\"\u201d] ?,? ?[a-z]")
+"""What ends a quotation within a sentence."""
+_MARKUP = re.compile(r"</?[a-z]{1,6}>")
 _SUBJECT = 3
 """Words that a program puts before its own: who it is, or for whom it asked."""
+
+
+def runs_on(above: str, body: str) -> bool:
+    """Tell whether a line goes on with a sentence that was wrapped within it."""
+    return (
+        len(above) >= _WIDTH
+        and len(body.split()) > _SUBJECT
+        and _UNFINISHED.search(above) is not None
+        and (ERROR.search(above) is None or _PROSE_HEAD.search(f"{above} ") is not None)
+    )
 
 
 def told(head: str, tail: str, figures: int) -> bool:
@@ -114,10 +132,15 @@ def quoted(head: str, tail: str, figures: int) -> bool:
 
 def within(head: str, tail: str) -> bool:
     """Tell whether words stand within a sentence that leads up to them, or lists them."""
+    head = _MARKUP.sub("", head)
     if head.endswith(", ") and _AMONG.match(tail):
+        return True
+    if _CLOSED.match(tail) and head.count('"') % 2 == 0:
         return True
     last = _LAST.search(head)
     if last is not None and not last["plain"]:
+        return True
+    if _SEVERAL.search(head):
         return True
     if ERROR.search(head):
         return False

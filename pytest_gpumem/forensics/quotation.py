@@ -6,6 +6,7 @@ import itertools
 import re
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.forensics import prose
 from pytest_gpumem.forensics.continuation import following, preceding
 
 if TYPE_CHECKING:
@@ -21,7 +22,13 @@ _ARGUMENT = re.compile(_NAMED.pattern + r"[rfbu]?([\"']).*\1,?\s*$")
 _STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
 _STAR_ALONE = re.compile(r"\s+\*/?\s*$|\s*/\*")
 _FENCE = re.compile(r"`{3,}|~{3,}")
-_RAW_FENCE = re.compile(_FENCE.pattern.encode())
+_MEANS = re.compile(r"(?:indicates?|means|implies|suggests|tells|says)\b")
+"""How a sentence goes on below the message that it has been set apart for."""
+_EXAMPLES = re.compile(
+    r"\W*(?i:(?:examples?|samples?)(?: of)? (?:errors?|(?:error )?messages?))\W*"
+)
+_RAW_MANUAL = re.compile(rf"{_FENCE.pattern}|\n\s*{_MEANS.pattern}|(?i:example|sample) ?".encode())
+"""A sign of a manual, in bytes, for most messages have none around them."""
 _FENCE_OPENS = re.compile(_FENCE.pattern.replace("|", "\\w*|") + r"\w*")
 _LIKE = re.compile(
     r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this)?|such as"
@@ -43,13 +50,20 @@ _BLOCK = re.compile(
     rf"[=(,]\s*[rfbu]{{0,2}}(?:{_MARK.pattern})\\?\s*$"
     rf"|[rfbu]{{0,2}}(?:{_MARK.pattern})(?=\S)(?!\w*\s*$)"
 )
-"""Where a text over several lines begins; three marks before a word alone are somebody's fence."""
+"""Where a text over several lines begins; three marks before a word alone are somebody's fence.
+
+So are they alone, except below what they document.
+"""
+_RAW_TEXT = re.compile(r"[=(,]\s*`[^`]*$")
+"""Where a text over several lines begins in Go or JavaScript."""
 _CLOSES = re.compile(r"\s*(?:[\]}]*\)|\};)")
 _LIST_CLOSES = re.compile(_CLOSES.pattern + r"|\s*\}")
 _KEYED = re.compile(r"\s*\"[^\"]*\"\s*:")
 """In JSON a brace closes what has keys, and a bracket what has none."""
 _JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _NAME = re.compile(r"\s*[A-Za-z_][\w.:]*[,;]?")
+_ELEMENT = re.compile(r"\s*(?!true|false|null)[A-Za-z_][\w.]*,")
+"""A name among texts, which JSON does not have."""
 _COMMENTED = re.compile(r"\s*(?:#|//|/\*|--|;;|%)")
 _STATEMENT = re.compile(
     r"\s*(?:(?:def|class|if|else|elif|for|while|try|except|catch|import|from|func|fn|let|const|var"
@@ -89,21 +103,39 @@ def coded(at: Cursor, line: Line, body: str, head: str) -> bool:
 
 
 def advised(at: Cursor, line: Line) -> bool:
-    """Tell whether a manual shows the line in a block.
+    """Tell whether a manual shows the line: as an example, or above what it means.
 
-    Below it says what to do, or above that messages may look like this.
+    Or in a block, below which it says what to do.
     """
-    if not _RAW_FENCE.search(line.buffer, line.end, line.end + _NEAR):
+    start = line.end - len(line.raw)
+    if not _RAW_MANUAL.search(line.buffer, max(0, start - _NEAR), line.end + _NEAR):
         return False
-    below = (text.body.strip() for text in following(line, _BLOCK_ENDS, at.carrier))
-    if not any(map(_FENCE.fullmatch, below)):
-        return False
-    if _REMEDY.match(next(filter(None, below), "")):
+    below = [text.body.strip() for text in following(line, _BLOCK_ENDS, at.carrier)]
+    above = [text.body.strip() for text in preceding(line, _BLOCK_ENDS, at.carrier)]
+    said = next((text for text in below if text and not _FENCE.fullmatch(text)), "")
+    if _MEANS.match(said) or any(map(_EXAMPLES.fullmatch, above)):
         return True
-    above = (text.body.strip() for text in preceding(line, _BLOCK_ENDS, at.carrier))
-    if not any(map(_FENCE_OPENS.fullmatch, above)):
+    after = iter(below)
+    if not any(map(_FENCE.fullmatch, after)):
         return False
-    return _LIKE.search(next(filter(None, above), "")) is not None
+    if _REMEDY.match(next(filter(None, after), "")):
+        return True
+    before = iter(above)
+    if not any(map(_FENCE_OPENS.fullmatch, before)):
+        return False
+    return _LIKE.search(next(filter(None, before), "")) is not None
+
+
+def wrapped(at: Cursor, line: Line, body: str) -> bool:
+    """Tell whether a line is one of a paragraph, within whose sentence its words stand."""
+    if not line.raw.lstrip()[:1].islower():
+        return False
+    above = next(preceding(line, 1, at.carrier), None)
+    return (
+        above is not None
+        and above.body == above.whole
+        and prose.runs_on(above.body.rstrip(), body.strip())
+    )
 
 
 def listed(at: Cursor, line: Line, body: str) -> bool:
@@ -118,18 +150,27 @@ def listed(at: Cursor, line: Line, body: str) -> bool:
         after = next((text for text in rest if not _NAMED.match(text)), "")
         return body.rstrip().endswith(",") or _CLOSES.match(after) is not None
     above = (text.body for text in preceding(line, _TEXTS, at.carrier))
+    if body.count("`") % 2:
+        near = itertools.islice(above, _LIST)
+        return any(map(_RAW_TEXT.search, near))
     if not _TEXT.match(body):
         start = line.end - len(line.raw)
         if not _RAW_MARK.search(line.buffer, max(0, start - _NEAR), start):
             return False
         near = itertools.islice(above, _LIST)
         marked = next((text for text in near if len(_MARK.findall(text)) % 2), "")
+        if _MARK.fullmatch(marked.strip()):
+            return next(filter(str.strip, near), "").rstrip().endswith(":")
         return _BLOCK.search(marked) is not None
     opener = next((text for text in above if not _TEXT.match(text)), "").rstrip()
     if opener.endswith(("(", "[", "{")):
         # JSON knows no other quotation marks.
         return body.lstrip()[:1] == "'" or not _JSON_OPENS.match(opener)
-    if opener.endswith("=") or (opener.endswith(",") and opener.count("(") > opener.count(")")):
+    if (
+        opener.endswith("=")
+        or _ELEMENT.fullmatch(opener)
+        or (opener.endswith(",") and opener.count("(") > opener.count(")"))
+    ):
         return True
     below = (text.body for text in following(line, _TEXTS, at.carrier))
     closes = _CLOSES if _KEYED.match(body) else _LIST_CLOSES

@@ -25,18 +25,19 @@ ENDS = re.compile(
 _CODE = re.compile(
     r"\s*(?:>\s+|\d+\s+|\+{1,4} |-\s+(?=(?:raise|throw|except)\b)|\S+\.\w{1,4}[:-]\d+[:-]\s*)?"
     r"(?:r[bf]?[\"\x27]|(?:\|\||&&)\s|(?:raise|return|def|class|import|case"
-    r"|throw|grep|echo|REM)\s"
+    r"|throw|grep|echo|REM|or|and)\s"
+    r"|@[a-z]\w*\s+\w+\(|[\w.]+\.\w+ ?= ?$|.*\(\w+ ?= ?$"
     r"|from\s+\S+\s+import|[\w.]+(?: = [rfb(]{0,2}[\"\x27]| ?= ?\()"
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?!\w+:\w+: )(?:\s"
     r"|[^\W\d])|//|/\*"
     r"|(?:-\s+)?(?:title|name|label|summary|alert)\s*[:=]\s*[\"\x27]?(?!.*\b(?:error|Error|exception|Exception)\b)"
-    r"|\*?\s*(?:@(?:throws|exception|raises)|:raises)\b"
+    r"|\*?\s*(?:[@\\](?:throws|exception|raises|returns?|retval|param)|:raises)\b"
     r"|_?[A-Z][A-Z\d_]*=[\"\x27]|\{ ?[A-Za-z_]\w*: [\"\x27`]|(?:el)?if\s+(?:!\s+)?\[|(?:test"
     r"|while)\s+\["
     r"|\"\"\"|\x27{3}|.* = [\w:.<>]+\([\"\x27]$"
     r"|(?:(?:public|private|protected|internal|export|pub|inline|constexpr)\s+){0,2}(?:let|const|var|val|auto|static|final|local|my|string|String|char)\s[^=\"\x27]{0,120}="
-    r"[^=\"\x27]{0,80}[\"\x27])"
+    r"[^=\"\x27]{0,80}[\"\x27`])"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$"
     r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']$"
@@ -71,7 +72,9 @@ _ARGUMENT = re.compile(
 _DEFINED = re.compile(r"[)}\]]+;$")
 _CHECKED = re.compile(r"(?i)\b(?:fail\w*|error|assertion)\b[^=]*: ")
 """Before a comparison that a program prints since it did not hold."""
-_LISTED = re.compile(r"[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$|\s*=\s(?:.*;|[\w.]+\(.*\))$")
+_LISTED = re.compile(
+    r", [A-Z\d_]{6,}\b|[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$|\s*=\s(?:.*;|[\w.]+\(.*\))$"
+)
 """What follows a name where it is defined, listed or returned, rather than printed."""
 _STARRED = re.compile(r"\s*\*(?!\*)")
 """A line of a comment, or an item of a list."""
@@ -85,9 +88,11 @@ _PASSED = re.compile(
 )
 """What stands before the name of a test that passed, in no pytest's output, or of a task."""
 _NONE = re.compile(r"(?:(?:^|[,;(|] ?)0|\b(?:[Nn]o|[Nn]ever|[Ww]ithout)) $")
-_EMPHASIS = re.compile(r"\*\*[^*]+\*\*|</t[dh]>")
-"""What somebody who writes for readers sets off, or puts into a table."""
-_OPEN = re.compile(r"=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},|\{\{|^\s*--[a-z][\w-]*[ =,]")
+_EMPHASIS = re.compile(r"\*\*[^*]+\*\*|</t[dh]>|\b128 ?\+ ?\w")
+"""What somebody who writes for readers sets off, puts into a table, or reckons for them."""
+_OPEN = re.compile(
+    r"\[\.\.\.\]|=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},|\{\{|^\s*--[a-z][\w-]*[ =,]"
+)
 """What a writer leaves open, or out, in a line that he shows."""
 _SYMPTOM = re.compile(r"(?i)\W*sympt\w+\W{0,4}:")
 _STATE = re.compile(

@@ -69,7 +69,8 @@ _OF_MEMORY = re.compile(
     r"|\bheap|\bgem\b|[mc]alloc|\d\s?bytes\b"
 )
 _OF_NOTHING = re.compile(
-    r"(?i)static TLS|shared[ _]memory|\bsmem\b|illegal|leak|\bdisk\b|descriptor|invalid argument"
+    r"(?i)static TLS|shared[ _]memory|\bsmem\b|illegal|unknown error|leak|\bdisk\b|descriptor"
+    r"|invalid argument"
     r"|not (?:currently )?supported|unsupported|\bport\b|\btty\b|permission|no such"
     r"|version is|no \w+ memory pool|memory (?:address|info|access|clock|pressure limit)"
     r"|socket, malloc|nodes (?:are )?available|constant memory|\bstack\b|within provided limit"
@@ -191,6 +192,8 @@ def stated(text: str, found: Unforeseen) -> bool:
     """Tell whether a program states the words, rather than holds them as text or is described."""
     head, tail = text[: found.start], text[found.end :]
     if _PLACEHOLDER.search(text) or _COMMENT.search(text) or _in_text(head, tail):
+        return False
+    if tail.endswith("("):
         return False
     if _named(text, found) or _LISTED.match(text) or _ROW.match(text):
         return False

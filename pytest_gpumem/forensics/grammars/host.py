@@ -97,12 +97,13 @@ GRAMMARS = (
         r"|ReportOOMFailure)\b",
         distinct=True,
     ),
-    # A Java machine's last words, which it writes as a warning.
+    # A Java machine's last words, which it writes as a warning, or behind the sign of a comment.
     grammar(
         "host",
         "memory for the Java Runtime|os::commit_memory(|Native memory allocation (",
-        r"insufficient memory for the Java Runtime|os::commit_memory\([^()]{1,80}\) failed"
-        r"|Native memory allocation \(\w+\) failed",
+        r"(?:^# +(?:There is )?)?insufficient memory for the Java Runtime"
+        r"|os::commit_memory\([^()]{1,80}\) failed"
+        r"|(?:^# +)?Native memory allocation \(\w+\) failed",
         r"commit_memory\(\w+, <tried#>",
         r"failed to (?:map|allocate) <tried>",
         distinct=True,
@@ -149,6 +150,8 @@ PROBABLE_KILL = re.compile(
     r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
     r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|exit)|code){0,2})"
     r"[\"']? ?[:=]? *[\"'(]?137\b(?!/\d).*|.*\bKilled signal terminated program .*"
+    r"|.{0,200}(?:[\u7801\u78bc]|\u30b3\u30fc\u30c9|\ucf54\ub4dc|\u043a\u043e\u0434\w*)"
+    r"[ :=\uff1a]*[\u4e3a\u70ba]?[ \"']*137\b.*"
     # torchrun, torch's and Python's own multiprocessing, subprocess, joblib, Celery, Dask,
     # gunicorn, time.
     r"| *exitcode +: -9\b.*"
@@ -156,7 +159,7 @@ PROBABLE_KILL = re.compile(
     r"|.{0,200}(?:\(exitcode: -9\)|\b(?:exit|return)[_ ]?code ?[=:] ?-9\b"
     r"|\bSignal 9 \(SIGKILL\) received"
     r"|\bdied with <Signals\.SIGKILL: 9>|\bsignal: killed\b|\bcode=killed, status=9/KILL\b"
-    r"|\b(?:died|killed|terminated|ended|exited) (?:with|by|from|due to|on) SIGKILL\b"
+    r"|\b(?:died|killed|terminated|ended|exited) (?:with|by|from|due to|on) SIGKILL\b(?!/)"
     r"|\bprematurely: signal 9 \(SIGKILL\)"
     r"|\bexit codes of the workers are \{.{0,80}SIGKILL\(-9\)|\bwas killed by signal 9\b"
     r"|\b(?:died|killed|terminated|ended|exited)\b.{0,30}\bsignal:? (?:9\b|(?:SIG)?KILL\b)"

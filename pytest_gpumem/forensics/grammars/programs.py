@@ -3,6 +3,15 @@
 from pytest_gpumem.forensics.grammars.language import grammar
 
 GRAMMARS = (
+    # HeavyDB, which says so of a query after it has tried to make room.
+    grammar(
+        "unknown",
+        "entire working set of columns in GPU|throwing out of memory GPU",
+        r"Query couldn't keep the entire working set of columns in GPU memory"
+        r"|ALLOCATION failed to find \d+B? .{0,20}throwing out of memory GPU",
+        r"failed to find <tried>",
+        distinct=True,
+    ),
     grammar(
         "host",
         "heap out of memory|C1060",
