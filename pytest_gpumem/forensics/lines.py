@@ -13,21 +13,21 @@ import itertools
 import json
 import os
 import re
+from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.forensics import grammars
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from concurrent.futures import Executor
+    from concurrent.futures import Future
 
 WINDOW = 1 << 16
 """Bytes on either side of an anchor that can be read as its context."""
-_REGION = 1 << 20
-_PART = 1 << 18
-"""Bytes of a region that a thread searches at a time: few enough to stay near the processor."""
+_REGION = 1 << 19
+"""Bytes that are searched at a time: few enough to stay near the processor."""
 _ANCHOR = 1 << 13
-"""No anchor is longer: what stands so far behind a part need not be searched with it."""
+"""No anchor is longer: what stands so far behind a region need not be searched with it."""
 _THREADS = 4
 _WIDE = 1 << 14
 _NEWLINE = ord("\n")
@@ -126,15 +126,16 @@ def scan(chunks: Iterable[bytes]) -> Iterator[Line]:
     """Return the lines that hold an anchor, the same ones however ``chunks`` are cut.
 
     An empty chunk says that more is not there yet: the lines so far are returned. Memory stays
-    that of a region and its windows.
+    that of a few regions and their windows.
     """
     number, position = 1, 0
-    search = _Search()
-    for region in _regions(chunks):
+    for region, found in _searched(_regions(chunks)):
         buffer, begin, limit, base = region
-        counted = begin
         # A region may begin within a line too long for the last one, of which a part was told.
-        for start, end, at, reach in search.hits(buffer, max(begin, position - base), limit):
+        again = found and found[0].at < position - base
+        hits = _hits(region._replace(begin=position - base)) if again else found
+        counted = begin
+        for start, end, at, reach in hits:
             number += _newlines(buffer, counted, start)
             counted = max(start, counted)
             raw = buffer[max(start, position - base) : end]
@@ -171,8 +172,29 @@ class _Region(NamedTuple):
     """Where the buffer begins in the log."""
 
 
-def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
-    """Return the log in regions that begin where a line begins, unless lines are too long."""
+def _searched(regions: Iterable[_Region | None]) -> Iterator[tuple[_Region, list[_Hit]]]:
+    """Return each region with its anchors, while threads search those that follow.
+
+    RE2 lets others run meanwhile.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    ahead = min(_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(ahead) as threads:
+        begun: deque[tuple[_Region, Future[list[_Hit]]]] = deque()
+        for region in itertools.chain(regions, [None]):
+            if region is not None:
+                begun.append((region, threads.submit(_hits, region)))
+            while len(begun) > (ahead if region is not None else 0):
+                first, found = begun.popleft()
+                yield first, found.result()
+
+
+def _regions(chunks: Iterable[bytes]) -> Iterator[_Region | None]:
+    """Return the log in regions that begin where a line begins, unless lines are too long.
+
+    None says that more is not there yet.
+    """
     buffer, begin, base = b"", 0, 0
     for more, window in _gather(chunks):
         buffer += more
@@ -185,37 +207,14 @@ def _regions(chunks: Iterable[bytes]) -> Iterator[_Region]:
             yield _Region(buffer, begin, limit, base)
             cut = max(0, limit - WINDOW)
             buffer, begin, base = buffer[cut:], limit - cut, base + cut
+        if window == 0:
+            yield None
 
 
-class _Search:
-    """Finds the anchors of a region: by several threads, for RE2 lets others run meanwhile."""
-
-    @functools.cached_property
-    def _threads(self) -> Executor:
-        from concurrent.futures import ThreadPoolExecutor
-
-        return ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
-
-    def hits(self, buffer: bytes, position: int, limit: int) -> Iterator[_Hit]:
-        """Return the lines with an anchor, in order."""
-        parts = tuple(_parts(buffer, position, limit))
-        if len(parts) == 1:
-            return iter(_hits(buffer, position, limit))
-        begun = [self._threads.submit(_hits, buffer, *part) for part in parts]
-        return itertools.chain.from_iterable(each.result() for each in begun)
-
-
-def _parts(buffer: bytes, position: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Return where the parts of a region begin and end, each with whole lines."""
-    while cut := buffer.rfind(b"\n", position, min(position + _PART, limit - 1)) + 1:
-        yield position, cut
-        position = cut
-    yield position, limit
-
-
-def _hits(buffer: bytes, position: int, limit: int) -> list[_Hit]:
-    """Return the lines with an anchor that begins before ``limit``."""
+def _hits(region: _Region) -> list[_Hit]:
+    """Return the lines with an anchor that begins in the region, in order."""
     search = _anchors(grammars.needles()).search
+    buffer, position, limit, _ = region
     hits = []
     while position < limit:
         match = search(buffer, position, limit + _ANCHOR)

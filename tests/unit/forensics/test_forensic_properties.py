@@ -54,7 +54,6 @@ def test_events_do_not_depend_on_how_the_bytes_arrive(data, sizes):
     whole = events([data])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "_REGION", 1)
-        patch.setattr(lines, "_PART", 64)
         pieces, at, turn = [], 0, 0
         while at < len(data):
             pieces.append(data[at : at + sizes[turn % len(sizes)]])
@@ -63,12 +62,31 @@ def test_events_do_not_depend_on_how_the_bytes_arrive(data, sizes):
         assert events(pieces) == whole
 
 
-def test_an_anchor_may_go_on_in_the_next_part(monkeypatch):
-    monkeypatch.setattr(lines, "_PART", 20)
+def test_an_anchor_may_go_on_in_the_next_region(monkeypatch):
+    monkeypatch.setattr(lines, "_REGION", 1)
+    monkeypatch.setattr(lines, "WINDOW", 20)
+    log = b"step 1\n" * 5 + b"the card is out of\nmemory\n" + b"step 2\n" * 2
+    first = next(lines._regions([log]))
+    assert log[: first.limit].endswith(b"out of\n")
 
-    (found,) = lines.scan([b"step 1\nthe card is out of\nmemory\nstep 2\n"])
+    (found,) = lines.scan([log, b"end\n"])
 
     assert found.raw == b"the card is out of"
+
+
+def test_what_is_there_is_told_before_more_is_waited_for():
+    told = []
+
+    def pipe():
+        yield b"CUDA error: out of memory\n"
+        yield b""
+        told.append("asked for more")
+        yield b"Killed\n"
+
+    for line in lines.scan(pipe()):
+        told.append(line.raw.decode())
+
+    assert told == ["CUDA error: out of memory", "asked for more", "Killed"]
 
 
 @settings(deadline=None)
