@@ -78,7 +78,7 @@ _UNFORESEEN = rb"(?i:" + rb"|".join(
         _ENOUGH + rb"(?:\w+[ -]){0,3}(?:memory|v?ram\b)",
         rb"with sufficient memory|[=x]8007000e|0xc0000017",
         rb"(?:memory|ram) limit (?:of|was|has|is|ex|re)",
-        rb"(?:memory|vram|ram) (?:is |was |has been )?(?:exhausted|insufficient|full)",
+        rb"(?:memory|vram|ram|heaps?) (?:is |are |was |has been )?(?:exhausted|insufficient|full)",
         rb"file is too small|out of (?:\w+ ){1,2}memory|outof\w{0,12}memory",
         rb"(?: to|[\"'( ]not|n't|annot|error|when|while|failed) (?:\w+ ){0,2}(?:(?:pre|re)-?|m|c)?"
         + _ALLOCATE,

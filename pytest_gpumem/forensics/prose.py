@@ -17,30 +17,26 @@ ERROR = re.compile(
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
-    r"|see also|"
-    r"hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can|would|likely|"
-    r"sometimes|often|usually|typically|(?:this|it|which|code \d+) (?:\w+ )?(?:indicates"
-    r"|means))\b[^:\]]{0,80}$|\bexpected (?:an? |the )?['\"]?$"
-    r"|\b(?:is|are|called) (?:the|an?) \w{0,40}(?:error|exception): ?$"
-    r"|\b(?:reported|treated|shown|counted) as \W?$"
+    r"|see also|hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can|would"
+    r"|likely|sometimes|often|usually|typically"
+    r"|(?:this|it|which|code \d+) (?:\w+ )?(?:indicates|means))\b[^:\]]{0,80}$"
     r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
     r"|explains?|documents?|handles?) |(?:fixed|added|changed|removed|subject"
     r"|(?:fix|feat|docs|chore|refactor)(?:\([\w./-]+\))?!?): )"
     r"|^\W*(?:(?:q\d*|faq)[:.] )?(?:what|why|how|does)\b(?!\(|:)"
 )
+"""How a sentence begins that tells of an error, or a remark on a change."""
 _CLASS = re.compile(r"[\w.]{1,80}(?:Error|Exception): ?$")
 """The name of an exception, with which somebody may begin to quote."""
 _ASIDE = re.compile(r"\([^()]*\)")
 _PROSE_TAIL = re.compile(
     r"(?i)[\"'`*]*\s*(?:,? ?(?:(?:errors?|exceptions?)(?!: \w)|issues?|problems?|conditions?"
-    r"|handling|"
-    r"handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might|will"
-    r"|should)\b|(?<!,) ?(?:is|are|try|consider)\b"
-    r"|\. This (?:error )?(?:(?:occurs|happens|arises) (?:when|if|because)|means|indicates)\b"
-    r"|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
+    r"|handling|handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might"
+    r"|will|should)\b|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
     r"|[-\u2013\u2014=]+>? ?(?:to )?(?:fix|try|reduc|lower|solv|increas|decreas)|[\"'`]\?"
     r"| [\u0400-\ud7ff])"
 )
+"""How a sentence goes on behind the words that it tells of."""
 EXPLAINED = re.compile(
     r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often"
     r"|indicates?|typically)\b"

@@ -37,7 +37,8 @@ _GOES_ON = (
 _LACKING = (
     rf"(?:out(?:[ _-]of[ _-]{_BETWEEN}memory\b|of[a-z]{{0,12}}memory(?!error|exception))"
     rf"|{_ENOUGH} ?{_BETWEEN}{_STORE}){_GOES_ON}"
-    rf"|{_STORE} (?:is |was |has been )?(?:exhausted|insufficient|full(?! ?[a-z]))\b"
+    rf"|(?:{_STORE}|\bheaps?) (?:is |are |was |has been )?(?:exhausted|insufficient"
+    r"|full(?! ?[a-z]))\b"
     r"|\boom (?:on (?:gpu|cuda|device|card|rank|worker)|while|during)\b"
     r"|(?:the )?paging file is too small"
     r"|\bus(?:ing|ed) (?:up )?all (?:of )?(?:the |its )?(?:available )?(?:memory|v?ram)\b"

@@ -156,7 +156,7 @@ PROBABLE_KILL = re.compile(
     # gunicorn, time.
     r"| *exitcode +: -9\b.*"
     r"|npm (?:ERR!|error) (?:code|errno) 137|.{0,400}\breturned a non-zero code: 137\b.*"
-    r"|.{0,200}(?:\(exitcode: -9\)|\b(?:exit|return)[_ ]?code ?[=:] ?-9\b"
+    r"|.{0,1000}\(exitcode: -9\).*|.{0,200}(?:\b(?:exit|return)[_ ]?code ?[=:] ?-9\b"
     r"|\bSignal 9 \(SIGKILL\) received"
     r"|\bdied with <Signals\.SIGKILL: 9>|\bsignal: killed\b|\bcode=killed, status=9/KILL\b"
     r"|\b(?:died|killed|terminated|ended|exited) (?:with|by|from|due to|on) SIGKILL\b(?!/)"
