@@ -20,6 +20,7 @@ _PROSE_HEAD = re.compile(
     r"|see also|hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can|would"
     r"|likely|sometimes|often|usually|typically"
     r"|(?:this|it|which|code \d+) (?:\w+ )?(?:indicates|means))\b[^:\]]{0,80}$"
+    r"|(?:^|[.!?] )(?:if|when|while|without)\b[^.:!?\"]*$"
     r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
     r"|explains?|documents?|handles?) |(?:fixed|added|changed|removed|subject"
     r"|(?:fix|feat|docs|chore|refactor)(?:\([\w./-]+\))?!?): )"
@@ -58,14 +59,14 @@ _GOES_ON = re.compile(r"[.,;)]| (?:[a-z]|\| )")
 _BREAK = re.compile(r"[:;\])>!=,(|]|\. |\.{3}|\s-+\s|\"|'(?![a-z]\b)")
 _LAST = re.compile(
     r"(?i)(?:^|\s)(?:that|the|an?|any|such|because|where|(?:in|under|for) which|whether|handles?"
-    r"|(?:to|from|of|before|without|about) running"
+    r"|will|would|can|could|may|might|(?:to|from|of|before|without|about|is|are) running"
     r"|(?P<plain>to|of|by|from|and|or|with|for|as|is|are|be|was|were)) $"
 )
 """The last word before words that somebody's sentence tells of; with an error before, some may."""
 _SEVERAL = re.compile(r"(?i)\b(?:errors|exceptions|failures)\b[^:]*$")
 """A program tells of one error at a time."""
 _ON = re.compile(r"(?i).{0,60}?\b(?:or if|in which case|otherwise|because|is about to|unless)\b")
-_AMONG = re.compile(r"[ a-z]{0,20}, (?:and|or|nor) [a-z]")
+_AMONG = re.compile(r"[ a-z]{0,20}(?:, (?:and|or|nor) |\) )[a-z]")
 """What follows one of several things that a sentence lists, where a comma stands before it."""
 _THEN = re.compile(r", (?:the|an?|it|this|that|these|they|we|so|then|which|but) [a-z]")
 """How a sentence goes on that has begun with what may happen."""

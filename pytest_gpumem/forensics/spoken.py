@@ -40,7 +40,7 @@ _CODE = re.compile(
     r"[^=\"\x27]{0,80}[\"\x27`])"
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$"
-    r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']$"
+    r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']?$"
     r"|.*\{`[^`]*$|(?:.*[|;&(]\s*|\s*(?:if|while|until|!)\s+)?(?:[ef]?grep|rg|ag|awk|echo|trap"
     r"|sed)\s[^|]*[\"'][^\"']*$"
     r"|.*<<\s*\"[^\"]*$|(?:.*(?:&&|\|\||;|\bthen|\{))?\s*exit $|\S+\.(?:md|rst):\d+:",
