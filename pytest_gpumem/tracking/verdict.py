@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import weakref
 from collections import Counter, deque
@@ -192,7 +193,11 @@ class TensorLedger:
         from pytest_gpumem.tracking.holders import find_holders
 
         verdicts = {}
-        stacks = devices.allocation_stacks()
+        inside = f"{self._root}{os.sep}"
+        stacks = {
+            address: tuple(frame.removeprefix(inside) for frame in stack)
+            for address, stack in devices.allocation_stacks().items()
+        }
         rightful = self._rightful(passing)
         for owner in {name for name, _ in stayed}:
             made = find_holders(
