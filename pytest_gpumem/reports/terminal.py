@@ -26,7 +26,7 @@ from pytest_gpumem.reports.counts import (
     place,
     plural,
 )
-from pytest_gpumem.units import format_bytes
+from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -87,7 +87,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     yield from _section("budgets", budgets.lines(run.budgets, shown, _with_lines(run)))
     yield from _scopes(left_by_scopes(run), shown)
     yield from _section("main memory", ram.lines(run, shown))
-    yield from _section("out of memory", _ooms(counted, shown, verbosity), "red")
+    yield from _section("out of memory", _ooms(run, counted, shown, verbosity), "red")
     each = None if verbosity > 0 else _ALIVE_SHOWN
     yield from _section("alive", alive.lines(run, shown, each))
     yield from _section(
@@ -231,12 +231,16 @@ def _holder_lines(holders: Sequence[Holder], limit: int | None) -> Iterator[str]
         yield f"      ... {plural(len(holders) - limit, 'more holder')}; -v shows all"
 
 
-def _ooms(counted: Counted, shown: int, verbosity: int) -> Iterator[str]:
+def _ooms(run: RunRecord, counted: Counted, shown: int, verbosity: int) -> Iterator[str]:
     """Show the first test felled by each cause, and whom else it felled."""
     groups = by_cause(counted)
+    largest = max((card.total for card in run.cards), default=0)
     for culprits, (first, *others) in groups[:shown]:
         yield f"  {place(first)}"
         yield f"      {first.oom}"
+        if (size := _ROUNDED.search(first.oom)) and 0 < largest < parse_bytes(size[0]) * 0.99:
+            which = "the largest card" if len(run.cards) > 1 else "the card"
+            yield f"      more than {which} has, {format_bytes(largest)}"
         for other in first.beside:
             yield f"      beside it: {other.text}"
         yield from (f"      {sentence}" for sentence in culprits)
@@ -248,9 +252,13 @@ def _ooms(counted: Counted, shown: int, verbosity: int) -> Iterator[str]:
         yield f"  ... {plural(left, 'more test')}; --gpumem-top=0 shows all"
 
 
+_ROUNDED = re.compile(r"\d+(\.\d+)? [KMGT]i?B\b")
+"""The size that was asked for; the message has it to within a hundredth."""
+
+
 def _asked(test: RecordedTest) -> str:
     """Return a test with what it asked for, where that was told: of a cause, sizes differ."""
-    found = re.search(r"\d[\d.]* [KMGT]i?B\b", test.oom)
+    found = _ROUNDED.search(test.oom)
     return f"{found[0]:>10} for {place(test)}" if found else place(test)
 
 

@@ -168,6 +168,18 @@ def test_what_ran_out_is_grouped_by_cause():
     ]
 
 
+def test_who_asks_for_more_than_the_card_is_told_how_large_it_is():
+    def told(size):
+        oom = f"CUDA out of memory. Tried to allocate {size}"
+        lines = shown(recorded("t", outcome="failed", oom=oom))
+        return lines[lines.index("out of memory") + 3 :]
+
+    assert told("9.00 GiB") == ["      more than the card has, 1000.00 MiB"]
+    assert told("1001.00 MiB") == []  # as 1000.00 MiB may be rounded
+    assert told("20.00 MiB") == []
+    assert told("1.2.3 MiB") == []
+
+
 def test_whoever_left_a_limit_is_named_where_it_felled_another():
     culprit = recorded("culprit", left=(Left("memory fraction of cuda:0", "1", "0.25"),))
     oom = "CUDA out of memory. Tried to allocate 1.00 GiB (900.00 MiB allowed)"
