@@ -112,7 +112,7 @@ SUITES = {
         ("unittests/bases", "unittests/regression"),
         share=0.04,
         below="tests",
-        needs=("cachier", "cloudpickle", "scipy", "scikit-learn"),
+        needs=("cachier", "cloudpickle", "permetrics", "properscoring", "scipy", "scikit-learn"),
     ),
     "kornia": Suite(
         "kornia",

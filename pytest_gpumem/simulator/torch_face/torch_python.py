@@ -141,6 +141,9 @@ def _refuse_graphs_and_pools() -> None:
         if hasattr(module, name):
             getattr(module, name).__new__ = _refusing(name)
     _cuda.graphs._graph_pool_handle = _refusing("graph_pool_handle")
+    # What ``torch._dynamo.reset`` imports where there is CUDA, to give up graphs.
+    if not hasattr(_C, "_cuda_CUDAAllocator_AllocatorState"):
+        _C._cuda_CUDAAllocator_AllocatorState = type("AllocatorState", (), {})
 
 
 def _refusing(name: str) -> Callable[..., Any]:
@@ -315,9 +318,10 @@ def _run_compiled_functions_eagerly() -> None:
 
 def _expect_no_compiled_frames() -> None:
     """Let ``torch.compile(fullgraph=True)`` be content with nothing compiled (since torch 2.13)."""
-    stance: Any = getattr(sys.modules["torch._dynamo.eval_frame"], "_stance", None)
-    if stance is not None:
-        stance.stance = "force_eager"
+    module: Any = sys.modules["torch._dynamo.eval_frame"]
+    if hasattr(module, "set_fullgraph_compiled_frame_count"):
+        # It says that a call around this one counts them.
+        module.set_fullgraph_compiled_frame_count = lambda _count: 0
 
 
 def _let_fake_tensors_see_the_host() -> None:

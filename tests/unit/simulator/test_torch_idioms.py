@@ -531,6 +531,10 @@ def test_compiled_functions_run_eagerly():
     import torch
 
     warnings.simplefilter("ignore")  # torch's own, while it imports its compiler
+    # What torch's own class of tests does after each.
+    if hasattr(torch.compiler, "set_stance"):  # since torch 2.6
+        torch.compiler.set_stance("default")
+    torch._dynamo.reset()
     for whole in (False, True):
         doubled = torch.compile(lambda x: x * 2, fullgraph=whole)(torch.ones(2, device="cuda"))
         assert doubled.is_cuda
