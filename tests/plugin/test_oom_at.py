@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from harness import MODES, run_pytest, write_suite
+from harness import COMPILED, MODES, run_pytest, write_suite
 from oom_handlers import handlers, suite
 
 CARD = ("-p", "gpumem", "--gpumem-simulate", "1GiB")
@@ -103,7 +103,8 @@ def test_every_wrong_handler_is_found_and_no_right_one(tmp_path, mode):
     (leaky,) = rest["leaks_anyhow"][1].tried
     assert (leaky.verdict, leaky.leaked) == ("out of memory", 0)
     assert "rerun" not in run.outcomes
-    line = "pytest -p gpumem --gpumem-simulate 1024MiB --gpumem-oom-at 2 test_it.py::"
+    card = "--gpumem-simulate 1024MiB" + " --gpumem-simulate-compiled" * COMPILED
+    line = f"pytest -p gpumem {card} --gpumem-oom-at 2 test_it.py::"
     assert f"{line}test_wrong_keeps_the_error_0" in run.output
     assert "INTERNALERROR" not in run.output
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MIB = 2**20
 
@@ -31,6 +34,7 @@ def prove(library: Path) -> None:
 
         for step in (
             _operations,
+            _sparse_tensors,
             _random_numbers,
             _gradients,
             _account,
@@ -59,6 +63,13 @@ def _operations(torch: Any) -> None:
     _hold(parts[1].device == torch.device("cuda:0"), "a result is not on the card")
     _hold(torch.equal(parts[1].cpu(), host.exp()), "a result is wrong")
     _hold((host + 1).device.type == "cpu", "a tensor of the host is not on the host")
+
+
+def _sparse_tensors(torch: Any) -> None:
+    sparse = torch.eye(3, device="cuda").to_sparse()
+    product = sparse.mul_(2) @ torch.ones(3, 1, device="cuda")
+    _hold(sparse.is_cuda and product.is_cuda, "a sparse tensor is not on the card")
+    _hold(product.tolist() == [[2], [2], [2]], "a sparse product is wrong")
 
 
 def _random_numbers(torch: Any) -> None:
@@ -92,12 +103,18 @@ def _account(torch: Any) -> None:
 
 
 def _full(torch: Any) -> None:
-    try:
-        torch.empty(2**40, device="cuda")
-    except torch.cuda.OutOfMemoryError as error:
-        _hold(str(error).startswith("CUDA out of memory. Tried"), "a full card has other words")
-    else:
-        raise AssertionError("a card is never full")
+    part = torch.zeros(1, device="cuda").expand(2**38)
+    asking: tuple[Callable[[], Any], ...] = (
+        lambda: torch.empty(2**40, device="cuda"),
+        lambda: torch.cat([part, part]),
+    )
+    for ask in asking:
+        try:
+            ask()
+        except torch.cuda.OutOfMemoryError as error:
+            _hold(str(error).startswith("CUDA out of memory. Tried"), "a full card has other words")
+        else:
+            raise AssertionError("a card is never full")
 
 
 def _threads(torch: Any) -> None:
