@@ -243,6 +243,12 @@ def by_kind(leaks: Iterable[Leak]) -> list[list[Leak]]:
     return sorted(kinds.values(), key=lambda group: -sum(leak.size for leak in group))
 
 
+def likewise_leaks(others: Sequence[Leak]) -> str:
+    """Return how much the further leaks of a kind are: ``36.00 KiB in 9 leaks``."""
+    size = format_bytes(sum(leak.size for leak in others))
+    return f"{size} in {plural(len(others), 'leak')}" if others else ""
+
+
 def by_cause(counted: Counted) -> list[tuple[list[str], list[RecordedTest]]]:
     """Return the tests felled, grouped by what the card said, and who had set limits for them.
 

@@ -12,6 +12,7 @@ from pytest_gpumem.reports.counts import (
     by_kind,
     count_up,
     left_by_scopes,
+    likewise_leaks,
     own,
     peaks,
     place,
@@ -53,7 +54,7 @@ def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterato
                     format_bytes(first.size),
                     first.by,
                     "; ".join([*(each.where for each in first.holders[:1]), *first.orphans]),
-                    plural(len(others), "leak") if others else "",
+                    likewise_leaks(others),
                 )
                 for first, *others in by_kind(counted.leaks)
             ],

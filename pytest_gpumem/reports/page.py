@@ -16,7 +16,7 @@ from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.reports import alive, forensics, html, timeline
 from pytest_gpumem.reports.chart import COLOURS, draw, lane
 from pytest_gpumem.reports.chart import leaked as leaked_of
-from pytest_gpumem.reports.counts import by_kind, count_up, left_by_scopes, own, plural
+from pytest_gpumem.reports.counts import by_kind, count_up, left_by_scopes, likewise_leaks, own
 from pytest_gpumem.reports.sections import Section
 from pytest_gpumem.units import format_bytes, format_mib
 
@@ -215,8 +215,7 @@ def _leaks(run: RunRecord) -> Iterator[str]:
             yield "<li>no Python object refers to it</li>"
         yield "</ul>"
         if others:
-            size = format_bytes(sum(leak.size for leak in others))
-            yield f"<details><summary>likewise {size} in {plural(len(others), 'leak')}</summary>"
+            yield f"<details><summary>likewise {likewise_leaks(others)}</summary>"
             yield "<ul>"
             yield from (f"<li>{_leak(each)}</li>" for each in others)
             yield "</ul></details>"

@@ -21,6 +21,7 @@ from pytest_gpumem.reports.counts import (
     instances,
     left_by_scopes,
     likewise,
+    likewise_leaks,
     own,
     peaks,
     place,
@@ -209,8 +210,7 @@ def _leaked(leaks: Sequence[Leak], shown: int, verbosity: int) -> Iterator[str]:
         yield from _holder_lines(first.holders, None if verbosity > 0 else _HOLDERS_SHOWN)
         yield from (f"      {sentence}" for sentence in first.orphans)
         if others:
-            size = format_bytes(sum(leak.size for leak in others))
-            yield f"      likewise {size} in {plural(len(others), 'leak')}"
+            yield f"      likewise {likewise_leaks(others)}"
             each = (f"{format_bytes(leak.size):>10} by {leak.by}" for leak in others)
             yield from likewise(list(each), verbose=verbosity > 0)
     left = [leak for group in groups[shown:] for leak in group]

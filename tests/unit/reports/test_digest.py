@@ -62,6 +62,17 @@ def test_what_holds_a_leak_is_told_with_the_processes_that_hold_the_rest(tmp_pat
     assert cells(page, "Leaks") == [["5.00 MiB", "t.py::t", held, ""]]
 
 
+def test_leaks_of_one_kind_are_one_row_with_what_the_others_sum_to(tmp_path, capsys):
+    kept = [
+        RecordedTest(f"t.py::t{at}", "passed", 0.5, "", (usage(at, at, f"t.py: KEPT[{at}]"),))
+        for at in (1, 2, 3)
+    ]
+    page = rendered(tmp_path, capsys, run(*kept))
+
+    row = ["3.00 MiB", "t.py::t3", "t.py: KEPT[3]", "3.00 MiB in 2 leaks"]
+    assert cells(page, "Leaks") == [row]
+
+
 def test_nobody_is_called_by_a_comment(tmp_path, capsys):
     test = RecordedTest("t.py::t[@octocat-#12-a@b.c-# x]", "passed", 0.5, "", (usage(3),))
     page = rendered(tmp_path, capsys, run(test))
