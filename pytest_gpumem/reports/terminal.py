@@ -59,7 +59,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
     Args:
         run: what happened.
         top: how many entries each list shows, all of them where it is 0 or ``verbosity`` above 1.
-        verbosity: pytest's; below 0 come only the first line and one for each that leaked, above 0
+        verbosity: pytest's; below 0 come only the first line and one for each kind of leak, above 0
             holders and names are not shortened.
 
     """
@@ -78,9 +78,7 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
         return
     yield Line(counted.headline, "red" if counted.felled else "yellow" if leaks else "")
     if verbosity < 0:
-        for leak in leaks[:shown]:
-            yield Line(f"{format_bytes(leak.size):>12} leaked by {leak.by}")
-        yield from _more(len(leaks) - shown, "leak")
+        yield from map(Line, _leaked_briefly(by_kind(leaks), shown))
         return
     yield from _table(run, shown, verbosity)
     yield from _fixtures(touched, shown)
@@ -200,6 +198,15 @@ def _section(title: str, found: Iterable[str], colour: str = "") -> Iterator[Lin
         yield Line("")
         yield Line(title, colour)
         yield from map(Line, body)
+
+
+def _leaked_briefly(kinds: Sequence[Sequence[Leak]], shown: int) -> Iterator[str]:
+    """Show the largest leak of each kind in a line."""
+    for first, *others in kinds[:shown]:
+        more = f", likewise {likewise_leaks(others)}" if others else ""
+        yield f"{format_bytes(first.size):>12} leaked by {first.by}{more}"
+    if left := sum(map(len, kinds[shown:])):
+        yield f"... {plural(left, 'more leak')}; --gpumem-top=0 shows all"
 
 
 def _leaked(leaks: Sequence[Leak], shown: int, verbosity: int) -> Iterator[str]:

@@ -140,6 +140,19 @@ def test_quiet_names_whoever_leaked():
     ]
 
 
+def test_quiet_names_each_kind_of_leak_once():
+    leaks = [
+        recorded(f"{kind}{at}", usage(MIB, leaked=(at + 1) * MIB, where=f"t.py: {kind}[{at}]"))
+        for kind in "abc"
+        for at in range(2)
+    ]
+    assert [line.strip() for line in shown(*leaks, top=2, verbosity=-1)[1:]] == [
+        "2.00 MiB leaked by a1, likewise 1.00 MiB in 1 leak",
+        "2.00 MiB leaked by b1, likewise 1.00 MiB in 1 leak",
+        "... 2 more leaks; --gpumem-top=0 shows all",
+    ]
+
+
 def test_what_ran_out_is_grouped_by_cause():
     oom = "CUDA out of memory. Tried to allocate {}.00 MiB"
     felled = [recorded(f"t{n}", outcome="failed", oom=oom.format(n + 20)) for n in range(150)]
