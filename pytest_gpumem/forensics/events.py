@@ -275,6 +275,7 @@ def _kills(path: str, number: int, run: Run) -> list[Draft]:
             or line - last.last > _FAR
             or (pid and last.pids and pid not in last.pids)
             or (message is None and last.message is None and line - last.last > _NEAR)
+            or (not pid and _asked_otherwise(last.message, message))
         ):
             last = Draft(path, number, run, line, confirmed=False, killed=True)
             killed.append(last)
@@ -284,6 +285,16 @@ def _kills(path: str, number: int, run: Run) -> list[Draft]:
             last.confirmed = True
             last.message = _fuller(last.message, message)
     return killed
+
+
+def _asked_otherwise(one: Message | None, two: Message | None) -> bool:
+    """Tell whether two messages of processes without a number are of requests that differ."""
+    return (
+        one is not None
+        and two is not None
+        and one.sizes.get("tried", 0) != two.sizes.get("tried", 0)
+        and {"tried"} <= set(one.sizes) & set(two.sizes)
+    )
 
 
 def _running(runs: Sequence[Run], told: FileEvents) -> None:

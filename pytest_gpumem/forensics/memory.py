@@ -52,7 +52,8 @@ _NOT_MEMORY = re.compile(
 )
 _FAILED = re.compile(r"(?i:error|exception)\b")
 """How a record of the lowest levels begins that tells of a failure nevertheless."""
-_TEXT = re.compile(r"[-+]?\s*\"[^\"]*\",?")
+_TEXT = re.compile(r"[-+]?\s*\"[^\"]*\",?|\s*\"[^\"]* [^\"]*\"\s*:.*")
+"""A text that stands alone, or that something else is given for."""
 _PID = re.compile(r"\bpid[ :=]{1,2}(\d{1,10})\b")
 _KILLED = re.compile(r"KILL|[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
 _FAULT = re.compile(
@@ -162,9 +163,9 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
     if match is None or _TEXT.fullmatch(body) or advised(at, line) or wrapped(at, line, body):
         return False
     at_word = next(_KILLED.finditer(body), match).start()
-    if not spoken.reports(body, (at_word, at_word), "kill", 1) or coded(
-        at, line, body, body[:at_word]
-    ):
+    if not spoken.reports(body, (at_word, at_word), "kill", 1):
+        return False
+    if listed(at, line, body) or coded(at, line, body, body[:at_word]):
         return False
     if _of_another(at, line):
         return False

@@ -17,8 +17,7 @@ ERROR = re.compile(
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
-    r"|see also|hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can|would"
-    r"|likely|sometimes|often|usually|typically"
+    r"|see also|hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can|likely"
     r"|(?:this|it|which|code \d+) (?:\w+ )?(?:indicates|means))\b[^:\]]{0,80}$"
     r"|(?:^|[.!?] )(?:if|when|while|without)\b[^.:!?\"]*$"
     r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
@@ -63,9 +62,15 @@ _LAST = re.compile(
     r"|(?P<plain>to|of|by|from|and|or|with|for|as|is|are|be|was|were)) $"
 )
 """The last word before words that somebody's sentence tells of; with an error before, some may."""
+_PERSON = re.compile(
+    r"\bI(?:'m|'ve|'d)? (?:am|was|get|got|have|had|see|saw|think|run|ran|tried|try|used?|can|need"
+    r"|found|often|still|also|just|keep|believe|guess|know|want|set|did|do|don't)\b"
+    r"|\b(?i:we|our|my|they|their|who|how|why|these|those|typically|usually|often|maybe|probably"
+    r"|sometimes|always|very|really|just|also|many|several|should|would|known?)\b"
+)
+"""What no program says beside an error."""
 _SEVERAL = re.compile(r"(?i)\b(?:errors|exceptions|failures)\b[^:]*$")
 """A program tells of one error at a time."""
-_ON = re.compile(r"(?i).{0,60}?\b(?:or if|in which case|otherwise|because|is about to|unless)\b")
 _AMONG = re.compile(r"[ a-z]{0,20}(?:, (?:and|or|nor) |\) )[a-z]")
 """What follows one of several things that a sentence lists, where a comma stands before it."""
 _THEN = re.compile(r", (?:the|an?|it|this|that|these|they|we|so|then|which|but) [a-z]")
@@ -86,7 +91,11 @@ def runs_on(above: str, body: str) -> bool:
         len(above) >= _WIDTH
         and len(body.split()) > _SUBJECT
         and _UNFINISHED.search(above) is not None
-        and (ERROR.search(above) is None or _PROSE_HEAD.search(f"{above} ") is not None)
+        and (
+            body.startswith("`")
+            or ERROR.search(above) is None
+            or _PROSE_HEAD.search(f"{above} ") is not None
+        )
     )
 
 
@@ -101,6 +110,8 @@ def told(head: str, tail: str, figures: int) -> bool:
     if head.endswith("... ") and tail.startswith(" ..."):
         return True
     if not figures and _TOLD_OF.match(tail):
+        return True
+    if _PERSON.search(head) or _PERSON.search(tail[:_CLOSE]):
         return True
     return not figures and not _STATED.search(head) and bool(_PROSE_TAIL.match(tail[:_CLOSE]))
 
@@ -141,6 +152,6 @@ def within(head: str, tail: str) -> bool:
         return True
     if ERROR.search(head):
         return False
-    if last is not None or _ON.match(tail) or _THEN.match(tail):
+    if last is not None or _THEN.match(tail):
         return True
     return len(_BREAK.split(head)[-1].split()) > _SUBJECT

@@ -32,7 +32,7 @@ _RAW_MANUAL = re.compile(rf"{_FENCE.pattern}|\n\s*{_MEANS.pattern}|(?i:example|s
 _FENCE_OPENS = re.compile(_FENCE.pattern.replace("|", "\\w*|") + r"\w*")
 _LIKE = re.compile(
     r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this)?|such as"
-    r"|similar to)\W*$"
+    r"|similar to)\W*$|^if\b(?!.*\b(?-i:I)\b).*:$"
 )
 _REMEDY = re.compile(
     r"(?i)[^\w\s]{0,6} ?(?:(?:quick|possible|common|likely|root) )?(?:solutions?|soluci[oó]n(?:es)?"
@@ -128,7 +128,7 @@ def advised(at: Cursor, line: Line) -> bool:
 
 def wrapped(at: Cursor, line: Line, body: str) -> bool:
     """Tell whether a line is one of a paragraph, within whose sentence its words stand."""
-    if not line.raw.lstrip()[:1].islower():
+    if not line.raw.lstrip(b" \t`")[:1].islower():
         return False
     above = next(preceding(line, 1, at.carrier), None)
     return (

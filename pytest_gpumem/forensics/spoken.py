@@ -31,7 +31,7 @@ _CODE = re.compile(
     r"|(?:el)?if\s.{0,120}?\bin\b|except\s+[\w.(]|\}?\s*catch\s*\(|with\s+[\w.]+\("
     r"|print\(|logg?(?:er|ing)?_?(?:\.|->)\w+\(|self\.\w+\(|pytest\.|assert\b|#+(?!\w+:\w+: )(?:\s"
     r"|[^\W\d])|//|/\*"
-    r"|(?:-\s+)?(?:title|name|label|summary|alert)\s*[:=]\s*[\"\x27]?(?!.*\b(?:error|Error|exception|Exception)\b)"
+    r"|[\"\x27]?(?:pattern|regexp?|expr)[\"\x27]?\s*[:=]|(?:-\s+)?(?:title|name|label|summary|alert)\s*[:=]\s*[\"\x27]?(?!.*\b(?:error|Error|exception|Exception)\b)"
     r"|\*?\s*(?:[@\\](?:throws|exception|raises|returns?|retval|param)|:raises)\b"
     r"|_?[A-Z][A-Z\d_]*=[\"\x27]|\{ ?[A-Za-z_]\w*: [\"\x27`]|(?:el)?if\s+(?:!\s+)?\[|(?:test"
     r"|while)\s+\["
@@ -41,7 +41,7 @@ _CODE = re.compile(
     r"|.*(?:\b(?:raises|match|compile|search|skip|warns|print|Error)\s?\(|\bmatch\s?=|==)"
     r"\s?[rfb]?[\"'][^\"')]*$"
     r"|.*(?:\.|->)(?!\w*(?:Error|Exception))\w+\([\"']?$"
-    r"|.*\{`[^`]*$|(?:.*[|;&(]\s*|\s*(?:if|while|until|!)\s+)?(?:[ef]?grep|rg|ag|awk|echo|trap"
+    r"|.*\{`[^`]*$|(?:.*[|;&(]\s*|\s*(?:if|while|until|!)\s+)?(?:\w*grep|rg|ag|awk|echo|trap"
     r"|sed)\s[^|]*[\"'][^\"']*$"
     r"|.*<<\s*\"[^\"]*$|(?:.*(?:&&|\|\||;|\bthen|\{))?\s*exit $|\S+\.(?:md|rst):\d+:",
     re.DOTALL,
@@ -69,7 +69,7 @@ _ARGUMENT = re.compile(
     r".*(?<![\w.])[a-z_]\w*\([\"\x27][^\"\x27]*\0[^\"\x27]*[\"\x27]\)", re.DOTALL
 )
 """A text that a function is called with; errors have names in capitals."""
-_DEFINED = re.compile(r"[)}\]]+;$")
+_DEFINED = re.compile(r"[)}\]]+(?:;$| (?:if|when)\b)")
 _CHECKED = re.compile(r"(?i)\b(?:fail\w*|error|assertion)\b[^=]*: ")
 """Before a comparison that a program prints since it did not hold."""
 _LISTED = re.compile(
@@ -88,7 +88,7 @@ _PASSED = re.compile(
 )
 """What stands before the name of a test that passed, in no pytest's output, or of a task."""
 _NONE = re.compile(r"(?:(?:^|[,;(|] ?)0|\b(?:[Nn]o|[Nn]ever|[Ww]ithout)) $")
-_EMPHASIS = re.compile(r"\*\*[^*]+\*\*|</t[dh]>|\b128 ?\+ ?\w")
+_EMPHASIS = re.compile(r"\*\*[^*]+\*\*|</t[dh]>|\b128 ?\+ ?\w|\b137 = ")
 """What somebody who writes for readers sets off, puts into a table, or reckons for them."""
 _OPEN = re.compile(
     r"\[\.\.\.\]|=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},|\{\{|^\s*--[a-z][\w-]*[ =,]"

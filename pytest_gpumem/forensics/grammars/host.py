@@ -135,6 +135,14 @@ GRAMMARS = (
         distinct=True,
         kind="kill",
     ),
+    # What Docker and Nomad tell of a container.
+    grammar(
+        "host",
+        "container oom |oom_killed:true",
+        r"\bcontainer oom [\da-f]{12,64}\b|\boom_killed:true\b",
+        distinct=True,
+        kind="kill",
+    ),
     grammar(
         "host",
         "OOMKilled",
