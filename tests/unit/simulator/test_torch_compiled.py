@@ -55,6 +55,24 @@ def test_operations_of_the_host_are_as_they_were():
 
 
 @on_compiled_cards
+def test_autocast_goes_by_the_lists_of_cuda():
+    import torch
+
+    full = torch.ones(4, 4, device="cuda")
+    half = full.half()
+    with torch.autocast("cuda"):
+        lower = (
+            full @ full,
+            torch.nn.functional.linear(full, full),
+            torch.bmm(full[None], full[None]),
+        )
+        higher = half.exp(), half.sum(), half.softmax(-1), torch.nn.functional.mse_loss(half, half)
+        widest = half + full
+    assert {each.dtype for each in lower} == {torch.float16}
+    assert {each.dtype for each in (*higher, widest)} == {torch.float32}
+
+
+@on_compiled_cards
 def test_threads_that_were_there_before_and_autograds_own_have_the_cards():
     import torch
 
