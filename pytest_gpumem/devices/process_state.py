@@ -8,13 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytest_gpumem.devices import torch_private, torch_state
 from pytest_gpumem.devices.notebook import note_failure
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Of the environment: which cards there are, and how torch takes their memory."""
@@ -33,20 +30,35 @@ _DEFAULTS = {
 
 Settings = dict[str, object]
 """By what is set; texts of the environment are as the system keeps them, encoded."""
+Values = tuple[tuple[object, ...], ...]
+"""What is set: of the environment, of torch, of its CUDA. Named where two differ: twice a test they
+are read, and most tests change none."""
 
 
-def read(variables: Sequence[object], *, fractions: bool = True) -> Settings:
-    """Return what is set now, of the environment what ``variables`` says; some 5 us with torch."""
-    found: Settings = dict(zip(VARIABLES, variables, strict=True))
+def read(variables: tuple[object, ...], *, fractions: bool = True) -> Values:
+    """Return what is set now, of the environment what ``variables`` says; some 2 us with torch."""
     torch = sys.modules.get("torch")
     if isinstance(torch, ModuleType):  # a mock of it has everything
         try:
-            _add_torch(found, torch)
-            _add_cuda(found, fractions)
+            return variables, _of_torch(torch), _of_cuda(fractions)
         except AttributeError:  # another thread is still importing it
             pass
         except Exception as error:
             note_failure("reading torch's settings", error)
+    return variables, (), ()
+
+
+def named(values: Values) -> Settings:
+    """Return by its name what is set."""
+    variables, of_torch, of_cuda = values
+    found: Settings = dict(zip(VARIABLES, variables, strict=True))
+    found.update(zip(_OF_TORCH, of_torch, strict=False))
+    if of_torch:
+        found["default dtype"] = str(found["default dtype"])
+    if of_cuda:
+        current, *fractions = of_cuda
+        found["current device"] = f"cuda:{current}"
+        found.update((f"{FRACTION}{index}", each) for index, each in enumerate(fractions))
     return found
 
 
@@ -63,29 +75,35 @@ def variables() -> tuple[object, ...]:
     return tuple(map(os.environ.get, VARIABLES))
 
 
-def _add_torch(found: Settings, torch: Any) -> None:
-    found["default device"] = torch_private.default_device()
-    found["default dtype"] = str(torch.get_default_dtype())
-    found["deterministic algorithms"] = torch.are_deterministic_algorithms_enabled()
-    found["gradients"] = torch.is_grad_enabled()
-    found["float32 matmul precision"] = torch.get_float32_matmul_precision()
-    found["allocator settings"] = torch_private.allocator_settings()
+_OF_TORCH = tuple(_DEFAULTS)[:-1]
 
 
-def _add_cuda(found: Settings, fractions: bool) -> None:
+def _of_torch(torch: Any) -> tuple[object, ...]:
+    return (
+        torch_private.default_device(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch_private.allocator_settings(),
+    )
+
+
+def _of_cuda(fractions: bool) -> tuple[object, ...]:
     cuda = torch_state.cuda()
     if cuda is None:
-        return
-    found["current device"] = f"cuda:{cuda.current_device()}"
+        return ()
     # Older versions of torch can set it, but not tell it.
-    if fractions and hasattr(cuda.module, "get_per_process_memory_fraction"):
-        for index in range(cuda.device_count()):
-            found[f"{FRACTION}{index}"] = cuda.get_per_process_memory_fraction(index)
+    if not (fractions and hasattr(cuda.module, "get_per_process_memory_fraction")):
+        return (cuda.current_device(),)
+    tell = cuda.get_per_process_memory_fraction
+    return (cuda.current_device(), *[tell(index) for index in range(cuda.device_count())])
 
 
-def changes(before: Settings, after: Settings) -> dict[str, tuple[object, object]]:
-    """Return what differs, with its value before and after."""
-    told = ((what, _value(before, what), value) for what, value in after.items())
+def changes(before: Values, after: Values) -> dict[str, tuple[object, object]]:
+    """Return what differs by its name, with its value before and after."""
+    was = named(before)
+    told = ((what, _value(was, what), value) for what, value in named(after).items())
     return {what: (old, new) for what, old, new in told if old != new}
 
 

@@ -24,24 +24,21 @@ class LeftBehind:
     def __init__(self, *, put_back: bool = False, fractions: bool = True) -> None:
         self._put_back = put_back
         self._fractions = fractions
-        self._variables: tuple[object, ...] = ()
-        """Those of the environment when ``_last`` was read."""
-        self._last: process_state.Settings | None = None
+        self._last: process_state.Values | None = None
         self._before: dict[str, object] = {}
         """What the running test changed, and the value before its first change."""
 
     def look(self, *, by_test: bool) -> None:
         """Charge what changed since the last look to the test, or to nobody."""
-        variables = process_state.variables()
-        if variables == self._variables and "torch" not in sys.modules:
+        variables, last = process_state.variables(), self._last
+        if last is not None and last[0] == variables and "torch" not in sys.modules:
             return  # as in most tests
-        now, before = process_state.read(variables, fractions=self._fractions), self._last
-        if now == before:
+        now = process_state.read(variables, fractions=self._fractions)
+        if now == last:
             return
-        self._variables = variables
         self._last = now
-        changed = {} if before is None else process_state.changes(before, now)
-        for what, (old, _) in changed.items():
+        changed = () if last is None else process_state.changes(last, now).items()
+        for what, (old, _) in changed:
             if by_test:
                 self._before.setdefault(what, old)
             else:
@@ -50,10 +47,10 @@ class LeftBehind:
     def settle(self) -> tuple[Left, ...]:
         """Return what the test that ends changed and left, put back where that is wanted."""
         self.look(by_test=True)  # its fixtures' teardowns are over
-        if not self._before:
+        if not self._before or self._last is None:
             return ()
         # What is put back is read again.
-        now, self._last, self._variables = self._last or {}, None, ()
+        now, self._last = process_state.named(self._last), None
         left = tuple(
             Left(what, _text(old), _text(now[what]), self._set_back(what, old))
             for what, old in self._before.items()

@@ -162,7 +162,8 @@ class Meters:
         self._reading = True
         moved: list[tuple[_Part, AllocatorReading]] = []
         try:
-            self.watch_peaks()
+            if self._unwatch is None:
+                self.watch_peaks()
             for allocator in active:
                 for index, reading in enumerate(allocator.read()):
                     part = self._parts.get((allocator.name, index))

@@ -120,10 +120,10 @@ class Tracker:
 
     def begin_test(self, nodeid: str) -> None:
         """Start measuring the test ``nodeid``; its fixtures are not set up yet."""
-        if "torch" in sys.modules:
+        in_use = self.boundary()
+        if not in_use and "torch" in sys.modules:
             # Before the card is in use: the first test that uses it may reset its peak as well.
             self.meters.watch_peaks()
-        in_use = self.boundary()
         # Taken at import or between tests: not to be laid at a later test's door.
         if in_use and self._unaccounted:
             self._remember()

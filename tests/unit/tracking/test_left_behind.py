@@ -38,7 +38,8 @@ def test_who_left_what(
 ) -> None:
     now: dict[str, object] = {"x": 0}
     monkeypatch.setattr(process_state, "variables", lambda: tuple(now.items()))
-    monkeypatch.setattr(process_state, "read", lambda _variables, fractions: dict(now))
+    monkeypatch.setattr(process_state, "read", lambda variables, fractions: (variables, (), ()))
+    monkeypatch.setattr(process_state, "named", lambda values: dict(values[0]))
     watch = LeftBehind()
     watch.look(by_test=False)
     for who, after in steps:
@@ -49,13 +50,17 @@ def test_who_left_what(
     assert watch.settle() == ()
 
 
+def settings() -> process_state.Settings:
+    return process_state.named(process_state.read(process_state.variables()))
+
+
 def test_looking_makes_no_context_and_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     torch.set_default_device("meta")
     monkeypatch.setattr(torch, "tensor", lambda *_: pytest.fail("a tensor was made"))
     try:
-        assert process_state.read(process_state.variables())["default device"] == "meta"
+        assert settings()["default device"] == "meta"
     finally:
         torch.set_default_device(None)
     assert not torch.cuda.is_initialized()
@@ -63,7 +68,7 @@ def test_looking_makes_no_context_and_no_tensor(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_mock_of_torch_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
-    assert set(process_state.read(process_state.variables())) == set(process_state.VARIABLES)
+    assert set(settings()) == set(process_state.VARIABLES)
 
 
 @pytest.mark.parametrize("replaced", [False, True])
