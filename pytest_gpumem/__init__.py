@@ -12,7 +12,8 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 _HOMES = {
-    "archive.consolidator": ("Consolidation", "GpuConsolidator", "get_gpu_consolidator"),
+    "archive.consolidator": ("Consolidation", "GpuConsolidator"),
+    "archive.shared": ("get_gpu_consolidator",),
     "archive.store": ("ArchiveStore",),
     "archive.subclasses": ("allow_subclass",),
     "errors": (

@@ -6,7 +6,7 @@ from pytest_gpumem.archive.consolidator import (
 from pytest_gpumem.archive.consolidator import (
     GpuConsolidator as GpuConsolidator,
 )
-from pytest_gpumem.archive.consolidator import (
+from pytest_gpumem.archive.shared import (
     get_gpu_consolidator as get_gpu_consolidator,
 )
 from pytest_gpumem.archive.store import (

@@ -6,6 +6,7 @@ whose classes these would be, takes 5 ms.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 TYPE_CHECKING = False
@@ -38,6 +39,22 @@ def find_own_modules() -> None:
     """Let Python alone find the modules of this package, which are imported as they are needed."""
     if not any(isinstance(finder, _OwnFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OwnFinder())
+
+
+class collecting_later:  # noqa: N801  # reads as a statement: with collecting_later(): ...
+    """Start this plugin within without collections of garbage.
+
+    What it makes stays. The dozen collections by which it would be looked through bring the next
+    one of all objects forward, 0.05 s in a suite of 4,000 tests.
+    """
+
+    def __enter__(self) -> None:
+        self._collects = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_error: object) -> None:
+        if self._collects:
+            gc.enable()
 
 
 class _OwnFinder:

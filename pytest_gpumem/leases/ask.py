@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import NamedTuple
 
 from pytest_gpumem import admission
 from pytest_gpumem.devices import host
 from pytest_gpumem.leases.request import Want
+from pytest_gpumem.tuples import NamedTuple
 
 SOMETHING = 1
 """Bytes for a test that may use a card and of which nothing is known: it shares the card with

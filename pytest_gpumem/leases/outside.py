@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pytest_gpumem.admission import NOTHING, Claim, bounds, foreign
 from pytest_gpumem.devices import host
 from pytest_gpumem.leases.entries import card_key, pid_of
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.devices import host
 from pytest_gpumem.errors import LeaseError, LeaseTimeout
@@ -17,6 +17,7 @@ from pytest_gpumem.leases.outside import taken
 from pytest_gpumem.leases.place import Vanished
 from pytest_gpumem.leases.request import YIELDS
 from pytest_gpumem.leases.view import Known, View
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from pytest_gpumem.admission import Claim, never_fits
 from pytest_gpumem.devices import host
 from pytest_gpumem.errors import RequestRefusedError, TooLarge
 from pytest_gpumem.leases.entries import card_key
+from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
 HOPE = 5.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.admission import Claim
 from pytest_gpumem.errors import LeaseTimeout
@@ -29,6 +29,7 @@ from pytest_gpumem.leases.place import Vanished
 from pytest_gpumem.leases.queue import Grant, Queue
 from pytest_gpumem.leases.request import HOPE, Terms, Want, check_seconds, check_size, claims_of
 from pytest_gpumem.leases.view import Known
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpumem.admission import Claim, fits, may_start, room, waits_in_vain
 from pytest_gpumem.devices import host
 from pytest_gpumem.leases.entries import SPARE
 from pytest_gpumem.leases.outside import Outside
 from pytest_gpumem.leases.request import Hope
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

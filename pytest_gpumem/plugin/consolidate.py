@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_gpumem.archive import consolidator
+from pytest_gpumem.archive import shared
 from pytest_gpumem.plugin.state import STATE
 
 if TYPE_CHECKING:
@@ -27,18 +27,18 @@ def configure(config: pytest.Config) -> None:
             settings.archive, key=settings.archive_key_file, quota=settings.archive_quota
         )
 
-    consolidator.configure(store=store, above=settings.consolidate_above)
+    shared.configure(store=store, above=settings.consolidate_above)
 
 
 def unconfigure() -> None:
     """Leave nothing of this run to the next one in the same process."""
-    consolidator.configure()
+    shared.configure()
 
 
 @pytest.fixture
 def gpu_consolidator() -> GpuConsolidator:
     """Return this process's consolidator, set up as the suite's options say."""
-    return consolidator.get_gpu_consolidator()
+    return shared.get_gpu_consolidator()
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def consolidate_gpu_memory(request: pytest.FixtureRequest) -> Iterator[GpuConsol
     With ``--gpumem=on`` every test has this without asking. That is done by a hook: an autouse
     fixture would cost each test more than all the rest of the plugin.
     """
-    yield consolidator.get_gpu_consolidator()
+    yield shared.get_gpu_consolidator()
     consolidate_if_needed(request.node)
 
 
 def consolidate_if_needed(item: pytest.Item) -> None:
     """Consolidate after the teardown of a test, when needed, what is registered."""
-    here = consolidator.registered()
+    here = shared.registered()
     if here is not None and here.should_consolidate():
         from pytest_gpumem.records import properties
 

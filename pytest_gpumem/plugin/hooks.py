@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpumem.archive.consolidator import registered
+from pytest_gpumem.archive.shared import registered
+from pytest_gpumem.on_import import collecting_later
 from pytest_gpumem.plugin import consolidate, marks, route
 from pytest_gpumem.plugin.option import GROUPS
 from pytest_gpumem.plugin.resolve import BadSettingError, check_files, resolve
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from pytest_gpumem.devices import CardsFound
+    from pytest_gpumem.plugin.report import Reporting
     from pytest_gpumem.tracking.memory import GpuMemory
 
 
@@ -49,11 +51,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Simulate the card before the first conftest can import torch."""
-    _begin(early_config, vars(early_config.known_args_namespace))
+    with collecting_later():
+        _begin(early_config, vars(early_config.known_args_namespace))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks, and what measures and reports where there is something to measure."""
+    with collecting_later():
+        _configure(config)
+
+
+def _configure(config: pytest.Config) -> None:
     for name in marks.MARKS:
         config.addinivalue_line("markers", marks.describe(name))
     if STATE not in config.stash:  # loaded by a conftest, after the initial hook
@@ -151,7 +159,10 @@ def _share(config: pytest.Config) -> None:
 
     state = config.stash[STATE]
     if _is_controller(config):
-        share.share_as_controller(config, state)
+        controller = share.share_as_controller(config, state)
+        reporting: Reporting | None = config.pluginmanager.getplugin("gpumem-reporting")
+        if reporting is not None:
+            reporting.settling = controller.take_report
     else:
         share.share(config, state)
     if state.settings.fraction is not None and not _is_controller(config):

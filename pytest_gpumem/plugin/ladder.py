@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem import devices
-from pytest_gpumem.archive.consolidator import registered
+from pytest_gpumem.archive.shared import registered
 from pytest_gpumem.leases import notices
 from pytest_gpumem.plugin import attempts, retry
 from pytest_gpumem.plugin.lease import Leases
@@ -217,8 +217,10 @@ class Ladder:
         Who was beside the test is asked now: making a report can take longer than they stay.
         """
         if call.when == "setup":
-            self.uncount(call)
-            self.leases.standing.test_begins(self.leases.keep)
+            if self.leases.waited:
+                self.uncount(call)
+            if self.leases.standing.new:
+                self.leases.standing.test_begins(self.leases.keep)
         if call.excinfo is None:
             return
         self.watch_reports()

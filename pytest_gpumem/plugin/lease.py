@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
-from pytest_gpumem.archive.consolidator import registered
+from pytest_gpumem.archive.shared import registered
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import notices
 from pytest_gpumem.leases.ledger import own_ledger
@@ -229,12 +229,10 @@ class Leases:
 
     def give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
-        since = -1 if self._tracker is None else self._tracker.kept_since()
-        if self._lease is None and 0 <= since == self._told and registered() is None:
-            return  # as after most tests: that was told before
+        if self._lease is None and 0 <= self.standing.since() == self._told:
+            return  # as after most tests
         self._spare()
         self._tell_kept()
-        self._told = -1 if registered() is not None else since
         if self._lease is not None:
             try:
                 self._lease.release()
@@ -257,6 +255,7 @@ class Leases:
 
     def _tell_kept(self) -> dict[str, int]:
         """Tell others what the process keeps on each card; return it."""
+        self._told = self.standing.since()
         held = self._kept()
         spare = not self._stuck and registered() is not None
         try:

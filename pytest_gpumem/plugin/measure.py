@@ -152,8 +152,9 @@ class Measuring:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """Keep what ended a phase until the test is over, and hand its numbers to the report."""
         when = call.when
-        if when == "setup" and self.judging is not None:
-            self.judging.asked(item, set_up=call.excinfo is None)
+        judging = self.judging
+        if when == "setup" and judging is not None and judging.asking is not None:
+            judging.asked(item, judging.asking, set_up=call.excinfo is None)
         if call.excinfo is not None:
             self.noting(item, call)
             if when != "teardown" and self._item is not None:  # gpumem_off
@@ -163,7 +164,8 @@ class Measuring:
         elif when == "setup":
             self.noting(item, call)
         if when == "call" and self._item is not None:
-            self._keepers = _keepers(item)
+            if type(item.parent) is not pytest.Module:  # as most: no question to ask of pytest
+                self._keepers = _keepers(item)
             if self.tracker.recordings.running:
                 self.tracker.recordings.look()
             if call.excinfo is not None:  # its report may be the last one
@@ -307,8 +309,6 @@ def _shared(cards: Sequence[records.Card]) -> bool:
 
 def _keepers(item: pytest.Item) -> dict[int, str]:
     """Return what pytest itself keeps of a test that ran: the instance of its class."""
-    if type(item.parent) is pytest.Module:  # as most: no question to ask of pytest
-        return {}
     instance = getattr(item, "instance", None)
     if instance is None:
         return {}

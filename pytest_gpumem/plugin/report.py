@@ -81,6 +81,8 @@ class Reporting:
         self._config = config
         self._state = state
         self._cards = {("", card.uuid): card for card in state.found.cards}
+        self.settling: Callable[[pytest.TestReport], None] | None = None
+        """Called with each report before anybody else sees it: a hook more would cost each test."""
         self._reports: list[pytest.TestReport] = []
         """Those that were not looked at yet."""
         self._running: dict[tuple[str, str], _Phases] = {}
@@ -111,10 +113,12 @@ class Reporting:
 
         Most suites end without anybody asking for tests that touched no card.
         """
+        if self.settling is not None:
+            self.settling(report)
         self._reports.append(report)
         outcome: str = report.outcome
-        if outcome == "rerun":
-            self._show_reruns()
+        if outcome == "rerun" and not self._config.pluginmanager.hasplugin(Reruns.NAME):
+            self._config.pluginmanager.register(Reruns(), Reruns.NAME)
 
     def _recorded(self) -> list[records.RecordedTest]:
         """Return the tests that have ended."""
@@ -146,10 +150,6 @@ class Reporting:
         """Take note of a phase that did not simply pass."""
         phases.outcome = _outcome(report, phases.outcome)
         phases.again |= phases.outcome == "rerun" and hasattr(report, attempts.UNDECIDED)
-
-    def _show_reruns(self) -> None:
-        if not self._config.pluginmanager.hasplugin(Reruns.NAME):
-            self._config.pluginmanager.register(Reruns(), Reruns.NAME)
 
     def _complete(self, test: records.RecordedTest, phases: _Phases) -> None:
         if test.nodeid in self._again:

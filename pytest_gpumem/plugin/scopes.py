@@ -16,7 +16,7 @@ import pytest
 from pytest_gpumem.tracking.accounts import Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 NAMES = ("gpumem_module", "gpumem_session")
 _SHOWS_PLANS = ("setuponly", "setupplan", "setupshow", "show_fixtures_per_test")
@@ -43,7 +43,7 @@ class Judging:
         """The modules, and the session, whose fixture stands, or was asked for in vain."""
         self.last: pytest.Collector | None = None
         """A collector all of whose tests have nothing to ask for: that of the last test."""
-        self._asking: list[str] | None = None
+        self.asking: list[str] | None = None
         """What the test that is set up asks for in their name."""
 
     def ask(self, item: pytest.Item) -> None:
@@ -51,17 +51,15 @@ class Judging:
         names: list[str] | None = getattr(item, "fixturenames", None)
         if names is not None:
             stands = {None, *self._asked}
-            self._asking = [name for name, node in _nodes(item).items() if node not in stands]
-            names[:0] = self._asking
+            self.asking = [name for name, node in _nodes(item).items() if node not in stands]
+            names[:0] = self.asking
 
-    def asked(self, item: pytest.Item, *, set_up: bool) -> None:
+    def asked(self, item: pytest.Item, asking: Sequence[str], *, set_up: bool) -> None:
         """Take back what the test asked for, whose set-up is over."""
-        if self._asking is None:
-            return
         names: list[str] = getattr(item, "fixturenames", [])
-        for name in self._asking:  # parametrised tests share the list
+        for name in asking:  # parametrised tests share the list
             names.remove(name)
-        self._asking = None
+        self.asking = None
         if set_up:
             self._asked.update(_nodes(item).values())
             self.last = item.parent

@@ -101,7 +101,7 @@ def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
     return count.workers
 
 
-def share_as_controller(config: pytest.Config, state: State) -> None:
+def share_as_controller(config: pytest.Config, state: State) -> Controller:
     """Let xdist's workers share the cards."""
     from pytest_gpumem.plugin.xdist.controller import Controller
     from pytest_gpumem.plugin.xdist.scheduler import SchedulerSettings
@@ -119,6 +119,7 @@ def share_as_controller(config: pytest.Config, state: State) -> None:
     )
     config.pluginmanager.register(controller, "gpumem-scheduler")
     config.pluginmanager.register(Sharing(state, controller, history), Sharing.NAME)
+    return controller
 
 
 def share(config: pytest.Config, state: State) -> None:
@@ -181,10 +182,10 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
 
     def granted() -> Need | None:
         grant = worker.granted()
-        if tracker is not None and worker.again:  # say what fills the card
-            tracker.recordings.record_next(worker.again)
         if grant is None:
             return None
+        if tracker is not None and worker.again:  # say what fills the card
+            tracker.recordings.record_next(worker.again)
         size, cards, alone, ram = grant
         return Need(size, cards, alone, ram=ram)
 
@@ -216,6 +217,7 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         config,
         hello=hello,
         holding=ladder.leases.keep,
+        since=ladder.leases.standing.since,
         used=workers.CardUse(lambda: state.found.cards),
         release=_give_back,
         spoiled=lambda: ladder.undecided and ladder.spoiled,
@@ -259,7 +261,7 @@ def _hello(
 
 def _give_back() -> None:
     """Free what nobody uses now: models that are registered, and what fixtures left behind."""
-    from pytest_gpumem.archive.consolidator import get_gpu_consolidator
+    from pytest_gpumem.archive.shared import get_gpu_consolidator
 
     consolidator = get_gpu_consolidator()
     if not consolidator.idle:

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.archive.shared import registered
 from pytest_gpumem.plugin.wide_fixtures import identity
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Standing:
         """By lease of a wide fixture: its identity, and the bytes by card."""
         self._asked: dict[str, Counter[str]] = {}
         """What wide fixtures that are set up asked for, by identity and card."""
-        self._new: list[str] = []
+        self.new: list[str] = []
         """Wide fixtures that stand since this was told last."""
         self._begun = ""
         """The fixture of which was told last that its process uses a card."""
@@ -83,19 +84,24 @@ class Standing:
         asked = self._asked.pop(name, None)
         if asked is not None and own:
             self._leased[own[0]] = name, asked  # as a rule it is one; all end with the fixture
-        self._new.append(name)
+        self.new.append(name)
         self._begun = ""
 
     def test_begins(self, held: Callable[[], Held]) -> None:
         """Tell, as the set-up of a test is over, what its wide fixtures hold that came to stand."""
-        if self.tell is None or not self._new:
+        if self.tell is None:
             return
-        new, self._new = self._new, []
+        new, self.new = self.new, []
         stand = {name for _, fixtures in held().values() for name in fixtures}
         by_lease = {name for name, _ in self._leased.values()}
         told = {name: name in by_lease for name in new if name in stand or name in self.awaited}
         if told:
             self.tell(told)
+
+    def since(self) -> int:
+        """Return what stays the same while this process keeps what it kept; -1: unknown."""
+        unknown = self._leased or self._asked or registered() is not None
+        return -1 if unknown or self._tracker is None else self._tracker.kept_since()
 
     def leased(self, held: Callable[[], Collection[str]]) -> dict[str, Counter[str]]:
         """Return by card, and by identity, what wide fixtures have leased, or wait for.

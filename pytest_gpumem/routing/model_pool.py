@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
-from pytest_gpumem.archive.consolidator import GpuConsolidator, get_gpu_consolidator
+from pytest_gpumem.archive.shared import get_gpu_consolidator
 from pytest_gpumem.routing import placement
 from pytest_gpumem.routing.pool_entries import Entries, PooledModel, is_module
 from pytest_gpumem.routing.resource_manager import CPU, shared
@@ -18,6 +18,8 @@ from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from pytest_gpumem.archive.consolidator import GpuConsolidator
 
 _log = logging.getLogger("pytest_gpumem")
 

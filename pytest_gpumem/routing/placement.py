@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.archive import torch_private
-from pytest_gpumem.archive.consolidator import get_gpu_consolidator
+from pytest_gpumem.archive.shared import get_gpu_consolidator
 from pytest_gpumem.routing.resource_manager import (
     CPU,
     GPU,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pytest_gpumem.tuples import NamedTuple
 
 CardKey = tuple[str, str]
 """Host and UUID of a card: simulated ones and MIG slices may have equal UUIDs on two hosts."""

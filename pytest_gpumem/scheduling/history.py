@@ -383,7 +383,7 @@ class History:
             for known, entry in self._entries.items():
                 for kin in self._relatives(known):
                     kin.add(entry)
-        for kind in (family(nodeid), module(nodeid)):
+        for kind in (family(nodeid), module(nodeid)) if self._kin else ():
             if found := self._kin.get(kind):  # one whose tests were all forgotten is empty
                 return found.expectation()
         return Expectation(None, DURATION, "guess", gpu=False)

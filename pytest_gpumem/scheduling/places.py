@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from pytest_gpumem.admission import Claim
+    from pytest_gpumem.scheduling.estimates import PlannedTest
     from pytest_gpumem.scheduling.piles import Portion
 
 
@@ -126,10 +127,8 @@ class Worker:
         self.stalled = False
         """Whether a test may wait for what it keeps."""
         self.stopped = False
-        self.ran = ""
-        """Module of the test that it ran last; what it was handed since it may have returned."""
-        self.ran_in = ""
-        """Class of that test, or its module."""
+        self.ran: PlannedTest | None = None
+        """The test that it ran last; what it was handed since it may have returned."""
         self.grown = 0
         """Bytes of main memory that it keeps more than before its first test."""
         self.too_large = False

@@ -170,7 +170,9 @@ class Planner:
             self._state.until_replan = 0
         ran.given.remove(test)
         self._ended(ran, test)
-        self._asks(ran)
+        # One that has enough to do is given nothing, and nobody else waits for anything.
+        if self._state.asking or len(ran.given) <= ran.refill:
+            self._asks(ran)
         if oom:
             seen.ooms[test] += 1
             self.requeue(test)
@@ -182,10 +184,10 @@ class Planner:
         self._state.left -= 1
         self._cluster.end(worker)
         self._ram.end(worker)
-        worker.ran = self._tests[test].group
-        worker.ran_in = self._tests[test].nodeid.partition("[")[0].rpartition("::")[0]
+        worker.ran = self._tests[test]
         worker.set_up = self._order.after(test, worker.set_up)
-        lanes.scout_ended(self._state, family(self._tests[test].nodeid))
+        if self._backlog.families:
+            lanes.scout_ended(self._state, family(worker.ran.nodeid))
 
     def returned(self, worker: str, test: int) -> None:
         """Take note that ``worker`` does not run ``test``, which was handed out ahead.

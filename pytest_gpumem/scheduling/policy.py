@@ -48,6 +48,7 @@ from pytest_gpumem.scheduling.places import Reservation
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pytest_gpumem.scheduling.estimates import PlannedTest
     from pytest_gpumem.scheduling.piles import Portion
     from pytest_gpumem.scheduling.places import Card, Worker
     from pytest_gpumem.scheduling.state import State
@@ -58,7 +59,7 @@ BACKFILL = 64
 """Tests that may pass one that waits for room on a card."""
 DRAIN = 4
 """Tests that must run alone, per card, for which the card stops taking others."""
-AHEAD = 0.1
+AHEAD = 0.5
 """Seconds of CPU tests that wait at a worker. They are handed out in one message, and the next
 ones when half of them are done: a round trip for each would cost more than a short test."""
 AHEAD_TESTS = 256
@@ -86,7 +87,7 @@ def replace(state: State, worker: Worker) -> bool:
     if not worker.too_large or state.all_given:
         return False
     # One that gave its fixtures back has ended its module whatever waits.
-    group, backlog = worker.group and worker.ran, state.backlog
+    group, backlog = worker.ran.group if worker.group and worker.ran else "", state.backlog
     own = any(each and each.group == group and each.tests for each in (worker.cpu, worker.gpu))
     if group and (own or backlog.cpu.free(group) or backlog.shared.free(group)):
         return False
@@ -251,8 +252,14 @@ def _run_from_lanes(state: State, worker: Worker) -> bool:
 
 def _leads_away(state: State, worker: Worker, test: int) -> int:
     """Return how far ``test`` is from what ``worker`` ran last: 0 in its class, 1 in its module."""
-    around = state.tests[test].nodeid.partition("[")[0].rpartition("::")[0]
-    return (around != worker.ran_in) + (state.tests[test].group != worker.group)
+    planned, ran = state.tests[test], worker.ran
+    elsewhere = ran is None or _around(planned) != _around(ran)
+    return elsewhere + (planned.group != worker.group)
+
+
+def _around(test: PlannedTest) -> str:
+    """Return the class of ``test``, or its module."""
+    return test.nodeid.partition("[")[0].rpartition("::")[0]
 
 
 def _run_from_elsewhere(state: State, worker: Worker) -> bool:

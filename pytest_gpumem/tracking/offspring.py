@@ -37,14 +37,25 @@ class Offspring:
 
     def __init__(self) -> None:
         self._reaped = _reaped()
-        self._numbers = _Numbers()
         self._last = b""
         """The last number when there were none; empty when there may have been some."""
+        self._numbers = -1
+        """Tells which number the last process or thread was given in this pid namespace, see
+        proc(5); -1 where the system does not."""
+        with suppress(OSError):
+            self._numbers = os.open(_NUMBERS, os.O_RDONLY | os.O_CLOEXEC)
 
     def stirred(self, besides: Collection[int] = ()) -> bool:
         """Whether there are some now, ``besides`` those that do not count, or were till now."""
-        # Asked after each test: most start nothing, and mostly nobody else does meanwhile.
-        last = self._numbers.last()
+        # Asked after each test: most start nothing, and mostly nobody else does meanwhile. While
+        # the number stays nobody did, which takes half the time of asking for children: that
+        # raises an error where there are none.
+        last = b""
+        if self._numbers >= 0:
+            try:
+                last = os.pread(self._numbers, 32, 0)
+            except OSError:  # a test closed what it did not open
+                self._numbers = -1
         if last and last == self._last:
             return False
         reaped, before = _reaped(), self._reaped
@@ -55,37 +66,10 @@ class Offspring:
 
     def close(self) -> None:
         """Notice nothing any more."""
-        self._numbers.close()
-
-
-class _Numbers:
-    """Tells which number the last process or thread was given in this pid namespace, see proc(5).
-
-    While it stays, nobody started anything, which takes half the time of asking for children: that
-    raises an error where there are none.
-    """
-
-    def __init__(self) -> None:
-        self._file = -1
-        with suppress(OSError):
-            self._file = os.open(_NUMBERS, os.O_RDONLY | os.O_CLOEXEC)
-
-    def last(self) -> bytes:
-        """Return it as it is read; empty where the system does not tell."""
-        if self._file < 0:
-            return b""
-        try:
-            return os.pread(self._file, 32, 0)
-        except OSError:  # a test closed what it did not open
-            self._file = -1
-            return b""
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file >= 0:
+        if self._numbers >= 0:
             with suppress(OSError):
-                os.close(self._file)
-        self._file = -1
+                os.close(self._numbers)
+        self._numbers = -1
 
 
 def _children() -> set[int] | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import sys
 
 import pytest
 
-from pytest_gpumem.on_import import find_own_modules, when_imported
+from pytest_gpumem.on_import import collecting_later, find_own_modules, when_imported
 
 
 @pytest.fixture
@@ -120,3 +121,14 @@ def test_no_other_finder_is_asked_for_modules_of_the_package(monkeypatch):
     assert importlib.util.find_spec("pytest_gpumem_of_another") is None
     assert importlib.util.find_spec("pytest_gpumem.nowhere") is None
     assert asked == ["pytest_gpumem_of_another", "pytest_gpumem.nowhere"]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_collections_wait_and_are_afterwards_as_before(collects):
+    (gc.enable if collects else gc.disable)()
+    try:
+        with collecting_later():
+            assert not gc.isenabled()
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()

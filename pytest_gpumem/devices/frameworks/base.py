@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.devices.cards import find_cards
 from pytest_gpumem.devices.notebook import note_failure
 from pytest_gpumem.devices.reading import AllocatorReading
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -81,8 +81,7 @@ class Controller:
         )
         return self._scheduler
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    def take_report(self, report: pytest.TestReport) -> None:
         """Read what a test took, and settle its outcome, before anybody else sees the report."""
         if self._scheduler is not None:
             self._scheduler.take_report(report)

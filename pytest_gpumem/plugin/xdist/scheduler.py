@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,6 +22,7 @@ from pytest_gpumem.plugin.xdist.nodes import LOOK_AGAIN, Node, StallClock, Worke
 from pytest_gpumem.scheduling import commands
 from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.planner import Planner
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from pytest_gpumem.scheduling.history import Expectation
@@ -96,7 +97,7 @@ class GpumemScheduling:
     @property
     def tests_finished(self) -> bool:
         """Whether nothing is left to do for any worker."""
-        return self.collection_is_completed and not self.has_pending
+        return self._planner.done if self._planner else self.collection_is_completed
 
     # What xdist tells
 
@@ -220,12 +221,12 @@ class GpumemScheduling:
 
     def take_report(self, report: pytest.TestReport) -> None:
         """Note what a test took; decide whether one that ran out of memory is tried again."""
-        undecided = hasattr(report, attempts.UNDECIDED)
+        undecided = attempts.UNDECIDED in (told := vars(report))
         if undecided:
             report.outcome = "failed"
-        self._owed.settle(report)
-        node: Any = getattr(report, "node", None)
-        worker = self._workers.get(node)
+        if self._owed.failures:
+            self._owed.settle(report)
+        worker = self._workers.get(told["node"]) if "node" in told else None
         if worker is None:
             return
         worker.moved = time.monotonic()
@@ -238,7 +239,7 @@ class GpumemScheduling:
                 self._again.add(report.item_index)
                 self._owed.promise(report)
         if report.when == "teardown":
-            worker.taken = taken(report.user_properties)
+            worker.taken = taken(report.user_properties) if report.user_properties else Taken()
 
     def _runs_again(self, test: int) -> bool:
         """Return whether a test that ran out of memory will be handed out again."""

@@ -83,7 +83,8 @@ class Worker:
             builtin values.
         holding: returns by card (UUID) the bytes this process keeps on it, context included, and
             how many of them wider fixtures hold, by identity; nothing of cards that it has not
-            used. Cheap.
+            used.
+        since: returns what stays the same while ``holding`` does; -1 where that is not known.
         used: returns by card the bytes that anybody uses, nothing when asked too often.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
         spoiled: tells whether the test that ends may run again, and its set-up failed, by which it
@@ -98,6 +99,7 @@ class Worker:
         *,
         hello: Callable[[Sequence[pytest.Item]], Mapping[str, Any]],
         holding: Callable[[], Mapping[str, tuple[int, dict[str, int]]]],
+        since: Callable[[], int],
         used: Callable[[], Mapping[str, int]],
         release: Callable[[], None],
         spoiled: Callable[[], bool],
@@ -106,6 +108,7 @@ class Worker:
         self._interactor = _interactor(config)
         self._hello = hello
         self.holding = holding
+        self.since = since
         self.used = used
         self.ram: Callable[[], tuple[int, int] | None] | None = None
         """Returns the bytes of main memory that this process keeps more than before its first test,
@@ -204,6 +207,8 @@ class Stage:
         self._spoiled = False
         self._index = 0
         self._told: Mapping[str, tuple[int, dict[str, int]]] = {}
+        self._since = -1
+        """When that was looked at, by ``Worker.since``."""
         for place, name in enumerate(SENTINELS):
             sentinel: Sentinel = Sentinel.from_parent(session, name=f"gpumem-{name}")
             sentinel.place, sentinel.stage = place, self
@@ -253,10 +258,13 @@ class Stage:
 
     def tell(self, **message: Any) -> None:
         """Tell what is kept, if that is new, and what else there is to say."""
-        holding, used = self._worker.holding(), self._worker.used()
-        if holding != self._told or used:
-            self._told = holding
-            message |= {"holding": dict(holding), "used": dict(used)}
+        used, since, before = self._worker.used(), self._worker.since(), self._since
+        self._since = since
+        if message or used or not 0 <= since == before:
+            holding = self._worker.holding()
+            if holding != self._told or used:
+                self._told = holding
+                message |= {"holding": dict(holding), "used": dict(used)}
         if message:
             self._worker.send(**message)
 

@@ -8,7 +8,7 @@ import torch
 from states import same
 
 from pytest_gpumem import GpuConsolidator, get_gpu_consolidator
-from pytest_gpumem.archive import consolidator as module
+from pytest_gpumem.archive import shared
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import DiskError
 
@@ -163,9 +163,9 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path):
 def test_there_is_one_consolidator_until_it_is_configured_anew(tmp_path):
     one = get_gpu_consolidator()
     assert get_gpu_consolidator() is one
-    module.configure(above=0.5)
+    shared.configure(above=0.5)
     try:
         assert get_gpu_consolidator() is not one
         assert get_gpu_consolidator().above == 0.5
     finally:
-        module.configure()
+        shared.configure()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_gpumem.archive import consolidator
+from pytest_gpumem.archive import shared
 from pytest_gpumem.routing import placement
 
 FULL = RuntimeError("CUDA out of memory. Tried to allocate 1.00 GiB")
@@ -143,4 +143,4 @@ def test_the_size_of_a_model_counts_a_shared_storage_once():
     assert placement.size_of(tied) == placement.size_of(model) == whole
     assert not placement.is_on_card(model)
     assert not placement.is_all_on_card(model)
-    assert not consolidator.get_gpu_consolidator().sleeping_bytes(model)
+    assert not shared.get_gpu_consolidator().sleeping_bytes(model)

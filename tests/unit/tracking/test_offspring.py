@@ -61,7 +61,7 @@ def test_without_the_numbers_of_processes_it_is_noticed_as_well(broken, monkeypa
             monkeypatch.setattr(offspring, "_NUMBERS", "/nowhere")
         watch = offspring.Offspring()
         if broken != "missing" and LINUX:
-            os.close(watch._numbers._file)
+            os.close(watch._numbers)
         found = [watch.stirred()]
         subprocess.run([TRUE], check=True)
         found += [watch.stirred(), watch.stirred()]
