@@ -23,11 +23,14 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "pytest_gpumem"
+AGENT = f"{PACKAGE}.pth"
+"""Lies beside the package, where an interpreter that starts looks for it."""
 LARGE = {"torch", "models"}
 """Extras that are resolved and not installed."""
 IN_SDIST = {
-    *(PACKAGE, "tests", "docs", "scripts", "mkdocs.yml", "Makefile", "pyproject.toml"),
-    *("README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO", ".gitignore"),
+    *(PACKAGE, AGENT, "tests", "docs", "scripts", "mkdocs.yml", "Makefile", "pyproject.toml"),
+    *("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
+    *("LICENSE", "PKG-INFO", ".gitignore"),
 }
 MOST = 3 * 2**20
 """Bytes; an archive that is larger has something in it that was not meant to be there."""
@@ -87,10 +90,10 @@ def judge_wheel(wheel: Path) -> Message:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     sources = {name for name in names if not name.startswith(f"{info}/")}
     # What is in the tree and neither committed nor ignored would be packed too, so git is asked.
-    expect_same(sources, set(tracked(PACKAGE)), wheel)
+    expect_same(sources, set(tracked(PACKAGE, AGENT)), wheel)
     expect(f"{PACKAGE}/py.typed" in sources, "the wheel does not say that it is typed")
     expect(f"{info}/licenses/LICENSE" in names, "the wheel has no licence")
-    for line in (f"gpumem = {PACKAGE}.plugin", f"gpumem = {PACKAGE}.cli:main"):
+    for line in (f"gpumem = {PACKAGE}.plugin", f"gpumem = {PACKAGE}.cli.main:main"):
         expect(line in entry_points, f"the wheel has no entry point {line!r}")
     return metadata
 
