@@ -11,7 +11,7 @@ from pytest_gpumem.devices.notebook import note_failure
 from pytest_gpumem.devices.reading import AllocatorReading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from pytest_gpumem.records import Card
 
@@ -26,6 +26,13 @@ class Allocator(Protocol):
     name: str
     exact_peaks: bool
     """Whether its peaks are those since they were set back; else it may have been higher."""
+
+    @property
+    def used(self) -> Collection[int]:
+        """The devices whose peaks were set back: they may show no other trace of having been used.
+
+        Their contexts stay all the same.
+        """
 
     def active(self) -> bool:
         """Whether the framework has initialised its devices; about 1 us, initialises nothing."""
@@ -61,6 +68,7 @@ class TorchAllocator:
         figures: Callable[[Any, int], AllocatorReading],
     ) -> None:
         self.name = name
+        self.used: set[int] = set()
         self._face = face
         self._figures = figures
         self._last: tuple[AllocatorReading, ...] = ()
@@ -95,6 +103,7 @@ class TorchAllocator:
 
     def reset_peak(self, index: int) -> None:
         """Make the current figures of a device its peaks, unnoticed by the suite."""
+        self.used.add(index)
         with torch_private.unnoticed():
             self._do("reset_peak_memory_stats", index)
 

@@ -224,7 +224,8 @@ class Holdings:
                 card = allocator.card(index)
                 # A peak is forgotten with what it was the peak of, and a process whose first
                 # request failed has none; the context stays.
-                if now.reserved_peak or now.ooms or card.uuid in self._read:
+                known = index in allocator.used or card.uuid in self._read
+                if now.reserved_peak or now.ooms or known:
                     self._update(card, now.reserved)
         return {uuid: kept for uuid, (kept, _) in self._read.items()} if self._read else {}
 

@@ -29,6 +29,7 @@ class PlainAllocator:
     def __init__(self, card: SharedCard) -> None:
         self.shared = card
         self._now = self._peak = self._ooms = 0
+        self.used: set[int] = set()
 
     def take(self, size: int) -> None:
         """Take ``size`` bytes and, the first time, a context."""
@@ -58,6 +59,7 @@ class PlainAllocator:
     def reset_peak(self, _index: int) -> None:
         """Begin a stretch of time with a peak of its own."""
         self._peak = self._now
+        self.used.add(0)
 
     def release_cached(self) -> None:
         """Do nothing: there is no cache."""

@@ -75,6 +75,13 @@ def test_a_test_that_uses_the_card_holds_a_lease(run, mode):
         assert not grant.alone
 
 
+def test_only_the_first_test_of_a_process_asks_for_a_context(run):
+    finished = run(HEAVY)
+
+    first, second = (grant.size for grant in grants(finished))
+    assert first > second == 2048 * MIB
+
+
 @pytest.mark.parametrize("arguments", [("-n", "2"), BY_FILE], ids=["scheduled", "by file"])
 def test_what_does_not_fit_together_does_not_run_together(run, arguments):
     other = "import os\nimport pytest\nfrom test_it import take\n" + HEAVY

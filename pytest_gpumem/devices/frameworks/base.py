@@ -13,7 +13,7 @@ from pytest_gpumem.devices.reading import AllocatorReading
 from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from pytest_gpumem.records import Card
 
@@ -138,6 +138,11 @@ class Framework(ABC):
         from pytest_gpumem.records import Card
 
         return Card(f"{self.name}:{index}", f"{self.name} device {index}", 0)
+
+    @property
+    def used(self) -> Collection[int]:
+        """The devices whose peaks were set back."""
+        return self._seen.keys()
 
     def reset_peak(self, index: int) -> None:
         """Let the next peak be one of the time from now on, as far as the framework tells it."""

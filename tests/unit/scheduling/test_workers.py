@@ -259,6 +259,7 @@ class FakeAllocator:
 
     def __init__(self):
         self.reserved, self.reserved_peak, self.ooms = 5, 9, 0
+        self.used = set()
 
     def read(self):
         used = AllocatorReading(1, 1, self.reserved, self.reserved_peak, 0, self.ooms)
@@ -327,6 +328,13 @@ def test_what_was_given_back_is_not_kept_though_its_peak_is_forgotten(driver, al
     allocator.reserved = allocator.reserved_peak = 0
 
     assert holdings() == {"GPU-a": 50}
+
+
+def test_a_context_stays_where_a_test_gave_all_back_and_its_peak_was_forgotten(driver, allocator):
+    allocator.reserved = allocator.reserved_peak = 0
+    allocator.used = {0}
+
+    assert Holdings(context=50)() == {"GPU-a": 50}
 
 
 def test_a_process_whose_first_request_failed_keeps_a_context(driver, allocator):
