@@ -248,7 +248,8 @@ class Leases:
         """
         leased = self.standing.leased(self.held_here)
         self._ever_kept.update(leased)
-        held = self._tell_kept()
+        # What came while a test runs is a part of its lease, and would count twice for others.
+        held = self._tell_kept() if self._lease is None else self._kept()
         standing = self._standing() if held else {}
         found = {uuid: (kept, dict(standing.get(uuid, ()))) for uuid, kept in held.items()}
         return with_leases(found, leased) if leased else found

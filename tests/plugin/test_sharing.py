@@ -82,6 +82,28 @@ def test_only_the_first_test_of_a_process_asks_for_a_context(run):
     assert first > second == 2048 * MIB
 
 
+def test_what_a_fixture_holds_counts_once_while_its_first_test_runs(run):
+    finished = run(
+        """
+from pytest_gpumem.leases.api import store
+
+@pytest.fixture(scope="module")
+def model():
+    return take(1000 * 1024)
+
+@pytest.mark.gpu(vram="2GiB")
+def test_a(model):
+    own = [entry for entry in store().ledger.read().taken if entry.pid == os.getpid()]
+    claims = [claim for entry in own for claim in entry.claims.values()]
+    assert sum(claim.resident + claim.extra for claim in claims) < 2500 * 2**20, own
+""",
+        "-n",
+        "1",
+    )
+
+    assert finished.outcomes == {"passed": 1}, finished.output
+
+
 @pytest.mark.parametrize("arguments", [("-n", "2"), BY_FILE], ids=["scheduled", "by file"])
 def test_what_does_not_fit_together_does_not_run_together(run, arguments):
     other = "import os\nimport pytest\nfrom test_it import take\n" + HEAVY
