@@ -19,7 +19,7 @@ nox.options.error_on_missing_interpreters = False
 CORE = [
     *(f"tests/unit/{room}" for room in ("cli", "devices", "leases", "plugin", "reports")),
     *(f"tests/unit/{room}" for room in ("routing", "scheduling", "tracking", "test_house.py")),
-    *(f"tests/plugin/test_{name}.py" for name in ("scheduler", "sharing")),
+    *(f"tests/plugin/test_{name}.py" for name in ("isolated", "scheduler", "sharing")),
 ]
 """What needs no plugins but those of ``BESIDE``."""
 BESIDE = (
@@ -61,7 +61,7 @@ def oldest(session: nox.Session) -> None:
     session.install(".", *map(floor, claimed), *BESIDE)
     # Our own settings are for the newest pytest and for plugins that need one.
     session.run(
-        *("pytest", "-o", "addopts=-ra", "-m", "not newest"),
+        *("pytest", "-o", "addopts=-ra", "-m", "not newest and not slow"),
         *("-W", "ignore::pytest.PytestConfigWarning"),
         *(session.posargs or CORE),
         env=ENVIRONMENT,

@@ -30,6 +30,8 @@ from pytest_gpumem.units import format_mib
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from _pytest.terminal import TerminalReporter
+
     from pytest_gpumem.plugin.budget import Budgets
 
 
@@ -338,7 +340,7 @@ class Reporting:
             sentence = f"what was learned is lost: {error.strerror}: {error.filename!r}"
             self._state.notes.append(sentence)
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         """Show the GPU memory section, if any test touched a card."""
         run, verbosity = self.run_record(), terminalreporter.config.get_verbosity()
         if not (run.tests or run.notes or run.lost or self._failures):

@@ -82,6 +82,26 @@ def test_rooms_use_only_what_lies_below(path):
             assert own == "plugin", f"{name} uses the simulator"
 
 
+NEWER = {
+    *("Approx", "HIDDEN_PARAM", "ParameterSet", "PytestApproxDecimalToleranceWarning"),
+    *("PytestFDWarning", "PytestRemovedIn10Warning", "RaisesExc", "RaisesGroup", "ScopeName"),
+    *("SubtestReport", "Subtests", "TerminalReporter", "register_fixture"),
+}
+"""Names of pytest 9.2 that the oldest, 8.0, does not have."""
+
+
+@every_file
+def test_nothing_is_taken_from_pytest_that_the_oldest_does_not_have(path):
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "pytest"
+    }
+    assert not used & NEWER
+
+
 def test_no_circle_of_files():
     """A reader finds the file that comes first; imports for types count as well."""
     above = {}

@@ -125,12 +125,15 @@ class Serving:
 
         It is there for those that write by it, as pytest-timeout writes stacks.
         """
+        # Public, as pytest.TerminalReporter, only in later versions than the oldest we work with.
+        from _pytest.terminal import TerminalReporter
+
         plugins = config.pluginmanager
         reporter = plugins.getplugin("terminalreporter")
         if reporter is not None:
             plugins.unregister(reporter)
-            hooks = [name for name in dir(pytest.TerminalReporter) if name.startswith("pytest_")]
-            silent = type("Silent", (pytest.TerminalReporter,), dict.fromkeys(hooks))
+            hooks = [name for name in dir(TerminalReporter) if name.startswith("pytest_")]
+            silent = type("Silent", (TerminalReporter,), dict.fromkeys(hooks))
             plugins.register(silent(config), "terminalreporter")
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
