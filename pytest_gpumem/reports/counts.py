@@ -14,7 +14,7 @@ from pytest_gpumem.reports import children
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pytest_gpumem.records import (
         CardUsage,
@@ -156,6 +156,22 @@ def peaks(run: RunRecord) -> list[Row]:
                 total = totals.get((test.host, card.card), 0)
                 most[key] = Row(card, test, f"{own(card) / total:.0%}" if total else "")
     return sorted(most.values(), key=lambda row: -own(row.usage))
+
+
+class Column(NamedTuple):
+    """A figure of the table of own peaks."""
+
+    title: str
+    width: int
+    cell: Callable[[Row], str]
+
+
+PEAK_COLUMNS = (
+    Column("own peak", 11, lambda row: format_bytes(own(row.usage))),
+    Column("of card", 8, lambda row: row.part),
+    Column("peak", 11, lambda row: format_bytes(row.usage.peak)),
+    Column("leftover", 11, lambda row: format_bytes(row.usage.leftover)),
+)
 
 
 def instances(tests: Sequence[RecordedTest]) -> list[FixtureUsage]:

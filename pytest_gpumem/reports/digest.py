@@ -9,11 +9,12 @@ from pytest_gpumem.forensics.compare import Limits, compare
 from pytest_gpumem.records import short
 from pytest_gpumem.reports import alive, budgets, forensics, ram, timeline
 from pytest_gpumem.reports.counts import (
+    PEAK_COLUMNS,
+    Leak,
     by_kind,
     count_up,
     left_by_scopes,
     likewise_leaks,
-    own,
     peaks,
     place,
     plural,
@@ -22,7 +23,7 @@ from pytest_gpumem.reports.sections import Section
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_gpumem.records import RunRecord
 
@@ -45,64 +46,62 @@ def sections(run: RunRecord, top: int, base: RunRecord | None = None) -> Iterato
     found = analysis.of_record(run)
     if found.events:
         yield from forensics.ranked(found)
-    if counted.leaks:
-        yield _table(
-            "Leaks",
-            (">size", "leaked by", "held by", ">likewise"),
-            [
-                (
-                    format_bytes(first.size),
-                    first.by,
-                    "; ".join([*(each.where for each in first.holders[:1]), *first.orphans]),
-                    likewise_leaks(others),
-                )
-                for first, *others in by_kind(counted.leaks)
-            ],
-            shown,
-        )
-    left = left_by_scopes(run)
-    if left:
-        rows = [(format_bytes(each.size), each.name, each.where) for each in left]
-        yield _table("Left by module", (">left", "by", "held by"), rows, shown)
+    yield from _leaks(counted.leaks, shown)
+    yield from _left_by_module(run, shown)
     known = {test.nodeid for test, each in alive.told(run) if each.recorded}
     if told := tuple(line[2:] for line in budgets.lines(run.budgets, shown, known)):
         yield Section("Budgets", told)
-    if lines := alive.table(run, _ALIVE_SHOWN):
-        yield _table("What filled the card", (">bytes", "line", "kind", "of", "test"), lines, shown)
+    alive_rows = alive.table(run, _ALIVE_SHOWN)
+    yield from _table(
+        "What filled the card", (">bytes", "line", "kind", "of", "test"), alive_rows, shown
+    )
     if base is not None and base.tests and run.tests:
         before = analysis.of_record(base, _name(base))
         yield from _against(
             _name(base), *forensics.compared(compare(before, found, Limits()), shown)
         )
-    highest = peaks(run)
-    if highest:
-        several = len(run.cards) > 1
-        yield _table(
-            "Own peaks",
-            (">own peak", ">of card", ">peak", ">leftover", *["card"][:several], "test"),
-            [
-                (
-                    format_bytes(own(usage)),
-                    part,
-                    format_bytes(usage.peak),
-                    format_bytes(usage.leftover),
-                    *[short(usage.card)][:several],
-                    place(test),
-                )
-                for usage, test, part in highest
-            ],
-            shown,
+    yield from _own_peaks(run, shown)
+    yield from _main_memory(run, shown)
+
+
+def _leaks(leaks: Iterable[Leak], shown: int) -> Iterator[Section]:
+    rows = [
+        (
+            format_bytes(first.size),
+            first.by,
+            "; ".join([*(each.where for each in first.holders[:1]), *first.orphans]),
+            likewise_leaks(others),
         )
-    if in_ram := ram.most(run.tests):
-        yield _table(
-            "Main memory",
-            (">own peak", ">kept", "test"),
-            [
-                (format_bytes(usage.own_peak), format_bytes(usage.kept), place(test))
-                for usage, test in in_ram
-            ],
-            shown,
+        for first, *others in by_kind(leaks)
+    ]
+    return _table("Leaks", (">size", "leaked by", "held by", ">likewise"), rows, shown)
+
+
+def _left_by_module(run: RunRecord, shown: int) -> Iterator[Section]:
+    rows = [(format_bytes(each.size), each.name, each.where) for each in left_by_scopes(run)]
+    return _table("Left by module", (">left", "by", "held by"), rows, shown)
+
+
+def _own_peaks(run: RunRecord, shown: int) -> Iterator[Section]:
+    several = len(run.cards) > 1
+    titles = (*(f">{column.title}" for column in PEAK_COLUMNS), *["card"][:several], "test")
+    rows = [
+        (
+            *(column.cell(row) for column in PEAK_COLUMNS),
+            *[short(row.usage.card)][:several],
+            place(row.test),
         )
+        for row in peaks(run)
+    ]
+    return _table("Own peaks", titles, rows, shown)
+
+
+def _main_memory(run: RunRecord, shown: int) -> Iterator[Section]:
+    rows = [
+        (format_bytes(usage.own_peak), format_bytes(usage.kept), place(test))
+        for usage, test in ram.most(run.tests)
+    ]
+    return _table("Main memory", (">own peak", ">kept", "test"), rows, shown)
 
 
 def _against(name: str, counts: Section, *changes: Section) -> Iterator[Section]:
@@ -131,6 +130,8 @@ def _name(run: RunRecord) -> str:
 
 def _table(
     title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], shown: int
-) -> Section:
-    more = (f"{len(rows) - shown:,} more",) if len(rows) > shown else ()
-    return Section(title, more, columns, tuple(rows[:shown]))
+) -> Iterator[Section]:
+    """Yield a table cut to its first rows, none where there is nothing in it."""
+    if rows:
+        more = (f"{len(rows) - shown:,} more",) if len(rows) > shown else ()
+        yield Section(title, more, columns, tuple(rows[:shown]))

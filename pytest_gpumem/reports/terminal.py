@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpumem.records import short
 from pytest_gpumem.reports import alive, budgets, children, proofs, ram, timeline
 from pytest_gpumem.reports.counts import (
+    PEAK_COLUMNS,
     Counted,
     Leak,
     LeftByScope,
@@ -22,7 +23,6 @@ from pytest_gpumem.reports.counts import (
     left_by_scopes,
     likewise,
     likewise_leaks,
-    own,
     peaks,
     place,
     plural,
@@ -133,20 +133,17 @@ def _table(run: RunRecord, shown: int, verbosity: int) -> Iterator[Line]:
     if not rows:
         return
     several = len(run.cards) > 1
+    titles = " ".join(f"{column.title:>{column.width}}" for column in PEAK_COLUMNS)
     yield Line("")
-    yield Line(
-        f"{'own peak':>11} {'of card':>8} {'peak':>11} {'leftover':>11}  "
-        f"{'card      ' if several else ''}test"
-    )
-    for card, test, part in rows[:shown]:
-        which = f"{short(card.card)}  " if several else ""
-        yield Line(
-            f"{format_bytes(own(card)):>11} {part:>8} {format_bytes(card.peak):>11} "
-            f"{format_bytes(card.leftover):>11}  {which}{place(test)}"
-        )
+    yield Line(f"{titles}  {'card      ' if several else ''}test")
+    for row in rows[:shown]:
+        figures = " ".join(f"{column.cell(row):>{column.width}}" for column in PEAK_COLUMNS)
+        which = f"{short(row.usage.card)}  " if several else ""
+        yield Line(f"{figures}  {which}{place(row.test)}")
         if verbosity > 0:
             indent = " " * 33
-            yield from (Line(f"{indent}{each}") for each in children.largest(test, card.card))
+            largest = children.largest(row.test, row.usage.card)
+            yield from (Line(f"{indent}{each}") for each in largest)
     yield from _more(len(rows) - shown, "test")
 
 
