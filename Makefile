@@ -16,10 +16,11 @@ PACKAGE := $(shell find pytest_gpumem -name '*.py' -o -name '*.pyi' -o -path '*/
 # The tests are about the built wheel: nothing may import the source tree beside it.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help quick demo test test-rest test-pytest8 lint docs coverage bench soak replay gpu-check wheel package-check clean
+.PHONY: help quick one demo test test-rest test-pytest8 lint docs coverage bench soak replay gpu-check wheel package-check clean
 
 help:
 	@echo "make quick          lint, types and the rooms that need no pytest run, for every save"
+	@echo "make one ARGS=FILE  the tests of a file or a room, on the wheel as it would be now"
 	@echo "make demo           the demo suite, on the GPU or on a simulated one"
 	@echo "make test           all tests on pytest 9, those of the plugin's core also on pytest 8"
 	@echo "make lint           ruff and mypy"
@@ -38,6 +39,9 @@ demo: $(VENV)/.wheel
 
 quick: lint
 	$(BIN)/pytest -q -n 2 $(addprefix tests/unit/,$(QUICK)) $(ARGS)
+
+one: $(VENV)/.wheel
+	$(BIN)/pytest -q $(ARGS)
 
 # Each test runs once: those of the rooms under coverage, which would slow the others' processes.
 test: coverage test-rest test-pytest8

@@ -267,4 +267,5 @@ def test_every_field_and_cause_is_in_the_document():
     )  # fmt: skip
     names = {name for kind in kinds for name in kind._fields}
     names |= set(findings.CAUSES) | {grammar.backend for grammar in grammars.GRAMMARS}
-    assert sorted(name for name in names if f"`{name}`" not in document) == []
+    missing = sorted(name for name in names if f"`{name}`" not in document)
+    assert missing == [], "each belongs into docs/forensics.md"
