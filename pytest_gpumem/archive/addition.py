@@ -62,18 +62,3 @@ def add(place: Place, state: Any, beside: Beside) -> str:
             # The same for an error.
             new.close(keep=not done and place.states.holds(content))
     return name
-
-
-def arguments_of(item: Any) -> dict[str, Any]:
-    """Return the arguments of ``put`` that an item of ``put_many`` stands for.
-
-    Raises:
-        StateRefusedError: it is no such item.
-
-    """
-    if not isinstance(item, dict) or "data" not in item:
-        raise StateRefusedError("cannot archive an item without 'data'")
-    if unknown := sorted(set(item) - {"data", *Beside._fields}, key=str):
-        raise StateRefusedError(f"cannot archive an item with {unknown[0]!r}")
-    more = {name: value for name, value in item.items() if name != "data"}
-    return {"state": item["data"], **more}

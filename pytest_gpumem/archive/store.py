@@ -25,7 +25,7 @@ from pytest_gpumem.archive.checkup import Checkup, Health, Problem
 from pytest_gpumem.archive.disk import explained
 from pytest_gpumem.archive.place import Place, make_directories
 from pytest_gpumem.archive.retention import Forgotten, rules_of
-from pytest_gpumem.errors import ArchiveError, NotFoundError
+from pytest_gpumem.errors import NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -144,19 +144,6 @@ class ArchiveStore:
             arguments.mapping("metadata", metadata),
         )
         return addition.add(self._place, state, beside)
-
-    def put_many(self, items: Iterable[dict[str, Any]]) -> list[str | ArchiveError]:
-        """Archive each item and return, in order, its id or why it was refused.
-
-        An item has ``data``, the state, and may have the other arguments of ``put``.
-        """
-        found: list[str | ArchiveError] = []
-        for item in items:
-            try:
-                found.append(self.put(**addition.arguments_of(item)))
-            except ArchiveError as error:
-                found.append(error)
-        return found
 
     # Getting
 
