@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _FELLED = ("failed", "error")
 _OWN = "this test"
-KINDS = ("parameter", "gradient", "optimizer state", "activation")
-"""Those that are worth a word."""
+_SAYS_NOTHING = ("other", "unknown")
+"""Kinds that are not worth a word."""
 
 
 class Row(NamedTuple):
@@ -70,12 +70,18 @@ def rows(alive: Alive) -> list[Row]:
         Row(
             sum(group.size for group in groups),
             what,
-            ", ".join(dict.fromkeys(group.kind for group in groups if group.kind in KINDS)),
+            ", ".join(
+                dict.fromkeys(group.kind for group in groups if group.kind not in _SAYS_NOTHING)
+            ),
             owner,
         )
         for (what, owner), groups in found.items()
     ]
     return sorted(made, key=lambda row: -row.size)
+
+
+def _kinds(groups: Iterable[AliveGroup]) -> Iterable[str]:
+    return dict.fromkeys(each.kind for each in groups if each.kind not in _SAYS_NOTHING)
 
 
 def _what(group: AliveGroup) -> str:

@@ -22,8 +22,8 @@ a handle, their kernels and a workspace of up to 32 MiB (``CUBLAS_WORKSPACE_CONF
 notes on CUDA)."""
 _OUTPUT = 1 << 16
 """Bytes of a command's output that are looked at: its last words tell why it failed."""
-_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-_GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
 def give_back(errors: Sequence[BaseException], stayed: Callable[[], bool]) -> None:
@@ -248,7 +248,7 @@ def _suspended(frames: list[types.FrameType]) -> set[int]:
 
     Before Python 3.13 ``frame.clear()`` would end them: their ``finally`` blocks would run early.
     """
-    candidates = [frame for frame in frames if frame.f_code.co_flags & _SUSPENDABLE]
+    candidates = [frame for frame in frames if frame.f_code.co_flags & SUSPENDABLE]
     if sys.version_info >= (3, 13) or not candidates:
         return set()
     elif sys.version_info >= (3, 11):  # noqa: RET505  # mypy knows branches by version, not returns
@@ -262,7 +262,7 @@ def _suspended(frames: list[types.FrameType]) -> set[int]:
         return {
             id(frame)
             for frame in candidates
-            if any(type(owner) in _GENERATORS and _refers(owner, frame) for owner in owners)
+            if any(type(owner) in GENERATORS and _refers(owner, frame) for owner in owners)
         }
 
 

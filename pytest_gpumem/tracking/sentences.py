@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from pytest_gpumem.devices.heap import instances
+from pytest_gpumem.tracking.release import GENERATORS, SUSPENDABLE
 from pytest_gpumem.tracking.torch_heap import class_namespace, is_a, mro, namespace
 
 _INSTALLED = ("site-packages", "dist-packages")
-_GENERATORS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 _LRU_CACHE = functools._lru_cache_wrapper
 
 
@@ -245,10 +245,7 @@ def _state(frame: types.FrameType) -> str:
         if _passed_through(error, frame):
             last = error is getattr(sys, "last_value", None)
             return f"{'sys.last_value: ' if last else ''}traceback of {type(error).__name__} in"
-    return "suspended" if frame.f_code.co_flags & _SUSPENDABLE else "frame of"
-
-
-_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+    return "suspended" if frame.f_code.co_flags & SUSPENDABLE else "frame of"
 
 
 def _thread_name(ident: int) -> str:
@@ -284,7 +281,7 @@ _NAMERS: tuple[tuple[type, Namer], ...] = (
     (_LRU_CACHE, _lru_cache),
     (contextvars.Context, _context_variable),
     (types.FrameType, _frame_local),
-    *((kind, _frame_local) for kind in _GENERATORS),
+    *((kind, _frame_local) for kind in GENERATORS),
 )
 
 
