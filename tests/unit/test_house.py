@@ -1,6 +1,7 @@
 """The plan of the house: which room may use which."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import pytest_gpumem
 
 ROOT = Path(pytest_gpumem.__file__).parent
+REPOSITORY = Path(__file__).parents[2]
 FLOORS = (
     {
         "units",
@@ -132,3 +134,12 @@ def test_no_module_and_no_class_is_long(path):
     if (lines := len(text.splitlines())) > LARGEST_MODULE:
         long["the module"] = lines
     assert not long
+
+
+def test_the_plan_names_files_that_are_there():
+    named = set(re.findall(r"[\w/]+\.py\b", (REPOSITORY / "ARCHITECTURE.md").read_text()))
+    trees = (ROOT, REPOSITORY / "tests", REPOSITORY / "scripts")
+    there = [path.as_posix() for tree in trees for path in tree.rglob("*.py")]
+    missing = {name for name in named if not any(path.endswith(f"/{name}") for path in there)}
+    assert "planner.py" in named
+    assert sorted(missing) == []
