@@ -53,6 +53,18 @@ class Suite(NamedTuple):
     arguments: list[str]
 
 
+def source(test):
+    """Return the source of a test of this name, fixture and body."""
+    named, fixture, body = test
+    name, _, parameter = named.partition("[")
+    given = [fixture] if fixture else []
+    mark = ""
+    if parameter:
+        mark = f"@pytest.mark.parametrize('p', [{parameter[:-1]!r}])\n"
+        given.append("p")
+    return f"{mark}def {name}({', '.join(given)}):\n    {body}\n"
+
+
 def write(directory, kind, chance):
     """Write a suite and return what is known of it."""
     pollutes, cleans, asserts = KINDS[kind]
@@ -95,18 +107,10 @@ def write(directory, kind, chance):
     (directory / "state.py").write_text(STATE)
     (directory / "conftest.py").write_text(conftest)
     (directory / "pytest.ini").write_text("[pytest]\naddopts = -x\n")
+    tests = [*zip(names, argument, bodies, strict=True)]
     for file in range(files):
-        text = heads[file]
-        for number in range(count):
-            if file_of[number] != file:
-                continue
-            given = [argument[number]] if argument[number] else []
-            name, _, parameter = names[number].partition("[")
-            if parameter:
-                text += f"@pytest.mark.parametrize('p', [{parameter[:-1]!r}])\n"
-                given.append("p")
-            text += f"def {name}({', '.join(given)}):\n    {bodies[number]}\n"
-        (directory / f"test_{file}.py").write_text(text)
+        of_file = [test for number, test in enumerate(tests) if file_of[number] == file]
+        (directory / f"test_{file}.py").write_text(heads[file] + "".join(map(source, of_file)))
     tail = TORCH if kind in ("memory", "dtype") else ""
     (directory / "test_z.py").write_text(f"{HEAD}{tail}def test_it():\n    {asserts}\n")
     found = [
