@@ -100,9 +100,9 @@ def _configure(config: pytest.Config) -> None:
     if not is_worker(config) and to_tell:
         _report(config)
     if controller:
-        from pytest_gpumem.plugin.xdist.lost import Lost
+        from pytest_gpumem.plugin.xdist.lost_workers import LostWorkers
 
-        config.pluginmanager.register(Lost(state), Lost.NAME)
+        config.pluginmanager.register(LostWorkers(state), LostWorkers.NAME)
     if settings.mode == "on" and _shares(config):
         _share(config)
 

@@ -31,8 +31,8 @@ from pytest_gpumem.plugin.wide_fixtures import called, identity
 from pytest_gpumem.records import properties
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.accounts import NOTHING_USED, Fixture, Scope, Usage
-from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.meter import release_when_shared
+from pytest_gpumem.tracking.process_changes import ProcessChanges
 from pytest_gpumem.tracking.tracker import Tracker
 from pytest_gpumem.tracking.verdict import holds_memory
 from pytest_gpumem.units import format_bytes
@@ -80,7 +80,7 @@ class Measuring:
         on, settings = state.settings.mode == "on", state.settings
         rules = (release_when_shared(_shared(self._cards)),) if on else ()
         # Where the plugin caps it, the memory fraction is the cap's business.
-        left = LeftBehind(put_back=on, fractions=settings.fraction is None)
+        left = ProcessChanges(put_back=on, fractions=settings.fraction is None)
         self.tracker = Tracker(*rules, left=left, stacks=settings.stacks, root=config.rootpath)
         self._item: pytest.Item | None = None
         """The test that is measured."""

@@ -24,8 +24,8 @@ from pytest_gpumem.tracking.accounts import (
     fixture_usages,
     held,
 )
-from pytest_gpumem.tracking.left_behind import LeftBehind
 from pytest_gpumem.tracking.meter import Meters, ReleaseCache
+from pytest_gpumem.tracking.process_changes import ProcessChanges
 from pytest_gpumem.tracking.recordings import Recordings
 from pytest_gpumem.tracking.scopes import Scopes
 from pytest_gpumem.tracking.turns import Turns
@@ -51,7 +51,7 @@ class Tracker:
         self,
         release_cache: ReleaseCache = lambda _card, _reading: False,
         *,
-        left: LeftBehind | None = None,
+        left: ProcessChanges | None = None,
         stacks: bool = False,
         root: Path | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class Tracker:
         self.meters = Meters(self._turns.charge, release_cache)
         self.boundary = self.meters.boundary
         self._tensors = TensorLedger(root)
-        self._left = left or LeftBehind()
+        self._left = left or ProcessChanges()
         self.children: Children | None = None
         """What tests start; whoever has a place for their book gives it before the first test."""
         known = self._turns, self.meters, self._tensors

@@ -15,7 +15,7 @@ from harness import MODES, run_pytest, write_suite
 from pytest_gpumem.devices.host import MACHINE, Killed, pools
 from pytest_gpumem.leases.request import Want
 from pytest_gpumem.leases.store import LeaseStore
-from pytest_gpumem.plugin.xdist.lost import Lost, _why
+from pytest_gpumem.plugin.xdist.lost_workers import LostWorkers, _why
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -297,7 +297,7 @@ def test_two_workers_that_are_killed_at_once_are_both_explained(monkeypatch):
     monkeypatch.setattr("pytest_gpumem.devices.host.killed", lambda: next(counts))
     monkeypatch.setattr("pytest_gpumem.plugin.xdist.nodes.ended_well", lambda _: False)
     monkeypatch.setattr("pytest_gpumem.plugin.xdist.nodes.exit_status", lambda _: -9)
-    lost = Lost(None)
+    lost = LostWorkers(None)
     for name in ("gw0", "gw1", "gw2"):
         lost.pytest_testnodedown(SimpleNamespace(gateway=SimpleNamespace(id=name)))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpumem.plugin import attempts
-from pytest_gpumem.plugin.xdist import lost
+from pytest_gpumem.plugin.xdist import lost_workers
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
 from pytest_gpumem.plugin.xdist.messages import Taken, cards_of, rooms_of, taken, tell_fixtures
 from pytest_gpumem.plugin.xdist.nodes import LOOK_AGAIN, Node, StallClock, Worker
@@ -204,7 +204,7 @@ class GpumemScheduling:
         if worker.left is not None:
             self._complete(worker, worker.left, 0.0)
         if worker.replaced:
-            lost.replace(self.config, worker, self._collection)
+            lost_workers.replace(self.config, worker, self._collection)
         given = planner.remove_worker(worker.name)
         if given is not None and given != crashed:
             planner.requeue(given)

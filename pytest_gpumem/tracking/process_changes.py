@@ -12,7 +12,7 @@ from pytest_gpumem.devices import process_state
 from pytest_gpumem.records import Left
 
 
-class LeftBehind:
+class ProcessChanges:
     """Compares what is set whenever another owner begins to run.
 
     Args:

@@ -34,7 +34,7 @@ def replace(config: pytest.Config, worker: nodes.Worker, collection: Sequence[st
         config.stash[STATE].lost.append(LostWorker(worker.name, why, last))
 
 
-class Lost:
+class LostWorkers:
     """Looks at workers that ended by a signal which nobody can catch."""
 
     NAME = "gpumem-lost"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_gpumem.devices import process_state
-from pytest_gpumem.tracking.left_behind import LeftBehind
+from pytest_gpumem.tracking.process_changes import ProcessChanges
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_who_left_what(
     monkeypatch.setattr(process_state, "variables", lambda: tuple(now.items()))
     monkeypatch.setattr(process_state, "read", lambda variables, fractions: (variables, (), ()))
     monkeypatch.setattr(process_state, "named", lambda values: dict(values[0]))
-    watch = LeftBehind()
+    watch = ProcessChanges()
     watch.look(by_test=False)
     for who, after in steps:
         now = after
@@ -78,7 +78,7 @@ def test_a_variable_that_a_test_sets_is_told(
     if replaced:  # as suites do that test what reads it
         monkeypatch.setattr(os, "environ", {})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    watch = LeftBehind()
+    watch = ProcessChanges()
     watch.look(by_test=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     watch.look(by_test=True)
