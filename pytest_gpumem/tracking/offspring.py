@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,18 @@ if TYPE_CHECKING:
 _CAN_ASK = hasattr(os, "waitid")
 """Not so on macOS before Python 3.13."""
 _NUMBERS = "/proc/sys/kernel/ns_last_pid"
+SOON = 0.005
+"""Seconds within which a program that was started holds nothing of a card yet: Python alone takes
+longer to begin, a context of CUDA as well. A fork of this process is no program, and is counted."""
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks  # noqa: PLW0603  # of this process
+    _forks += 1
+
+
+os.register_at_fork(after_in_parent=_count_fork)
 
 
 def has_children(besides: Collection[int] = ()) -> bool:
@@ -37,6 +50,9 @@ class Offspring:
 
     def __init__(self) -> None:
         self._reaped = _reaped()
+        self._forks = _forks
+        self._holds_till = 0.0
+        """How long it holds that there were none, unless this process forks."""
         self._last = b""
         """The last number when there were none; empty when there may have been some."""
         self._numbers = -1
@@ -46,10 +62,23 @@ class Offspring:
             self._numbers = os.open(_NUMBERS, os.O_RDONLY | os.O_CLOEXEC)
 
     def stirred(self, besides: Collection[int] = ()) -> bool:
-        """Whether there are some now, ``besides`` those that do not count, or were till now."""
-        # Asked after each test: most start nothing, and mostly nobody else does meanwhile. While
-        # the number stays nobody did, which takes half the time of asking for children: that
-        # raises an error where there are none.
+        """Whether there are some now, ``besides`` those that do not count, or were till now.
+
+        One that was started a moment ago, within ``SOON``, may be noticed the next time.
+        """
+        # Asked after each test: most start nothing, and most are over in less time than a child
+        # would take to its first byte of a card. Each question to the kernel takes 1 to 8 us.
+        now = time.monotonic()
+        if now < self._holds_till and self._forks == _forks:
+            return False
+        self._forks = _forks
+        found = self._look(besides)
+        self._holds_till = 0.0 if found or besides else now + SOON
+        return found
+
+    def _look(self, besides: Collection[int]) -> bool:
+        # Mostly nobody on the machine starts anything. While the number stays nobody did, which
+        # takes half the time of asking for children: that raises an error where there are none.
         last = b""
         if self._numbers >= 0:
             try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -64,6 +65,7 @@ def test_without_the_numbers_of_processes_it_is_noticed_as_well(broken, monkeypa
             os.close(watch._numbers)
         found = [watch.stirred()]
         subprocess.run([TRUE], check=True)
+        time.sleep(offspring.SOON)
         found += [watch.stirred(), watch.stirred()]
         watch.close()
         return found
@@ -71,11 +73,33 @@ def test_without_the_numbers_of_processes_it_is_noticed_as_well(broken, monkeypa
     assert apart(noticing) == [False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("start", "at_once"),
+    [
+        pytest.param(lambda: os.posix_spawn(TRUE, [TRUE], {}), False, id="a program"),
+        pytest.param(lambda: os.fork() or os._exit(0), True, id="a fork"),
+    ],
+)
+def test_a_program_is_noticed_soon_and_a_fork_at_once(start, at_once, monkeypatch):
+    def noticing():
+        now = 100.0
+        monkeypatch.setattr(offspring.time, "monotonic", lambda: now)
+        watch = offspring.Offspring()
+        found = [watch.stirred()]
+        os.waitpid(start(), 0)
+        found.append(watch.stirred())
+        now += offspring.SOON
+        return [*found, watch.stirred(), watch.stirred()]
+
+    assert apart(noticing) == [False, at_once, not at_once, False]
+
+
 def noticed(steps):
     """Yield each step with what is said right after it."""
     watch = offspring.Offspring()
     for name, act, expected in steps:
         act()
+        time.sleep(offspring.SOON)
         yield name, watch.stirred(), expected
     watch.close()
 
