@@ -18,13 +18,11 @@ from pytest_gpumem.leases.store import Lease, LeaseStore
 from pytest_gpumem.units import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from pytest_gpumem.records import Card
 
 _stores: list[LeaseStore] = []
-observers: list[Callable[[str, int], None]] = []
-"""Told of each lease that ``gpu_lease`` is about to ask for: the card's UUID, bytes."""
 
 
 @contextmanager
@@ -54,7 +52,7 @@ def gpu_lease(
 
     size = _bytes(vram)
     want, card, leases = Want(size, exclusive), _card(device), store()
-    for tell in observers:
+    for tell in notices.observers:
         tell(card.uuid, card.total if exclusive else size)
     with notices.Waiting(f"gpu_lease of {_label()}", leases.ancestors) as waiting:
         lease = leases.acquire(

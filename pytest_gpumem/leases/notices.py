@@ -23,6 +23,8 @@ AFTER = 0.5
 """Seconds of waiting that need no words."""
 EVERY = 10.0
 """Seconds between two lines of a process."""
+observers: list[Callable[[str, int], None]] = []
+"""Told of each lease that ``gpu_lease`` is about to ask for: the card's UUID, bytes."""
 
 
 class _Terminal:

@@ -155,16 +155,18 @@ def _measure(config: pytest.Config) -> None:
 
 
 def _share(config: pytest.Config) -> None:
-    from pytest_gpumem.plugin import share
-
     state = config.stash[STATE]
     if _is_controller(config):
-        controller = share.share_as_controller(config, state)
+        from pytest_gpumem.plugin.xdist.controller import share as share_as_controller
+
+        controller = share_as_controller(config, state)
         reporting: Reporting | None = config.pluginmanager.getplugin("gpumem-reporting")
         if reporting is not None:
             reporting.settling = controller.take_report
     else:
-        share.share(config, state)
+        from pytest_gpumem.plugin.share import share
+
+        share(config, state)
     if state.settings.fraction is not None and not _is_controller(config):
         from pytest_gpumem.plugin.memory_fraction import Capping
 
@@ -197,9 +199,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int,
     to_reckon_with = state.found.cards or state.settings.ram
     if state.settings.mode != "on" or asked_for or not to_reckon_with:
         return wanted
-    from pytest_gpumem.plugin import share
+    from pytest_gpumem.plugin.xdist.controller import worker_count
 
-    return share.worker_count(config, state, wanted)
+    return worker_count(config, state, wanted)
 
 
 def _report(config: pytest.Config) -> None:

@@ -330,12 +330,12 @@ class Reporting:
             self._state.notes.append(problem)
 
     def _learn(self, run: records.RunRecord) -> None:
-        from pytest_gpumem.plugin import share
+        from pytest_gpumem.plugin import learned
 
         if self._state.settings.oom_at is not None:
             return  # tests that were made to fail teach nothing
         try:
-            share.save_history(self._config, self._state, run)
+            learned.save_history(self._config, self._state, run)
         except OSError as error:
             sentence = f"what was learned is lost: {error.strerror}: {error.filename!r}"
             self._state.notes.append(sentence)

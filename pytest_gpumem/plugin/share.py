@@ -1,15 +1,14 @@
-"""Puts the sharing of cards into a run: what is known of the tests, who schedules, who leases."""
+"""Puts the sharing of cards into a process that runs tests: its leases, and what it tells."""
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gpumem import devices
+from pytest_gpumem.leases import notices
 from pytest_gpumem.plugin.ladder import Ladder, tell_why
+from pytest_gpumem.plugin.learned import load_history
 from pytest_gpumem.plugin.measure import Measuring
 from pytest_gpumem.plugin.state import HISTORY, State, is_apart, is_isolated, marks_of
 from pytest_gpumem.plugin.wide_fixtures import wide_fixtures
@@ -22,104 +21,9 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from pytest_gpumem.leases.ask import Need
     from pytest_gpumem.plugin.worker_exit import Replacing
-    from pytest_gpumem.plugin.xdist.controller import Controller
-    from pytest_gpumem.records import RunRecord
     from pytest_gpumem.tracking.tracker import Tracker
-
-
-def history_path(config: pytest.Config, state: State) -> Path | None:
-    """Return the file of learned peaks and durations, None where pytest keeps no cache.
-
-    The one that ``config.cache.mkdir("gpumem")`` leads to; ``-n auto`` needs it before there is
-    a ``config.cache``.
-    """
-    if state.settings.history is not None:
-        return state.settings.history
-    if config.pluginmanager.is_blocked("cacheprovider"):
-        return None  # whose setting may be known all the same
-    try:
-        cache = os.path.expandvars(config.getini("cache_dir"))
-    except ValueError:  # -p no:cacheprovider
-        return None
-    return config.rootpath / Path(cache).expanduser() / "d" / "gpumem" / "history.json"
-
-
-def load_history(config: pytest.Config, state: State) -> History:
-    """Return what earlier runs taught; a file that cannot be used is a note of the run."""
-    path = history_path(config, state)
-    history = History() if path is None else History.load(path)
-    if history.problem and history.problem not in state.notes:
-        state.notes.append(history.problem)
-    return history
-
-
-def save_history(config: pytest.Config, state: State, run: RunRecord) -> None:
-    """Add what a run taught.
-
-    Read again and not kept from the beginning: another run may have ended meanwhile.
-
-    Raises:
-        OSError: when the file cannot be written.
-
-    """
-    path = history_path(config, state)
-    if path is None or not (run.worker_ram or any(test.cards for test in run.tests)):
-        return
-    if state.settings.history is None:
-        config.cache.mkdir("gpumem")  # with the files by which others know a cache
-    history = History.load(path)
-    history.learn(run.tests, run.worker_ram)
-    history.save(path)
-
-
-def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
-    """Return how many workers ``-n auto`` starts where xdist would start ``wanted``."""
-    from pytest_gpumem.devices import host
-
-    settings = state.settings
-    state.ask_driver()
-    # Workers spread over the slices of a card, of which each process sees one.
-    cards = devices.cards_to_choose(os.environ.get(workers.VISIBLE)) or state.found.cards
-    readings = map(devices.driver_reading, cards)
-    free = [reading.free for reading in readings if reading is not None]
-    history = load_history(config, state)
-    count = workers.worker_count(
-        wanted,
-        host.host(),
-        free,
-        (learned for _, learned in history),
-        context=settings.context_cost,
-        headroom=settings.headroom,
-        scheduled=settings.schedule != "off" and config.getoption("dist") in ("no", "load"),
-        each_ram=history.worker_ram,
-        packs_ram=settings.ram,
-    )
-    if count is None:
-        return wanted
-    state.worker_reason = count.reason
-    return count.workers
-
-
-def share_as_controller(config: pytest.Config, state: State) -> Controller:
-    """Let xdist's workers share the cards."""
-    from pytest_gpumem.plugin.xdist.controller import Controller
-    from pytest_gpumem.plugin.xdist.scheduler import SchedulerSettings
-
-    settings, history = state.settings, load_history(config, state)
-    controller = Controller(
-        config,
-        history.expect,
-        SchedulerSettings(
-            context=settings.context_cost,
-            headroom=settings.headroom,
-            skip_too_large=settings.too_large == "skip",
-        ),
-        why_not="--gpumem-schedule=off" if settings.schedule == "off" else None,
-    )
-    config.pluginmanager.register(controller, "gpumem-scheduler")
-    config.pluginmanager.register(Sharing(state, controller, history), Sharing.NAME)
-    return controller
 
 
 def share(config: pytest.Config, state: State) -> None:
@@ -175,8 +79,6 @@ def _in_worker(
 
 
 def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> Ladder:
-    from pytest_gpumem.leases.api import observers
-    from pytest_gpumem.leases.ask import Need
     from pytest_gpumem.plugin.worker_exit import Replacing
     from pytest_gpumem.plugin.xdist import worker as xdist_worker
 
@@ -184,6 +86,8 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         grant = worker.granted()
         if grant is None:
             return None
+        from pytest_gpumem.leases.ask import Need  # many a worker is granted nothing
+
         if tracker is not None and worker.again:  # say what fills the card
             tracker.recordings.record_next(worker.again)
         size, cards, alone, ram = grant
@@ -229,7 +133,7 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
     standing = ladder.leases.standing
     standing.tell = lambda fixtures: worker.tell(stand=fixtures)
     standing.tell_begun = lambda fixture: worker.send(begun=fixture)
-    observers.append(standing.asks)
+    notices.observers.append(standing.asks)
     if measuring is not None and measuring.sampler is not None:
         measuring.sampler.then = standing.look
     return ladder
@@ -281,39 +185,3 @@ def _needs(items: Sequence[pytest.Item]) -> list[tuple[int, int | None, int, boo
     return [
         (index, need.vram, need.cards, need.exclusive) for index, need in marked if need is not None
     ]
-
-
-class Sharing:
-    """Tells the workers what is known, and the user who decides."""
-
-    NAME = "gpumem-sharing"
-
-    def __init__(self, state: State, controller: Controller, history: History) -> None:
-        self._state = state
-        self._controller = controller
-        self._history = history
-
-    def pytest_sessionstart(self) -> None:
-        """Say what nobody does who does not schedule."""
-        why_not = self._controller.why_not
-        if why_not and self._state.settings.worker_ram is not None:
-            self._state.notes.append(f"--gpumem-worker-ram replaces no worker: {why_not}")
-
-    def pytest_report_header(self) -> list[str]:
-        """Say how many workers there are and why, who schedules, and how many peaks are known."""
-        lines = [self._state.worker_reason] if self._state.worker_reason else []
-        if self._state.found.cards:
-            known = self._history.peaks_known
-            lines.append(f"{known or 'no'} peak{'s' * (known != 1)} known from earlier runs")
-        if self._controller.why_not:
-            lines.append(f"xdist schedules, tests wait for leases: {self._controller.why_not}")
-        return [f"gpumem: {line}" for line in lines]
-
-    def pytest_configure_node(self, node: Any) -> None:
-        """Ask a worker to obey the scheduler, or else tell it what is known of the tests."""
-        if self._controller.why_not:
-            node.workerinput[HISTORY] = self._history.text()
-        else:
-            from pytest_gpumem.plugin.xdist.worker import ASKED
-
-            node.workerinput[ASKED] = True
