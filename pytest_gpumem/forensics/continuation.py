@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _SAID = 80
 """How far into a line a program says what it does next; further on are advice and paths."""
-_ADVISED = re.compile(r"(?i)\s*(?:consider|try|please|hint|tip|note|you (?:can|may|should))\b")
 ERROR_LINE = re.compile(r"E {2,}(.*)")
 # An error whose words are on the next line, or were cut by a width.
 _UNENDED = re.compile(
@@ -43,7 +42,7 @@ _FOUND = re.compile(r"\S+\.\w{1,4}[:-]\d+[:-]")
 def soon(at: Cursor, line: Line) -> str:
     """Return the two lines that follow, where a program says that it tries again."""
     said = (text.body[:_SAID] for text in following(line, 2, at.carrier))
-    return "\n".join(text for text in said if not _ADVISED.match(text))
+    return "\n".join(text for text in said if not spoken.ADVICE.match(text))
 
 
 def traced(at: Cursor, line: Line) -> bool:
@@ -55,12 +54,22 @@ def traced(at: Cursor, line: Line) -> bool:
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
     """Parse a message, with the lines that it was wrapped onto; others may say whose it is."""
     found = _read(at, line, body.strip(), raised=raised)
+    if found is None and _heads(at, line, body):
+        # A page that is called by the whole error.
+        found = _read(at, line, body[2:], raised=raised)
+        found = found if found is not None and found.figures >= spoken.TELLING else None
     if found is None or found.kind != "unsaid":
         return found
     around = (*preceding(line, _ABOVE, at.carrier), *following(line, _BELOW, at.carrier))
     said = unforeseen.ERRNO.search(found.text) is not None
     card = not said and any(unforeseen.whose(text.body) == "card" for text in around)
     return found._replace(backend="unknown" if card else "host")
+
+
+def _heads(at: Cursor, line: Line, body: str) -> bool:
+    """Tell whether a line is a page's heading rather than a comment: it has a blank one below."""
+    below = next(following(line, 1, at.carrier), None) if body.startswith("# ") else None
+    return below is not None and not below.body.strip()
 
 
 def _read(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:

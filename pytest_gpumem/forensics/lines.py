@@ -76,14 +76,16 @@ _ALLOCATE = rb"alloc(?:at(?:e|ing|ions?))?\b"
 _UNFORESEEN = rb"(?i:" + rb"|".join(
     (
         _ENOUGH + rb"(?:\w+[ -]){0,3}(?:memory|v?ram\b)",
-        rb"with sufficient memory|[=x]8007000e|0xc0000017",
-        rb"(?:memory|ram) limit (?:of|was|has|is|ex|re)",
+        rb"with sufficient memory|[=x[]8007000e|0xc0000017",
+        rb"(?:memory|ram) (?:limit|quota) (?:of|was|has|is|ex|re|vastly)",
+        rb"\b(?:get|find|obtain|acquire) (?:sufficient|enough) ",
         rb"(?:memory|vram|ram|heaps?) (?:is |are |was |has been )?(?:exhausted|insufficient|full)",
-        rb"file is too small|out of (?:\w+ ){1,2}memory|outof\w{0,12}memory",
+        rb"file is too small|out of (?:[\w-]+ ){1,2}memory|outof\w{0,12}memory",
         rb"(?: to|[\"'( ]not|n't|annot|error|when|while|failed) (?:\w+ ){0,2}(?:(?:pre|re)-?|m|c)?"
         + _ALLOCATE,
         rb"(?:fail\w* to|unable to|could not|couldn't|cannot|can't) (?:reserve|map|commit|grow) ",
-        rb"(?:" + _ALLOCATE + rb"|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{0,60} fail",
+        rb"(?:" + _ALLOCATE + rb"|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{0,60}"
+        rb" (?:fail|refused|denied|rejected)",
         rb"allocation(?:_fail| error)|\boom (?:on|while|during) ",
         rb"us(?:ing|ed) (?:up )?all (?:\w+ ){0,3}(?:memory|v?ram)",
         rb" more (?:\w+ ){0,3}(?:memory|vram)|exceed\w* (?:\w+[ _]){0,4}(?:memory|vram)",

@@ -55,6 +55,8 @@ _FAILED = re.compile(r"(?i:error|exception)\b")
 _TEXT = re.compile(r"[-+]?\s*\"[^\"]*\",?|\s*\"[^\"]* [^\"]*\"\s*:.*")
 """A text that stands alone, or that something else is given for."""
 _PID = re.compile(r"\bpid[ :=]{1,2}(\d{1,10})\b")
+_UNMARKED = re.compile(r"^[\"'`*]+(?=\w)|[\"'`*]+$")
+"""The marks that a line is pasted in."""
 _KILLED = re.compile(r"KILL|[Kk]illed\b|SIGKILL|137|-9\b|\b9\b")
 _FAULT = re.compile(
     r"Fatal Python error: (?P<fatal>Segmentation fault|Illegal instruction|Bus error"
@@ -159,7 +161,7 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
     """Keep a line that tells of a killed process."""
     if at.captured:
         return False
-    match = SHELL_KILL.search(body) or PROBABLE_KILL.fullmatch(body)
+    match = SHELL_KILL.search(body) or PROBABLE_KILL.fullmatch(_UNMARKED.sub("", body))
     if match is None or _TEXT.fullmatch(body) or advised(at, line) or wrapped(at, line, body):
         return False
     at_word = next(_KILLED.finditer(body), match).start()

@@ -34,6 +34,9 @@ _OOM_CLASS = re.compile(
 _CALL = re.compile(r"\w\([^()\"']*$|\bis(?:instance|subclass)\(|\bfunction [\"']$")
 """A name among the arguments of a call, or of a function, is code."""
 _SEPARATED = re.compile(r"(?:^|[:=>|\]})\"'`(,.;!*-]|\\n)\s*$")
+_CELL = re.compile(r"\s*\|")
+"""What follows the name of an error that a table has, and nothing of what it said."""
+_STATED = re.compile(r"\w\)?: $")
 _BLANKS = re.compile(r"\s{2,}")
 _PROCESS = re.compile(
     r"\b(?:Process (?P<pid>\d{1,10})|[Tt]his process) has "
@@ -129,11 +132,20 @@ def worded(text: str) -> bool:
     return known or unforeseen.find(text) is not None
 
 
-def _named(head: str, tail: str) -> bool:
+def _named(head: str, words: str, tail: str) -> bool:
     """Tell whether what stands around words without figures says that they are an error."""
     if not head.strip():
         return not tail.strip(" .!\"'")
-    return _SEPARATED.search(head) is not None and prose.ERROR.search(head) is not None
+    if _SEPARATED.search(head) is None:
+        return False
+    if prose.ERROR.search(head):
+        return True
+    # A program that names no error still ends with it.
+    return (
+        prose.MACHINE.search(f"{head}{words}") is not None
+        and _STATED.search(head) is not None
+        and not tail.strip(" .!`")
+    )
 
 
 def _by_class(text: str, *, raised: bool) -> Message | None:
@@ -146,7 +158,7 @@ def _by_class(text: str, *, raised: bool) -> Message | None:
     head, tail = text[: match.start()], text[match.end() : match.end() + 1]
     if grammar is None or not _SEPARATED.search(head) or tail.isalnum() or _CALL.search(head):
         return None
-    if unforeseen.DEFINED.match(text, match.end()):
+    if unforeseen.DEFINED.match(text, match.end()) or _CELL.match(text, match.end()):
         return None
     found = _message(grammar, text, match)._replace(named=True)
     span = match.span()
@@ -225,7 +237,7 @@ def _message(grammar: Grammar, text: str, match: re.Match[str] | None) -> Messag
     pid = groups.pop("pid", None) or groups.pop("victim", None)
     sizes = {name: value for name in groups if (value := size(groups[name])) is not None}
     head = text[max(0, start - spoken.AROUND) : start]
-    named = match is None or grammar.distinct or _named(head, text[end:])
+    named = match is None or grammar.distinct or _named(head, text[start:end], text[end:])
     if "tried" not in sizes and (asked := _tensor(rest) or (named and _asked(text, grammar))):
         sizes["tried"] = asked
     processes = tuple(

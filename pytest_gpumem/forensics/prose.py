@@ -14,6 +14,11 @@ ERROR = re.compile(
     r"|could not|cannot|unable|non-?zero)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
 )
 """Words of an error before the message, whoever wrote them."""
+MACHINE = re.compile(
+    r"\w\s?\(|\w::\w|[a-z\d]_[a-z\d]|\b[a-z]+[A-Z]\w|\.\w{1,4}:\d|\b0x[\da-f]|\d:\d\d:\d\d"
+    r"|\b[A-Z]{2,}_[A-Z]|\w=\S"
+)
+"""What nobody writes in a sentence: a call, a name or a place in code, a time, a setting."""
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
@@ -69,6 +74,7 @@ _PERSON = re.compile(
     r"|sometimes|always|very|really|just|also|many|several|should|would|known?)\b"
 )
 """What no program says beside an error."""
+_RECORD = re.compile(r"\[?(?:ERROR|FATAL|CRITICAL)\b\]?:? ")
 _SEVERAL = re.compile(r"(?i)\b(?:errors|exceptions|failures)\b[^:]*$")
 """A program tells of one error at a time."""
 _AMONG = re.compile(r"[ a-z]{0,20}(?:, (?:and|or|nor) |\) )[a-z]")
@@ -111,7 +117,8 @@ def told(head: str, tail: str, figures: int) -> bool:
         return True
     if not figures and _TOLD_OF.match(tail):
         return True
-    if _PERSON.search(head) or _PERSON.search(tail[:_CLOSE]):
+    # A program's own record of an error may guess, too.
+    if not _RECORD.match(head) and (_PERSON.search(head) or _PERSON.search(tail[:_CLOSE])):
         return True
     return not figures and not _STATED.search(head) and bool(_PROSE_TAIL.match(tail[:_CLOSE]))
 

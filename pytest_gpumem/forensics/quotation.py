@@ -78,6 +78,8 @@ _STATEMENT = re.compile(
     r"|[)\]}]*\)[;,]?$|.*: (?:None|True|False),?$|.*(?: == | != | && | \|\| | => |->\w))"
 )
 """A line of a program, in most languages; what programs print has few, one below the other."""
+_CHANGED, _HUNK = re.compile(r"[-+](?![-+])"), re.compile(r"@@ -\d|diff --git ")
+"""A line that a diff adds or takes away, and what stands above it."""
 _AROUND, _ENOUGH = 4, 4
 """Lines on either side that are looked at, and how many of them make it code."""
 
@@ -85,7 +87,7 @@ _AROUND, _ENOUGH = 4, 4
 def coded(at: Cursor, line: Line, body: str, head: str) -> bool:
     """Tell whether lines of code stand around words in quotation marks or in a comment.
 
-    Or around a name that has a line of its own.
+    Or whether a diff has them, or they are a name that has a line of its own.
 
     Args:
         at: where the reader is.
@@ -94,6 +96,8 @@ def coded(at: Cursor, line: Line, body: str, head: str) -> bool:
         head: what stands before them.
 
     """
+    if _CHANGED.match(body):
+        return any(_HUNK.match(text.body) for text in preceding(line, _LIST, at.carrier))
     marks = any(head.count(mark) % 2 for mark in "\"'`")
     if not (marks or _COMMENTED.match(head) or _NAME.fullmatch(body)):
         return False

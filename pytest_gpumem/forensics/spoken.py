@@ -87,7 +87,7 @@ _PASSED = re.compile(
     r"\s*(?:[\u2713\u2714\u221a]|[-*] \[[ xX]\] |ok \d+ |--- PASS: |\[ +(?:OK|PASSED|RUN) +\])"
 )
 """What stands before the name of a test that passed, in no pytest's output, or of a task."""
-_NONE = re.compile(r"(?:(?:^|[,;(|] ?)0|\b(?:[Nn]o|[Nn]ever|[Ww]ithout)) $")
+_NONE = re.compile(r"(?:(?:^|[,;(|] ?)0|\b(?:[Nn]ot?|[Nn]ever|[Ww]ithout)) $")
 _EMPHASIS = re.compile(r"\*\*[^*]+\*\*|</t[dh]>|\b128 ?\+ ?\w|\b137 = ")
 """What somebody who writes for readers sets off, puts into a table, or reckons for them."""
 _OPEN = re.compile(
@@ -109,8 +109,13 @@ HANDLED = re.compile(
     r"(?<!\d )ignored|ignoring|moving to cpu|using cpu|switching to cpu|on cpu instead|"
     r"clearing (?:the )?cache|caught (?:an? )?(?:cuda )?(?:oom|out)|oom caught|"
     r"(?<!unhandled exception )caught:|as expected|expected error(?! ?[!=]=)"
-    r"|(?:use|using|reading) .{1,40}\binstead\b)"
+    r"|(?:use|using|reading) .{1,40}\binstead\b|suboptimal)"
 )
+ADVICE = re.compile(
+    r"(?i)(?:(?<=[.!?;:] )|^\s*)"
+    r"(?:consider|try|please|hint|tip|note|you (?:can|may|should))\b[^.!?]*"
+)
+"""What a program tells its user to do, rather than that it does it."""
 _BELOW_ERROR = re.compile(
     r"(?<![=\w])(?:WARN(?:ING)?|INFO|DEBUG|TRACE|NOTICE)\b(?![=/.])|(?i:level\W{1,4}(?:warn|info"
     r"|debug|"
@@ -150,7 +155,7 @@ def reports(
     if figures >= TELLING:
         return True
     if figures:
-        return not prose.quoted(head, tail, figures)
+        return not prose.told(head, tail, figures)
     if _named_only(text, span, head) or prose.told(head, tail, 0):
         return False
     return raised or not prose.within(head, tail)
@@ -196,7 +201,7 @@ def _named_only(text: str, span: tuple[int, int], head: str) -> bool:
 def _survived(text: str, end: int, head: str) -> bool:
     """Tell whether the line itself says that the program went on."""
     last = ENDS.search(text, end)
-    after = text[end : (last.end() if last else end) + AROUND]
+    after = ADVICE.sub("", text[end : (last.end() if last else end) + AROUND])
     if HANDLED.search(head[-_CLOSE:]) or HANDLED.search(after):
         return True
     return _BELOW_ERROR.search(head) is not None and _ERROR_LEVEL.search(head) is None

@@ -18,14 +18,15 @@ from pytest_gpumem.forensics.grammars.language import compile_figures, size
 
 _BETWEEN = r"(?:[a-z]{1,14}[ _-]?){0,3}?"
 _STORE = r"(?:memory|v?ram\b|mem\b)"
-_ENOUGH = (
-    r"(?:insufficient|(?:not|n't) (?:[a-z]{3,10} )?(?:sufficient|enough)|too little|lack(?:s|ing)?"
-    r"|\bno (?:[a-z]{1,12} )?(?:gpu|device|card|adapter|accelerator|node|machine|worker)s?"
-    r" with (?:sufficient|enough))"
-)
 _REFUSED = (
     r"(?:fail(?:ed|ure|s)? to|unable to|not able to|impossible to|(?:could|can) ?n[o']t"
     r"|can(?:not|'t)) "
+)
+_ENOUGH = (
+    r"(?:insufficient|(?:not|n't) (?:[a-z]{3,10} )?(?:sufficient|enough)|too little|lack(?:s|ing)?"
+    rf"|{_REFUSED}[a-z]{{3,10}} (?:sufficient|enough)"
+    r"|\bno (?:[a-z]{1,12} )?(?:gpu|device|card|adapter|accelerator|node|machine|worker)s?"
+    r" with (?:sufficient|enough))"
 )
 _ALLOCATE = r"(?<![a-z])(?:(?:pre|re)-?|m|c)?alloc(?:at(?:e|ing|ions?))?"
 _CALL = r"(?<![a-z])(?:[a-z]{0,12}(?:[mc]alloc|allocatememory|memalloc)\w{0,12}|alloc_\w{1,20})"
@@ -43,7 +44,7 @@ _LACKING = (
     r"|(?:the )?paging file is too small"
     r"|\bus(?:ing|ed) (?:up )?all (?:of )?(?:the |its )?(?:available )?(?:memory|v?ram)\b"
     # Windows' number for it.
-    r"|(?:(?<==)|\b0x)8007000e\b|\b0xC0000017\b"
+    r"|(?:(?<=[=\[])|\b0x)8007000e\b|\b0xC0000017\b"
 )
 _REFUSAL = (
     rf"(?:{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?|(?:errors?:?|failed) (?:when |while |in )?)"
@@ -54,7 +55,7 @@ _REFUSAL = (
 )
 _FAILURE = (
     rf"(?:{_CALL}|{_ALLOCATE}(?![a-z]))(?:_|(?:[^.;!?]|\.\d){{0,60}}?\b)"
-    r"(?<!not )fail(?:ed|ure|s)?(?![a-z])"
+    r"(?<!not )(?:fail(?:ed|ure|s)?|refused|denied|rejected)(?![a-z])"
     rf"|{_STORE} allocation error"
 )
 _EXCESS = (
@@ -62,10 +63,11 @@ _EXCESS = (
     r"(?:[^.;!?]|\.\d){0,40}?\bthan\b(?: (?:is|are)\b)?"
     rf"|\b(?:exceed(?:s|ed|ing)?|reached|hit) (?:the |its )?{_BETWEEN}{_STORE}(?: limit\b|(?!\w))"
     rf"|{_STORE} limit (?:of [\d.]{{1,12}} ?[kmgt]i?b? )?(?:was |has been |is )?exceeded\b"
+    rf"|{_STORE} quota vastly exceeded\b"
 )
 _SAID = re.compile(rf"{_LACKING}|(?P<request>{_REFUSAL}|{_FAILURE})|{_EXCESS}", re.IGNORECASE)
 _OF_MEMORY = re.compile(
-    r"(?i)memory|v?ram\b|(?<![a-z])[dgv]?mem(?![a-z])|buffer|tensor|texture|surface|\bdag\b"
+    r"(?i)memory|\bpage\b|v?ram\b|(?<![a-z])[dgv]?mem(?![a-z])|buffer|tensor|texture|surface|\bdag\b"
     r"|workspace"
     r"|\bheap|\bgem\b|[mc]alloc|\d\s?bytes\b"
 )
@@ -78,7 +80,8 @@ _OF_NOTHING = re.compile(
     r"|pinned (?:\w+ ){0,2}memory|\btactic\b|Perhaps out of memory"
 )
 _HOSTS = re.compile(
-    r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b|OutOfMemory\(Host\)|paging file"
+    r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b|\bcpu OutOfMemory"
+    r"|OutOfMemory\(Host\)|paging file"
 )
 _HOST = re.compile(
     r"(?i)\bhost\b|(?<![a-z])cpu(?![a-z])|\bram\b|heap|virtual memory|paging|mmap|java|jvm|errno"
@@ -221,7 +224,8 @@ def _in_text(head: str, tail: str) -> bool:
     """
     for mark in '"`':
         before, found, _ = head.rpartition(mark)
-        pasted = mark == "`" and not before.strip() and "`" not in tail.rstrip()[:-1]
+        pasted = mark == "`" and not before.strip()
+        pasted = pasted and (": " in head or "`" not in tail.rstrip()[:-1])
         if found and head.count(mark) % 2 and not pasted and not _KEY.search(before):
             return True
     return False

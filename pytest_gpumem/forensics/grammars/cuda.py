@@ -156,5 +156,5 @@ GRAMMARS = (
         distinct=True,
         words="CUDA error: out of memory",
     ),
-    grammar("cuda", "out of memory", rf"(?i:cuda|gpu|vram|device).{{0,200}}?\b{_OUT}\b"),
+    grammar("cuda", "out of memory", rf"(?i:cuda|gpu|vram|device)(?:(?! # ).){{0,200}}?\b{_OUT}\b"),
 )

@@ -6,7 +6,7 @@ from pytest_gpumem.forensics.grammars.language import grammar
 
 _HOST = r"(?:anon-rss|total-vm):<tried>"
 # Nothing follows but what an exception is printed with; GoogleTest says where it was thrown.
-_ENDS = r"(?=['\"`!.)]*(?:$| thrown in ))"
+_ENDS = r"(?=['\"`!.) ]*(?:$| thrown in ))"
 
 GRAMMARS = (
     grammar(
@@ -109,6 +109,14 @@ GRAMMARS = (
         distinct=True,
         kind="kill",
     ),
+    # earlyoom and nohang.
+    grammar(
+        "host",
+        "SIGKILL to |SIGTERM to ",
+        r"[Ss]end(?:ing)? SIG(?:KILL|TERM) to (?:the victim\b|process \d+ .{0,200}\boom_score)",
+        distinct=True,
+        kind="kill",
+    ),
     grammar(
         "host",
         "systemd-oomd killed|due to memory pressure for",
@@ -154,8 +162,8 @@ GRAMMARS = (
 
 PROBABLE_KILL = re.compile(
     r"(?:\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b.*|\[\d+\]\+? +(?:\d+ )?Killed\b.*"
-    r"|srun: error: \S+: tasks? [\d,-]+: Killed"
-    r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
+    r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|.{1,200}: Killed(?: \(program \w+\))?"
+    r"|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
     r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|exit)|code){0,2})"
     r"[\"']? ?[:=]? *[\"'(]?137\b(?!/\d).*|.*\bKilled signal terminated program .*"
     r"|.{0,200}(?:[\u7801\u78bc]|\u30b3\u30fc\u30c9|\ucf54\ub4dc|\u043a\u043e\u0434\w*)"
