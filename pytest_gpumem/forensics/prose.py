@@ -23,7 +23,7 @@ _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
     r"|see also|hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can|likely"
-    r"|(?:this|it|which|code \d+) (?:\w+ )?(?:indicates|means))\b[^:\]]{0,80}$"
+    r"|(?:this|it|which|code \d+|\w+[`\"')]) (?:\w+ )?(?:indicates|means))\b[^:\]]{0,80}$"
     r"|(?:^|[.!?] )(?:if|when|while|without)\b[^.:!?\"]*$"
     r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
     r"|explains?|documents?|handles?) |(?:fixed|added|changed|removed|subject"
@@ -84,6 +84,8 @@ _THEN = re.compile(r", (?:the|an?|it|this|that|these|they|we|so|then|which|but) 
 _WIDTH = 40
 _UNFINISHED = re.compile(r"(?:[\"'(]?\b[A-Za-z'-]+[\"'),.]{0,2} ){2}[\"']?[A-Za-z'-]+,?$")
 """How a line of prose ends within a sentence: words, and no end of it."""
+_PLACED = re.compile(r"[`\"']?[\w./\\-]+\.\w{1,4}:\d+: ")
+"""Where in a program it was, before what it says: no sentence goes on so."""
 _CLOSED = re.compile(r"[*_`]{0,2}[\"\u201d] ?,? ?[a-z]")
 """What ends a quotation within a sentence."""
 _MARKUP = re.compile(r"</?[a-z]{1,6}>")
@@ -96,6 +98,7 @@ def runs_on(above: str, body: str) -> bool:
     return (
         len(above) >= _WIDTH
         and len(body.split()) > _SUBJECT
+        and _PLACED.match(body) is None
         and _UNFINISHED.search(above) is not None
         and (
             body.startswith("`")

@@ -78,7 +78,7 @@ _STATEMENT = re.compile(
     r"|[)\]}]*\)[;,]?$|.*: (?:None|True|False),?$|.*(?: == | != | && | \|\| | => |->\w))"
 )
 """A line of a program, in most languages; what programs print has few, one below the other."""
-_CHANGED, _HUNK = re.compile(r"[-+](?![-+])"), re.compile(r"@@ -\d|diff --git ")
+_CHANGED, _HUNK = re.compile(r"[-+](?![-+])"), re.compile(r"@@ -\d|diff --git |`{3,}diff\b")
 """A line that a diff adds or takes away, and what stands above it."""
 _AROUND, _ENOUGH = 4, 4
 """Lines on either side that are looked at, and how many of them make it code."""
