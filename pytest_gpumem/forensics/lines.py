@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WINDOW = 1 << 16
 """Bytes on either side of an anchor that can be read as its context."""
-_REGION = 1 << 19
+_REGION = 1 << 20
 """Bytes that are searched at a time: few enough to stay near the processor."""
 _ANCHOR = 1 << 13
 """No anchor is longer: what stands so far behind a region need not be searched with it."""

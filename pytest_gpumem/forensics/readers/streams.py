@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 _HEAD = 4096
 _PATIENCE = 0.3
 """Seconds after which a pipe that gives nothing is taken to be written still."""
