@@ -1,4 +1,4 @@
-"""``torch.cuda.FloatTensor`` and its like, which older programs call and compare with.
+"""``torch.cuda.FloatTensor`` and its like, which older programs call, compare with and set.
 
 They are classes of torch's own, made below Python for the build's devices; those of the card are
 replaced by classes that know its tensors.
@@ -6,9 +6,12 @@ replaced by classes that know its tensors.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __tracebackhide__ = True  # pytest shows the test's line last, none of these
 
@@ -50,3 +53,19 @@ def replace_types() -> None:
     for name in (f"{kind}Tensor" for kind in _KINDS):
         members = {"host": getattr(_torch, name), "__module__": "torch.cuda", "is_cuda": True}
         setattr(_cuda, name, CardType(name, (), members))
+    _torch._C._set_default_tensor_type = _setting(_torch._C._set_default_tensor_type)
+
+
+def _setting(set_type: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let a card's type be the default one, of which C++ knows the dtype alone."""
+    on_card = False
+
+    def set_default(kind: Any) -> None:
+        nonlocal on_card
+        wanted = isinstance(kind, CardType)
+        set_type(kind.host if wanted else kind)
+        before, on_card = on_card, wanted
+        if on_card or before:  # what set_default_device itself was asked for stays
+            torch.set_default_device("cuda" if on_card else None)
+
+    return set_default

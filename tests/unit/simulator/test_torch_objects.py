@@ -338,3 +338,23 @@ def test_generators_of_the_card_are_pickled():
     assert again.initial_seed() == 5
     drawn = [torch.randn(3, device="cuda", generator=each).tolist() for each in (generator, again)]
     assert drawn[0] == drawn[1]
+
+
+@on_card
+def test_a_type_of_the_card_may_be_the_default_one():
+    import warnings
+
+    import torch
+
+    warnings.simplefilter("ignore")  # of torch's own: it is deprecated
+    torch.set_default_tensor_type("torch.cuda.DoubleTensor")
+    assert torch.ones(2).type() == "torch.cuda.DoubleTensor"
+    torch.set_default_tensor_type(torch.cuda.FloatTensor)
+    assert torch.nn.Linear(2, 2).weight.type() == "torch.cuda.FloatTensor"
+    with pytest.raises(TypeError, match="only floating-point types"):
+        torch.set_default_tensor_type(torch.cuda.LongTensor)
+    torch.set_default_tensor_type(torch.DoubleTensor)
+    assert torch.ones(2).type() == "torch.DoubleTensor"
+    torch.set_default_device("cuda")
+    torch.set_default_tensor_type(torch.FloatTensor)
+    assert torch.ones(2).type() == "torch.cuda.FloatTensor"
