@@ -1,7 +1,7 @@
 """The library of the compiled card: made once for each torch, and used once it was proven.
 
-It lies in the user's cache under a key of what it was made of: this package's source and the
-torch at hand. Beside it, in the place of a library that could not be made or did not pass its
+It lies in the user's cache under a key of what it was made of and proven with: this package's
+source, in C++ and in Python, and the torch at hand. Beside it, in the place of a library that could not be made or did not pass its
 proof, lies the reason. A compiler and the headers in torch's own wheel are all that is needed.
 """
 
@@ -153,7 +153,8 @@ def _compiler() -> str:
 
 def _key(torch: Path) -> str:
     version = (torch / "version.py").read_bytes()
-    parts = [path.read_bytes() for path in sorted(SOURCE.iterdir())]
+    sources = *sorted(SOURCE.iterdir()), *sorted(SOURCE.parent.glob("*.py"))
+    parts = [path.read_bytes() for path in sources]
     made_of = (*parts, version, str(torch).encode(), platform.machine().encode())
     return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
 

@@ -53,6 +53,19 @@ def test_why_there_is_none_is_said_and_kept(compiler, script, words):
     assert compiler.calls() == 1
 
 
+def test_a_reason_is_kept_as_long_as_nothing_that_led_to_it_changes(
+    compiler, tmp_path, monkeypatch
+):
+    compiler("exit 3")
+    sources = tmp_path / "sources"
+    (sources / "card").mkdir(parents=True)
+    monkeypatch.setattr(compilation, "SOURCE", sources / "card")
+    for changed in ("card/card.cpp", "proof.py", "proof.py"):
+        (sources / changed).write_text("changed")
+        reason()
+    assert compiler.calls() == 2
+
+
 def test_without_a_compiler_or_torchs_headers_nothing_is_made(compiler, monkeypatch, tmp_path):
     assert "there is no compiler for C++ here" in reason()
     monkeypatch.delenv("CXX")
