@@ -18,7 +18,8 @@ import torch
 
 from pytest_gpumem.simulator.torch_face import memory
 from pytest_gpumem.simulator.torch_face.legacy import CardType, replace_types
-from pytest_gpumem.simulator.torch_face.refusal import OutOfMemoryError
+from pytest_gpumem.simulator.torch_face.refusal import TORCH_VERSION, OutOfMemoryError
+from pytest_gpumem.simulator.torch_face.stubs import generators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,6 +108,10 @@ class Answers:
         """Lose the context."""
         self._memory.lose()
 
+    def judge(self, said: str) -> bool:
+        """Lose the context if the host's kernel said that an index lies outside; tell whether."""
+        return self._memory.judge(said)
+
     def pin(self, address: int, size: int) -> None:
         """Count memory of the host as page-locked."""
         self._pinned[address] = self._memory.pinned.take(size)
@@ -141,6 +146,8 @@ class CompiledMemory(memory.CardMemory):
         atexit.register(self._close)
         _place_storages()
         _construct_older_types()
+        if TORCH_VERSION < (2, 7):  # whose constructor asks for a driver, or knows no CUDA at all
+            _torch.Generator = generators(_torch.ops.gpumem_card.generator)
 
     def begin(self, visible: Sequence[int]) -> None:
         """Initialise CUDA with these cards of the machine, in this order."""
@@ -186,8 +193,11 @@ def _place_storages() -> None:
         if device is None or torch.device(device).type != "cuda":
             place = {} if device is None else {"device": device}
             return base.__new__(cls, *args, **place, **kwargs)
-        size = args[0] if args and isinstance(args[0], int) else 0
-        return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+        if not args or isinstance(args[0], int):
+            made = torch.empty(*(args or (0,)), dtype=torch.uint8, device=device)
+        else:
+            made = torch.tensor(args[0], dtype=torch.uint8, device=device)
+        return made.untyped_storage()
 
     def resize(storage: Any, size: int) -> Any:
         if not storage.is_cuda:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import sys
 import threading
 import weakref
 from types import MappingProxyType
@@ -47,6 +49,12 @@ PRODUCTS = (
     "_scaled_mm",
 )
 """The operations of aten that cuBLAS does, which works in memory of its own."""
+INDICES = frozenset({"index", "indices", "target"})
+"""What operations call arguments by which they choose, and which a kernel of CUDA asserts."""
+_OUTSIDE = re.compile(
+    r"(index|Target) -?\d+ is out of bounds|index out of range|tried to access index"
+    r"|elements of (input|target) should be between 0 and 1"
+)
 _storage_address: Callable[[torch.Tensor], int] = _C._storage_address
 
 
@@ -186,6 +194,17 @@ class CardMemory:
         """Lose the context, as by a kernel whose assertion failed: the next call sees it."""
         self.lost = "device-side assert triggered"
 
+    def judge(self, said: str) -> bool:
+        """Lose the context where the host's kernel said that an index lies outside.
+
+        A kernel of CUDA asserts what the host's checks. Returns whether that was it.
+        """
+        if not _OUTSIDE.search(said):
+            return False
+        print(f"simulated card: {said}", file=sys.stderr)  # noqa: T201  # as a kernel does
+        self.lose()
+        return True
+
     def check(self) -> None:
         """Raise as CUDA, for each call after the one of which the context was lost."""
         if self.lost:
@@ -268,7 +287,9 @@ class CardMemory:
             inner = made_of(tensor)
             if not inner:
                 raise NotImplementedError(
-                    f"a {tensor.layout} tensor on the simulated card is not simulated"
+                    "CUDA has no tensors of MKL-DNN"
+                    if tensor.is_mkldnn
+                    else f"a {tensor.layout} tensor on the simulated card is not simulated"
                 ) from None
             for each in inner:
                 self.charge(each, device)

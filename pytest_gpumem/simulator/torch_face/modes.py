@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_gpumem.simulator.torch_face.memory import PRODUCTS
+from pytest_gpumem.simulator.torch_face.memory import INDICES, PRODUCTS
 from pytest_gpumem.simulator.torch_face.refusal import OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class _Traits(NamedTuple):
     """Is made of other operations."""
     multiplies: bool = False
     """Multiplies matrices, with cuBLAS."""
+    chooses: bool = False
+    """By indices, which may lie outside."""
 
 
 def _traits_of(func: Any) -> _Traits:
@@ -97,6 +99,7 @@ def _traits_of(func: Any) -> _Traits:
             func.name(), "CompositeImplicitAutograd"
         ),
         multiplies=name in _PRODUCTS,
+        chooses=any(argument.name in INDICES for argument in func._schema.arguments),
     )
 
 
@@ -248,7 +251,9 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
                     result = func(*args, **kwargs)
             else:
                 result = func(*args, **kwargs)
-        except RuntimeError as error:
+        except (IndexError, RuntimeError) as error:
+            if traits.chooses and self.memory.judge(str(error)):
+                self.memory.check()  # CUDA would say so no later than at the next call
             host_full = _HOST_FULL.search(str(error))
             if host_full:  # before the card was asked; it has less room, as a rule
                 self.memory.give_back(self.memory.take(int(host_full[1]), card), card)

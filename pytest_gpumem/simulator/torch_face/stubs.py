@@ -56,15 +56,18 @@ class _AnyGenerator(_Kind):  # type: ignore[misc]  # ``type`` itself before torc
         return isinstance(instance, _HostGenerator)
 
 
-class Generator(_HostGenerator, metaclass=_AnyGenerator):  # type: ignore[misc]  # a C class
-    """``torch.Generator`` that can also be asked for one on the card."""
+def generators(on_card: Callable[[int], Any]) -> Any:
+    """Return ``torch.Generator`` that asks ``on_card`` for those of a card, by its number."""
 
-    def __new__(cls, device: Any = "cpu") -> Any:
-        """Return a generator on ``device``."""
-        device = torch.device(device)
-        if device.type == "cuda":
-            return CardGenerator(_get_device_index(device, optional=True))
-        return _HostGenerator(device)
+    class Generator(_HostGenerator, metaclass=_AnyGenerator):  # type: ignore[misc]  # a C class
+        def __new__(cls, device: Any = "cpu") -> Any:
+            device = torch.device(device)
+            if device.type == "cuda":
+                return on_card(_get_device_index(device, optional=True))
+            return _HostGenerator(device)
+
+    Generator.__module__, Generator.__qualname__ = "torch", "Generator"  # where pickle finds it
+    return Generator
 
 
 class CardGenerator(_HostGenerator):  # type: ignore[misc]  # a C class

@@ -59,7 +59,7 @@ def prepare_for_modes(memory: CardMemory) -> None:
     """Change what would see that the tensors on these cards are the host's."""
     understand_numbers()
     read_devices_of_to()
-    _torch.Generator = stubs.Generator
+    _torch.Generator = stubs.generators(stubs.CardGenerator)
     replace_types()
     _look_through_face()
     _place_storages(memory)
@@ -214,8 +214,8 @@ def _place_storages(memory: CardMemory) -> None:
         place = memory.device(device)
         if place.type != "cuda":
             return base.__new__(cls, *args, device=place, **kwargs)
-        size = args[0] if args and isinstance(args[0], int) else 0
-        block = memory.take(size, place)
+        size = args[0] if args else 0
+        block = memory.take(size if isinstance(size, int) else len(size), place)
         storage = base.__new__(cls, *args, **kwargs)
         memory.put(storage, block, place)
         return storage

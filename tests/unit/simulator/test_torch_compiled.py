@@ -297,6 +297,36 @@ def test_memory_ends_with_the_last_who_needs_it():
 
 
 @on_compiled_cards
+def test_lazy_clones_cost_their_bytes_with_the_first_write():
+    import torch
+
+    tensor = torch.ones(1024, device="cuda")
+    clone = torch._lazy_clone(tensor)
+    assert clone.sum().item() == 1024
+    assert torch.cuda.memory_allocated() == 4096
+    clone += 1
+    assert torch.cuda.memory_allocated() == 8192
+    assert (tensor[0].item(), clone[0].item()) == (1, 2)
+    shared = torch._lazy_clone(tensor)
+    del tensor
+    assert torch.cuda.memory_allocated() == 8192
+    assert shared.tolist() == [1] * 1024
+    del clone, shared
+    assert torch.cuda.memory_allocated() == 0
+
+
+@on_compiled_cards
+def test_what_torch_asks_of_cudas_libraries_has_an_answer():
+    import torch
+
+    assert "simulated card" in torch.__config__.show()
+    plans = torch.backends.cuda.cufft_plan_cache
+    plans.max_size = 10
+    plans.clear()
+    assert (plans.max_size, plans.size) == (10, 0)
+
+
+@on_compiled_cards
 def test_a_forked_child_has_the_cards_unless_cuda_was_used():
     import torch
     from card_process import in_child

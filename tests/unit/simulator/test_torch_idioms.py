@@ -308,6 +308,10 @@ def test_storages_tell_their_device():
     assert storage.cpu().cuda().is_cuda
     assert torch.UntypedStorage(8, device="cuda").is_cuda
     assert not torch.UntypedStorage(8).is_cuda
+    before = torch.cuda.memory_allocated()
+    listed = torch.UntypedStorage([1, 2, 3], device="cuda")
+    assert listed.tolist() == [1, 2, 3]
+    assert torch.cuda.memory_allocated() == before + 512
 
 
 @on_card
@@ -581,11 +585,12 @@ def test_data_loaders_pin_and_work_in_processes():
 
 
 @on_card
-def test_tensors_of_mkldnn_are_refused_in_one_sentence():
+def test_there_are_no_tensors_of_mkldnn_on_a_card():
     import torch
 
-    with refused(NotImplementedError, "is not simulated"):
+    with refused(NotImplementedError, "CUDA has no tensors of MKL-DNN"):
         torch.eye(3, device="cuda").to_mkldnn()
+    assert torch.eye(3).to_mkldnn().to_dense().sum() == 3
 
 
 @on_card

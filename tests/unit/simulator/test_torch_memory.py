@@ -585,3 +585,51 @@ def test_a_false_assertion_on_the_card_loses_the_context_for_good():
         with pytest.raises(kind, match="CUDA error: device-side assert triggered"):
             call()
     assert (tensor.shape, torch.ones(2).sum().item()) == ((4,), 2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "row[at(5)]",
+        "row.__setitem__(at(5), 1)",
+        "row.index_select(0, at(7))",
+        "row.index_add_(0, at(7), table[0, :1])",
+        "row.gather(0, at(-4))",
+        "row.scatter_(0, at(9), 1.0)",
+        "row.take(at(9))",
+        "functional.embedding(at(9), table)",
+        "functional.nll_loss(table, torch.tensor([1, 5], device='cuda'))",
+        "functional.binary_cross_entropy(row * 3, row)",
+    ],
+)
+@on_card
+def test_what_lies_outside_is_asserted_by_the_kernel_that_finds_it(call):
+    import torch
+
+    names = {
+        "torch": torch,
+        "functional": torch.nn.functional,
+        "at": lambda index: torch.tensor([index], device="cuda"),
+        "row": torch.ones(3, device="cuda"),
+        "table": torch.ones(2, 2, device="cuda"),
+    }
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+    for statement in (call, "row + 1"):
+        with pytest.raises(kind, match="CUDA error: device-side assert triggered"):
+            eval(statement, names)  # noqa: S307  # of this table
+
+
+@on_card
+def test_what_is_wrong_before_a_kernel_begins_ends_no_context():
+    import torch
+
+    row, first = torch.ones(3, device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda")
+    for call, kind, said in (
+        (lambda: row[5], IndexError, "index 5 is out of bounds"),
+        (lambda: row.index_select(2, first), IndexError, "Dimension out of range"),
+        (lambda: row.gather(0, first[None]), RuntimeError, "same number of dimensions"),
+        (lambda: torch.ones(3)[torch.tensor([5])], IndexError, "index 5 is out of bounds"),
+    ):
+        with pytest.raises(kind, match=said):
+            call()
+    assert (row + row).tolist() == [2, 2, 2]

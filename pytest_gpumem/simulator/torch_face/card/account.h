@@ -11,8 +11,10 @@
 
 #include <array>
 #include <atomic>
+#include <mutex>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -65,6 +67,7 @@ struct Account {
   PyObject* use = nullptr;       // (address, stream)
   PyObject* multiply = nullptr;  // (card): a product is about to begin
   PyObject* lose = nullptr;      // (): the context is lost
+  PyObject* judge = nullptr;     // (text of an error) -> whether it is the context that is lost
   PyObject* pin = nullptr;       // (address, size)
   PyObject* unpin = nullptr;     // (address)
   PyObject* pinned = nullptr;    // (address) -> whether it is
@@ -186,14 +189,20 @@ struct Held {
   Storage host;  // owns the bytes
 };
 
-void let_go(void* context) {
-  auto* held = static_cast<Held*>(context);
-  give_back(account.release, "iOn", int(held->card), held->block, number(held->host.data()));
+// By where the bytes are: torch's lazy clones share only what has no other context than that.
+auto& held = *new std::unordered_multimap<const void*, Held>;  // outlives all storages
+std::mutex held_mutex;  // never taken while Python is asked
+
+void let_go(void* bytes) {
+  std::unique_lock lock(held_mutex);
+  auto gone = held.extract(bytes);
+  lock.unlock();
+  auto& [block, card, host] = gone.mapped();
+  give_back(account.release, "iOn", int(card), block, number(bytes));
   if (account.open && Py_IsInitialized()) {
     Gil gil;
-    Py_DecRef(held->block);
+    Py_DecRef(block);
   }
-  delete held;
 }
 
 // Charges `host` to a card and returns its bytes as the card's.
@@ -205,9 +214,13 @@ at::DataPtr charged(Storage host, DeviceIndex card) {
     block = ask(account.take, "innL", int(card), ssize_t(host.nbytes()), number(bytes),
                 static_cast<long long>(streams[card]));
     if (!block) rethrow();
+    if (!bytes) Py_DecRef(block);  // None
   }
-  auto* held = new Held{block, card, std::move(host)};
-  return {bytes, held, &let_go, Device(kCard, card)};
+  if (bytes) {
+    std::lock_guard lock(held_mutex);
+    held.emplace(bytes, Held{block, card, std::move(host)});
+  }
+  return {bytes, bytes, &let_go, Device(kCard, card)};
 }
 
 // On which card the result of what this thread runs will lie; -1: none, or it was asked already.

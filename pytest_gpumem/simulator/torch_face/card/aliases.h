@@ -35,7 +35,7 @@ Kind kind_of(const Tensor& tensor) {
   if (tensor.layout() == c10::kStrided) return kDense;
   if (tensor.layout() == c10::kSparse) return kSparse;
   TORCH_CHECK_NOT_IMPLEMENTED(tensor.layout() != c10::kMkldnn,
-                              "a tensor of MKL-DNN on the simulated card is not simulated");
+                              "CUDA has no tensors of MKL-DNN");
   return kCompressed;
 }
 
@@ -47,6 +47,8 @@ Impl* impl_of(const Tensor& tensor) {
 // The arguments of one call as CPU tensors on the same memory, and the way back.
 class Aliases {
  public:
+  explicit Aliases(bool writes = false) : writes_(writes) {}
+
   Tensor to_host(const Tensor& card) {
     for (auto& [host, original] : tensors_)
       if (original.is_same(card)) return host;
@@ -167,7 +169,9 @@ class Aliases {
     // It keeps the card's alive: what the kernel started may outlast this call.
     auto* impl = card.unsafeGetStorageImpl();
     c10::raw::intrusive_ptr::incref(impl);
-    at::DataPtr bytes(impl->mutable_data(), impl, &drop_storage, c10::kCPU);
+    // What only reads shares the bytes of a lazy clone with those that have them too.
+    void* at = writes_ ? impl->mutable_data() : const_cast<void*>(impl->data());
+    at::DataPtr bytes(at, impl, &drop_storage, c10::kCPU);
     Storage host(Storage::use_byte_size_t(), card.nbytes(), std::move(bytes),
                  c10::GetCPUAllocator(), true);
     storages_.emplace_back(host, card);
@@ -183,6 +187,7 @@ class Aliases {
     return made;
   }
 
+  bool writes_;
   c10::SmallVector<std::pair<Tensor, Tensor>, 4> tensors_;
   c10::SmallVector<std::pair<Storage, Storage>, 4> storages_;
 };

@@ -32,7 +32,7 @@ const std::unordered_set<std::string> kMadeOfOthers = {
     "new_full", "new_empty_strided", "is_set_to", "detach", "detach_", "alias", "lift",
     "lift_fresh", "transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_",
     "as_strided_", "scalar_tensor", "is_same_size", "q_scale", "copy", "_to_copy", "is_pinned",
-    "_pin_memory", "_efficientzerotensor"};
+    "_pin_memory", "_efficientzerotensor", "_lazy_clone"};
 
 bool is_wanted(const c10::OperatorHandle& op) {
   const auto& name = op.operator_name();
@@ -158,6 +158,7 @@ void gpumem_install(int cards, PyObject* answers, const char* products) {
                               {&account.use, "use"},
                               {&account.multiply, "multiply"},
                               {&account.lose, "lose"},
+                              {&account.judge, "judge"},
                               {&account.pin, "pin"},
                               {&account.unpin, "unpin"},
                               {&account.pinned, "pinned"},

@@ -113,6 +113,8 @@ struct PinnedAllocator : c10::Allocator {
   }
 } pinned_allocator;
 
+std::atomic<int64_t> kept_plans = 4096;  // of cuFFT at most, as CUDA begins; there are never any
+
 // Without `override`: which of these there are differs among versions of torch.
 struct CardHooks : at::CUDAHooksInterface {
   void init() const {}
@@ -139,6 +141,11 @@ struct CardHooks : at::CUDAHooksInterface {
   at::Allocator* getCUDADeviceAllocator() const { return &card_allocator; }
   bool isPinnedPtr(const void* bytes) const { return tell(account.pinned, "(n)", number(bytes)); }
   void deviceSynchronize(DeviceIndex) const {}
+  std::string showConfig() const { return "  - a simulated card\n"; }
+  int64_t cuFFTGetPlanCacheMaxSize(DeviceIndex) const { return kept_plans; }
+  void cuFFTSetPlanCacheMaxSize(DeviceIndex, int64_t most) const { kept_plans = most; }
+  int64_t cuFFTGetPlanCacheSize(DeviceIndex) const { return 0; }
+  void cuFFTClearPlanCache(DeviceIndex) const {}
 };
 
 }  // namespace

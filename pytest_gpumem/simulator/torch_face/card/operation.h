@@ -26,6 +26,7 @@ struct Plan {
   bool draws = false;     // at random, without a generator among its arguments
   bool packs = false;     // its second result stays on the host
   bool multiplies = false;  // matrices
+  bool chooses = false;     // by indices, which may lie outside
 };
 
 const std::unordered_set<std::string> kMixing = {
@@ -37,6 +38,7 @@ const std::unordered_set<std::string> kMixing = {
 const std::unordered_set<std::string> kIndexing = {
     "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_",
     "aten::_unsafe_index"};
+const std::unordered_set<std::string> kChoosing = {"index", "indices", "target"};  // arguments
 const std::unordered_set<std::string> kSetting = {"aten::set_"};
 
 Plan plan_of(const c10::OperatorHandle& op) {
@@ -54,6 +56,7 @@ Plan plan_of(const c10::OperatorHandle& op) {
     const auto& argument = schema.arguments()[place];
     if (argument.alias_info() && argument.alias_info()->isWrite()) plan.writes = true;
     if (argument.name() == "pin_memory") plan.pinned = int(place);
+    if (kChoosing.count(argument.name())) plan.chooses = true;
     if (argument.type()->str().find("Generator") != std::string::npos)
       plan.generator = int(place);
   }
@@ -143,6 +146,21 @@ IValue each_tensor(const IValue& value, const Change& change) {
   return changed;
 }
 
+// Runs the host's kernel. Where it says that an index lies outside, a kernel of CUDA asserts it,
+// which ends the context.
+template <class Run>
+void run_choosing(const Plan& plan, const Run& run) {
+  try {
+    run();
+  } catch (const c10::Error& error) {
+    if (plan.chooses && tell(account.judge, "(s)", error.what_without_backtrace())) {
+      lost = true;
+      check();
+    }
+    throw;
+  }
+}
+
 // What an operation does whose tensors have the keys of a card; `kHost` is that of the host's.
 template <DispatchKey kHost>
 void on_card(const c10::OperatorHandle& op, Stack* stack) {
@@ -154,7 +172,7 @@ void on_card(const c10::OperatorHandle& op, Stack* stack) {
   check();
   const auto& formals = op.schema().arguments();
   size_t count = formals.size(), begin = stack->size() - count;
-  Aliases aliases;
+  Aliases aliases(plan.writes);
   Places places{plan};
   std::optional<Device> asked;
 
@@ -197,12 +215,14 @@ void on_card(const c10::OperatorHandle& op, Stack* stack) {
     std::optional<Drawing> drawing;
     if (plan.draws && has_generators) drawing.emplace(drawing_card);
     ResultOn there(card.value_or(-1));
-    if constexpr (kHost == DispatchKey::CPU) {
-      op.redispatchBoxed(DispatchKeySet(kHost), stack);
-    } else {  // which of the host's kinds it is now is seen from the arguments
-      at::AutoDispatchBelowADInplaceOrView below;
-      op.callBoxed(stack);
-    }
+    run_choosing(plan, [&] {
+      if constexpr (kHost == DispatchKey::CPU) {
+        op.redispatchBoxed(DispatchKeySet(kHost), stack);
+      } else {  // which of the host's kinds it is now is seen from the arguments
+        at::AutoDispatchBelowADInplaceOrView below;
+        op.callBoxed(stack);
+      }
+    });
   }
   if (plan.writes) aliases.adopt_changes();
 
