@@ -106,6 +106,11 @@ void register_kernels() {
   aten->impl("_assert_async", &assert_async);
   aten->impl("_assert_async.msg", &assert_saying);
   aten->impl("record_stream", &record_stream);
+  auto pinning = dispatcher.findSchemaOrThrow("aten::_pin_memory", "");
+  if (!pinning.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd)) {
+    aten->impl("_pin_memory", &pin_memory);
+    aten->impl("is_pinned", &is_pinned);
+  }
   at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
 }
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_fused_sdp_choice_ops.h>
@@ -180,6 +181,20 @@ void assert_saying(const Tensor& tensor, c10::string_view) { assert_async(tensor
 
 void record_stream(Tensor& tensor, c10::Stream stream) {
   guard.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
+}
+
+// In older versions of torch these are kernels of CUDA's, asked with a tensor of the host.
+Tensor pin_memory(const Tensor& tensor, std::optional<Device>) {
+  size_t size = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
+                                                 tensor.dtype().itemsize());
+  Storage pinned(Storage::use_byte_size_t(), size, &pinned_allocator, false);
+  Tensor made = at::empty({0}, tensor.options());
+  made.set_(pinned, 0, tensor.sizes(), tensor.strides());
+  return made.copy_(tensor);
+}
+
+bool is_pinned(const Tensor& tensor, std::optional<Device>) {
+  return tell(account.pinned, "(n)", number(tensor.storage().data()));
 }
 
 // Whether another library is used for it: there is none.
