@@ -1,8 +1,9 @@
 """The library of the compiled card: made once for each torch, and used once it was proven.
 
 It lies in the user's cache under a key of what it was made of and proven with: this package's
-source, in C++ and in Python, and the torch at hand. Beside it, in the place of a library that could not be made or did not pass its
-proof, lies the reason. A compiler and the headers in torch's own wheel are all that is needed.
+source, in C++ and in Python, and the torch at hand. Beside it, in the place of a library that could
+not be made or did not pass its proof, lies the reason. A compiler and the headers in torch's own
+wheel are all that is needed.
 """
 
 from __future__ import annotations

@@ -297,6 +297,34 @@ def test_memory_ends_with_the_last_who_needs_it():
 
 
 @on_compiled_cards
+def test_what_cuda_has_no_deterministic_kernel_for_is_refused_where_that_is_asked_for():
+    import torch
+
+    pools = (
+        (torch.nn.AvgPool3d(2), "avg_pool3d_backward_cuda"),
+        (torch.nn.AdaptiveAvgPool3d(2), "adaptive_avg_pool3d_backward_cuda"),
+        (torch.nn.ReflectionPad2d(1), "reflection_pad2d_backward_cuda"),
+    )
+
+    def pass_through(module, device):
+        module(
+            torch.ones(1, 2, 4, 4, 4, device=device)[:, 0, ...].requires_grad_()
+        ).sum().backward()
+
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        for module, kernel in pools:
+            pass_through(module, "cpu")
+            if deterministic:
+                with pytest.raises(RuntimeError, match=kernel):
+                    pass_through(module, "cuda")
+            else:
+                pass_through(module, "cuda")
+    with pytest.raises(RuntimeError, match="_histc_cuda"):
+        torch.histc(torch.ones(3, device="cuda"))
+
+
+@on_compiled_cards
 def test_lazy_clones_cost_their_bytes_with_the_first_write():
     import torch
 

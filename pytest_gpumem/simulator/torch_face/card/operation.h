@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -27,6 +28,7 @@ struct Plan {
   bool packs = false;     // its second result stays on the host
   bool multiplies = false;  // matrices
   bool chooses = false;     // by indices, which may lie outside
+  const char* unordered = nullptr;  // the kernel of CUDA's that adds in no fixed order
 };
 
 const std::unordered_set<std::string> kMixing = {
@@ -41,6 +43,32 @@ const std::unordered_set<std::string> kIndexing = {
 const std::unordered_set<std::string> kChoosing = {"index", "indices", "target"};  // arguments
 const std::unordered_set<std::string> kSetting = {"aten::set_"};
 
+// What torch.use_deterministic_algorithms(True) refuses on CUDA alone.
+const std::unordered_map<std::string, const char*> kUnordered = {
+    {"avg_pool3d_backward", "avg_pool3d_backward_cuda"},
+    {"_adaptive_avg_pool2d_backward", "adaptive_avg_pool2d_backward_cuda"},
+    {"_adaptive_avg_pool3d_backward", "adaptive_avg_pool3d_backward_cuda"},
+    {"max_pool3d_with_indices_backward", "max_pool3d_with_indices_backward_cuda"},
+    {"adaptive_max_pool2d_backward", "adaptive_max_pool2d_backward_cuda"},
+    {"fractional_max_pool2d_backward", "fractional_max_pool2d_backward_cuda"},
+    {"fractional_max_pool3d_backward", "fractional_max_pool3d_backward_cuda"},
+    {"upsample_linear1d_backward", "upsample_linear1d_backward_out_cuda"},
+    {"upsample_bilinear2d_backward", "upsample_bilinear2d_backward_out_cuda"},
+    {"upsample_bicubic2d_backward", "upsample_bicubic2d_backward_out_cuda"},
+    {"upsample_trilinear3d_backward", "upsample_trilinear3d_backward_out_cuda"},
+    {"reflection_pad1d_backward", "reflection_pad1d_backward_out_cuda"},
+    {"reflection_pad2d_backward", "reflection_pad2d_backward_cuda"},
+    {"reflection_pad3d_backward", "reflection_pad3d_backward_out_cuda"},
+    {"replication_pad1d_backward", "replication_pad1d_backward_cuda"},
+    {"replication_pad2d_backward", "replication_pad2d_backward_cuda"},
+    {"replication_pad3d_backward", "replication_pad3d_backward_cuda"},
+    {"grid_sampler_2d_backward", "grid_sampler_2d_backward_cuda"},
+    {"grid_sampler_3d_backward", "grid_sampler_3d_backward_cuda"},
+    {"nll_loss2d_forward", "nll_loss2d_forward_out_cuda_template"},
+    {"_ctc_loss_backward", "ctc_loss_backward_gpu"},
+    {"histc", "_histc_cuda"},
+    {"kthvalue", "kthvalue CUDA"}};
+
 Plan plan_of(const c10::OperatorHandle& op) {
   const auto& schema = op.schema();
   Plan plan;
@@ -51,6 +79,8 @@ Plan plan_of(const c10::OperatorHandle& op) {
   plan.mixes = plan.indexes || kMixing.count(schema.name()) ||
                schema.name().rfind("c10d::", 0) == 0;
   plan.multiplies = account.products.count(schema.name());
+  auto unordered = kUnordered.find(schema.name().substr(schema.name().find("::") + 2));
+  if (unordered != kUnordered.end()) plan.unordered = unordered->second;
   plan.packs = schema.name() == "aten::_pack_padded_sequence";
   for (size_t place = 0; place < schema.arguments().size(); ++place) {
     const auto& argument = schema.arguments()[place];
@@ -170,6 +200,7 @@ void on_card(const c10::OperatorHandle& op, Stack* stack) {
     return;
   }
   check();
+  if (plan.unordered) at::globalContext().alertNotDeterministic(plan.unordered);
   const auto& formals = op.schema().arguments();
   size_t count = formals.size(), begin = stack->size() - count;
   Aliases aliases(plan.writes);
