@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
 
     from pytest_gpumem.plugin.budget import Budgets
+    from pytest_gpumem.reports import terminal
 
 
 class _Phases:
@@ -342,12 +343,10 @@ class Reporting:
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         """Show the GPU memory section, if any test touched a card."""
-        run, verbosity = self.run_record(), terminalreporter.config.get_verbosity()
+        run = self.run_record()
         if not (run.tests or run.notes or run.lost or self._failures):
             return
-        from pytest_gpumem.reports import terminal
-
-        lines = list(terminal.lines(run, self._state.settings.top, verbosity))
+        lines = _section(run, self._state.settings.top, terminalreporter)
         if lines:
             terminalreporter.write_sep("=", "GPU memory")  # which ends pytest's last line
         for line in lines:
@@ -392,6 +391,16 @@ class Reruns:
 def _once(children: Iterable[records.ChildUsage]) -> tuple[records.ChildUsage, ...]:
     """Return each process once, as it was told of last."""
     return tuple({(each.pid, each.start, each.card): each for each in children}.values())
+
+
+def _section(
+    run: records.RunRecord, top: int, reporter: pytest.TerminalReporter
+) -> list[terminal.Line]:
+    """Return the lines of the section; those of a file are wrapped by what shows it."""
+    from pytest_gpumem.reports import terminal
+
+    width = reporter.config.get_terminal_writer().fullwidth if reporter.isatty else 0
+    return list(terminal.lines(run, top, reporter.config.get_verbosity(), width))
 
 
 def _in_github_actions() -> bool:

@@ -52,7 +52,7 @@ def told(run: RunRecord) -> list[tuple[RecordedTest, Alive]]:
 
 def head(alive: Alive) -> str:
     """Return in words how much was alive, and when."""
-    size = format_bytes(alive.size)
+    size = format_bytes(alive.size) if alive.size else "nothing"
     if alive.moment == "failed":
         return f"{size} still held by tensors when it had failed"
     if alive.moment != "out of memory":

@@ -154,7 +154,7 @@ def peaks(run: RunRecord) -> list[Row]:
                 key not in most or own(card) > own(most[key].usage)
             ):
                 total = totals.get((test.host, card.card), 0)
-                most[key] = Row(card, test, f"{own(card) / total:.0%}" if total else "")
+                most[key] = Row(card, test, _part(own(card), total) if total else "")
     return sorted(most.values(), key=lambda row: -own(row.usage))
 
 
@@ -172,6 +172,10 @@ PEAK_COLUMNS = (
     Column("peak", 11, lambda row: format_bytes(row.usage.peak)),
     Column("leftover", 11, lambda row: format_bytes(row.usage.leftover)),
 )
+
+
+def _part(size: int, total: int) -> str:
+    return "<1%" if 0 < size < total / 100 else f"{size / total:.0%}"
 
 
 def instances(tests: Sequence[RecordedTest]) -> list[FixtureUsage]:

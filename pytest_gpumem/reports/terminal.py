@@ -27,6 +27,7 @@ from pytest_gpumem.reports.counts import (
     place,
     plural,
 )
+from pytest_gpumem.reports.fold import fold
 from pytest_gpumem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Line(NamedTuple):
     colour: str = ""
 
 
-def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
+def lines(run: RunRecord, top: int, verbosity: int = 0, width: int = 0) -> Iterator[Line]:
     """Return the section's lines; main memory and notes alone when no test touched a card.
 
     Args:
@@ -61,8 +62,14 @@ def lines(run: RunRecord, top: int, verbosity: int = 0) -> Iterator[Line]:
         top: how many entries each list shows, all of them where it is 0 or ``verbosity`` above 1.
         verbosity: pytest's; below 0 come only the first line and one for each kind of leak, above 0
             holders and names are not shortened.
+        width: of the terminal, to which lines are broken; 0 for none.
 
     """
+    for line in _lines(run, top, verbosity):
+        yield from (line._replace(text=part) for part in fold(line.text, width))
+
+
+def _lines(run: RunRecord, top: int, verbosity: int) -> Iterator[Line]:
     counted = count_up(run)
     touched, leaks = counted.touched, counted.leaks
     notes = [f"  {note}" for note in run.notes]
@@ -165,7 +172,7 @@ def _fixtures(tests: Sequence[RecordedTest], shown: int) -> Iterator[Line]:
     for (name, scope), several in rows[:shown]:
         each = max(several, key=lambda instance: instance.allocated)
         released = "" if each.released is None else format_bytes(each.released)
-        times = f", {len(several)} times, at most" if len(several) > 1 else ""
+        times = f", largest of {len(several)}" if len(several) > 1 else ""
         yield Line(
             f"{format_bytes(each.allocated):>11} {format_bytes(each.peak):>11} {released:>11}  "
             f"{name} ({scope}{times})"
@@ -181,7 +188,7 @@ def _scopes(rows: Sequence[LeftByScope], shown: int) -> Iterator[Line]:
     yield Line("")
     yield Line(f"{'left':>11}  by module, its fixtures gone")
     for row in modules[:shown]:
-        held = f", held by {row.where}" if row.where else ""
+        held = f", held by {row.where.removeprefix(f'{row.name}: ')}" if row.where else ""
         yield Line(f"{format_bytes(row.size):>11}  {row.name}{held}")
     yield from _more(len(modules) - shown, "module")
     for row in rows:

@@ -26,8 +26,10 @@ def levels(run: RunRecord) -> dict[CardKey, list[Level]]:
     """Return the steps of what was held on each card, in the order of time.
 
     A process counts from its first test on the card; that a crashed one gave everything back is
-    not seen. Within a test the most that it held counts.
+    not seen. Within a test the most that it held counts; as several tests are not at their most
+    at one moment, what is held together counts up to the size of the card.
     """
+    totals = {(card.host, card.uuid): card.total for card in run.cards if card.total}
     changes: dict[CardKey, list[tuple[float, str, int]]] = {}
     for test in run.tests:
         for card in test.cards:
@@ -47,7 +49,8 @@ def levels(run: RunRecord) -> dict[CardKey, list[Level]]:
         found[key] = []
         for time, worker, size in sorted(steps):
             held[worker] = size
-            found[key].append(Level(time, sum(held.values())))
+            together = sum(held.values())
+            found[key].append(Level(time, min(together, totals.get(key, together))))
     return found
 
 

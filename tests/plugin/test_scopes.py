@@ -103,7 +103,7 @@ def test_a_module_and_the_run_are_judged_when_their_fixtures_are_gone(suite, mod
         "module test_keeps.py is allowed to leave 512.00 KiB, left 1.00 MiB, held by "
         "test_keeps.py: module global KEPT[0][0]"
     ) in run.output
-    assert "   1.00 MiB  test_keeps.py, held by test_keeps.py: module global" in run.section
+    assert "   1.00 MiB  test_keeps.py, held by module global" in run.section
     assert "   1.12 MiB  the whole run" in run.section
     assert "leaked by" not in run.section
 

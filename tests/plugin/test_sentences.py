@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from harness import run_pytest, write_suite
+from harness import SIMULATE, TAKE, run_pytest, write_suite
 
 TEXTS = {
     "cublas": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
@@ -182,8 +182,30 @@ def test_lifted(): assert torch.cuda.get_per_process_memory_fraction() == 1.0
     assert "memory fraction of cuda:0 is 1, was 0.95\n" in finished.section
     (fixture,) = [line for line in finished.section.splitlines() if " model (" in line]
     assert re.split(r"  +", fixture.strip()) == (
-        ["3.00 MiB", "3.00 MiB", "3.00 MiB", "model (session, 3 times, at most)"]
+        ["3.00 MiB", "3.00 MiB", "3.00 MiB", "model (session, largest of 3)"]
     )
     leases = [each.lease for each in finished.record.tests if each.lease is not None]
     assert leases
     assert {each.waited for each in leases} == {0}
+
+
+ON_A_TERMINAL = """
+import os, pty, sys
+sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, "-m", "pytest", *sys.argv[1:]])))
+"""
+
+
+def test_a_terminal_gets_names_in_one_piece_and_a_file_lines_in_one(tmp_path):
+    suite = write_suite(tmp_path, test_it=TAKE + "\ndef test_with_quite_a_name(): take()\n")
+    (tmp_path / "on_a_terminal.py").write_text(ON_A_TERMINAL)
+    narrow = {"env": {"COLUMNS": "60"}, "beside": ()}
+    row = ["64.00 KiB", "<1%", "64.00 KiB", "0 B"]
+
+    file = run_pytest(suite, *SIMULATE, **narrow)
+    terminal = run_pytest(suite, *SIMULATE, **narrow, within=[tmp_path / "on_a_terminal.py"])
+
+    (line,) = [line for line in file.section.splitlines() if "::" in line]
+    assert re.split(r"  +", line.strip()) == [*row, "test_it.py::test_with_quite_a_name"]
+    lines = terminal.output.replace("\r", "").splitlines()
+    at = lines.index("    test_it.py::test_with_quite_a_name")
+    assert re.split(r"  +", lines[at - 1].strip()) == row

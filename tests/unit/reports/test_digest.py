@@ -47,7 +47,7 @@ def test_what_names_of_tests_contain_stays_text(tmp_path, capsys):
     page = rendered(tmp_path, capsys, run(test))
 
     shown = "test_a.py::test_x[a|b*c*`d`&lt;script&gt;&amp;amp;_e_ # no heading]"
-    assert cells(page, "Own peaks") == [["3.00 MiB", "0%", "3.00 MiB", "3.00 MiB", shown]]
+    assert cells(page, "Own peaks") == [["3.00 MiB", "&lt;1%", "3.00 MiB", "3.00 MiB", shown]]
     assert cells(page, "Leaks") == [["3.00 MiB", shown, "a.py: CACHE['|']", ""]]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from pytest_gpumem import records
 from pytest_gpumem.records import (
     Alive,
@@ -39,6 +41,7 @@ def shown(
     top: int = 10,
     verbosity: int = 0,
     budgets: tuple[BudgetVerdict, ...] = (),
+    width: int = 0,
 ) -> list[str]:
     run = RunRecord(
         schema=records.SCHEMA,
@@ -49,7 +52,7 @@ def shown(
         tests=tests,
         budgets=budgets,
     )
-    return [line.text for line in terminal.lines(run, top, verbosity)]
+    return [line.text for line in terminal.lines(run, top, verbosity, width)]
 
 
 def table(lines: list[str]) -> list[str]:
@@ -73,7 +76,7 @@ def test_the_table_ranks_by_what_each_test_took_itself():
     assert lines[0].startswith("2 of 22 tests used VRAM, highest own peak 90.00 MiB, 0 leaks, ")
     assert [cells(row) for row in table(lines)] == [
         ["90.00 MiB", "9%", "90.00 MiB", "0 B", "mine"],
-        ["4.00 KiB", "0%", "4.00 KiB", "0 B", "small"],
+        ["4.00 KiB", "<1%", "4.00 KiB", "0 B", "small"],
     ]
 
 
@@ -89,6 +92,38 @@ def test_long_lists_are_bounded_and_say_by_how_much():
     assert len(table(shown(*tests))) == 11
     assert table(shown(*tests))[-1] == "... 20 more tests; --gpumem-top=0 shows all"
     assert len(table(shown(*tests, top=0))) == len(table(shown(*tests, verbosity=2))) == 30
+
+
+@pytest.mark.parametrize(
+    ("own", "part"),
+    [
+        (1, "<1%"),
+        (10 * MIB - 1, "<1%"),
+        (10 * MIB, "1%"),
+        (16 * MIB, "2%"),
+        (900 * MIB, "90%"),
+    ],
+)
+def test_the_part_of_the_card_is_never_nothing_where_something_was_taken(own, part):
+    (row,) = table(shown(recorded("t", usage(own))))
+    assert cells(row)[1] == part
+
+
+def test_a_narrow_terminal_has_nodeids_on_lines_of_their_own():
+    """At 60 columns every name breaks, at 80 the longer one, at 120 none."""
+    long, short = "tests/test_search.py::test_batches[a b]", "tests/test_a.py::test_b"
+    tests = (
+        recorded(long, usage(300 * MIB), worker="gw0"),
+        recorded(short, usage(90 * MIB, leaked=2 * MIB, where="tests/test_a.py: module global A")),
+    )
+    first, second = " 300.00 MiB      30%  300.00 MiB         0 B", (
+        "  90.00 MiB       9%   90.00 MiB    2.00 MiB"
+    )  # fmt: skip
+
+    assert table(shown(*tests, width=60)) == ([first, f"    {long} [gw0]", second, f"    {short}"])
+    assert table(shown(*tests, width=80)) == [first, f"    {long} [gw0]", f"{second}  {short}"]
+    assert table(shown(*tests, width=120)) == [f"{first}  {long} [gw0]", f"{second}  {short}"]
+    assert max(map(len, shown(*tests, width=60))) <= 60
 
 
 def test_two_hundred_leaks_of_one_global_are_one_entry():
@@ -214,7 +249,7 @@ def test_a_fixture_is_one_line_however_often_it_was_set_up():
         return recorded("t", fixtures=(made,), worker=worker)
 
     lines = shown(*(instance(n * MIB, f"gw{n}") for n in range(1, 5)))
-    assert cells(lines[-1]) == ["4.00 MiB", "4.00 MiB", "model (session, 4 times, at most)"]
+    assert cells(lines[-1]) == ["4.00 MiB", "4.00 MiB", "model (session, largest of 4)"]
 
 
 def test_what_workers_left_of_a_module_is_held_by_whoever_holds_most():
@@ -225,7 +260,7 @@ def test_what_workers_left_of_a_module_is_held_by_whoever_holds_most():
         recorded("b", scopes=(ScopeUsage("module", "test_a.py", "GPU-1", 61 * MIB, (large,)),)),
     )
 
-    assert lines[-1] == "  61.00 MiB  test_a.py, held by test_a.py: Cache.store"
+    assert lines[-1] == "  61.00 MiB  test_a.py, held by Cache.store"
 
 
 def test_who_only_tears_a_fixture_down_used_no_vram():

@@ -41,6 +41,12 @@ def test_a_card_holds_what_each_process_has_most_of_during_a_test_and_keeps_afte
     assert timeline.levels(run()) == {}
 
 
+def test_a_card_never_holds_more_than_it_has():
+    """Two tests need not be at their most at one moment, and those of a card together are not."""
+    large = ran("a.py::test_large", 10.0, 60 * MIB), ran("b.py::test_l", 11.0, 50 * MIB, 0, "gw1")
+    assert max(level.size for level in timeline.levels(run(*large))["", "GPU-1"]) == 64 * MIB
+
+
 @pytest.mark.parametrize(
     ("tests", "window"),
     [((), (0.0, 0.0)), ((A,), (10.0, 12.0)), ((A, B, C), (10.0, 15.0)),
