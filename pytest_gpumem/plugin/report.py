@@ -394,7 +394,7 @@ def _once(children: Iterable[records.ChildUsage]) -> tuple[records.ChildUsage, .
 
 
 def _section(
-    run: records.RunRecord, top: int, reporter: pytest.TerminalReporter
+    run: records.RunRecord, top: int, reporter: TerminalReporter
 ) -> list[terminal.Line]:
     """Return the lines of the section; those of a file are wrapped by what shows it."""
     from pytest_gpumem.reports import terminal

@@ -34,7 +34,7 @@ def test_report_shows_the_section_of_a_finished_run(tmp_path, capsys):
     )
     assert re.split(r"  +", lines[-1].strip()) == [
         "2.00 MiB",
-        "0%",
+        "<1%",
         "3.00 MiB",
         "0 B",
         "test_x.py::test_a",
