@@ -673,6 +673,8 @@ def test_models_are_wrapped_for_distributed_training():
 def test_what_is_not_simulated_is_refused_in_one_sentence(expression, words):
     import torch
 
+    if torch.version.cuda and "torch._C._" in words:
+        return  # a torch that was built for CUDA has it, and answers itself
     with refused((NotImplementedError, AttributeError), words) as caught:
         eval(expression, {"torch": torch})  # noqa: S307  # the parameters above
     assert "\n" not in str(caught.value)
