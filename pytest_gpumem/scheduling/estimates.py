@@ -162,7 +162,6 @@ class Estimates:
 
     def _need(self, test: int) -> int | None:
         planned = self._tests[test]
-        most = max(0, self._most - planned.apart)
         if test in self.ooms:
             return None
         if planned.peak is not None:
@@ -171,7 +170,7 @@ class Estimates:
             return 0
         kin = self._family_peaks.get(family(planned.nodeid))
         if kin is not None:
-            return min(most, with_margin(kin, FAMILY_MARGIN))
+            return min(max(0, self._most - planned.apart), with_margin(kin, FAMILY_MARGIN))
         return None
 
     def fixtures(self, test: int) -> int:

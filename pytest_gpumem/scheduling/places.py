@@ -166,7 +166,9 @@ class Worker:
 
     def holds(self, card: Card, *, but: Collection[str]) -> int:
         """Return what its wide fixtures hold on ``card``, but for those of these names."""
-        fixtures = self.standing.get(card, {})
+        fixtures = self.standing.get(card)
+        if not fixtures:  # as with most: this is asked at each decision
+            return 0
         return sum(size for name, size in fixtures.items() if name not in but)
 
 

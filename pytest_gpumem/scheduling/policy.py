@@ -234,6 +234,8 @@ def _run_from_lanes(state: State, worker: Worker) -> bool:
     """Run the first test that fits; the first that does not gets a reservation."""
     cluster, backlog = state.cluster, state.backlog
     for portion in _lanes(state, worker):
+        if not portion.tests:
+            continue
         lone = portion is backlog.alone or portion is backlog.last
         may_go = cluster.may_go if lone else cluster.fits
         tests = list(itertools.islice(portion.tests, LOOK))
