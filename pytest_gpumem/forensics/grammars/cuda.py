@@ -43,13 +43,6 @@ GRAMMARS = (
     ),
     grammar(
         "cuda",
-        "(cudaMalloc error out",
-        r"\bsize \d+ bytes \(cudaMalloc error out of memory",
-        r"size <tried>",
-        distinct=True,
-    ),
-    grammar(
-        "cuda",
         "alloc fail type|allocator fail type",
         r"(?:Resources: alloc|device allocator) fail type \w+",
         r"size <tried>",
@@ -120,14 +113,6 @@ GRAMMARS = (
         "cuda",
         "Memory allocation failed",
         r"storage_manager\.h:\d+: Memory allocation failed",
-        distinct=True,
-    ),
-    grammar(
-        "cuda",
-        "on device 'cuda",
-        r"Failed to allocate \d+ bytes on device 'cuda",
-        r"allocate <tried>",
-        r"cuda:(?P<device>\d{1,4})",
         distinct=True,
     ),
     # The driver's and the runtime's own name for it, and their calls, wherever they surface.

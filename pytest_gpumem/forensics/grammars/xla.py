@@ -97,5 +97,4 @@ GRAMMARS = (
         r"|(?:device:GPU:(?P<device>\d{1,4})\}\} )?failed to allocate memory \[Op:",
         distinct=True,
     ),
-    grammar("tensorflow", "ailed to allocate memory", r"failed to allocate memory$"),
 )
