@@ -301,7 +301,9 @@ def _compare(chosen: argparse.Namespace, progress: _Progress) -> int:
         from pytest_gpumem.reports import sections
         from pytest_gpumem.reports.forensics import compared
 
-        shown = sections.markdown if chosen.format == "markdown" else sections.text
-        for line in shown(compared(told, chosen.top)):
-            sys.stdout.write(f"{line}\n")
+        shown = compared(told, chosen.top)
+        if chosen.format == "markdown":
+            _write(sections.markdown(shown), None)
+        else:
+            sections.show(shown)
     return 1 if told.missed else 0

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -204,7 +205,8 @@ def _formatted(run: records.RunRecord, chosen: argparse.Namespace) -> Iterator[s
 
 
 def _section(run: records.RunRecord, chosen: argparse.Namespace) -> list[str]:
-    return [line.text for line in terminal.lines(run, chosen.top, chosen.verbose)]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    return [line.text for line in terminal.lines(run, chosen.top, chosen.verbose, width)]
 
 
 def _shard(text: str, all_of_them: Collection[str]) -> str:

@@ -113,9 +113,7 @@ def lines(run: RunRecord, shown: int, each: int | None) -> Iterator[str]:
             yield f"      {alive.note}"
         if alive.snapshot:
             yield f"      snapshot: {alive.snapshot}"
-        if others:
-            yield f"      likewise {plural(len(others), 'test')}"
-            yield from likewise(others, verbose=each is None)
+        yield from likewise(plural(len(others), "test"), others, verbose=each is None)
     if more := sum(1 + len(others) for *_, others in every[shown:]):
         yield f"  ... {more} more; --gpumem-top=0 shows all"
     if every and (unseen := _not_looked_at(run)):

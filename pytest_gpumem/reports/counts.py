@@ -95,15 +95,16 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-_LIKEWISE_SHOWN = 3
+_LIKEWISE_NAMED = 3
 
 
-def likewise(others: Sequence[str], *, verbose: bool) -> Iterator[str]:
-    """Yield the first of those that came off as the one above them, or all, and count the rest."""
-    bound = len(others) if verbose else _LIKEWISE_SHOWN
-    yield from (f"          {other}" for other in others[:bound])
-    if len(others) > bound:
-        yield f"          ... {len(others) - bound} more; -v shows all"
+def likewise(number: str, others: Sequence[str], *, verbose: bool) -> Iterator[str]:
+    """Yield the ``number`` of those that came off as the one above them; a few also by name."""
+    if not others:
+        return
+    named = verbose or len(others) <= _LIKEWISE_NAMED
+    yield f"      likewise {number}{'' if named else '; -v shows all'}"
+    yield from (f"          {other}" for other in others if named)
 
 
 def place(test: RecordedTest) -> str:

@@ -12,33 +12,39 @@ _WORD = re.compile(r"(?=\S)(?:\[[^\[\]]*\]|\S| (?=\[))+")
 """What is never broken: of a nodeid neither its parameters, which may hold spaces, nor its
 worker."""
 
-_EDGE = re.compile(r" *(?:\d\S* [KMGT]?i?B\b)?")
-"""What a line begins with: the column of a size, or its indent."""
+_SIZED = re.compile(r" *\d\S* [KMGT]?i?B\b")
 
 _SIZE = len("1023.99 MiB")
 
 
-def fold(text: str, width: int) -> Iterator[str]:
+def fold(text: str, width: int, indent: int | None = None) -> Iterator[str]:
     """Yield ``text`` in lines of at most ``width`` characters where its words allow it.
 
     Args:
-        text: a line, whose further lines are indented by four more.
+        text: a line.
         width: of the terminal, 0 where nothing is to be broken.
+        indent: of the further lines, where they have the room; by default four more than of the
+            first.
 
     """
     command = text.lstrip().startswith("pytest ")  # broken, its first line would run by itself
     if not width or len(text) <= width or command:
         yield text
         return
-    edge = _EDGE.match(text)
-    begin = edge.end() if edge else 0
-    indent = " " * ((max(0, begin - _SIZE) if edge and edge[0].strip() else begin) + 4)
+    if indent is None:
+        indent = _edge(text) + 4
     line, end = "", 0
     for word in _WORD.finditer(text):
         piece = text[end : word.end()]
         end = word.end()
         if line and len(line) + len(piece) > width:
             yield line
-            line, piece = indent, word[0]
+            line, piece = " " * min(indent, max(0, width - len(word[0]))), word[0]
         line += piece
     yield line
+
+
+def _edge(text: str) -> int:
+    """Return where a line begins: one that begins with a size, where the column of sizes does."""
+    size = _SIZED.match(text)
+    return max(0, size.end() - _SIZE) if size else len(text) - len(text.lstrip())

@@ -6,12 +6,16 @@ import io
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpumem.reports.fold import fold
 from pytest_gpumem.units import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from rich.console import Console
+
+_NAME = 4
+"""By how much a name is indented that does not fit into the line of its row."""
 
 
 class Section(NamedTuple):
@@ -42,39 +46,50 @@ def show(sections: Iterable[Section]) -> None:
 
 
 def text(sections: Iterable[Section]) -> Iterator[str]:
-    """Return the lines that ``show`` prints, without colour, 120 columns wide."""
+    """Return the lines that ``show`` prints, without colour, however wide."""
     from rich.console import Console
 
     output = io.StringIO()
-    _print(Console(file=output, width=120, highlight=False), sections)
+    _print(Console(file=output, highlight=False), sections)
     return map(str.rstrip, output.getvalue().splitlines())
 
 
 def _print(console: Console, sections: Iterable[Section]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
+    width = console.width if console.is_terminal else 0
     for section in sections:
         console.print()
         console.print(Text(printable(section.title), style="bold"))
         for sentence in section.sentences:
             style = "red" if sentence.startswith("cause:") or "INCOMPLETE" in sentence else ""
-            console.print(Text(f"  {printable(sentence)}", style=style), soft_wrap=True)
+            for line in fold(f"  {printable(sentence)}", width):
+                console.print(Text(line, style=style), soft_wrap=True)
         if section.rows:
-            table = Table(box=None, pad_edge=True, header_style="dim")
-            for column in section.columns:
-                number = column.startswith(">")
-                table.add_column(
-                    column.lstrip(">"),
-                    justify="right" if number else "left",
-                    no_wrap=number,
-                    overflow="fold",
-                )
-            for row in section.rows:
-                table.add_row(*(Text(printable(cell)) for cell in row))
-            console.print(table)
+            header, *rows = _aligned(section.columns, section.rows, width)
+            for line, style in ((header, "dim"), *((row, "") for row in rows)):
+                for part in fold(line, width, _NAME):
+                    console.print(Text(part, style=style), soft_wrap=True)
         for line in section.code:
             console.print(Text(f"    {printable(line)}", style="green"), soft_wrap=True)
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """Return the header and the rows as lines; where these are too wide, the longest cells last.
+
+    There a line can be broken, and a name, whole, has the next one to itself.
+    """
+    table = [[column.lstrip(">") for column in columns], *(list(map(_line, row)) for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    order = list(range(len(columns)))
+    if width and sum(widths) + 2 * len(widths) > width:
+        order.append(order.pop(widths.index(max(widths))))
+    for row in table:
+        cells = (
+            row[at].rjust(widths[at]) if columns[at].startswith(">") else row[at].ljust(widths[at])
+            for at in order
+        )
+        yield f" {'  '.join(cells)}".rstrip()
 
 
 def markdown(sections: Iterable[Section]) -> Iterator[str]:

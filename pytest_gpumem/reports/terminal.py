@@ -220,10 +220,8 @@ def _leaked(leaks: Sequence[Leak], shown: int, verbosity: int) -> Iterator[str]:
         yield f"  {format_bytes(first.size):>10} by {first.by}"
         yield from _holder_lines(first.holders, None if verbosity > 0 else _HOLDERS_SHOWN)
         yield from (f"      {sentence}" for sentence in first.orphans)
-        if others:
-            yield f"      likewise {likewise_leaks(others)}"
-            each = (f"{format_bytes(leak.size):>10} by {leak.by}" for leak in others)
-            yield from likewise(list(each), verbose=verbosity > 0)
+        each = [f"{format_bytes(leak.size):>10} by {leak.by}" for leak in others]
+        yield from likewise(likewise_leaks(others), each, verbose=verbosity > 0)
     left = [leak for group in groups[shown:] for leak in group]
     if left:
         size = format_bytes(sum(leak.size for leak in left))
@@ -255,9 +253,8 @@ def _ooms(run: RunRecord, counted: Counted, shown: int, verbosity: int) -> Itera
         for other in first.beside:
             yield f"      beside it: {other.text}"
         yield from (f"      {sentence}" for sentence in culprits)
-        if others:
-            yield f"      likewise {plural(len(others), 'test')}"
-            yield from likewise([_asked(test) for test in others], verbose=verbosity > 0)
+        asked = [_asked(test) for test in others]
+        yield from likewise(plural(len(others), "test"), asked, verbose=verbosity > 0)
     left = sum(len(tests) for _, tests in groups[shown:])
     if left:
         yield f"  ... {plural(left, 'more test')}; --gpumem-top=0 shows all"

@@ -32,12 +32,11 @@ CASES = {
     ),
     "parameters with spaces": (
         "  likewise one two test_a.py::test_b[a long one, b] [gw1]",
-        40,
+        44,
         ["  likewise one two", "      test_a.py::test_b[a long one, b] [gw1]"],
     ),
-    "a name that is too long stays whole": (
-        f"  by {ID}: x", 20, ["  by", f"      {ID}:", "      x"]
-    ),
+    "a name takes the room of the indent": (f"  by {ID}: x", 36, ["  by", f"  {ID}:", "      x"]),
+    "a name that is too long stays whole": (f"  by {ID}: x", 20, ["  by", f"{ID}:", "      x"]),
     "what is to be pasted into a shell": (
         f"      pytest -p gpumem --gpumem-oom-at 3 {ID}",
         40,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pytest_gpumem.forensics import analysis, compare
@@ -88,3 +90,49 @@ def test_no_form_passes_on_what_a_terminal_obeys():
     assert list(sections.markdown(told)) == [
         "# a\\x1b[2J", "", "- b\\\\x9b31m", "", "```", "pytest 'c\\x07 d'", "```", "",
     ]  # fmt: skip
+
+
+LONG, SHORT = "tests/test_search.py::test_batches[a b]", "tests/test_a.py::test_b"
+OUT = sections.Section(
+    "Out of memory",
+    (f"ran before it: {LONG}, {SHORT}",),
+    ("test", "worker", ">tried"),
+    ((LONG, "gw0", "44.00 MiB"), (SHORT, "gw1", "7.00 MiB")),
+    (f"pytest -p gpumem {LONG}",),
+)
+BESIDE = [
+    " test                                     worker      tried",
+    f" {LONG}  gw0     44.00 MiB",
+    f" {SHORT}                  gw1      7.00 MiB",
+]
+BELOW = [
+    " worker      tried  test", " gw0     44.00 MiB", f"    {LONG}",
+    f" gw1      7.00 MiB  {SHORT}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "sentence", "rows"),
+    [
+        (50, ["  ran before it:", f"      {LONG},", f"      {SHORT}"], BELOW),
+        (60, [f"  ran before it: {LONG},", f"      {SHORT}"], BESIDE),
+        (120, [f"  ran before it: {LONG}, {SHORT}"], BESIDE),
+    ],
+)
+def test_a_terminal_shows_names_in_one_piece(monkeypatch, capsys, width, sentence, rows):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal has it
+    monkeypatch.setenv("COLUMNS", str(width))
+    sections.show([OUT])
+
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert shown.splitlines() == (
+        ["", "Out of memory", *sentence, *rows, f"    pytest -p gpumem {LONG}"]
+    )
+
+
+def test_a_file_has_a_row_in_a_line(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    sections.show([OUT])
+
+    assert capsys.readouterr().out.splitlines()[3:6] == BESIDE
+    assert list(sections.text([OUT]))[3:6] == BESIDE
