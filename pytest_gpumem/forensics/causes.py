@@ -138,7 +138,8 @@ def _without_free(event: OomEvent, past: Past) -> Finding:
         return Finding("unknown", (known or "the message has no figures of the card",))
     left = sum(each.size for each in past.leftovers)
     if event.total_bytes and need - left > event.total_bytes:
-        return Finding("unknown", (f"{_b(need)} was needed, {_b(left)} of it left by others",))
+        needed = f"{_b(need)} was needed on a card of {_b(event.total_bytes)}"
+        return Finding("unknown", (f"{needed}, {_b(left)} of it left by others",))
     return _own(event, past)
 
 

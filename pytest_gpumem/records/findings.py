@@ -19,7 +19,7 @@ CAUSES = {
     "memory_fraction": "a limit below the card's size was hit",
     "driver": "the driver refused although enough was free (limit or race)",
     "host_ram": "main memory ran out, not the card's",
-    "unknown": "the log does not tell",
+    "unknown": "no cause found",
 }
 """Every cause, and how it is said."""
 

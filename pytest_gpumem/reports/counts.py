@@ -223,7 +223,7 @@ class LeftByScope(NamedTuple):
     """The module's nodeid; ``the whole run``."""
     size: int
     where: str
-    """Who holds most of it, in words; empty where that is not known."""
+    """Who holds most of it, in words, without the module's name; empty where that is not known."""
 
     @property
     def whole(self) -> bool:
@@ -235,7 +235,10 @@ _WHOLE = "the whole run"
 
 
 def left_by_scopes(run: RunRecord) -> list[LeftByScope]:
-    """Return what modules left, the most first, and at last what the run left as a whole."""
+    """Return what modules left, the most first, and at last what the run left as a whole.
+
+    The run is left out where one module left all of that.
+    """
     found: dict[tuple[str, str], list[ScopeUsage]] = {}
     for test in run.tests:
         for each in test.scopes:
@@ -244,15 +247,18 @@ def left_by_scopes(run: RunRecord) -> list[LeftByScope]:
         LeftByScope(
             name or _WHOLE,
             sum(each.left for each in several),
-            _of_most([holder for each in several for holder in each.holders]),
+            _of_most([holder for each in several for holder in each.holders], name),
         )
         for (_, name), several in found.items()
     ]
-    return sorted(rows, key=lambda row: (row.whole, -row.size))
+    modules = [row.size for row in rows if not row.whole]
+    told = [row for row in rows if not row.whole or modules != [row.size]]
+    return sorted(told, key=lambda row: (row.whole, -row.size))
 
 
-def _of_most(holders: list[Holder]) -> str:
-    return max(holders, key=lambda each: each.size).where if holders else ""
+def _of_most(holders: list[Holder], module: str) -> str:
+    most = max(holders, key=lambda each: each.size).where if holders else ""
+    return most.removeprefix(f"{module}: ") if module else most
 
 
 def by_kind(leaks: Iterable[Leak]) -> list[list[Leak]]:

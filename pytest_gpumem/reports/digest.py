@@ -133,5 +133,5 @@ def _table(
 ) -> Iterator[Section]:
     """Yield a table cut to its first rows, none where there is nothing in it."""
     if rows:
-        more = (f"{len(rows) - shown:,} more",) if len(rows) > shown else ()
+        more = (f"{shown:,} of {len(rows):,}",) if len(rows) > shown else ()
         yield Section(title, more, columns, tuple(rows[:shown]))

@@ -107,7 +107,11 @@ def markdown(sections: Iterable[Section]) -> Iterator[str]:
             rules = ("--:" if column.startswith(">") else ":--" for column in section.columns)
             yield f"| {' | '.join(rules)} |"
             for row in section.rows:
-                yield f"| {' | '.join(map(_cell, row))} |"
+                cells = (
+                    _whole(_cell(cell)) if column.startswith(">") else _cell(cell)
+                    for column, cell in zip(section.columns, row, strict=True)
+                )
+                yield f"| {' | '.join(cells)} |"
             yield ""
         if section.code:
             yield "```"
@@ -119,6 +123,11 @@ def markdown(sections: Iterable[Section]) -> Iterator[str]:
 def _line(text: str) -> str:
     """Return a text as one line that a terminal can show."""
     return printable(text).replace("\n", " ")
+
+
+def _whole(number: str) -> str:
+    """Return a number that is not torn from its unit where a table is narrow."""
+    return number.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _cell(text: str) -> str:

@@ -188,11 +188,11 @@ def _scopes(rows: Sequence[LeftByScope], shown: int) -> Iterator[Line]:
     yield Line("")
     yield Line(f"{'left':>11}  by module, its fixtures gone")
     for row in modules[:shown]:
-        held = f", held by {row.where.removeprefix(f'{row.name}: ')}" if row.where else ""
+        held = f", held by {row.where}" if row.where else ""
         yield Line(f"{format_bytes(row.size):>11}  {row.name}{held}")
     yield from _more(len(modules) - shown, "module")
     for row in rows:
-        if row.whole and [each.size for each in modules] != [row.size]:
+        if row.whole:
             yield Line(f"{format_bytes(row.size):>11}  {row.name}")
 
 

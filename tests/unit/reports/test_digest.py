@@ -8,7 +8,15 @@ from markdown_it import MarkdownIt
 
 from pytest_gpumem import records
 from pytest_gpumem.cli import main as cli
-from pytest_gpumem.records import Card, CardUsage, ChildUsage, Holder, RecordedTest, RunRecord
+from pytest_gpumem.records import (
+    Card,
+    CardUsage,
+    ChildUsage,
+    Holder,
+    RecordedTest,
+    RunRecord,
+    ScopeUsage,
+)
 
 MIB = 2**20
 HOSTILE = "test_a.py::test_x[a|b*c*`d`<script>&amp;_e_\n# no heading]"
@@ -39,7 +47,8 @@ def rendered(tmp_path, capsys, after: RunRecord, *arguments: str) -> str:
 def cells(page: str, title: str) -> list[list[str]]:
     """Return the body of the table below a heading."""
     table = page.partition(f"<h2>{title}</h2>")[2].partition("</table>")[0]
-    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    rows = table.replace("\N{NO-BREAK SPACE}", " ").split("<tr>")[2:]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
 
 
 def test_what_names_of_tests_contain_stays_text(tmp_path, capsys):
@@ -88,6 +97,37 @@ def test_a_dollar_begins_no_formula(tmp_path, capsys):
     assert "[<span>$</span>x<span>$</span>-<span>$</span>1]" in page
 
 
+def test_numbers_stay_with_their_units(tmp_path, capsys):
+    records.save(run(RecordedTest("t", "passed", 0.5, "", (usage(3),))), tmp_path / "run.json")
+    assert cli.main(["report", str(tmp_path / "run.json"), "--format", "markdown"]) == 0
+    assert "| 3.00\N{NO-BREAK SPACE}MiB | <1% | ".replace("<", "\\<") in capsys.readouterr().out
+
+
+def test_what_one_module_left_is_told_once(tmp_path, capsys):
+    holder = Holder("t.py: module global KEPT", (4,), "float32", 3 * MIB)
+    scopes = tuple(
+        ScopeUsage(scope, name, "GPU-1", 3 * MIB, (holder,))
+        for scope, name in (("module", "t.py"), ("session", ""))
+    )
+    test = RecordedTest("t.py::t", "passed", 0.5, "", (usage(5),), scopes=scopes)
+    page = rendered(tmp_path, capsys, run(test))
+
+    assert cells(page, "Left by module") == [["3.00 MiB", "t.py", "module global KEPT"]]
+
+
+def test_what_a_test_needs_is_set_against_the_card(tmp_path, capsys):
+    leaks = RecordedTest("t.py::leaks", "passed", 0.5, "", (usage(5, 5, "t.py: KEPT"),))
+    took = usage(905)._replace(baseline=5 * MIB)
+    fails = RecordedTest(
+        "t.py::fails", "failed", 0.5, "", (took,),
+        oom="CUDA out of memory. Tried to allocate 200.00 MiB",
+    )  # fmt: skip
+    page = rendered(tmp_path, capsys, run(leaks, fails))
+
+    assert "<h2>1 test: no cause found (unknown)</h2>" in page
+    assert "1.08 GiB was needed on a card of 1000.00 MiB, 5.00 MiB of it left by others" in page
+
+
 def test_tables_are_bounded_and_say_by_how_much(tmp_path, capsys):
     page = rendered(
         tmp_path,
@@ -96,7 +136,7 @@ def test_tables_are_bounded_and_say_by_how_much(tmp_path, capsys):
         "--top=4",
     )
     assert len(cells(page, "Own peaks")) == 4
-    assert "<li>26 more</li>" in page
+    assert "<li>4 of 30</li>" in page
 
 
 def test_what_ran_out_is_told_by_cause_and_changes_against_the_base(tmp_path, capsys):
