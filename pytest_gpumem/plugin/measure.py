@@ -45,6 +45,19 @@ if TYPE_CHECKING:
 BESIDE: pytest.StashKey[list[records.Process]] = pytest.StashKey()
 """Who else was on the cards when a test ran out of memory."""
 
+_BETWEEN = (
+    "pytest_runtest_protocol",
+    "pytest_runtest_logstart",
+    "pytest_runtest_setup",
+    "pytest_runtest_teardown",
+    "pytest_runtest_makereport",
+    "pytest_runtest_logreport",
+    "pytest_runtest_logfinish",
+    "pytest_report_teststatus",
+)
+"""Hooks of which some run after the teardown of one test and before the set-up of the next."""
+_KNOWN = ("_pytest.", "pytest_gpumem.", "xdist.", "__channelexec__")
+"""Modules whose hooks touch no card; by the last name xdist's worker runs its own."""
 _RUN = (pytest.FixtureRequest, pytest.Config, pytest.Item, pytest.Collector)
 """What leads to all of the run: a model of the session, by way of another test."""
 
@@ -86,6 +99,10 @@ class Measuring:
         """The test that is measured."""
         self._marks = ItemMarks()
         """Its marks."""
+        self._next: pytest.Item | None = None
+        """The test that begins at once after the last one, with nobody else's hooks between."""
+        self._only_known = False
+        """Whether all hooks that run between two tests are known, and touch no card."""
         self._tearing_down = False
         self._errors: list[BaseException] = []
         self._oom = ""
@@ -123,6 +140,7 @@ class Measuring:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """See to the limits of peaks, and to calls that do not count, if there are any."""
+        self._only_known = not any(map(self._is_foreign, _BETWEEN))
         suite = self._settings.vram_limit
         if suite is not None or any(
             marks_of(item).vram_limit is not None for item in session.items
@@ -147,7 +165,16 @@ class Measuring:
             self._oom = ""
             self._alive = ()
             self._item = item
-            self.tracker.begin_test(item.nodeid)
+            self.tracker.begin_test(item.nodeid, at_once=item is self._next)
+        self._next = None
+
+    def _is_foreign(self, hook: str) -> bool:
+        """Whether somebody implements ``hook`` of whom it is not known what he does."""
+        modules = (
+            getattr(impl.function, "__module__", None) or ""
+            for impl in getattr(self._plugins.hook, hook).get_hookimpls()
+        )
+        return not all(each.startswith(_KNOWN) for each in modules)
 
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """Keep what ended a phase until the test is over, and hand its numbers to the report."""
@@ -186,9 +213,12 @@ class Measuring:
             self._oom = self._oom or self.tracker.child_oom()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+    def pytest_runtest_teardown(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, object, object]:
         """Judge the test when all of its teardown is over."""
         self._tearing_down = True
+        at_once = self._only_known and self._item is not None
         try:
             result = yield
         except BaseException as error:
@@ -197,6 +227,7 @@ class Measuring:
             raise
         usage = self._end(item)
         if usage is NOTHING_USED:  # as most tests
+            self._next = nextitem if at_once else None
             return result
         limit = _limit(self._marks.vram_leak_limit, self._settings.vram_leak_limit)
         if limit is not None:

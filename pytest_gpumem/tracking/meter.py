@@ -131,6 +131,8 @@ class Meters:
         """Net bytes, over all cards, since this was set to 0."""
         self.moves = 0
         """How often anything changed at a boundary."""
+        self.in_use = False
+        """Whether any allocator was in use at the last boundary."""
         self._reading = False
         self._unwatch: Callable[[], None] | None = None
 
@@ -154,11 +156,12 @@ class Meters:
         held = sum(meter.last.allocated for meter in self if meter.card.uuid == uuid)
         return CardUsage(uuid, held, held, 0, 0, 0, 0, 0, None)
 
-    def boundary(self) -> bool:
-        """Charge what changed since the last boundary; return whether any allocator is in use."""
+    def boundary(self) -> None:
+        """Charge what changed since the last boundary."""
         active = devices.allocators()
+        self.in_use = bool(active)
         if not active or self._reading:
-            return bool(active)
+            return
         self._reading = True
         moved: list[tuple[_Part, AllocatorReading]] = []
         try:
@@ -176,7 +179,6 @@ class Meters:
                 self._take(moved)
         finally:
             self._reading = False
-        return True
 
     def watch_peaks(self) -> None:
         """Make a peak reset by a test end a stretch of time, as any other boundary does."""

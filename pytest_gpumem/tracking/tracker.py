@@ -74,9 +74,8 @@ class Tracker:
             found = Counter({uuid: held((fixture,), uuid) for uuid in fixture.after_set_up})
             if self.children is not None:
                 found.update(self.children.held_by((fixture,)))
-            for uuid, size in found.items():
-                if size:
-                    sizes.setdefault(uuid, Counter())[fixture.identity] += size
+            for uuid, size in (+found).items():
+                sizes.setdefault(uuid, Counter())[fixture.identity] += size
         return sizes
 
     def kept_since(self) -> int:
@@ -118,22 +117,23 @@ class Tracker:
 
     # Tests
 
-    def begin_test(self, nodeid: str) -> None:
-        """Start measuring the test ``nodeid``; its fixtures are not set up yet."""
-        in_use = self.boundary()
-        if not in_use and "torch" in sys.modules:
+    def begin_test(self, nodeid: str, *, at_once: bool = False) -> None:
+        """Start measuring the test ``nodeid``; its fixtures are not set up yet.
+
+        ``at_once`` says that nobody ran since the last one ended: what was read then still holds.
+        """
+        if not at_once:
+            self.boundary()
+            self._left.look(by_test=False)
+        if not self.meters.in_use and "torch" in sys.modules:
             # Before the card is in use: the first test that uses it may reset its peak as well.
             self.meters.watch_peaks()
         # Taken at import or between tests: not to be laid at a later test's door.
-        if in_use and self._unaccounted:
+        if self.meters.in_use and self._unaccounted:
             self._remember()
-        self._left.look(by_test=False)
-        test = self._turns.begin_test(nodeid)
+        test = self._turns.begin_test(nodeid, self.meters if self.meters.in_use else ())
         if self.children is not None:
             test.number = self.children.enter(nodeid)
-        for meter in self.meters if in_use else ():
-            test.baselines[meter.card.uuid] = meter.last.allocated
-            test.reserved_before[meter.card.uuid] = meter.last.reserved
         if self.recordings.wanted:
             self.recordings.begin(nodeid)
 

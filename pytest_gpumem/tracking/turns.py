@@ -83,12 +83,15 @@ class Turns:
             return False
         return not (test.accounts or test.fixtures)
 
-    def begin_test(self, nodeid: str) -> Test:
-        """Let a test run."""
+    def begin_test(self, nodeid: str, meters: Iterable[Meter]) -> Test:
+        """Let a test run; ``meters`` are of the cards that are in use."""
         self._outside.accounts.clear()
-        self.test = Test(nodeid, tuple(self.standing))
-        self._owners = [self.test]
-        return self.test
+        self.test = test = Test(nodeid, tuple(self.standing))
+        self._owners = [test]
+        for meter in meters:
+            test.baselines[meter.card.uuid] = meter.last.allocated
+            test.reserved_before[meter.card.uuid] = meter.last.reserved
+        return test
 
     def end_test(self) -> None:
         """Let nobody run."""

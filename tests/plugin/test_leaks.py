@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import re
 
+import pytest
+from harness import SIMULATE, TAKE, run_pytest, write_suite
+
 SUITE = """
 KEEP = {}
 
@@ -101,3 +104,30 @@ def test_leak_before_a_fixture(request):
         assert [each.where for each in card.holders] == [
             f"test_it.py: module global KEPT[{number}]"
         ]
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "pytest_runtest_logstart(nodeid): second(nodeid)",
+        "pytest_runtest_logfinish(nodeid): first(nodeid)",
+        "pytest_runtest_logreport(report): report.when == 'teardown' and first(report.nodeid)",
+        "pytest_runtest_makereport(item, call): call.when == 'teardown' and first(item.nodeid)",
+        "pytest_runtest_protocol(item): second(item.nodeid)",
+    ],
+    ids=lambda hook: hook.partition("(")[0],
+)
+def test_what_a_suites_hook_takes_between_two_tests_is_neithers(hook, tmp_path):
+    conftest = f"""{TAKE}
+take()
+def first(nodeid): nodeid.endswith("first") and KEPT.append(take())
+def second(nodeid): nodeid.endswith("second") and KEPT.append(take())
+def {hook}
+"""
+    body = "def test_first(): pass\ndef test_second(): pass\ndef test_third(): pass"
+    write_suite(tmp_path, conftest=conftest, test_it=body)
+    run = run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json")
+
+    assert {each.nodeid: each.cards for each in run.record.tests} == {
+        f"test_it.py::test_{name}": () for name in ("first", "second", "third")
+    }
