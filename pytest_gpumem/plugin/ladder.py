@@ -291,11 +291,13 @@ class Ladder:
     def _learn(self, item: pytest.Item) -> None:
         """Expect of the test's relatives in this process what it took.
 
-        A test that took nothing, as expected, teaches nothing.
+        A test that took nothing, as expected, teaches nothing, nor does one without a framework.
         """
         usage = stashed(item, USAGE)
         if usage is None or self._settings.oom_at is not None:
             return
+        if not (usage.cards or self._history or "torch" in sys.modules):
+            return  # as each test of a suite that uses no card
         if not self._is_scheduled:
             # Of a test without a mark, this was asked when it began.
             expected = self.leases.needs.expected or self._history.expect(item.nodeid)
