@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from pytest_gpumem.devices import CardsFound
-    from pytest_gpumem.plugin.report import Reporting
     from pytest_gpumem.tracking.memory import GpuMemory
 
 
@@ -159,10 +158,7 @@ def _share(config: pytest.Config) -> None:
     if _is_controller(config):
         from pytest_gpumem.plugin.xdist.controller import share as share_as_controller
 
-        controller = share_as_controller(config, state)
-        reporting: Reporting | None = config.pluginmanager.getplugin("gpumem-reporting")
-        if reporting is not None:
-            reporting.settling = controller.take_report
+        share_as_controller(config, state)
     else:
         from pytest_gpumem.plugin.share import share
 

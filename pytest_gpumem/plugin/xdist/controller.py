@@ -10,6 +10,7 @@ import pytest
 
 from pytest_gpumem import devices
 from pytest_gpumem.plugin.learned import load_history
+from pytest_gpumem.plugin.report import Reporting
 from pytest_gpumem.plugin.state import HISTORY
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
 from pytest_gpumem.plugin.xdist.scheduler import GpumemScheduling, SchedulerSettings
@@ -27,6 +28,7 @@ class Controller:
         config: pytest's configuration in the controller.
         expect: as for ``GpumemScheduling``.
         settings: as for ``GpumemScheduling``.
+        reporting: shows each report's outcome, which the scheduler has to settle before.
         why_not: why another scheduler than ours shall decide; looked for if not given.
 
     """
@@ -36,11 +38,13 @@ class Controller:
         config: pytest.Config,
         expect: Callable[[str, int | None], Expectation],
         settings: SchedulerSettings,
+        reporting: Reporting,
         why_not: str | None = None,
     ) -> None:
         self.config = config
         self._expect = expect
         self._settings = settings
+        self._reporting = reporting
         self._expected_workers = 0
         self._scheduler: GpumemScheduling | None = None
         self._why_not = why_not
@@ -84,12 +88,8 @@ class Controller:
         self._scheduler = GpumemScheduling(
             config, self._expect, self._settings, expected_workers=self._expected_workers
         )
+        self._reporting.settling = self._scheduler.take_report
         return self._scheduler
-
-    def take_report(self, report: pytest.TestReport) -> None:
-        """Read what a test took, and settle its outcome, before anybody else sees the report."""
-        if self._scheduler is not None:
-            self._scheduler.take_report(report)
 
     # First, so that everybody who writes results sees them.
     @pytest.hookimpl(tryfirst=True)
@@ -134,7 +134,7 @@ class Sharing:
             node.workerinput[xdist_worker.ASKED] = True
 
 
-def share(config: pytest.Config, state: State) -> Controller:
+def share(config: pytest.Config, state: State) -> None:
     """Let xdist's workers share the cards."""
     settings, history = state.settings, load_history(config, state)
     controller = Controller(
@@ -145,11 +145,11 @@ def share(config: pytest.Config, state: State) -> Controller:
             headroom=settings.headroom,
             skip_too_large=settings.too_large == "skip",
         ),
+        config.pluginmanager.getplugin(Reporting.NAME),
         why_not="--gpumem-schedule=off" if settings.schedule == "off" else None,
     )
     config.pluginmanager.register(controller, "gpumem-scheduler")
     config.pluginmanager.register(Sharing(state, controller, history), Sharing.NAME)
-    return controller
 
 
 def worker_count(config: pytest.Config, state: State, wanted: int) -> int:
