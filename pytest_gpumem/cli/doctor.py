@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import devices
+from pytest_gpumem.reports.fold import columns, fold
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -62,12 +63,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _doctor(chosen: argparse.Namespace) -> int:
     wrong = 0
     for finding in examine():
-        sys.stdout.write(f"{finding.what:<13} {finding.said}\n")
+        _show(f"{finding.what:<13} {finding.said}")
         if finding.mend:
             wrong += chosen.strict or not finding.optional
-            sys.stdout.write(f"{'':<13} -> {finding.mend}\n")
+            _show(f"{'':<13} -> {finding.mend}")
     sys.stdout.write(f"\n{wrong} to fix\n" if wrong else "\nnothing to fix\n")
     return 1 if wrong and chosen.strict else 0
+
+
+def _show(line: str) -> None:
+    sys.stdout.writelines(f"{part}\n" for part in fold(line, columns(), 14))
 
 
 def examine() -> Iterator[Finding]:

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import io
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +27,7 @@ from pytest_gpumem.cli.arguments import read_count
 from pytest_gpumem.cli.history import HISTORY, load_history
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.reports import terminal
+from pytest_gpumem.reports.fold import columns
 from pytest_gpumem.units import format_mib, printable
 
 if TYPE_CHECKING:
@@ -103,8 +103,10 @@ def _fail(command: str, sentence: str) -> int:
 
 def _add_report(report: argparse.ArgumentParser) -> None:
     report.usage = (
-        "gpumem report RUN.json [--html FILE [--linked]] [--format FORMAT] [--base RUN.json]\n"
-        "       gpumem report merge RUN.json ... [--output FILE] [--history FILE]\n"
+        "gpumem report RUN.json [--html FILE [--linked]]\n"
+        "                     [--format FORMAT] [--base RUN.json]\n"
+        "       gpumem report merge RUN.json ... [--output FILE]\n"
+        "                     [--history FILE]\n"
         "       gpumem report --history [FILE] [--json]"
     )
     report.add_argument(
@@ -205,8 +207,7 @@ def _formatted(run: records.RunRecord, chosen: argparse.Namespace) -> Iterator[s
 
 
 def _section(run: records.RunRecord, chosen: argparse.Namespace) -> list[str]:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-    return [line.text for line in terminal.lines(run, chosen.top, chosen.verbose, width)]
+    return [line.text for line in terminal.lines(run, chosen.top, chosen.verbose, columns())]
 
 
 def _shard(text: str, all_of_them: Collection[str]) -> str:

@@ -14,6 +14,7 @@ from pytest_gpumem import files, records
 from pytest_gpumem.cli.arguments import read_count, read_size
 from pytest_gpumem.cli.history import ask_where, load_history
 from pytest_gpumem.devices.models import find_model
+from pytest_gpumem.reports.fold import columns, fold
 from pytest_gpumem.scheduling.estimates import planned_tests
 from pytest_gpumem.scheduling.history import History, module
 from pytest_gpumem.scheduling.simulation import Actual, Machine, Result, simulate
@@ -116,7 +117,9 @@ def _plan(chosen: argparse.Namespace) -> int:
         lines = _shards(suite, chosen.shards, chosen.output, _context(suite, chosen))
     else:
         plans = _plans(suite, chosen)
-        lines = iter([_json(suite, plans)]) if chosen.json else _table(suite, plans, chosen.top)
+        table = _table(suite, plans, chosen.top)
+        folded = (part for line in table for part in fold(line, columns()))
+        lines = iter([_json(suite, plans)]) if chosen.json else folded
     for line in lines:
         sys.stdout.write(f"{printable(line)}\n")
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +44,11 @@ def fold(text: str, width: int, indent: int | None = None) -> Iterator[str]:
             line, piece = " " * min(indent, max(0, width - len(word[0]))), word[0]
         line += piece
     yield line
+
+
+def columns() -> int:
+    """Return how wide the terminal is that reads standard output, 0 where none does."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
 def _edge(text: str) -> int:

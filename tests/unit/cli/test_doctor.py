@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from pytest_gpumem import devices
@@ -50,6 +52,20 @@ NO_CARD = [
     ("the NVML binding nvidia-ml-py is missing: no", None, "pip install nvidia-ml-py", "1"),
     ("CUDA_VISIBLE_DEVICES='7' leaves none", "7", "unset CUDA_VISIBLE_DEVICES", "1"),
 ]
+
+
+def test_a_narrow_terminal_shows_what_was_found_in_a_column(monkeypatch, capsys):
+    with_card(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("card "))
+    assert lines[at : at + 2] == [
+        "card          A card (GPU-1), 4.00 GiB,",
+        " " * 14 + "4.00 GiB free",
+    ]
 
 
 @pytest.mark.parametrize("row", NO_CARD)

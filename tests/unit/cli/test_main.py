@@ -41,6 +41,26 @@ def test_report_shows_the_section_of_a_finished_run(tmp_path, capsys):
     ]
 
 
+def test_a_terminal_has_lines_of_its_width(tmp_path, capsys, monkeypatch):
+    records.save(RUN, tmp_path / "run.json")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    assert cli.main(["report", str(tmp_path / "run.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "   2.00 MiB      <1%    3.00 MiB         0 B",
+        "    test_x.py::test_a",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["report"], ["plan"], ["compare"], ["forensics"], []])
+def test_help_fits_a_terminal_of_80_columns(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "-h"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_a_test_that_ran_again_twice_is_one_test(tmp_path, capsys):
     left = (Left("CUDA_VISIBLE_DEVICES", "unset", "", False),)
     last = RUN.tests[0]._replace(step="alone", left=left)
