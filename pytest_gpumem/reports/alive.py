@@ -52,9 +52,9 @@ def told(run: RunRecord) -> list[tuple[RecordedTest, Alive]]:
 
 def head(alive: Alive) -> str:
     """Return in words how much was alive, and when."""
-    size = format_bytes(alive.size) if alive.size else "nothing"
+    size = format_bytes(alive.size)
     if alive.moment == "failed":
-        return f"{size} still held by tensors when it had failed"
+        return f"{size if alive.size else 'nothing'} still held by tensors when it had failed"
     if alive.moment != "out of memory":
         return f"{size} at its peak" if alive.recorded else "nothing is known of its peak"
     at = f" at {alive.refused_at}" if alive.refused_at else ""

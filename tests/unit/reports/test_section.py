@@ -358,6 +358,12 @@ def test_tests_that_failed_beside_the_same_are_told_together():
     ]
 
 
+def test_a_test_that_held_nothing_is_told_in_words():
+    test = recorded("t", outcome="failed", oom="out of memory", alive=(alive(moment="failed"),))
+    expected = ["  t: nothing still held by tensors when it had failed"]
+    assert section(shown(test), "alive") == expected
+
+
 def test_a_test_above_its_budget_is_told_how_to_see_its_lines():
     above = BudgetVerdict("t.py::test_a", "A card", "above", 9 * MIB, 0, 5 * MIB)
     hint = "    --gpumem-peaks=offenders tells line by line what was alive"
