@@ -78,7 +78,7 @@ SUITES = {
             for name in ("bert", "llama", "t5", "vit", "gpt2", "whisper")
         ),
         share=0.12,
-        needs=("parameterized", "httpx", "huggingface-hub<2"),
+        needs=("parameterized", "httpx", "huggingface-hub<2", "datasets", "accelerate"),
     ),
     "peft": Suite(
         "peft",
@@ -89,9 +89,11 @@ SUITES = {
     "sentence-transformers": Suite(
         "sentence-transformers",
         ("tests",),
-        needs=("datasets", "accelerate", "pillow"),
+        needs=("datasets", "accelerate", "pillow", "requests"),
     ),
-    "lightning-fabric": Suite("lightning-fabric", ("tests_fabric",), share=0.25, below="tests"),
+    "lightning-fabric": Suite(
+        "lightning-fabric", ("tests_fabric",), share=0.25, below="tests", needs=("torchmetrics",)
+    ),
     "torch-cuda": Suite(
         "torch",
         ("test_cuda.py",),
