@@ -110,7 +110,10 @@ class Answers:
 
     def judge(self, said: str) -> bool:
         """Lose the context if the host's kernel said that an index lies outside; tell whether."""
-        return self._memory.judge(said)
+        outside = memory.lies_outside(said)
+        if outside:
+            self._memory.lose()
+        return outside
 
     def pin(self, address: int, size: int) -> None:
         """Count memory of the host as page-locked."""

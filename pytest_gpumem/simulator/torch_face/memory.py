@@ -58,6 +58,14 @@ _OUTSIDE = re.compile(
 _storage_address: Callable[[torch.Tensor], int] = _C._storage_address
 
 
+def lies_outside(said: str) -> bool:
+    """Return whether the host's kernel raised what a kernel of CUDA asserts; say it, as there."""
+    outside = _OUTSIDE.search(said) is not None
+    if outside:
+        print(f"simulated card: {said}", file=sys.stderr)  # noqa: T201  # as a kernel does
+    return outside
+
+
 class _Held(weakref.ref[Any]):
     """A storage on a card and its block; an empty storage has none."""
 
@@ -194,17 +202,6 @@ class CardMemory:
         """Lose the context, as by a kernel whose assertion failed: the next call sees it."""
         self.lost = "device-side assert triggered"
 
-    def judge(self, said: str) -> bool:
-        """Lose the context where the host's kernel said that an index lies outside.
-
-        A kernel of CUDA asserts what the host's checks. Returns whether that was it.
-        """
-        if not _OUTSIDE.search(said):
-            return False
-        print(f"simulated card: {said}", file=sys.stderr)  # noqa: T201  # as a kernel does
-        self.lose()
-        return True
-
     def check(self) -> None:
         """Raise as CUDA, for each call after the one of which the context was lost."""
         if self.lost:
@@ -286,11 +283,10 @@ class CardMemory:
         except NotImplementedError:
             inner = made_of(tensor)
             if not inner:
-                raise NotImplementedError(
-                    "CUDA has no tensors of MKL-DNN"
-                    if tensor.is_mkldnn
-                    else f"a {tensor.layout} tensor on the simulated card is not simulated"
-                ) from None
+                what = f"a {tensor.layout} tensor on the simulated card is not simulated"
+                if tensor.is_mkldnn:
+                    what = "CUDA has no tensors of MKL-DNN"
+                raise NotImplementedError(what) from None
             for each in inner:
                 self.charge(each, device)
             return

@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_gpumem.simulator.torch_face.memory import INDICES, PRODUCTS
+from pytest_gpumem.simulator.torch_face.memory import INDICES, PRODUCTS, lies_outside
 from pytest_gpumem.simulator.torch_face.refusal import OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -252,7 +252,8 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
             else:
                 result = func(*args, **kwargs)
         except (IndexError, RuntimeError) as error:
-            if traits.chooses and self.memory.judge(str(error)):
+            if traits.chooses and lies_outside(str(error)):
+                self.memory.lose()
                 self.memory.check()  # CUDA would say so no later than at the next call
             host_full = _HOST_FULL.search(str(error))
             if host_full:  # before the card was asked; it has less room, as a rule
