@@ -393,9 +393,7 @@ def _once(children: Iterable[records.ChildUsage]) -> tuple[records.ChildUsage, .
     return tuple({(each.pid, each.start, each.card): each for each in children}.values())
 
 
-def _section(
-    run: records.RunRecord, top: int, reporter: TerminalReporter
-) -> list[terminal.Line]:
+def _section(run: records.RunRecord, top: int, reporter: TerminalReporter) -> list[terminal.Line]:
     """Return the lines of the section; those of a file are wrapped by what shows it."""
     from pytest_gpumem.reports import terminal
 
