@@ -24,8 +24,8 @@ def run(tests: int, name: int) -> RunRecord:
     ("tests", "name", "before", "shown"),
     [
         (3, 50, 0, ["Leaks", "Own peaks"]),
-        (12_000, 50, 0, ["Leaks", "Own peaks", "11,990 more"]),
-        (12_000, 50, 900_000, ["Leaks", "Own peaks", "11,990 more"]),
+        (12_000, 50, 0, ["Leaks", "Own peaks", "10 of 12,000"]),
+        (12_000, 50, 900_000, ["Leaks", "Own peaks", "10 of 12,000"]),
         (12, 60_000, 0, ["Leaks", "More"]),
         (12, 60_000, MIB - 1000, ["More"]),
         (12, 60_000, MIB - 10, []),
