@@ -6,6 +6,9 @@ from pytest_gpumem.tuples import NamedTuple
 
 CardKey = tuple[str, str]
 """Host and UUID of a card: simulated ones and MIG slices may have equal UUIDs on two hosts."""
+STALL = 0.05
+"""Seconds without a word of any test after which a worker that has been idle as long is told to
+the planner as stalled, at the earliest."""
 
 
 class Allotment(NamedTuple):

@@ -3,7 +3,8 @@
 A worker keeps its context once it used the card, a little cache, the wider fixtures of its last
 test until it runs one of another module, those of the session until it is told to give them back.
 It tells that before a test of another module takes memory, and when a test has ended. A test that
-starts when the card has no room for it runs out of memory.
+starts when the card has no room for it runs out of memory. A worker that is idle while nothing is
+heard of the others is told to the planner as stalled, as the controller's clock does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import heapq
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpumem.scheduling.commands import Fail, Flush, Reset, Run
+from pytest_gpumem.scheduling.commands import STALL, Fail, Flush, Reset, Run
 from pytest_gpumem.scheduling.fixtures import WideFixture
 from pytest_gpumem.scheduling.planner import Planner
 
@@ -94,6 +95,8 @@ class Host:
         self.ends: list[tuple[float, int, int, int, bool]] = []
         """When, a number, worker, test, out of memory."""
         self.running = [False] * workers
+        self.moved = [0.0] * workers
+        """When something was heard of each of them last."""
         self.setups = self.ooms = 0
         self._machine = machine
         self._contexts = [False] * workers
@@ -115,7 +118,7 @@ class Host:
         if self.running[worker] or not self.queues[worker]:
             return False
         test = self.tests[self.queues[worker][0]]
-        self.running[worker] = True
+        self.running[worker], self.moved[worker] = True, self.now
         if test.module != self._modules[worker]:
             self.setups += 1
             self._modules[worker] = test.module
@@ -157,7 +160,7 @@ class Host:
         """Let the next test end; return its worker, itself, and whether it was out of memory."""
         self.now, _, worker, test, oom = heapq.heappop(self.ends)
         self.queues[worker].popleft()
-        self.running[worker] = False
+        self.running[worker], self.moved[worker] = False, self.now
         cached = self._cached[worker] + self._used[worker]
         self._cached[worker] = cached if cached <= self._machine.cache else 0
         self._used[worker] = 0
@@ -170,6 +173,19 @@ class Host:
             self._standing[worker] = {}
         self._cached[worker] = 0
         self._modules[worker] = ""
+        self.moved[worker] = self.now
+
+    def stalled(self, idle: Sequence[int]) -> list[int]:
+        """Return those ``idle`` workers that stall before the next test ends, at their time."""
+        if not idle or not self.ends:
+            return []
+        silent = min(heard for heard, busy in zip(self.moved, self.running, strict=True) if busy)
+        due = {worker: max(silent, self.moved[worker]) + STALL for worker in idle}
+        first = min(due.values())
+        if first >= self.ends[0][0]:
+            return []
+        self.now = max(self.now, first)
+        return [worker for worker in idle if due[worker] <= self.now]
 
     def kept(self, worker: int) -> tuple[int, dict[str, int]]:
         """Return what a worker keeps, and the part of it that is its fixtures', by name."""
@@ -206,6 +222,8 @@ def simulate(
     felled: list[int] = []
     refused: list[tuple[int, str]] = []
     ended: list[int] = []
+    told: set[int] = set()
+    """Workers that stalled since anything was heard, to whom the planner had nothing to say."""
     names = [str(worker) for worker in range(machine.workers)]
     for name in names:
         planner.add_worker(name, [CARD])
@@ -221,7 +239,14 @@ def simulate(
             if not commands:
                 raise RuntimeError("the planner is stuck")
             continue
+        told = set() if commands else told
+        if stalled := host.stalled([int(n) for n in planner.keeping() if int(n) not in told]):
+            for worker in stalled:
+                planner.stalled(names[worker])
+            told.update(stalled)
+            continue
         worker, test, oom = host.step()
+        told.clear()
         again = oom and planner.retries(test)
         if not oom:
             ended.append(test)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_gpumem.plugin.xdist.messages import Taken
+from pytest_gpumem.scheduling.commands import STALL
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.scheduling.commands import CardKey
 
-STALL = 0.05
-"""Seconds after which a test of which nothing was heard may wait for what an idle worker keeps; or
-as many as that worker's slowest set-up took, so that giving back at most doubles a wait..."""
 LONGEST_STALL = 10.0
-"""... but no more than these."""
+"""Most seconds after which a silent test may wait for what an idle worker keeps: ``STALL``, or as
+many as that worker's slowest set-up took, so that giving back at most doubles a wait."""
 _SOON = 0.01
 """Seconds between two looks, at least."""
 _GONE = 0.5

@@ -74,7 +74,7 @@ def test_one_command_answers_for_several_cards(tmp_path, capsys):
 card      memory     1 worker    2 workers    4 workers  best  do not fit
 T4     15.00 GiB       70.0 s       39.8 s       30.1 s     4           2
 L4     22.49 GiB   1 min 40 s       55.5 s       40.1 s     4        none
-18GB   16.76 GiB       90.0 s       50.2 s       49.7 s     2           1
+18GB   16.76 GiB       90.0 s       49.8 s       49.7 s     2           1
 
 do not fit on T4
   b.py::fixture takes 17.00 GiB beside its context

@@ -37,6 +37,12 @@ def test_tests_share_the_card_as_far_as_they_fit():
     assert run(tests, workers=4, card=200).seconds == 1
 
 
+def test_a_worker_that_is_idle_beside_a_silent_test_gives_its_fixtures_back():
+    tests = [("a", 1.0, 50, 40), ("b", 1.0, 50, 0), ("c", 2.0, 20, 0)]
+
+    assert run(tests, workers=2, context=0).seconds == 3  # 4 where it keeps them
+
+
 def test_a_test_larger_than_the_card_is_felled_or_refused():
     felled = run([("a", 1.0, 95, 0), ("a", 1.0, 5, 0)], marks={0: 80})
     refused = run([("a", 1.0, 95, 0), ("a", 1.0, 5, 0)])
