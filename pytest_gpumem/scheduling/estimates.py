@@ -137,8 +137,11 @@ class Estimates:
         self._most = most
         self._family_peaks: dict[str, int] = {}
         self._family_fixtures: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}
-        """What wide fixtures held at most that were seen to stand, by identity."""
+        self._sizes: dict[WideFixture, int] = {}
+        """What wide fixtures held at most that were seen to stand..."""
+        self._largest: dict[str, int] = {}
+        """... and the largest of those by identity, for modules in which none stood so far: the
+        same fixture may hold as much there, or, of a module's own model, something else."""
         self._leasing = set(leasing)
         """Wide fixtures that take leases, which their tests run within."""
         self._untold = set(leasing)
@@ -178,7 +181,7 @@ class Estimates:
         planned = self._tests[test]
         if planned.peak is not None and not planned.marked:
             return planned.fixtures
-        seen = sum(self._sizes.get(each.name, 0) for each in planned.wide)
+        seen = sum(self._sizes.get(each, self._largest.get(each.name, 0)) for each in planned.wide)
         if planned.peak is not None:
             return min(max(planned.fixtures, seen), planned.peak)
         held = max(self._family_fixtures.get(family(planned.nodeid), 0), seen)
@@ -201,7 +204,7 @@ class Estimates:
 
     def is_on_card(self, fixture: str) -> bool:
         """Return whether a wide fixture holds something of a card."""
-        return self._sizes.get(fixture, 0) > 0 or fixture in self._untold
+        return self._largest.get(fixture, 0) > 0 or fixture in self._untold
 
     def untold(self, test: int) -> str:
         """Return the fixture of ``test`` that has to stand before its need is known; "" if none."""
@@ -237,14 +240,16 @@ class Estimates:
             self._family_peaks[kin] = max(peak, self._family_peaks.get(kin, 0))
             self._family_fixtures[kin] = max(fixtures, self._family_fixtures.get(kin, 0))
 
-    def stands(self, fixtures: Mapping[str, int]) -> None:
-        """Take note of what wide fixtures that are set up hold, by identity."""
+    def stands(self, fixtures: Mapping[str, int], there: Sequence[WideFixture]) -> None:
+        """Take note of what wide fixtures that are set up hold, by identity; of those ``there``."""
         for name, size in fixtures.items():
-            self._sizes[name] = max(size, self._sizes.get(name, 0))
+            self._largest[name] = max(size, self._largest.get(name, 0))
+            if each := next((each for each in there if each.name == name), None):
+                self._sizes[each] = max(size, self._sizes.get(each, 0))
 
     def begins(self, fixture: str) -> None:
         """Take note that a wide fixture whose size is not known begins to hold something."""
-        if fixture not in self._sizes:
+        if fixture not in self._largest:
             self._untold.add(fixture)
 
     def told(self, fixture: str, *, leases: bool) -> None:

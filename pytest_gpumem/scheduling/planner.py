@@ -219,8 +219,10 @@ class Planner:
                 of which it is not known whose they are.
 
         """
-        self._seen.stands(fixtures)
         told = self._cluster.workers[worker]
+        if fixtures:
+            running = self._tests[told.given[0]].wide if told.given else ()
+            self._seen.stands(fixtures, (*running, *told.set_up))
         where = told.card if card is None else self._cluster.cards.get(card)
         if where is not None:
             self._state.changed |= self._cluster.keeps(told, where, size, fixtures)

@@ -89,7 +89,7 @@ class Runs:
         queues: dict[str, list[int]] = {name: [] for name in self.standing}
         while not self.planner.done:
             commands = self.planner.commands()
-            assert commands or self.ends, "the planner is stuck"
+            assert commands or self.ends or any(queues.values()), "the planner is stuck"
             for command in commands:
                 assert not isinstance(command, Fail)
                 if isinstance(command, Run):
@@ -300,3 +300,17 @@ def test_while_fixtures_make_way_for_a_tests_own_nobody_gets_their_room() -> Non
     planner.add_worker("w1", [("", "card")])
     planner.resident("w0", CONTEXT, ("", "card"), {})  # a is torn down, b is to be set up
     assert planner.commands() == []
+
+
+def test_of_a_fixture_that_modules_set_up_in_sizes_of_their_own_each_is_taken_by_its_own() -> None:
+    """A large one among them would have the others run alone, and be torn down for each other."""
+    tests, sizes = [], {}
+    for module in (f"m{number}.py" for number in range(12)):
+        fixture = WideFixture(module, "engine")
+        sizes[fixture] = 15 if sizes else 70
+        for number in range(6):
+            nodeid = f"{module}::test[{number}]"
+            tests.append(PlannedTest(nodeid, False, None, 1.0, module, seen=False, wide=(fixture,)))
+    runs = Runs(tests, sizes, workers=4).run()
+    assert runs.set_ups <= 2 * 12 + 4  # a scout of each, the module, one that ran out of memory
+    assert set(runs.passed) == set(range(len(tests)))

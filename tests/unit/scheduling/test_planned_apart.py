@@ -24,7 +24,7 @@ def test_a_process_of_its_own_costs_a_context_and_its_wide_fixtures_in_addition(
     estimates = Estimates(tests, most=10_000)
 
     assert [estimates.need(index) for index in range(4)] == [100, 150, None, None]
-    estimates.stands({tests[0].wide[0].name: 30})
+    estimates.stands({tests[0].wide[0].name: 30}, tests[0].wide)
     assert [estimates.whole(index) for index in (0, 1)] == [100, 150]
     assert [estimates.need(index) for index in (0, 1)] == [70, 150]  # the worker's own stand
     estimates.used_card(2, 40)
