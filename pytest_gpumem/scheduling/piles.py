@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 from collections import deque
@@ -87,18 +88,21 @@ class Pile:
             self.release(portion)
 
     def add(self, test: int) -> None:
-        """Add one test, to the portion of its module."""
+        """Add one test, to the portion of its module, where it stands in the collection.
+
+        It may have been taken before: tests of a module run in their order where they can.
+        """
         group = self._tests[test].group
         portion = self._first.setdefault(group, Portion(group))
         was_empty = not portion.tests
-        self._put(portion, test)
+        self._put(portion, test, bisect.bisect(portion.tests, test))
         if not portion.owned:
             self.release(portion)
         elif was_empty:  # and so may be forgotten as one of which others can have half
             self._own(portion)
 
-    def _put(self, portion: Portion, test: int) -> None:
-        portion.add(test, self._tests[test].duration)
+    def _put(self, portion: Portion, test: int, place: int | None = None) -> None:
+        portion.add(test, self._tests[test].duration, place)
         self._count += 1
         self.time += self._tests[test].duration
 
@@ -128,7 +132,16 @@ class Pile:
             if portion.tests:
                 group, number = portion.group, next(self._number)
                 begins = self._late.get(group, -1), group in self._last
-                heapq.heappush(self._free, (*begins, -portion.work, number, portion))
+                heapq.heappush(self._free, (*begins, self._size(portion), number, portion))
+
+    def _size(self, portion: Portion) -> float:
+        """Return what puts the portion to begin with first: the largest, which may end last.
+
+        Of tests that nobody has seen, the smallest: many modules are begun early so, and what uses
+        a card is found while CPU tests are left to fill the waits. A large one can be shared.
+        """
+        first = self._tests[portion.tests[0]]
+        return -portion.work if first.seen or first.gpu else portion.work
 
     def free(self, group: str) -> bool:
         """Return whether tests of module ``group`` wait that belong to no worker."""

@@ -169,7 +169,7 @@ class Planner:
         if (peak or fixtures) and not self._tests[test].gpu:
             self._state.until_replan = 0
         ran.given.remove(test)
-        self._ended(ran, test)
+        self._ended(ran, test, again=oom)
         # One that has enough to do is given nothing, and nobody else waits for anything.
         if self._state.asking or len(ran.given) <= ran.refill:
             self._asks(ran)
@@ -179,14 +179,17 @@ class Planner:
         else:
             lanes.setter_ended(self._state, test)
 
-    def _ended(self, worker: Worker, test: int) -> None:
-        """Give back what a test had reserved, and let those go that waited for its peak."""
+    def _ended(self, worker: Worker, test: int, *, again: bool = False) -> None:
+        """Give back what a test had reserved, and let those go that waited for its peak.
+
+        They wait on where it runs ``again``: what it had no room for, they would not have either.
+        """
         self._state.left -= 1
         self._cluster.end(worker)
         self._ram.end(worker)
         worker.ran = self._tests[test]
         worker.set_up = self._order.after(test, worker.set_up)
-        if self._backlog.families:
+        if self._backlog.families and not again:
             lanes.scout_ended(self._state, family(worker.ran.nodeid))
 
     def returned(self, worker: str, test: int) -> None:

@@ -3,9 +3,9 @@
 - GPU tests come first. As many workers hold a CUDA context as make the run shortest (see
   ``contexts``); the others run CPU tests, which also fill the waits of the former.
 - Long tests come first, longest first; the others go module by module, so that module fixtures
-  are set up rarely. A worker whose module is done takes the next one, and at the end half of what
-  another worker still has (see ``piles``). While GPU tests are not what the run waits for, a
-  worker ends its module, CPU tests and all, before it goes to GPU tests elsewhere.
+  are set up rarely. A worker whose module is done takes the largest next (of those that nobody
+  has run the smallest), and at the end half of what another still has (see ``piles``). While GPU
+  tests are not what the run waits for, it ends its module before it goes to GPU tests elsewhere.
 - A worker whose module fixtures leave no room for as much at another worker, such as an engine,
   ends its module first: these tests run one by one in any order.
 - The first test that does not fit gets a reservation of its cards and may be passed by a limited

@@ -152,7 +152,6 @@ class GpumemScheduling:
             planner.flushed(worker.name)
         elif index in worker.returned:
             worker.returned.remove(index)
-            planner.returned(worker.name, index)
         else:
             took = worker.taken
             planner.finished(
@@ -176,7 +175,6 @@ class GpumemScheduling:
         if worker is None:
             return
         worker.hello = indices.get("hello", worker.hello)
-        worker.returned.update(indices.get("returned", ()))
         worker.left = indices.get("left", worker.left)
         planner = self._planner
         for uuid, (size, fixtures) in indices.get("holding", {}).items():
@@ -187,6 +185,9 @@ class GpumemScheduling:
             grown, worker.too_large = indices["ram"]
             planner.main_memory(worker.name, grown, too_large=bool(worker.too_large))
         if planner is not None:
+            for index in indices.get("returned", ()):
+                worker.returned.add(index)
+                planner.returned(worker.name, index)
             tell_fixtures(planner, worker.name, indices)
             for uuid, used in indices.get("used", {}).items():
                 planner.used((worker.host, uuid), used)

@@ -136,7 +136,12 @@ class Worker:
 
     def return_queue(self) -> None:
         """Let the controller hand out anew what waits here: it may want a card after all."""
-        waiting = [index for index in [*self._queue] if index < self._sentinels]
+        waiting = [
+            index
+            for index in [*self._queue]
+            # What was handed out anew already may wait here twice, and is passed over once.
+            if index < self._sentinels and index not in self._returned
+        ]
         if waiting:
             self._returned.update(waiting)
             self.send(returned=waiting)

@@ -756,6 +756,18 @@ def test_a_test_put_back_into_what_a_worker_has_handed_out_is_found_by_others() 
     assert list(half.tests) == [1]
 
 
+def test_tests_that_are_put_back_stand_where_they_stood_in_their_module() -> None:
+    pile = Pile([cpu(f"t{n}") for n in range(6)], late={})
+    pile.fill(range(6), long=9.0)
+    portion = pile.adopt("a.py", None, suits=any_test)
+    assert portion is not None
+    for test in (0, 1, 3):
+        pile.take(portion, test)
+    for test in (3, 0, 1):
+        pile.add(test)
+    assert list(portion.tests) == [0, 1, 2, 3, 4, 5]
+
+
 def test_what_is_extracted_is_looked_for_in_its_modules_alone_in_all_of_their_parts() -> None:
     modules = ("m0.py", "m1.py", "m2.py")
     tests = [cpu(f"t{n}", 2.0 if n in (4, 5, 7) else 1.0, modules[n // 4]) for n in range(12)]
@@ -1278,3 +1290,29 @@ Room.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestRoom = Room.TestCase
+
+
+@pytest.mark.parametrize(("seen", "first"), [(False, "small.py"), (True, "large.py")])
+def test_modules_that_nobody_has_run_go_smallest_first(seen: bool, first: str) -> None:
+    tests = [
+        cpu(f"t{number}", group=group)._replace(seen=seen)
+        for group, count in (("large.py", 20), ("small.py", 4))
+        for number in range(count)
+    ]
+    ((_, test),) = runs(planner_of(tests, workers=1))[:1]
+    assert tests[test].group == first
+
+
+def test_who_waits_for_a_scout_that_ran_out_of_memory_waits_for_its_next_attempt() -> None:
+    tests = [gpu(f"g[{n}]", None) for n in range(3)] + [
+        cpu(f"c{n}", 5.0, f"c{n}.py")._replace(seen=False) for n in range(6)
+    ]
+    workers = Workers(tests, planner_of(tests, workers=2))
+    workers.peaks = {0: 90}
+    for _ in range(2):
+        workers.obey()
+        assert 0 in workers.running()
+        workers.finish(oom=True)
+    order = workers.run()
+    assert order.count(1) == order.count(2) == 1
+    assert max(n for n, test in enumerate(order) if test == 0) < min(map(order.index, (1, 2)))
