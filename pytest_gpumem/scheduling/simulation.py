@@ -20,7 +20,7 @@ from pytest_gpumem.scheduling.planner import Planner
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_gpumem.scheduling.commands import CardKey, Command
+    from pytest_gpumem.scheduling.commands import CardKey
     from pytest_gpumem.scheduling.estimates import PlannedTest
 
 CARD: CardKey = ("", "card")
@@ -201,83 +201,108 @@ class Host:
         return contexts + standing + sum(self._cached) + sum(self._used)
 
 
-def simulate(
-    planned: Sequence[PlannedTest],
-    actual: Sequence[Actual],
-    machine: Machine,
-) -> Result:
+class _Run:
+    """The planner, and the simulated workers that obey it."""
+
+    def __init__(
+        self, planned: Sequence[PlannedTest], actual: Sequence[Actual], machine: Machine
+    ) -> None:
+        self.host = Host(actual, machine)
+        self.planner = Planner(
+            [
+                test._replace(wide=tuple(each.holds))
+                for test, each in zip(planned, actual, strict=True)
+            ],
+            {CARD: machine.card},
+            context=machine.context,
+            headroom=machine.headroom,
+        )
+        self._oom_part = machine.oom_part
+        self._felled: list[int] = []
+        self._refused: list[tuple[int, str]] = []
+        self._ended: list[int] = []
+        self._told: set[int] = set()
+        """Workers that stalled since anything was heard, to whom the planner had nothing to say."""
+        self._names = [str(worker) for worker in range(machine.workers)]
+        for name in self._names:
+            self.planner.add_worker(name, [CARD])
+
+    def obey(self) -> bool:
+        """Do what the planner wants, and begin tests; return whether it wanted anything."""
+        commands = self.planner.commands()
+        for command in commands:
+            match command:
+                case Run(name, test):
+                    self.host.queues[int(name)].append(test)
+                case Flush(name) | Reset(name):
+                    self.host.flush(int(name), all_of_them=isinstance(command, Reset))
+                    self._tell(name)
+                    self.planner.flushed(name)
+                case Fail(test, why):
+                    self._refused.append((test, why))
+        if commands:
+            self._told.clear()
+        for worker, name in enumerate(self._names):
+            if self.host.enter(worker):
+                self._tell(name)
+                self.host.begin(worker)
+        return bool(commands)
+
+    def stall(self) -> bool:
+        """Tell of workers that stall before the next test ends; return whether there are any."""
+        idle = {int(name) for name in self.planner.keeping()} - self._told
+        stalled = self.host.stalled(sorted(idle))
+        for worker in stalled:
+            self.planner.stalled(self._names[worker])
+        self._told.update(stalled)
+        return bool(stalled)
+
+    def end_test(self) -> None:
+        """Let the next test end."""
+        worker, test, oom = self.host.step()
+        self._told.clear()
+        again = oom and self.planner.retries(test)
+        if not oom:
+            self._ended.append(test)
+        elif not again:
+            self._felled.append(test)
+        self._tell(self._names[worker])
+        took = self.host.tests[test]
+        self.planner.finished(
+            self._names[worker],
+            test,
+            duration=took.duration * (self._oom_part if oom else 1),
+            peak=0 if oom else took.peak,
+            fixtures=0 if oom else took.fixtures,
+            oom=again,
+            felled=oom and not again,
+        )
+
+    def _tell(self, name: str) -> None:
+        kept, standing = self.host.kept(int(name))
+        if kept:
+            self.planner.resident(name, kept, fixtures=standing)
+
+    @property
+    def result(self) -> Result:
+        """What became of it."""
+        host, told = self.host, (tuple(self._felled), tuple(self._refused))
+        return Result(host.now, host.ooms, *told, host.setups, tuple(self._ended))
+
+
+def simulate(planned: Sequence[PlannedTest], actual: Sequence[Actual], machine: Machine) -> Result:
     """Return the run of ``planned``, what the planner is told, as ``actual`` turns out.
 
     Raises:
         RuntimeError: when the planner has nothing to do and is not done.
 
     """
-    host = Host(actual, machine)
-    planner = Planner(
-        [test._replace(wide=tuple(each.holds)) for test, each in zip(planned, actual, strict=True)],
-        {CARD: machine.card},
-        context=machine.context,
-        headroom=machine.headroom,
-    )
-    felled: list[int] = []
-    refused: list[tuple[int, str]] = []
-    ended: list[int] = []
-    told: set[int] = set()
-    """Workers that stalled since anything was heard, to whom the planner had nothing to say."""
-    names = [str(worker) for worker in range(machine.workers)]
-    for name in names:
-        planner.add_worker(name, [CARD])
-    while not planner.done:
-        commands = planner.commands()
-        _obey(planner, host, commands)
-        refused += [(each.test, each.why) for each in commands if isinstance(each, Fail)]
-        for name in names:
-            if host.enter(int(name)):
-                _tell(planner, host, name)
-                host.begin(int(name))
-        if not host.ends:
-            if not commands:
-                raise RuntimeError("the planner is stuck")
-            continue
-        told = set() if commands else told
-        if stalled := host.stalled([int(n) for n in planner.keeping() if int(n) not in told]):
-            for worker in stalled:
-                planner.stalled(names[worker])
-            told.update(stalled)
-            continue
-        worker, test, oom = host.step()
-        told.clear()
-        again = oom and planner.retries(test)
-        if not oom:
-            ended.append(test)
-        elif not again:
-            felled.append(test)
-        _tell(planner, host, names[worker])
-        took = actual[test]
-        planner.finished(
-            names[worker],
-            test,
-            duration=took.duration * (machine.oom_part if oom else 1),
-            peak=0 if oom else took.peak,
-            fixtures=0 if oom else took.fixtures,
-            oom=again,
-            felled=oom and not again,
-        )
-    return Result(host.now, host.ooms, tuple(felled), tuple(refused), host.setups, tuple(ended))
-
-
-def _obey(planner: Planner, host: Host, commands: Sequence[Command]) -> None:
-    for command in commands:
-        match command:
-            case Run(name, test):
-                host.queues[int(name)].append(test)
-            case Flush(name) | Reset(name):
-                host.flush(int(name), all_of_them=isinstance(command, Reset))
-                _tell(planner, host, name)
-                planner.flushed(name)
-
-
-def _tell(planner: Planner, host: Host, name: str) -> None:
-    kept, standing = host.kept(int(name))
-    if kept:
-        planner.resident(name, kept, fixtures=standing)
+    run = _Run(planned, actual, machine)
+    while not run.planner.done:
+        wanted = run.obey()
+        if run.host.ends:
+            if not run.stall():
+                run.end_test()
+        elif not wanted:
+            raise RuntimeError("the planner is stuck")
+    return run.result
