@@ -44,29 +44,20 @@ class Followers:
 
     def __init__(self, tests: Sequence[PlannedTest]) -> None:
         self._tests = tests
-        self._scouts: dict[str, int] = {}
+        self.scouts: dict[str, int] = {}
+        """By kind."""
         self._waiting: dict[str, deque[int]] = {}
         self.work = 0.0
         """Seconds of those that wait."""
 
-    def __bool__(self) -> bool:
-        return bool(self._scouts)
-
-    def __contains__(self, kind: str) -> bool:
-        return kind in self._scouts
-
-    def scout(self, kind: str) -> int | None:
-        """Return the scout of ``kind``, None if there is none."""
-        return self._scouts.get(kind)
-
     def send(self, kind: str, test: int) -> None:
         """Take note that ``test`` is the scout of ``kind``."""
-        self._scouts[kind] = test
+        self.scouts[kind] = test
         self._waiting.setdefault(kind, deque())
 
     def follow(self, kind: str, test: int) -> bool:
         """Let ``test`` wait for the scout of ``kind``; return False if there is no other test."""
-        if self._scouts.get(kind, test) == test:
+        if self.scouts.get(kind, test) == test:
             return False
         self._waiting[kind].append(test)
         self.work += self._tests[test].duration
@@ -77,13 +68,13 @@ class Followers:
         if not self._waiting.get(kind):
             return None
         test = self._waiting[kind].popleft()
-        self._scouts[kind] = test
+        self.scouts[kind] = test
         self.work -= self._tests[test].duration
         return test
 
     def release(self, kind: str) -> deque[int]:
         """Return the tests that waited for the scout of ``kind``; they wait for none now."""
-        self._scouts.pop(kind, None)
+        self.scouts.pop(kind, None)
         released = self._waiting.pop(kind, deque())
         self.work -= sum(self._tests[test].duration for test in released)
         return released

@@ -80,7 +80,7 @@ def may_use(state: State, worker: Worker) -> bool:
     if not holders:
         return True
     # A test of unknown peak runs alone and should find as much room as there can be.
-    if holders >= card.contexts or backlog.families:
+    if holders >= card.contexts or backlog.families.scouts:
         return False
     large = backlog.large.tests
     tallest = state.seen.whole(large[0]) if large else backlog.tallest

@@ -149,7 +149,9 @@ class Estimates:
         self._surprising: set[str] = set()
         """Families and modules of tests that used a card although that was not expected."""
         self._harmless: set[str] = set()
-        """Families of which a test has used no card."""
+        """Families of which a test has used no card..."""
+        self._used_none: list[int] = []
+        """... and further tests that have used none: most runs never ask for their families."""
         self.ooms: Counter[int] = Counter()
         """How often tests ran out of memory and were to be tried again."""
         trust = sum(test.duration * (TRUST if test.seen else GUESS) for test in tests)
@@ -200,7 +202,9 @@ class Estimates:
         planned = self._tests[test]
         if self._surprising and family(planned.nodeid) in self._surprising:
             return True
-        return not planned.seen and any(self.is_on_card(each.name) for each in planned.wide)
+        if planned.seen or not planned.wide:
+            return False
+        return any(self.is_on_card(each.name) for each in planned.wide)
 
     def is_on_card(self, fixture: str) -> bool:
         """Return whether a wide fixture holds something of a card."""
@@ -219,16 +223,20 @@ class Estimates:
         planned = self._tests[test]
         if planned.seen or planned.group not in self._surprising:
             return False
+        self._harmless.update(family(self._tests[each].nodeid) for each in self._used_none)
+        self._used_none.clear()
         return family(planned.nodeid) not in self._harmless
 
     def scouted(self, kin: str) -> bool:
         """Return whether the peak of a test of family ``kin`` was seen."""
         return kin in self._family_peaks
 
-    def took(self, test: int, duration: float, *, gpu: bool) -> None:
-        """Take note of the seconds that ``test`` took, as a GPU test or not."""
+    def took(self, test: int, duration: float, *, gpu: bool, nothing: bool = False) -> None:
+        """Take note of the seconds that ``test`` took, as a GPU test or not, and if that is all."""
         self._observed[gpu] += duration
         self._expected[gpu] += self._tests[test].duration
+        if nothing:
+            self._used_none.append(test)
 
     def used_card(self, test: int, peak: int | None, fixtures: int = 0) -> None:
         """Take note that ``test`` used a card, and expect the same of its relatives."""
@@ -259,10 +267,6 @@ class Estimates:
             self._leasing.add(fixture)
         else:
             self._leasing.discard(fixture)
-
-    def used_none(self, test: int) -> None:
-        """Take note that ``test`` used no card."""
-        self._harmless.add(family(self._tests[test].nodeid))
 
     def pace(self, *, gpu: bool) -> float:
         """Return how long tests take, as a ratio to what was expected."""

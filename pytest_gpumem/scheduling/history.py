@@ -198,6 +198,7 @@ class History:
         """By family and by module; None until somebody asks, and in step from then on."""
         self._worker_ram: tuple[int, ...] = ()
         """What the largest process that ran tests kept of main memory, of the latest runs."""
+        self._unknown = Expectation(None, DURATION, "guess", gpu=False)
         self.problem = ""
         """One sentence when the file could not be used."""
 
@@ -386,7 +387,7 @@ class History:
         for kind in (family(nodeid), module(nodeid)) if self._kin else ():
             if found := self._kin.get(kind):  # one whose tests were all forgotten is empty
                 return found.expectation()
-        return Expectation(None, DURATION, "guess", gpu=False)
+        return self._unknown
 
 
 def _joined(old: _Entry, new: _Entry) -> _Entry:

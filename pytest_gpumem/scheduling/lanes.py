@@ -68,7 +68,7 @@ def _scouts(state: State, test: int) -> bool:
 def scout_ended(state: State, kin: str) -> None:
     """Let a family's tests go whose scout ended; send the next one if it told nothing."""
     families = state.backlog.families
-    if kin not in families:
+    if kin not in families.scouts:
         return
     following = None if state.seen.scouted(kin) else families.next(kin)
     if following is not None:
@@ -76,14 +76,14 @@ def scout_ended(state: State, kin: str) -> None:
     else:
         for test in families.release(kin):
             admit(state, test)
-    if not families:
+    if not families.scouts:
         state.until_replan = 0
 
 
 def begins(state: State, fixture: str, test: int) -> None:
     """Let all tests but ``test`` wait until a wide fixture stands that it sets up."""
     state.seen.begins(fixture)
-    if state.seen.untold(test) and fixture not in state.backlog.holders:
+    if state.seen.untold(test) and fixture not in state.backlog.holders.scouts:
         state.backlog.holders.send(fixture, test)
     _leave_cpu(state, fixture)
 
@@ -124,8 +124,8 @@ def setter_ended(state: State, test: int) -> None:
 
     What it holds that did not come to stand, if anything, its next tests find out.
     """
-    for each in state.tests[test].wide if state.backlog.holders else ():
-        if state.backlog.holders.scout(each.name) == test:
+    for each in state.tests[test].wide:
+        if state.backlog.holders.scouts.get(each.name) == test:
             stands(state, each.name, leases=False)
 
 

@@ -63,6 +63,8 @@ class Planner:
         self._backlog = Backlog(tests, seen, order.late_modules)
         self._ram = ram = MainMemory(tests, rooms)
         self._state = State(tests, seen, order, self._cluster, self._backlog, ram=ram)
+        self.asking: Collection[str] = self._state.asking
+        """Workers that may be given something: while there are none, nothing is to be done."""
         self._started = False
 
     @property
@@ -155,17 +157,16 @@ class Planner:
         ran, seen = self._cluster.workers[worker], self._seen
         gpu = bool(ran.using)
         self._state.until_replan -= 1
-        self._ram.took(test, ram)
+        if ram:
+            self._ram.took(test, ram)
         if oom or felled:
             # What was expected was too little, for its relatives too. When it ended, and what it
             # had by then, tells nothing of them.
             seen.used_card(test, seen.need(test), seen.fixtures(test))
         else:
-            seen.took(test, duration, gpu=gpu)
+            seen.took(test, duration, gpu=gpu, nothing=peak == 0 and not fixtures)
             if gpu or peak or fixtures:
                 seen.used_card(test, peak, fixtures)
-            if peak == 0 and not fixtures:
-                seen.used_none(test)
         if (peak or fixtures) and not self._tests[test].gpu:
             self._state.until_replan = 0
         ran.given.remove(test)
@@ -176,7 +177,7 @@ class Planner:
         if oom:
             seen.ooms[test] += 1
             self.requeue(test)
-        else:
+        elif self._backlog.holders.scouts:
             lanes.setter_ended(self._state, test)
 
     def _ended(self, worker: Worker, test: int, *, again: bool = False) -> None:
@@ -189,7 +190,7 @@ class Planner:
         self._ram.end(worker)
         worker.ran = self._tests[test]
         worker.set_up = self._order.after(test, worker.set_up)
-        if self._backlog.families and not again:
+        if self._backlog.families.scouts and not again:
             lanes.scout_ended(self._state, family(worker.ran.nodeid))
 
     def returned(self, worker: str, test: int) -> None:
@@ -300,7 +301,7 @@ class Planner:
         if not self._started:
             self._started = True
             lanes.open_lanes(state)
-        if state.until_replan <= 0:
+        if state.until_replan <= 0 and state.asking:
             contexts.replan(state)
         while state.changed:
             state.changed = False

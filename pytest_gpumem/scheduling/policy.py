@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.scheduling import lanes
 from pytest_gpumem.scheduling.actions import give_back, in_order, launch, run
+from pytest_gpumem.scheduling.ahead import next_portion, prefetch
 from pytest_gpumem.scheduling.commands import Replace, Stop
 from pytest_gpumem.scheduling.contexts import may_use
 from pytest_gpumem.scheduling.places import Reservation
@@ -59,10 +60,6 @@ BACKFILL = 64
 """Tests that may pass one that waits for room on a card."""
 DRAIN = 4
 """Tests that must run alone, per card, for which the card stops taking others."""
-AHEAD = 0.5
-"""Seconds of CPU tests that wait at a worker. They are handed out in one message, and the next
-ones when half of them are done: a round trip for each would cost more than a short test."""
-AHEAD_TESTS = 256
 
 
 def serve(state: State, worker: Worker) -> None:
@@ -76,7 +73,7 @@ def serve(state: State, worker: Worker) -> None:
             return
     del state.asking[worker.name]
     if worker.given and not worker.using:
-        _prefetch(state, worker)
+        prefetch(state, worker)
 
 
 # The rules: each does what it is named for and returns True, or does nothing.
@@ -136,7 +133,7 @@ def run_cpu_test(state: State, worker: Worker) -> bool:
     """Run the next CPU test."""
     cpu = state.backlog.cpu
     while len(cpu):
-        portion = _cpu_portion(state, worker)
+        portion = next_portion(state, worker)
         if portion is None:
             worker.out_of_order = True
             break
@@ -315,7 +312,7 @@ def _settled(state: State, worker: Worker) -> bool:
     if cpu is not None and cpu.tests and cpu.group == worker.group:
         return True
     # Scouts hurry on: others of their families wait for them.
-    return state.backlog.cpu.free(worker.group) and not state.backlog.families
+    return state.backlog.cpu.free(worker.group) and not state.backlog.families.scouts
 
 
 def _has_engine(state: State, worker: Worker) -> bool:
@@ -380,46 +377,6 @@ def _drains(state: State, card: Card) -> bool:
     # Not for tests that what the workers keep would hold up all the same: the others would
     # run one by one.
     return any(state.cluster.would_go(card, test) for test in itertools.islice(alone, LOOK))
-
-
-# Which CPU test
-
-
-def _cpu_portion(state: State, worker: Worker) -> Portion | None:
-    """Return where the next CPU test of ``worker`` waits, None if all are out of order."""
-    cpu, suits = state.backlog.cpu, state.order.suits(worker.to_set_up)
-    long = cpu.long if cpu.long.tests and suits(cpu.long.tests[0]) else None
-    # A long test would keep a worker with a context from the GPU tests.
-    if long is not None and not (worker.kept and state.gpu_waits):
-        return long
-    worker.cpu = cpu.adopt(worker.group, worker.cpu, suits)
-    return worker.cpu or long
-
-
-def _prefetch(state: State, worker: Worker) -> None:
-    """Hand out further CPU tests, unless the worker may get a GPU test next.
-
-    Not the last ones: another worker may be free earlier.
-    """
-    if len(worker.given) > worker.refill or (state.gpu_waits and may_use(state, worker)):
-        return
-    if worker.too_large:
-        return  # it may be replaced next
-    cpu, pace = state.backlog.cpu, state.seen.pace(gpu=False)
-    first, *rest = (pace * state.tests[test].duration for test in worker.given)
-    ahead = sum(rest)
-    while len(cpu) and len(worker.given) < AHEAD_TESTS:
-        portion = _cpu_portion(state, worker)
-        if portion is None:
-            break
-        test = portion.tests[0]
-        duration = pace * state.tests[test].duration
-        last = first + ahead > pace * cpu.time / len(state.cluster.workers)
-        if ahead + duration > AHEAD or last or lanes.uses_card(state, test):
-            break
-        run(state, worker, cpu.take(portion, test))
-        ahead += duration
-    worker.refill = max(1, len(worker.given) // 2)
 
 
 # When nothing fits

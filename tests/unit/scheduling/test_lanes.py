@@ -80,7 +80,7 @@ def test_a_family_waits_for_its_scout_and_for_the_next_one_if_it_told_nothing() 
     state.seen.used_card(1, 10)
     scout_ended(state, "m.py::g")
     assert len(state.backlog.shared) == 2
-    assert not state.backlog.families
+    assert not state.backlog.families.scouts
 
 
 def test_work_and_area_are_those_of_the_tests_that_wait_to_share() -> None:
