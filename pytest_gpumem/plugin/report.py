@@ -88,6 +88,7 @@ class Reporting:
         """Called with each report before anybody else sees it: a hook more would cost each test."""
         self._reports: list[pytest.TestReport] = []
         """Those that were not looked at yet."""
+        self._any_told = False
         self._running: dict[tuple[str, str], _Phases] = {}
         self._tests: list[records.RecordedTest] = []
         self._again: set[str] = set()
@@ -116,6 +117,7 @@ class Reporting:
 
         Most suites end without anybody asking for tests that touched no card.
         """
+        self._any_told |= bool(report.user_properties)
         if self.settling is not None:
             self.settling(report)
         self._reports.append(report)
@@ -217,8 +219,8 @@ class Reporting:
         """Return what is known of the run; its tests only if one told something, or for a file."""
         state, settings = self._state, self._state.settings
         late = self._late or self._pids
-        told = state.worker_ram or any(each.user_properties for each in self._reports)
-        tests = self._recorded() if told or self._tests or self._late or self._files else []
+        asked = self._any_told or state.worker_ram or self._late or self._files
+        tests = self._recorded() if asked or self._tests else []
         run = records.RunRecord(
             schema=records.SCHEMA,
             mode=settings.mode,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from pytest_gpumem.leases import notices
 from pytest_gpumem.plugin.ladder import Ladder, tell_why
 from pytest_gpumem.plugin.learned import load_history
 from pytest_gpumem.plugin.measure import Measuring
-from pytest_gpumem.plugin.state import HISTORY, State, is_apart, is_isolated, marks_of
+from pytest_gpumem.plugin.state import HISTORY, ITEM_MARKS, State, is_apart, is_isolated
 from pytest_gpumem.plugin.wide_fixtures import wide_fixtures
 from pytest_gpumem.scheduling import workers
 from pytest_gpumem.scheduling.history import History
@@ -143,20 +144,25 @@ def _hello(
     state: State, items: Sequence[pytest.Item]
 ) -> tuple[workers.RamUse | None, dict[str, Any]]:
     """Return what a worker says of itself and its tests, and who watches its main memory."""
-    settings, in_ram, use = state.settings, _in_ram(items), None
+    settings, use = state.settings, None
     *wide, leasing = wide_fixtures(items)
+    own = [(i, item.stash) for i, item in enumerate(items) if ITEM_MARKS in item.stash]
+    marked = [(i, stash[ITEM_MARKS]) for i, stash in own]
+    needs = [(i, *marks.need[:3]) for i, marks in marked if marks.need is not None]
+    in_ram = [(i, marks.ram) for i, marks in marked if marks.ram is not None]
+    isolated = enumerate(items) if state.isolates else ()
+    apart = [i for i, item in isolated if is_isolated(item, settings.isolate)]
     told: dict[str, Any] = {
         "host": workers.host_name(),
-        "needs": _needs(items),
-        "wide": tuple(wide),
-        "leasing": leasing,
         "cards": workers.tell_cards(state.found.cards),
-        "apart": [index for index, item in enumerate(items) if is_isolated(item, settings.isolate)],
+        "leasing": leasing,
+        # As text: execnet writes and reads values one by one.
+        "tests": json.dumps({"needs": needs, "wide": wide, "apart": apart, "rams": in_ram}),
     }
     if settings.ram or in_ram:
         from pytest_gpumem.devices import host
 
-        told |= {"ram": host.host().ram, "rams": in_ram}
+        told["ram"] = host.host().ram
     if settings.ram or in_ram or settings.worker_ram is not None:
         use = workers.RamUse(settings.worker_ram)
         state.notes += [use.problem] * bool(use.problem)
@@ -171,17 +177,3 @@ def _give_back() -> None:
     if not consolidator.idle:
         consolidator.consolidate_gpu_memory(process_context="wanted by another worker")
     workers.give_back()
-
-
-def _in_ram(items: Sequence[pytest.Item]) -> list[tuple[int, int]]:
-    """Return what the marks of the tests say of main memory: index, bytes."""
-    marked = ((index, marks_of(item).ram) for index, item in enumerate(items))
-    return [(index, size) for index, size in marked if size is not None]
-
-
-def _needs(items: Sequence[pytest.Item]) -> list[tuple[int, int | None, int, bool]]:
-    """Return what the marks of the tests say: index, bytes, cards, alone."""
-    marked = ((index, marks_of(item).need) for index, item in enumerate(items))
-    return [
-        (index, need.vram, need.cards, need.exclusive) for index, need in marked if need is not None
-    ]

@@ -69,12 +69,13 @@ def wide_fixtures(items: Sequence[pytest.Item]) -> tuple[list[Told], list[int], 
     for item in items:
         info = getattr(item, "_fixtureinfo", None)  # doctests have one, other items need not
         if id(info) not in known:
-            known[id(info)] = [] if info is None else [*_wide(info)]
-        params = getattr(getattr(item, "callspec", None), "indices", {})
-        told = tuple(
-            (_node_of(item, each), identity(each), params.get(each.argname))
-            for each in known[id(info)]
-        )
+            known[id(info)] = [*_wide(info)] if info is not None and info.names_closure else []
+        told: Told = ()
+        if found := known[id(info)]:
+            params = getattr(getattr(item, "callspec", None), "indices", {})
+            told = tuple(
+                (_node_of(item, each), identity(each), params.get(each.argname)) for each in found
+            )
         places.append(sets.setdefault(told, len(sets)))
     leasing = {identity(each) for found in known.values() for each in found if _leases(each.func)}
     return [*sets], places, sorted(leasing)

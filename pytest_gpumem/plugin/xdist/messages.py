@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.records import properties
 from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_gpumem.scheduling.commands import CardKey
     from pytest_gpumem.scheduling.planner import Planner
@@ -27,6 +28,9 @@ class Taken(NamedTuple):
     """Of main memory beyond what its process had before it, where that was measured."""
 
 
+NOTHING_TAKEN = Taken()
+
+
 def cards_of(
     hellos: Iterable[Mapping[str, Any]],
 ) -> tuple[dict[CardKey, int], dict[CardKey, int]]:
@@ -42,6 +46,12 @@ def cards_of(
             totals[card] = total
             used[card] = max(used.get(card, 0), by_all)
     return totals, used
+
+
+def tests_of(hello: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a worker tells of the tests, see ``planned_tests``; all tell the same."""
+    told: dict[str, Any] = json.loads(hello["tests"])
+    return told
 
 
 def rooms_of(hellos: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -68,8 +78,10 @@ def tell_fixtures(planner: Planner, worker: str, message: Mapping[str, Any]) -> 
         planner.stands(fixture, leases=leases)
 
 
-def taken(told: Iterable[tuple[str, object]]) -> Taken:
+def taken(told: Sequence[tuple[str, object]]) -> Taken:
     """Return what a test took, from its report."""
+    if not told:  # as most
+        return NOTHING_TAKEN
     usage = properties.read(told)
     return Taken(
         max((card.extra for card in usage.cards), default=0),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_gpumem.plugin.xdist.messages import Taken
+from pytest_gpumem.plugin.xdist.messages import NOTHING_TAKEN, Taken
 from pytest_gpumem.scheduling.commands import STALL
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Worker:
     """The test after which it ended itself, with all of it reported."""
     holding: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)
     """What it keeps, by card, and how much of that its wider fixtures hold."""
-    taken: Taken = Taken()  # noqa: RUF009  # a named tuple
+    taken: Taken = NOTHING_TAKEN
     """What the running test took."""
     returned: set[int] = field(default_factory=set)
     """Of those sent, the tests that it passes over."""

@@ -17,7 +17,14 @@ import pytest
 from pytest_gpumem.plugin import attempts
 from pytest_gpumem.plugin.xdist import lost_workers
 from pytest_gpumem.plugin.xdist import worker as xdist_worker
-from pytest_gpumem.plugin.xdist.messages import Taken, cards_of, rooms_of, taken, tell_fixtures
+from pytest_gpumem.plugin.xdist.messages import (
+    NOTHING_TAKEN,
+    cards_of,
+    rooms_of,
+    taken,
+    tell_fixtures,
+    tests_of,
+)
 from pytest_gpumem.plugin.xdist.nodes import LOOK_AGAIN, Node, StallClock, Worker
 from pytest_gpumem.scheduling import commands
 from pytest_gpumem.scheduling.estimates import planned_tests
@@ -76,6 +83,8 @@ class GpumemScheduling:
         self._owed = attempts.Owed()
         self._again: set[int] = set()
         """Tests that ran out of memory and run once more."""
+        self.tests_finished = False
+        """Whether nothing is left to do for any worker: xdist asks at each message of any."""
 
     # What xdist asks
 
@@ -93,11 +102,6 @@ class GpumemScheduling:
     def has_pending(self) -> bool:
         """Whether tests have been scheduled and not all are complete."""
         return self._planner is not None and not self._planner.done
-
-    @property
-    def tests_finished(self) -> bool:
-        """Whether nothing is left to do for any worker."""
-        return self._planner.done if self._planner else self.collection_is_completed
 
     # What xdist tells
 
@@ -123,6 +127,8 @@ class GpumemScheduling:
         if self._planner is None or list(collection) == self._collection:
             worker.collection = list(collection)
             self._collected += 1
+        if self._planner is None:
+            self.tests_finished = self.collection_is_completed
 
     def schedule(self) -> None:
         """Start the planner when all have collected, later let replacements join it."""
@@ -139,7 +145,7 @@ class GpumemScheduling:
     def mark_test_complete(self, node: Node, item_index: int, duration: float = 0) -> None:
         """Take note of a test, or of a sentinel that has been passed."""
         self._complete(self._workers[node], item_index, duration)
-        if self._planner is not None:
+        if self._planner is not None and self._planner.asking:
             self._obey()
 
     def _complete(self, worker: Worker, index: int, duration: float) -> None:
@@ -164,7 +170,7 @@ class GpumemScheduling:
                 felled=took.oom and not worker.oom,
                 ram=took.ram,
             )
-            worker.last, worker.taken, worker.oom = index, Taken(), False
+            worker.last, worker.taken, worker.oom = index, NOTHING_TAKEN, False
 
     def remove_pending_tests_from_node(self, node: Node, indices: Mapping[str, Any]) -> None:
         """Read a worker's message: xdist's answer to a "steal" is the one free channel."""
@@ -240,7 +246,7 @@ class GpumemScheduling:
                 self._again.add(report.item_index)
                 self._owed.promise(report)
         if report.when == "teardown":
-            worker.taken = taken(report.user_properties) if report.user_properties else Taken()
+            worker.taken = taken(report.user_properties)
 
     def _runs_again(self, test: int) -> bool:
         """Return whether a test that ran out of memory will be handed out again."""
@@ -258,18 +264,19 @@ class GpumemScheduling:
     def _plan(self, ready: Sequence[Worker]) -> None:
         hellos = [worker.hello for worker in ready if worker.hello is not None]
         totals, used = cards_of(hellos)
+        tests = tests_of(hellos[0])
         most = max(totals.values(), default=0) - self._settings.context - self._settings.headroom
         self._planner = Planner(
             planned_tests(
                 self._collection,
-                hellos[0]["needs"],
+                tests["needs"],
                 self._expect,
                 most=most,
                 any_card=bool(totals),
-                wide=hellos[0]["wide"],
-                apart=hellos[0].get("apart", ()),
+                wide=tests["wide"],
+                apart=tests["apart"],
                 context=self._settings.context,
-                rams=hellos[0].get("rams", ()),
+                rams=tests["rams"],
             ),
             totals,
             context=self._settings.context,
@@ -290,7 +297,8 @@ class GpumemScheduling:
     def _obey(self) -> None:
         """Carry out what the planner wants now."""
         assert self._planner is not None  # noqa: S101  # callers have planned
-        told = self._planner.commands()  # as a rule none: they are asked for after each test
+        told = self._planner.commands()
+        self.tests_finished = self._planner.done
         by_name = {worker.name: worker for worker in self._workers.values()} if told else {}
         queues: dict[str, list[int]] = {}
         grants: dict[str, dict[int, xdist_worker.Granted]] = {}
