@@ -162,21 +162,19 @@ class Estimates:
 
     def need(self, test: int) -> int | None:
         """Return the bytes expected of a GPU test; None when it has to run alone."""
-        size = self._need(test)
-        return None if size is None else size + self._tests[test].apart
-
-    def _need(self, test: int) -> int | None:
         planned = self._tests[test]
         if test in self.ooms:
             return None
         if planned.peak is not None:
-            return planned.peak - self.fixtures(test) if planned.marked else planned.peak
+            own = planned.peak - self.fixtures(test) if planned.marked else planned.peak
+            return own + planned.apart
         if self._leasing and any(each.name in self._leasing for each in planned.wide):
-            return 0
+            return planned.apart
         kin = self._family_peaks.get(family(planned.nodeid))
-        if kin is not None:
-            return min(max(0, self._most - planned.apart), with_margin(kin, FAMILY_MARGIN))
-        return None
+        if kin is None:
+            return None
+        most = max(0, self._most - planned.apart)
+        return min(most, with_margin(kin, FAMILY_MARGIN)) + planned.apart
 
     def fixtures(self, test: int) -> int:
         """Return the bytes that the wider fixtures of ``test`` hold, where they are set up."""
@@ -187,7 +185,8 @@ class Estimates:
         if planned.peak is not None:
             return min(max(planned.fixtures, seen), planned.peak)
         held = max(self._family_fixtures.get(family(planned.nodeid), 0), seen)
-        return min(held, max(0, self._most - planned.apart - (self._need(test) or 0)))
+        need = self.need(test)
+        return min(held, max(0, self._most - (planned.apart if need is None else need)))
 
     def whole(self, test: int) -> int:
         """Return the bytes for ``test`` in a process that keeps nothing but its context."""

@@ -65,7 +65,7 @@ class Card:
     @property
     def holders(self) -> int:
         """Workers that have a context on it."""
-        return sum(each.kept > 0 for each in self.workers)
+        return sum(each.resident.get(self, 0) > 0 for each in self.workers)
 
     @property
     def idle(self) -> bool:

@@ -305,8 +305,10 @@ class Planner:
             contexts.replan(state)
         while state.changed:
             state.changed = False
-            # Those with a context first: the others are for CPU tests.
-            for worker in sorted(state.asking.values(), key=lambda each: not each.kept):
+            workers = [*state.asking.values()]
+            if len(workers) > 1:  # those with a context first: the others are for CPU tests
+                workers.sort(key=lambda each: not each.kept)
+            for worker in workers:
                 policy.serve(state, worker)
         told, state.out = state.out, []
         return told
