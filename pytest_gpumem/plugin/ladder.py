@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
@@ -22,12 +22,32 @@ from pytest_gpumem.scheduling.workers import VISIBLE
 from pytest_gpumem.tracking import release
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Generator, Iterator
 
     from pytest_gpumem.leases.ask import Need
     from pytest_gpumem.plugin.worker_exit import Replacing
     from pytest_gpumem.scheduling.history import History
     from pytest_gpumem.tracking.tracker import Tracker
+
+
+class Scheduler(Protocol):
+    """Who hands out the tests of this process, in another one."""
+
+    @property
+    def hears_all(self) -> bool:
+        """Whether it is told when a test has ended that moved nothing."""
+
+    def granted(self) -> Need | None:
+        """Return what was set aside for the test that begins, None if nothing was."""
+
+    def undecided(self, *, spoiled: bool) -> None:
+        """Take note that a test may run again elsewhere, and whether its set-up failed."""
+
+    def test_ended(self) -> None:
+        """Take note that a test has ended, before its lease is given back."""
+
+    def used_card(self) -> None:
+        """Take note that it used a card."""
 
 
 class Ladder:
@@ -38,8 +58,7 @@ class Ladder:
         state: the plugin's.
         history: what is known of the tests.
         tracker: knows what wider fixtures hold, and what tests and fixtures started.
-        granted: as for ``Leases``.
-        used_card: called after a test that used a card.
+        scheduler: who hands out the tests of this process; None where it decides by itself.
         replacing: ends this process where its card is lost.
 
     """
@@ -53,8 +72,7 @@ class Ladder:
         history: History,
         tracker: Tracker | None,
         *,
-        granted: Callable[[], Need | None] | None = None,
-        used_card: Callable[[], None] = lambda: None,
+        scheduler: Scheduler | None = None,
         replacing: Replacing | None = None,
     ) -> None:
         self._tells = _keep_terminal(config)
@@ -63,11 +81,11 @@ class Ladder:
         self._state = state
         self._history = history
         self._tracker = tracker
-        self._is_scheduled = granted is not None
-        self._used_card = used_card
+        self._scheduler = scheduler
         self._replacing = replacing
         self._isolates = state.settings.isolate == "failed"
         """Whether tests may be run again in a fresh process."""
+        granted = None if scheduler is None else scheduler.granted
         self.leases = Leases(state, history, tracker, granted)
         self._next = ""
         """Of the ladder, the step to take with a test that ran out of memory: a further attempt,
@@ -80,8 +98,6 @@ class Ladder:
         self.spoiled = False
         """Whether a set-up failed in this attempt: what pytest remembers of it would fail the next
         one as well."""
-        self.undecided = False
-        """Whether it is left to the controller if this attempt is the last."""
         self._tried: list[str] = []
         """How the attempts before this one ended."""
 
@@ -123,7 +139,7 @@ class Ladder:
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
         """Give the test's lease back; run the test again if it ran out of memory."""
-        self.spoiled = self.undecided = self.leases.beside = False
+        self.spoiled = self.leases.beside = False
         self._next = ""
         try:
             self._running = item
@@ -134,8 +150,13 @@ class Ladder:
                     self._replacing.test_ended()
             finally:
                 self._running = None
-                self.leases.give_back()
-            self._learn(item)
+                moved, scheduler = self.leases.moved, self._scheduler
+                if scheduler is not None and (moved or scheduler.hears_all):
+                    scheduler.test_ended()
+                if moved:
+                    self.leases.give_back()
+            if moved or scheduler is None or self._state.isolates:
+                self._learn(item)
             if self._next:
                 before, self._step = self._step, self._next
                 try:
@@ -179,7 +200,8 @@ class Ladder:
             yield
         finally:
             self._step = before
-            self.leases.give_back()
+            if self.leases.moved:
+                self.leases.give_back()
 
     def begin(self, item: pytest.Item, marked: ItemMarks, *, apart: bool = False) -> None:
         """Take a lease as the set-up of a test begins; fail or skip a test that can have none.
@@ -257,7 +279,8 @@ class Ladder:
         broke = properties.read_broke(report.user_properties)
         step = retry.next_step(self._situation(item, report)) if text or broke else ""
         if step == retry.ELSEWHERE:
-            self.undecided = True
+            if self._scheduler is not None:
+                self._scheduler.undecided(spoiled=self.spoiled)
             attempts.leave_undecided(report)
         elif step:
             self._next = step
@@ -285,7 +308,7 @@ class Ladder:
             can_release=registered() is not None,
             may_isolate=self._isolates and not is_isolated(item, self._settings.isolate),
             is_lost=bool(properties.read_broke(told)),
-            is_scheduled=self._is_scheduled,
+            is_scheduled=self._scheduler is not None,
         )
 
     def _learn(self, item: pytest.Item) -> None:
@@ -298,13 +321,13 @@ class Ladder:
             return
         if not (usage.cards or self._history or "torch" in sys.modules):
             return  # as each test of a suite that uses no card
-        if not self._is_scheduled:
+        if self._scheduler is None:
             # Of a test without a mark, this was asked when it began.
             expected = self.leases.needs.expected or self._history.expect(item.nodeid)
             if usage.cards or expected.gpu or expected.source == "guess":
                 self._history.note_usage(item.nodeid, usage.cards, DURATION)
         elif any(card.extra or card.fixture_bytes or card.ooms for card in usage.cards):
-            self._used_card()
+            self._scheduler.used_card()
 
 
 def tell_why(

@@ -68,8 +68,6 @@ class Leases:
         """Knows the leases of fixtures."""
         self._ever_kept: set[str] = set()
         """The cards of which something was kept."""
-        self._told = 0
-        """Since when that is kept which was told last, by the tracker; -1 where it may change."""
         self._step = ""
         """The step that is being taken with the test, see ``retry``."""
         self._apart = False
@@ -227,10 +225,14 @@ class Leases:
             wants, totals, item.nodeid, timeout, on_wait, hope=hope, test=True, worker=worker
         )
 
+    @property
+    def moved(self) -> bool:
+        """Whether there is something to give back, or to tell that is new; after few tests."""
+        return self._lease is not None or not 0 <= self.standing.since() == self.standing.noted
+
     def give_back(self) -> None:
         """Tell what the process keeps, and let others have the rest."""
-        if self._lease is None and 0 <= self.standing.since() == self._told:
-            return  # as after most tests
+        self.standing.noted = self.standing.since()
         self._spare()
         self._tell_kept()
         if self._lease is not None:
@@ -243,8 +245,7 @@ class Leases:
     def keep(self) -> dict[str, tuple[int, dict[str, int]]]:
         """Tell others what the process keeps on each card; return these bytes.
 
-        With them, as the second of each pair, come the bytes of them that wider fixtures hold, by
-        identity.
+        The second of each pair are those of them that wider fixtures hold, by identity.
         """
         leased = self.standing.leased(self.held_here)
         self._ever_kept.update(leased)
@@ -256,7 +257,6 @@ class Leases:
 
     def _tell_kept(self) -> dict[str, int]:
         """Tell others what the process keeps on each card; return it."""
-        self._told = self.standing.since()
         held = self._kept()
         spare = not self._stuck and registered() is not None
         try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.leases.ask import Need
     from pytest_gpumem.plugin.worker_exit import Replacing
+    from pytest_gpumem.plugin.xdist import worker as xdist_worker
     from pytest_gpumem.tracking.tracker import Tracker
 
 
@@ -79,37 +80,64 @@ def _in_worker(
     return Ladder(config, state, history, tracker, replacing=Replacing())
 
 
-def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> Ladder:
-    from pytest_gpumem.plugin.worker_exit import Replacing
-    from pytest_gpumem.plugin.xdist import worker as xdist_worker
+class _Scheduler:
+    """What xdist's controller grants the tests of this worker, and is told of them."""
 
-    def granted() -> Need | None:
-        grant = worker.granted()
+    worker: xdist_worker.Worker
+
+    def __init__(self, tracker: Tracker | None) -> None:
+        self._tracker = tracker
+
+    @property
+    def hears_all(self) -> bool:
+        """Whether main memory is watched."""
+        return self.worker.ram is not None
+
+    def granted(self) -> Need | None:
+        """Return what was set aside for the test that begins, None if nothing was."""
+        grant = self.worker.granted()
         if grant is None:
             return None
         from pytest_gpumem.leases.ask import Need  # many a worker is granted nothing
 
-        if tracker is not None and worker.again:  # say what fills the card
-            tracker.recordings.record_next(worker.again)
+        if self._tracker is not None and self.worker.again:  # say what fills the card
+            self._tracker.recordings.record_next(self.worker.again)
         size, cards, alone, ram = grant
         return Need(size, cards, alone, ram=ram)
 
-    def used_card() -> None:
-        # Behind a test for which the card was set aside nothing waits. This one was taken for a
-        # CPU test, as were those behind it: its relatives, as a rule.
-        worker.return_queue()
+    def undecided(self, *, spoiled: bool) -> None:
+        """Keep nothing set up behind a test whose set-up failed and may be made again."""
+        self.worker.spoiled = spoiled
 
-    def leave() -> None:
-        worker.leave()
+    def test_ended(self) -> None:
+        """Tell what this process keeps."""
+        self.worker.test_ended()
 
+    def used_card(self) -> None:
+        """Return what was handed out ahead.
+
+        Behind a test for which the card was set aside nothing waits. This one was taken for a CPU
+        test, as were those behind it: its relatives, as a rule.
+        """
+        self.worker.return_queue()
+
+    def leave(self) -> None:
+        """Tell that this process ends."""
+        self.worker.leave()
+
+
+def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> Ladder:
+    from pytest_gpumem.plugin.worker_exit import Replacing
+    from pytest_gpumem.plugin.xdist.worker import Worker
+
+    scheduler = _Scheduler(tracker)
     ladder = Ladder(
         config,
         state,
         History(),
         tracker,
-        granted=granted,
-        used_card=used_card,
-        replacing=Replacing(leave),
+        scheduler=scheduler,
+        replacing=Replacing(scheduler.leave),
     )
     measuring: Measuring | None = config.pluginmanager.getplugin(Measuring.NAME)
 
@@ -118,14 +146,12 @@ def _scheduled(config: pytest.Config, state: State, tracker: Tracker | None) -> 
         ladder.leases.standing.awaited = told["leasing"]
         return told
 
-    worker = xdist_worker.Worker(
+    scheduler.worker = worker = Worker(
         config,
         hello=hello,
         holding=ladder.leases.keep,
-        since=ladder.leases.standing.since,
         used=workers.CardUse(lambda: state.found.cards),
         release=_give_back,
-        spoiled=lambda: ladder.undecided and ladder.spoiled,
         late=lambda nodeid: (
             nullcontext() if measuring is None else measuring.late_teardowns(nodeid)
         ),

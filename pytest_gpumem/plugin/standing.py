@@ -53,6 +53,8 @@ class Standing:
         """What wide fixtures that are set up asked for, by identity and card."""
         self.new: list[str] = []
         """Wide fixtures that stand since this was told last."""
+        self.noted = 0
+        """What ``since`` was when it was told last, at the end of a test, what is kept."""
         self._begun = ""
         """The fixture of which was told last that its process uses a card."""
 

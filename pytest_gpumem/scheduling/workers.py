@@ -245,14 +245,15 @@ class CardUse:
 
     def __init__(self, cards: Callable[[], Sequence[Card]]) -> None:
         self._cards = cards
-        self._looked = 0.0
+        self.look_at = 0.0
+        """When it is time to look again, by ``time.monotonic``."""
 
     def __call__(self) -> dict[str, int]:
         """Return the bytes in use by card; empty when it is too early to look again."""
         now = time.monotonic()
-        if now - self._looked < self.EVERY:
+        if now < self.look_at:
             return {}
-        self._looked = now
+        self.look_at = now + self.EVERY
         return {card.uuid: devices.used_bytes(card) for card in self._cards()}
 
 

@@ -55,8 +55,8 @@ torch.ones(1, device="cuda")
     [
         pytest.param("main", 58, COUNTING, (), id="one process"),
         pytest.param("main", 84, COUNTING + WITH_TORCH, (), id="torch has a card"),
-        pytest.param("gw0", 75, COUNTING, ("-n1",), id="a worker"),
-        pytest.param("main", 58, COUNTING, ("-n1",), id="the controller"),
+        pytest.param("gw0", 68, COUNTING, ("-n1",), id="a worker"),
+        pytest.param("main", 34, COUNTING, ("-n1",), id="the controller"),
     ],
 )
 def test_what_a_test_costs_is_little_and_does_not_grow(tmp_path, process, most, conftest, args):
@@ -74,3 +74,37 @@ def test_what_a_test_costs_is_little_and_does_not_grow(tmp_path, process, most, 
     assert sum(each[20:-1]) / len(each[20:-1]) <= most
     if not args:  # a worker is handed many tests at once
         assert sum(end) <= sum(begin) + 100  # now and then a look is taken for a monitor
+
+
+ALL = """
+import os, sys
+
+calls = 0
+
+def count(frame, event, _):
+    global calls
+    name = frame.f_code.co_filename
+    calls += event == "call" and "pytest_gpumem" in name and "simulator" not in name
+
+sys.setprofile(count)
+
+def pytest_unconfigure():
+    sys.setprofile(None)
+    with open(os.environ.get("PYTEST_XDIST_WORKER", "main"), "w") as file:
+        file.write(str(calls))
+"""
+
+
+@pytest.mark.parametrize(("process", "most"), [("gw0", 80), ("main", 52)])
+def test_what_a_test_costs_from_the_start_to_the_end_is_little(tmp_path, process, most):
+    """Also what is asked of each test when it is collected and planned, and when the run ends."""
+    calls = []
+    for tests in (100, 300):
+        suite = tmp_path / str(tests)
+        suite.mkdir()
+        body = "\n".join(f"def test_{number}():\n    pass\n" for number in range(tests))
+        write_suite(suite, conftest=ALL, test_it=body)
+        assert run_pytest(suite, *SIMULATE, "--gpumem=on", "-n1").outcomes == {"passed": tests}
+        calls.append(int((suite / process).read_text()))
+
+    assert (calls[1] - calls[0]) / 200 <= most

@@ -17,14 +17,17 @@ what can be tried before a run rests on it.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpumem.records.properties import BROKE
+
+if TYPE_CHECKING:
+    from pytest_gpumem.scheduling.workers import CardUse
 
 SENTINELS = ("idle", "flush", "reset")
 IDLE, FLUSH, RESET = range(3)
@@ -84,11 +87,8 @@ class Worker:
         holding: returns by card (UUID) the bytes this process keeps on it, context included, and
             how many of them wider fixtures hold, by identity; nothing of cards that it has not
             used.
-        since: returns what stays the same while ``holding`` does; -1 where that is not known.
-        used: returns by card the bytes that anybody uses, nothing when asked too often.
+        used: looks at what anybody uses of the cards, now and then.
         release: gives cached VRAM back to the driver after fixtures were torn down on command.
-        spoiled: tells whether the test that ends may run again, and its set-up failed, by which it
-            would fail again.
         late: measures what is torn down, while the worker waits, after the test of this node id.
 
     """
@@ -99,56 +99,42 @@ class Worker:
         *,
         hello: Callable[[Sequence[pytest.Item]], Mapping[str, Any]],
         holding: Callable[[], Mapping[str, tuple[int, dict[str, int]]]],
-        since: Callable[[], int],
-        used: Callable[[], Mapping[str, int]],
+        used: CardUse,
         release: Callable[[], None],
-        spoiled: Callable[[], bool],
         late: Callable[[str], contextlib.AbstractContextManager[None]],
     ) -> None:
         self._interactor = _interactor(config)
         self._hello = hello
         self.holding = holding
-        self.since = since
         self.used = used
         self.ram: Callable[[], tuple[int, int] | None] | None = None
         """Returns the bytes of main memory that this process keeps more than before its first test,
         and all that it has if that is too much, else 0; None when nothing is new. None where nobody
         asks."""
         self.release = release
-        self.spoiled = spoiled
         self.late = late
+        self.spoiled = False
+        """Whether the test that ends may run again, and its set-up failed, by which it would fail
+        again: nothing stays set up behind it."""
+        self.returned: set[int] = set()
+        """Of what was handed out, the tests to pass over."""
         self._grants: dict[int, Granted] = {}
         self._again: set[int] = set()
-        self._queue: deque[int] = deque()
-        """What was handed out and has not begun, in the order in which it will."""
-        self._returned: set[int] = set()
         self._stage: Stage | None = None
-
-    def begins(self) -> bool:
-        """Take note that an item begins, perhaps once more; return whether it is one to run."""
-        index = self._interactor.item_index
-        if self._queue and self._queue[0] == index:
-            self._queue.popleft()
-        if index in self._returned:
-            self._returned.remove(index)
-            return False
-        return True
 
     def return_queue(self) -> None:
         """Let the controller hand out anew what waits here: it may want a card after all."""
-        waiting = [
-            index
-            for index in [*self._queue]
-            # What was handed out anew already may wait here twice, and is passed over once.
-            if index < self._sentinels and index not in self._returned
-        ]
-        if waiting:
-            self._returned.update(waiting)
-            self.send(returned=waiting)
+        with self._interactor.torun.lock() as queued:
+            waiting = [self._interactor.nextitem_index, *queued]
+        tests = range(self._sentinels)
+        # What was handed out anew already may wait here twice, and is passed over once.
+        if returned := [each for each in waiting if each in tests and each not in self.returned]:
+            self.returned.update(returned)
+            self.send(returned=returned)
 
     def granted(self) -> Granted | None:
         """Return what was set aside for the test that begins now, once; None if nothing."""
-        return self._grants.pop(self._interactor.item_index, None)
+        return self._grants.pop(self._interactor.item_index, None) if self._grants else None
 
     @property
     def again(self) -> str:
@@ -165,6 +151,11 @@ class Worker:
         """Tell what this process holds now, and what there is to say besides."""
         if self._stage is not None:
             self._stage.tell(**message)
+
+    def test_ended(self) -> None:
+        """Tell what this process holds now that a test has ended."""
+        if self._stage is not None:
+            self._stage.test_ended()
 
     def send(self, **message: Any) -> None:
         """Send builtin values to the controller's scheduler; works over any gateway."""
@@ -185,7 +176,7 @@ class Worker:
         session.config.pluginmanager.register(self._stage, "gpumem-stage")
 
     def _listen(self) -> None:
-        """Take note of grants and of what is handed out; xdist begins to listen in a moment."""
+        """Take note of grants; xdist begins to listen in a moment."""
         others = self._interactor.handle_command
 
         def handle(command: Any) -> None:
@@ -193,8 +184,6 @@ class Worker:
                 self._grants.update(command[1]["grants"])
                 self._again.update(command[1]["again"])
                 return
-            if isinstance(command, tuple) and command[0] == "runtests":
-                self._queue.extend(command[1]["indices"])
             others(command)
 
         self._interactor.handle_command = handle
@@ -209,11 +198,8 @@ class Stage:
         self._session = session
         self.previous: pytest.Item | None = None
         """The test that ran last."""
-        self._spoiled = False
         self._index = 0
         self._told: Mapping[str, tuple[int, dict[str, int]]] = {}
-        self._since = -1
-        """When that was looked at, by ``Worker.since``."""
         for place, name in enumerate(SENTINELS):
             sentinel: Sentinel = Sentinel.from_parent(session, name=f"gpumem-{name}")
             sentinel.place, sentinel.stage = place, self
@@ -221,8 +207,8 @@ class Stage:
 
     @property
     def spoiled(self) -> bool:
-        """Whether the test ran out of memory and set-up failed: nothing stays set up behind it."""
-        return self._spoiled or self._worker.spoiled()
+        """Whether nothing stays set up behind the test."""
+        return self._worker.spoiled
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
@@ -232,18 +218,21 @@ class Stage:
 
         A sentinel follows those that were: it tears down what stands.
         """
-        if not self._worker.begins():
+        worker, index = self._worker, self._interactor.item_index
+        if index in worker.returned:
+            worker.returned.remove(index)
             return True
+        if time.monotonic() >= worker.used.look_at:
+            self.tell()
         if not isinstance(item, Sentinel):
-            self.previous, self._spoiled = item, False
-            self._index = self._interactor.item_index
+            self.previous, self._index, worker.spoiled = item, index, False
             return None
-        with self._worker.late(item.nodeid):
+        with worker.late(item.nodeid):
             if item.place != IDLE:
-                self._worker.release()
+                worker.release()
             if self.previous is not None:
                 self._tear_down(self.previous, nextitem)
-        self._tell()  # what is kept once processes that were ended have given theirs back
+        self.test_ended()  # what is kept once processes that were ended have given theirs back
         return True
 
     def _tear_down(self, previous: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -255,25 +244,17 @@ class Stage:
             previous.ihook.pytest_runtest_logreport(report=report)
             self._interactor.item_index = running
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logfinish(self) -> None:
-        """Tell what is kept before xdist tells that the test is over."""
-        self._spoiled = self._worker.spoiled()
-        self._tell()
-
     def tell(self, **message: Any) -> None:
         """Tell what is kept, if that is new, and what else there is to say."""
-        used, since, before = self._worker.used(), self._worker.since(), self._since
-        self._since = since
-        if message or used or not 0 <= since == before:
-            holding = self._worker.holding()
-            if holding != self._told or used:
-                self._told = holding
-                message |= {"holding": dict(holding), "used": dict(used)}
+        used, holding = self._worker.used(), self._worker.holding()
+        if holding != self._told or used:
+            self._told = holding
+            message |= {"holding": dict(holding), "used": dict(used)}
         if message:
             self._worker.send(**message)
 
-    def _tell(self) -> None:
+    def test_ended(self) -> None:
+        """Tell what is kept when a test has ended, before xdist tells that it has."""
         self.tell()
         if self._worker.ram is not None and (ram := self._worker.ram()) is not None:
             self._worker.send(ram=ram)
@@ -406,6 +387,7 @@ def _look_at_xdist() -> None:
 
     for function, names in (
         (WorkerInteractor.run_one_test, {"item_index", "nextitem_index", "items", "sendevent"}),
+        (WorkerInteractor.steal, {"torun", "lock"}),
         (WorkerInteractor.pytest_runtest_logreport, {"item_index"}),
         (WorkerInteractor.sendevent, {"channel", "send"}),
         (WorkerInteractor.pytest_runtestloop, {"handle_command", "setcallback"}),

@@ -995,7 +995,10 @@ class Room(RuleBasedStateMachine):
         return planned.gpu or bool(self.ooms[test]) or family(planned.nodeid) in self.surprising
 
     def obey(self) -> None:
-        for command in self.planner.commands():
+        nobody_asks = not self.planner.asking
+        commands = self.planner.commands()
+        assert not (nobody_asks and commands)
+        for command in commands:
             if isinstance(command, Run):
                 self.run(command.worker, command.test, command.grant)
             elif isinstance(command, Fail):
