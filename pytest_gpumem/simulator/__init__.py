@@ -33,7 +33,7 @@ class Simulation:
 
     _NEVER_SIMULATED = (
         "not simulated: speed, streams, CUDA graphs, TF32, library workspaces, scratch memory"
-        " inside one operation, IPC, NCCL, CUDA extensions"
+        " inside one operation, NCCL, CUDA extensions"
     )
 
     installed: ClassVar[Simulation | None] = None

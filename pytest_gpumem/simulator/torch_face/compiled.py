@@ -75,8 +75,6 @@ class Answers:
         block = memory.take(size, memory.card(index).device, stream)
         if block is not None:
             self.blocks[address] = index, block
-            if memory.history.recording:
-                memory.history.placed(block, address)
         return block
 
     def release(self, index: int, block: Block | None, address: int) -> None:
@@ -181,10 +179,30 @@ class CompiledMemory(memory.CardMemory):
     def use_on(self, tensor: torch.Tensor, stream: int) -> None:
         """Say that a stream uses ``tensor``, so that its block is not free as soon as it is."""
         if tensor.is_cuda:
-            self._answers.use(tensor.untyped_storage().data_ptr(), stream)
+            self._answers.use(memory.host_address(tensor.untyped_storage()), stream)
 
-    def _addresses(self) -> dict[int, int]:
-        return {block.address: place for place, (_, block) in self._answers.blocks.items()}
+    def share(self, storage: torch.UntypedStorage) -> tuple[int, int]:
+        """Return the file that has the bytes of ``storage`` from now on, and their number."""
+        host = _torch.ops.gpumem_card.host_bytes(storage).untyped_storage()
+        if not host.is_shared():
+            before = memory.host_address(storage)
+            host = torch.UntypedStorage._new_using_fd_cpu(storage.nbytes())
+            _torch.ops.gpumem_card.move_bytes(storage, host)
+            blocks = self._answers.blocks
+            blocks[memory.host_address(storage)] = blocks.pop(before)
+        shared: tuple[int, int] = host._share_fd_cpu_()
+        return shared
+
+    def receive(self, host: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:
+        """Return another process's storage, which is charged there, as one on ``device``."""
+        received: torch.UntypedStorage = _torch.ops.gpumem_card.received(
+            host, device.index
+        ).untyped_storage()
+        return received
+
+    def _block(self, storage: torch.UntypedStorage) -> Block | None:
+        known = self._answers.blocks.get(memory.host_address(storage))
+        return None if known is None else known[1]
 
 
 def _place_storages() -> None:

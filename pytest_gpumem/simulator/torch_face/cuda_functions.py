@@ -58,6 +58,11 @@ def _life(memory: CardMemory) -> Functions:
         )
         _cuda.default_generators = tuple(card.generator for card in memory.cards)
 
+    debugged = [0]
+
+    def debug(mode: int) -> None:  # whatever it is, nothing waits
+        debugged[0] = mode
+
     def synchronize(*_device: Any) -> None:
         memory.check()
         memory.card(None).enter()
@@ -71,8 +76,8 @@ def _life(memory: CardMemory) -> Functions:
         "_cuda_synchronize": synchronize,
         "_cuda_ipc_collect": _nothing,
         "_cuda_sleep": _nothing,
-        "_cuda_get_sync_debug_mode": lambda: 0,
-        "_cuda_set_sync_debug_mode": _nothing,
+        "_cuda_get_sync_debug_mode": lambda: debugged[0],
+        "_cuda_set_sync_debug_mode": debug,
         "_cuda_clearCublasWorkspaces": memory.clear_workspaces,
         "_cuda_isCurrentStreamCapturing": lambda: False,
     }
@@ -141,7 +146,7 @@ def _statistics(memory: CardMemory) -> Functions:
         for name, (allowed, words) in _OF_RECORDING.items():
             if given[name] not in allowed:
                 raise RuntimeError(f"expected {name} to be {words}")
-        memory.record(enabled, context, max_entries, clear=clear_history)
+        memory.history.record(enabled, context, max_entries, clear=clear_history)
 
     def record_legacy(
         enabled: bool,
@@ -150,7 +155,7 @@ def _statistics(memory: CardMemory) -> Functions:
         *_others: Any,
     ) -> None:
         context = "all" if record_context else None
-        memory.record("all" if enabled else None, context, max_entries, clear=False)
+        memory.history.record("all" if enabled else None, context, max_entries, clear=False)
 
     return {
         "_cuda_memoryStats": lambda index: memory.card(index).allocator.stats(),

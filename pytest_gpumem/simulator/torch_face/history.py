@@ -2,8 +2,7 @@
 
 Entries, what has a stack and what has none follow ``c10/cuda/CUDACachingAllocator.cpp``
 (``record_trace``, ``maybeGatherContext``) and ``torch/csrc/cuda/Module.cpp``; the stacks are those
-of Python. A block of a tensor has the address that the tensor tells (``data_ptr``), which is the
-host's; segments, and blocks without a tensor, have one that is made up.
+of Python.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pytest_gpumem.simulator.blocks import Block
 
 __tracebackhide__ = True  # pytest shows the test's line last, none of these
@@ -41,17 +38,6 @@ class _Entry:
         self.time = time.time_ns() // 1000
 
 
-class _Living(NamedTuple):
-    """What is known of a block that is handed out."""
-
-    stack: _Stack | None
-    entry: _Entry | None
-    """Of its allocation."""
-
-
-_UNKNOWN = _Living(None, None)
-
-
 class History:
     """Keeps stacks and events from ``record`` on; costs next to nothing before."""
 
@@ -61,10 +47,8 @@ class History:
         self._most = 0
         """Events that are kept of each device."""
         self._events: dict[int, deque[_Entry]] = {}
-        self._living: dict[int, _Living] = {}
-        """By the made-up address of each block that was handed out since recording began."""
-        self._addresses: dict[int, int] = {}
-        """By that, the one that its tensor tells; while recording."""
+        self._living: dict[int, _Stack | None] = {}
+        """By the address of each block that was handed out since recording began."""
         self._stacks: dict[tuple[int, ...], _Stack] = {}
         """Each stack once: thousands of events come from one line."""
 
@@ -75,7 +59,6 @@ class History:
         most: int,
         *,
         clear: bool,
-        addresses: Mapping[int, int],
     ) -> None:
         """Start (``"state"``: living blocks, ``"all"``: every event too) or stop (None).
 
@@ -85,7 +68,6 @@ class History:
                 ``"all"`` every event, None nothing.
             most: events that are kept of each device, the last ones.
             clear: whether what was kept until now is forgotten.
-            addresses: those that living tensors tell, by those of their blocks.
 
         """
         if enabled is None or clear:
@@ -94,36 +76,24 @@ class History:
         self.recording = enabled is not None
         self._gathers = _GATHERS[context] if self.recording else _NOTHING
         self._most = min(most, sys.maxsize) if enabled == "all" else 0
-        if enabled is None:
-            self._addresses.clear()
-        self._addresses |= addresses
 
     def allocated(self, block: Block, device: int) -> None:
         """Keep the stack of a new block."""
         if self.recording:
             stack = self._stack() if self._gathers >= _STATE else None
-            entry = self._note("alloc", block.address, block.requested, device, stack)
-            self._living[block.address] = _Living(stack, entry)
-
-    def placed(self, block: Block, address: int) -> None:
-        """Say which address the tensor tells that got a block."""
-        if self.recording:
-            self._addresses[block.address] = address
-            entry = self._living.get(block.address, _UNKNOWN).entry
-            if entry is not None:
-                entry.address = address
+            self._note("alloc", block.address, block.requested, device, stack)
+            self._living[block.address] = stack
 
     def freed(self, block: Block, device: int) -> None:
         """Forget the stack of a block; its memory may be used again at once."""
         if not (self.recording or self._living):
             return
-        stack = self._living.pop(block.address, _UNKNOWN).stack
-        address = self._addresses.pop(block.address, block.address)
+        stack = self._living.pop(block.address, None)
         if self.recording:
             if self._gathers >= _ALL:
                 stack = self._stack()
             for action in ("free_requested", "free_completed"):
-                self._note(action, address, block.requested, device, stack)
+                self._note(action, block.address, block.requested, device, stack)
 
     def refused(self, size: int, free: int, device: int) -> None:
         """Keep an out-of-memory event."""
@@ -137,20 +107,13 @@ class History:
             stack = self._stack() if self._gathers >= _ALLOC else None
             self._note(action, address, size, device, stack)
 
-    def describe(
-        self, segments: list[dict[str, Any]], devices: int, addresses: dict[int, int]
-    ) -> dict[str, Any]:
-        """Return ``segments`` with their stacks, in the form of ``torch.cuda.memory._snapshot``.
-
-        ``addresses`` are those that living tensors tell, by those of their blocks.
-        """
+    def describe(self, segments: list[dict[str, Any]], devices: int) -> dict[str, Any]:
+        """Return ``segments`` with their stacks, in the form of ``torch.cuda.memory._snapshot``."""
         frames = _Frames()
         for segment in segments:
             for block in segment["blocks"]:
-                address = block["address"]
-                stack = self._living.get(address, _UNKNOWN).stack
+                stack = self._living.get(block["address"])
                 block["frames"] = [] if stack is None else frames.of(stack)
-                block["address"] = addresses.get(address, address)
         told = {
             "segments": segments,
             "device_traces": [
@@ -167,14 +130,13 @@ class History:
 
     def _note(
         self, action: str, address: int, size: int, device: int, stack: _Stack | None
-    ) -> _Entry | None:
+    ) -> None:
         if not self._most:
-            return None
+            return
         entry = _Entry(action, address, size, stack if self._gathers >= _ALLOC else None)
         if device not in self._events:
             self._events[device] = deque(maxlen=self._most)
         self._events[device].append(entry)
-        return entry
 
     def _stack(self) -> _Stack:
         """Return the Python stack above this package."""

@@ -56,6 +56,8 @@ _OUTSIDE = re.compile(
     r"|elements of (input|target) should be between 0 and 1"
 )
 _storage_address: Callable[[torch.Tensor], int] = _C._storage_address
+host_address: Callable[[Any], int] = _C.StorageBase.data_ptr
+"""Where the host has the bytes of a storage."""
 
 
 def lies_outside(said: str) -> bool:
@@ -305,7 +307,6 @@ class CardMemory:
                 self.recharge(each)
         else:
             self.resize(storage, storage.nbytes())
-            self.placed(storage)
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
         """Take a new block of ``size`` bytes, then free the old one, as CUDA's resize does."""
@@ -324,32 +325,30 @@ class CardMemory:
         held.card = self.cards[device.index]
         held.device = held.card.device
         self._held[held.address] = held
-        if self.history.recording:
-            self.placed(storage)
 
-    def placed(self, storage: torch.UntypedStorage) -> None:
-        """Say, to a history that is kept, where the data of ``storage`` are now."""
+    def share(self, storage: torch.UntypedStorage) -> tuple[int, int]:
+        """Return the file that has the bytes of ``storage`` from now on, and their number."""
+        shared: tuple[int, int] = storage._share_fd_cpu_()
+        return shared
+
+    def receive(self, host: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:
+        """Return another process's storage, which is charged there, as one on ``device``."""
+        self.put(host, None, device)
+        return host
+
+    def address(self, storage: torch.UntypedStorage, place: int) -> int:
+        """Return the card's address for ``place``, where the host has something of ``storage``."""
+        block = self._block(storage)
+        return place if block is None else block.address + place - host_address(storage)
+
+    def _block(self, storage: torch.UntypedStorage) -> Block | None:
         held = self._held.get(storage._cdata)
-        if held is not None and held.block is not None and self.history.recording:
-            self.history.placed(held.block, storage.data_ptr())
+        return None if held is None else held.block
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the allocators' state in the form of ``torch.cuda.memory._snapshot``.
-
-        A living block has the address that its tensors tell (``data_ptr``), which is the host's.
-        """
+        """Return the allocators' state in the form of ``torch.cuda.memory._snapshot``."""
         segments = [each for card in self.cards for each in card.allocator.snapshot()]
-        return self.history.describe(segments, len(self.cards), self._addresses())
-
-    def record(self, enabled: str | None, context: str | None, most: int, *, clear: bool) -> None:
-        """Start or stop recording, see ``History.record``."""
-        known = {} if self.history.recording else self._addresses()
-        self.history.record(enabled, context, most, clear=clear, addresses=known)
-
-    def _addresses(self) -> dict[int, int]:
-        """Return where the bytes of each living block are, by its address on the card."""
-        alive = [(held.block, held()) for held in list(self._held.values())]
-        return {block.address: it.data_ptr() for block, it in alive if block and it is not None}
+        return self.history.describe(segments, len(self.cards))
 
     def take(self, size: int, device: torch.device, stream: int | None = None) -> Block | None:
         """Return a block of ``device`` for ``size`` bytes, None for nothing.

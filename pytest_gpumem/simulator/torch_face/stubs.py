@@ -210,7 +210,18 @@ class Event:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+    def __init__(
+        self,
+        place_or_timing: Any = False,
+        _blocking: bool = False,
+        interprocess: bool = False,
+        *,
+        enable_timing: bool = False,
+        **_others: Any,
+    ) -> None:
+        # ``torch.cuda.Event`` begins with the one, ``torch.Event`` with the other.
+        self._timed = enable_timing or place_or_timing is True
+        self._interprocess = interprocess
         self._recorded: float | None = None
         self.device: torch.device | None = None
         self.event_id = 0
@@ -244,15 +255,36 @@ class Event:
         """Return True: everything is done."""
         return True
 
+    def ipc_handle(self) -> bytes:
+        """Return what another process has it by.
+
+        Raises:
+            RuntimeError: as CUDA, where it was not made for several processes.
+
+        """
+        if not self._interprocess:
+            raise device_error("invalid resource handle", 400)
+        self.device = self.device or Device("cuda", torch.cuda.current_device())
+        return str(self.event_id).encode()
+
+    @classmethod
+    def from_ipc_handle(cls, device: torch.device, _handle: bytes) -> Event:
+        """Return another process's event: whatever it marks is done."""
+        event = cls(interprocess=True)
+        event.device = torch.device(device)
+        return event
+
     def elapsed_time(self, end_event: Event) -> float:
         """Return the milliseconds between the two records.
 
         Raises:
-            RuntimeError: when one of the two was not recorded.
+            ValueError: as torch, when one of the two takes no time or was not recorded.
 
         """
+        if not (self._timed and end_event._timed):
+            raise ValueError("Both events must be created with argument 'enable_timing=True'.")
         if self._recorded is None or end_event._recorded is None:
-            raise RuntimeError("Both events must be recorded before calculating elapsed time.")
+            raise ValueError("Both events must be recorded before calculating elapsed time.")
         return (end_event._recorded - self._recorded) * 1e3
 
 

@@ -19,6 +19,7 @@ from pytest_gpumem.simulator.torch_face import stubs
 from pytest_gpumem.simulator.torch_face.calls import HOST
 from pytest_gpumem.simulator.torch_face.cuda_functions import memory_of
 from pytest_gpumem.simulator.torch_face.device_numbers import read_devices_of_to, understand_numbers
+from pytest_gpumem.simulator.torch_face.ipc import send_storages
 from pytest_gpumem.simulator.torch_face.legacy import replace_types
 from pytest_gpumem.simulator.torch_face.modes import (
     Face,
@@ -50,6 +51,8 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     _torch.version.cuda = _torch.version.cuda or spec.CUDA
     _C.__getattr__ = _say_what_is_missing
     _give_cuda_its_objects(memory)
+    _tell_addresses_on_the_card(memory)
+    send_storages(memory)
     _refuse_graphs_and_pools()
     when_imported("torch._dynamo.config", _run_compiled_functions_eagerly)
     when_imported("torch._dynamo.eval_frame", _expect_no_compiled_frames)
@@ -107,6 +110,27 @@ def _give_cuda_its_objects(memory: CardMemory) -> None:
         _C._cuda_set_cudnn_benchmark_limit = lambda value: limit.__setitem__(0, value)
     # Without its library the profiler would print a stack for each operation.
     _after(_torch.autograd.profiler.profile, "__init__", _profile_the_host)
+
+
+def _tell_addresses_on_the_card(memory: CardMemory) -> None:
+    """Let tensors and storages tell where they are on their card, not where the host has them.
+
+    Programs look for them in snapshots, and whether an address was handed out again.
+    """
+    of_tensor, of_storage = _C.TensorBase.data_ptr, _C.StorageBase.data_ptr
+
+    @functools.wraps(of_tensor)
+    def tensor_address(tensor: Any) -> int:
+        with _C.DisableTorchFunction():  # which would come back here: it goes by names
+            place: int = of_tensor(tensor)
+            return memory.address(tensor.untyped_storage(), place) if place else place
+
+    @functools.wraps(of_storage)
+    def storage_address(storage: Any) -> int:
+        place: int = of_storage(storage)
+        return memory.address(storage, place) if place else place
+
+    _torch.Tensor.data_ptr, _torch.UntypedStorage.data_ptr = tensor_address, storage_address
 
 
 def _after(kind: Any, name: str, act: Callable[[Any], None]) -> None:
@@ -222,9 +246,7 @@ def _place_storages(memory: CardMemory) -> None:
 
     def resize(storage: Any, size: int) -> Any:
         memory.resize(storage, size)
-        result = base.resize_(storage, size)
-        memory.placed(storage)
-        return result
+        return base.resize_(storage, size)
 
     def is_shared(storage: Any) -> bool:
         return bool(memory.where_storage(storage)) or base.is_shared(storage)

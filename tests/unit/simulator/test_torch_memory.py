@@ -445,6 +445,68 @@ def test_the_history_tells_the_addresses_of_tensors_and_the_last_events():
 
 
 @on_card
+def test_a_tensor_lies_where_the_snapshot_has_its_block():
+    import torch
+
+    torch.cuda.memory._record_memory_history()
+    kept = [fill(size) for size in (1, 3, 30)]
+    of_storage = torch.UntypedStorage(5 * MIB, device="cuda")
+    grown = torch.empty(4, device="cuda").resize_(2 * MIB)
+    blocks = {}
+    for segment in torch.cuda.memory._snapshot()["segments"]:
+        place = segment["address"]
+        for block in segment["blocks"]:
+            assert block["address"] == place
+            blocks[place] = block
+            place += block["size"]
+        assert place == segment["address"] + segment["total_size"]
+    told = [tensor.untyped_storage().data_ptr() for tensor in (*kept, grown)]
+    for address in (*told, of_storage.data_ptr()):
+        assert blocks[address]["state"] == "active_allocated"
+        assert blocks[address]["frames"]
+    assert [tensor.data_ptr() for tensor in (*kept, grown)] == told
+    assert kept[2][7:].data_ptr() == kept[2].data_ptr() + 7
+    assert kept[2][:0].data_ptr() == torch.empty(0, device="cuda").data_ptr() == 0
+    on_host = torch.ones(3)
+    assert on_host[1:].data_ptr() == on_host.data_ptr() + 4
+    assert on_host.data_ptr() not in blocks
+
+
+@on_card
+def test_an_address_is_handed_out_again():
+    import torch
+
+    first = torch.empty(1000, device="cuda")
+    address = first.data_ptr()
+    shared = first.view(10, 100)
+    assert torch.empty(1000, device="cuda").data_ptr() != address
+    del first, shared
+    assert torch.ones(1000, device="cuda").data_ptr() == address
+
+
+@on_card
+def test_torch_finds_the_tensors_of_a_cycle_in_the_snapshot():
+    import gc
+
+    import torch
+    from torch.utils.viz._cycles import observe_tensor_cycles
+
+    seen = []
+    disarm = observe_tensor_cycles(seen.append)
+    try:
+        cycle = [torch.ones(3, device="cuda")]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        torch.cuda.memory_allocated()  # the observer waits for a call after the collection
+    finally:
+        disarm()
+        torch.cuda.memory._record_memory_history(None)
+    assert seen
+    assert "test_torch_memory.py" in seen[0]
+
+
+@on_card
 def test_what_torch_draws_of_a_snapshot_is_drawn_of_the_simulated_ones():
     import torch
     from torch.cuda._memory_viz import segment_plot, segsum, trace, trace_plot

@@ -134,6 +134,14 @@ void lend_clocks() {
 #endif
 }
 
+Tensor bytes_of(Storage storage, DispatchKey key) {
+  auto count = static_cast<int64_t>(storage.nbytes());
+  auto made = c10::make_intrusive<c10::TensorImpl>(std::move(storage), DispatchKeySet(key),
+                                                   caffe2::TypeMeta::Make<uint8_t>());
+  made->set_sizes_contiguous(count);
+  return Tensor{std::move(made)};
+}
+
 void resize_storage(Storage storage, int64_t size) {
   auto* cards = storage.unsafeGetStorageImpl();
   ResultOn there(cards->device().index());
@@ -143,10 +151,46 @@ void resize_storage(Storage storage, int64_t size) {
   cards->set_nbytes(size);
 }
 
+// The host's bytes of a storage on a card, as a tensor of the host.
+Tensor host_bytes(Storage storage) {
+  auto* cards = storage.unsafeGetStorageImpl();
+  const void* bytes = cards->mutable_data();  // a lazy clone's own from now on
+  std::lock_guard lock(held_mutex);
+  return bytes_of(held.find(bytes)->second.host, DispatchKey::CPU);
+}
+
+// Lets `host` have the bytes of a storage on a card, which keeps its block.
+void move_bytes(Storage storage, Storage host) {
+  auto* cards = storage.unsafeGetStorageImpl();
+  void* bytes = host.mutable_data();
+  std::memcpy(bytes, cards->data(), cards->nbytes());
+  std::unique_lock lock(held_mutex);
+  auto moved = held.extract(cards->data());
+  Storage before = std::exchange(moved.mapped().host, std::move(host));
+  moved.key() = bytes;
+  held.insert(std::move(moved));
+  lock.unlock();
+  auto old = cards->set_data_ptr({bytes, bytes, &let_go, cards->device()});
+  old.release_context();
+}
+
+// The bytes of `host`, for which another process is charged, as a tensor on a card.
+Tensor received(Storage host, int64_t card) {
+  auto drop = [](void* owner) { delete static_cast<Storage*>(owner); };
+  void* bytes = host.mutable_data();
+  size_t size = host.nbytes();
+  at::DataPtr there(bytes, new Storage(std::move(host)), drop, Device(kCard, DeviceIndex(card)));
+  return bytes_of({Storage::use_byte_size_t(), size, std::move(there), &card_allocator, false},
+                  DispatchKey::CUDA);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(gpumem_card, m) {
   m.def("resize_storage(Storage storage, int size) -> ()", &resize_storage);
+  m.def("host_bytes(Storage storage) -> Tensor", &host_bytes);
+  m.def("move_bytes(Storage storage, Storage host) -> ()", &move_bytes);
+  m.def("received(Storage host, int card) -> Tensor", &received);
   m.def("default_generator(int card) -> Generator?", &default_generator);
   m.def("generator(int card) -> Generator?", [](int64_t card) { return new_generator(card); });
 }
