@@ -13,8 +13,9 @@ import torch
 from torch.utils._device import DeviceContext, _device_constructors
 
 from pytest_gpumem.simulator.torch_face.inner import made_of
+from pytest_gpumem.simulator.torch_face.kernels import KERNELS, bind
 from pytest_gpumem.simulator.torch_face.legacy import CardType
-from pytest_gpumem.simulator.torch_face.modes import face_again
+from pytest_gpumem.simulator.torch_face.modes import dispatches_itself, dtensor, face_again
 from pytest_gpumem.simulator.torch_face.stubs import Device
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ HOST: torch.device = Device("cpu")
 _WORTH_ASKING = 2**18
 _UNASKED = frozenset(("device", "generator", "pin_memory"))
 _NO_CONTEXT = nullcontext()
+_to_copy: Any = torch.ops.aten._to_copy.default
 _FAKE: Any = _C._TorchDispatchModeKey.FAKE
 _RANDOM = frozenset(
     getattr(torch, name)
@@ -76,19 +78,15 @@ def _get_device(face: Face, func: Function, args: Any, kwargs: Any) -> int:
 
 
 def create(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    """Run a function that takes ``device=`` and makes a tensor there."""
-    return _create_at(face, face.memory.device(kwargs["device"]), func, args, kwargs)
+    """Run a function that makes a tensor on ``device=``, or else where its tensor is."""
+    device = kwargs.get("device")
+    device = _device_of(face, args[0]) if device is None else face.memory.device(device)
+    return _create_at(face, device, func, args, kwargs)
 
 
 def _create_at_default(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Run a factory, which takes the default device where none is named."""
     device = _first(kwargs.get("device"), _default_device(), HOST)
-    return _create_at(face, face.memory.device(device), func, args, kwargs)
-
-
-def _create_along(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    """Run a factory that takes the device of its tensor where none is named."""
-    device = _first(kwargs.get("device"), _device_of(face, args[0]))
     return _create_at(face, face.memory.device(device), func, args, kwargs)
 
 
@@ -177,15 +175,6 @@ def _along(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _pad_packed(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    """Put the padded sequences where the packed ones are; their lengths stay on the host."""
-    padded, lengths = face.charges.run_aside(func, *args, **kwargs)
-    card = face.memory.where(args[0])
-    if card:
-        face.memory.charge(padded, card)
-    return padded, lengths
-
-
 def _set_item(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Send a mask to its tensor's device, where torch may fill by it without asking."""
     tensor, index, value = args
@@ -193,36 +182,6 @@ def _set_item(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     if card and isinstance(index, Tensor) and not face.memory.where(index):
         index = _send(face, index, card)
     return func(tensor, index, value, **kwargs)
-
-
-def _assert_async(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    """Lose the context where the assertion fails, as by the kernel that tries it on the card.
-
-    Which is seen by the next call, as there: a way to try what a suite does after such an error.
-    """
-    if face.memory.where(args[0]):
-        if not args[0]:
-            face.memory.lose()
-        return None
-    return func(*args, **kwargs)
-
-
-def _ctc_loss(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    """Give it the lengths as numbers: as host tensors it would send them to the host's device."""
-    if face.memory.where(args[0]):
-        args = [
-            arg.tolist() if position in (2, 3) and isinstance(arg, Tensor) else arg
-            for position, arg in enumerate(args)
-        ]
-    return func(*args, **kwargs)
-
-
-def _dropout(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    """Run dropout as CUDA does, with a mask of bytes."""
-    tensor, probability, train = _bind(("input", "p", "train"), args, kwargs)
-    if train and 0 < probability < 1 and face.memory.where(tensor):
-        return torch.native_dropout(tensor, probability, True)[0]
-    return func(*args, **kwargs)
 
 
 # Copies between host and card.
@@ -243,7 +202,7 @@ def _to(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
 
 def _type_as(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Send the tensor to where the other one is, which the host takes for the same place."""
-    tensor, other = _bind(("self", "other"), args, kwargs)
+    tensor, other = bind(("self", "other"), args, kwargs)
     device = _device_of(face, other)
     if _device_of(face, tensor) == device:
         return func(*args, **kwargs)
@@ -251,7 +210,7 @@ def _type_as(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
 
 
 def _cuda(face: Face, _func: Function, args: Any, kwargs: Any) -> Any:
-    tensor, device, _, memory_format = _bind(
+    tensor, device, _, memory_format = bind(
         ("self", "device", "non_blocking", "memory_format"), args, kwargs
     )
     device = face.memory.device("cuda" if device is None else device)
@@ -271,6 +230,13 @@ def _send(
 ) -> Any:
     """Copy ``tensor`` to another device; its gradient comes back the same way."""
     memory_format = memory_format or torch.preserve_format
+    kind: Any = type(tensor)
+    if kind is dtensor():  # which C++ takes apart, and not by the devices that the face shows
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        local = _send(face, tensor._local_tensor, device, None, memory_format)
+        return kind(local, tensor._spec, requires_grad=tensor.requires_grad)
+    if dispatches_itself(kind):  # it knows how what it is made of is sent
+        return _to_copy(tensor, device=device, dtype=dtype, memory_format=memory_format)
     if tensor.requires_grad and torch.is_grad_enabled() and not tensor.is_meta:
         return ToCopy.apply(tensor, face, device, dtype, memory_format)  # type: ignore[no-untyped-call]  # torch's
     return _send_data(face, tensor, device, dtype, memory_format)
@@ -290,7 +256,7 @@ def _send_data(
 
 
 def _type(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
-    tensor, dtype, *_ = _bind(("self", "dtype", "non_blocking"), args, kwargs)
+    tensor, dtype, *_ = bind(("self", "dtype", "non_blocking"), args, kwargs)
     card = face.memory.where(tensor)
     if isinstance(dtype, CardType):
         dtype = str(dtype)
@@ -398,11 +364,6 @@ def _product(values: Iterable[Any]) -> int:
     return product
 
 
-def _bind(names: tuple[str, ...], args: Any, kwargs: Any) -> list[Any]:
-    named = dict(zip(names, args, strict=False)) | kwargs
-    return [named.get(name) for name in names]
-
-
 def _pin(face: Face, tensor: Any) -> Any:
     for each in made_of(tensor) or (tensor,):
         face.memory.pinned.pin(each.untyped_storage())
@@ -414,7 +375,7 @@ def _handlers() -> dict[Any, Handler]:
     table: dict[Any, Handler] = dict.fromkeys(_device_constructors(), _create_at_default)
     table |= dict.fromkeys(converting, _convert)
     for name in ("empty", "zeros", "ones", "full", "empty_strided"):
-        table[getattr(Tensor, f"new_{name}")] = _create_along
+        table[getattr(Tensor, f"new_{name}")] = create
     return table | {
         Tensor.device.__get__: _device,
         Tensor.is_cuda.__get__: _is_cuda,
@@ -424,10 +385,6 @@ def _handlers() -> dict[Any, Handler]:
         Tensor.new_tensor: _along,
         Tensor.new: _along,
         Tensor.__setitem__: _set_item,
-        torch.ctc_loss: _ctc_loss,
-        torch._assert_async: _assert_async,
-        torch.dropout: _dropout,
-        torch._VF._pad_packed_sequence: _pad_packed,
         Tensor.to: _to,
         Tensor.type_as: _type_as,
         Tensor.cuda: _cuda,
@@ -436,6 +393,7 @@ def _handlers() -> dict[Any, Handler]:
         Tensor.numpy: _numpy,
         Tensor.pin_memory: _pin_memory,
         Tensor.is_pinned: _is_pinned,
+        **KERNELS,
     }
 
 

@@ -1,4 +1,4 @@
-"""The tensors that a tensor without a storage of its own is made of."""
+"""The tensors that a tensor without data of its own is made of."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ _PARTS = {
 
 
 def made_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensor inside one that ``torch.func`` wrapped, or the parts of a sparse one.
+    """Return what is in a tensor that ``torch.func`` wrapped, a DTensor or a sparse one.
 
     The last says where the whole is. Nothing for any other tensor.
     """
     functorch = _C._functorch
     if functorch.is_functorch_wrapped_tensor(tensor):
         return [functorch.get_unwrapped(tensor)]
+    local = getattr(tensor, "_local_tensor", None)
+    if isinstance(local, torch.Tensor):
+        return [local]
     names = _PARTS.get(tensor.layout)
     if names is None:
         return []

@@ -55,6 +55,7 @@ _OUTSIDE = re.compile(
     r"(index|Target) -?\d+ is out of bounds|index out of range|tried to access index"
     r"|elements of (input|target) should be between 0 and 1"
 )
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _storage_address: Callable[[torch.Tensor], int] = _C._storage_address
 host_address: Callable[[Any], int] = _C.StorageBase.data_ptr
 """Where the host has the bytes of a storage."""
@@ -257,9 +258,14 @@ class CardMemory:
         try:
             held = self._held.get(_storage_address(tensor))
         except NotImplementedError:
-            inner = made_of(tensor)
-            return self.where(inner[-1]) if inner else None
-        return None if held is None else held.device
+            held = None
+        else:
+            if held is None and type(tensor) in _PLAIN:
+                return None
+        if held is not None:
+            return held.device
+        inner = made_of(tensor)
+        return self.where(inner[-1]) if inner else None
 
     def where_storage(self, storage: torch.UntypedStorage) -> torch.device | None:
         """Return the card on which ``storage`` lives, None for the host."""

@@ -12,17 +12,25 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_gpumem.simulator.torch_face.memory import INDICES, PRODUCTS, lies_outside
+from pytest_gpumem.simulator.torch_face.memory import lies_outside
 from pytest_gpumem.simulator.torch_face.refusal import OutOfMemoryError
+from pytest_gpumem.simulator.torch_face.traits import (
+    INDEXING,
+    Traits,
+    has_numbers,
+    traits_of,
+    with_tensors,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -32,75 +40,14 @@ if TYPE_CHECKING:
 __tracebackhide__ = True  # pytest shows the test's line last, none of these
 
 _C: Any = torch._C
-_OpOverload: Any = torch._ops.OpOverload
 Tensor: Any = torch.Tensor
 Function = Any
 
-# Operations that take tensors from several devices; the first tensor says where the result is.
-_INDEXING = frozenset(
-    f"aten::{name}"
-    for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
-)
-_MIXING = _INDEXING | {
-    f"aten::{name}"
-    for name in (
-        "copy_",
-        "_foreach_copy_",
-        "_copy_from",
-        "set_",
-        "is_same_size",
-        "tensor_split",
-        "ctc_loss",
-        "_ctc_loss",
-        "_ctc_loss_backward",
-        "_pack_padded_sequence",
-        "_pack_padded_sequence_backward",
-    )
-}
-# torch's tensors of symbolic zeros crash the interpreter when they pass a dispatch mode.
-_INSTEAD = {torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default}
-_PRODUCTS = frozenset(f"aten::{name}" for name in PRODUCTS)
+_SIZES = frozenset(("__get__", "size"))
+"""What has tensors of the host while torch traces: sizes."""
 _ENGINE = -1
 """Stands for the thread of autograd's that works for a card."""
 _HOST_FULL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
-
-
-class _Traits(NamedTuple):
-    """What ``Charges`` must know of one operation."""
-
-    name: str
-    run: Any
-    """What is run for it."""
-    mixes: bool
-    """Takes tensors from several devices."""
-    random: bool
-    resizes: bool
-    """May change the size of a storage it is given."""
-    composite: bool
-    """Is made of other operations."""
-    multiplies: bool = False
-    """Multiplies matrices, with cuBLAS."""
-    chooses: bool = False
-    """By indices, which may lie outside."""
-
-
-def _traits_of(func: Any) -> _Traits:
-    if not isinstance(func, _OpOverload):  # a higher-order operator
-        return _Traits("", func, mixes=True, random=False, resizes=False, composite=False)
-    name = func._schema.name
-    return _Traits(
-        name,
-        _INSTEAD.get(func, func),
-        mixes=name in _MIXING,
-        random=torch.Tag.nondeterministic_seeded in func.tags,
-        resizes=name.startswith("aten::resize")
-        or any(argument.is_out for argument in func._schema.arguments),
-        composite=_C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        ),
-        multiplies=name in _PRODUCTS,
-        chooses=any(argument.name in INDICES for argument in func._schema.arguments),
-    )
 
 
 class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
@@ -117,7 +64,7 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         """Which thread would do this on a card: this one, or autograd's."""
         self.call: tuple[Any, ...] = ()
         """The arguments of the call under way that led to these operations."""
-        self._traits: dict[Any, _Traits] = {}
+        self._traits: dict[Any, Traits] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -151,21 +98,23 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         kwargs = kwargs or {}
         if self.aside:
             return func(*args, **kwargs)
-        if types and any(map(_dispatches_itself, types)):
+        if types and any(map(dispatches_itself, types)):
             if any(issubclass(kind, _stand_ins()) for kind in types):
                 return func(*args, **kwargs)  # torch's own modes below this one know them
-            return NotImplemented  # they go first; then this mode sees what they are made of
+            return self._hand_over(func, types, args, kwargs)
         traits = self._traits.get(func)
         if traits is None:
-            traits = self._traits[func] = _traits_of(func)
+            traits = self._traits[func] = traits_of(func)
         func = traits.run
-        card, others = self._places(args)
+        if traits.no_numbers and has_numbers(traits, args):
+            args = with_tensors(traits, args)
+        card, others = self.places(args)
         if kwargs:
-            card, others = self._places(kwargs.values(), card, others)
+            card, others = self.places(kwargs.values(), card, others)
         if card is None:
             if not others:
                 # Inside a call that knows a card, a factory stands for one on the same device.
-                card = self._places(self.call)[0]
+                card = self.places(self.call)[0]
             if card is None:
                 return func(*args, **kwargs)
         try:
@@ -182,7 +131,18 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
             args = kwargs = None
             raise _bare(error)  # noqa: B904  # it is the same error
 
-    def _places(
+    def _hand_over(self, func: Function, types: Any, args: Any, kwargs: Any) -> Any:
+        """Let subclasses go first; their code sees the card, as the program's other code does."""
+        if dtensor() in types:  # which C++ takes apart
+            return NotImplemented
+        with self, face_again():
+            for kind in filter(dispatches_itself, types):
+                result = kind.__torch_dispatch__(func, types, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        return NotImplemented
+
+    def places(
         self, values: Iterable[Any], card: torch.device | None = None, others: bool = False
     ) -> tuple[torch.device | None, bool]:
         """Return the first card that ``values`` have tensors on, and whether some are elsewhere."""
@@ -195,11 +155,11 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
                 else:
                     card = place
             elif isinstance(value, (list, tuple)):
-                card, others = self._places(value, card, others)
+                card, others = self.places(value, card, others)
         return card, others
 
     def _place_of_result(
-        self, traits: _Traits, func: Any, args: Any, kwargs: Any
+        self, traits: Traits, func: Any, args: Any, kwargs: Any
     ) -> torch.device | None:
         """Return the card of the result of tensors from several devices, None for the host.
 
@@ -211,7 +171,7 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         tensors = list(_tensors_in((*args, *kwargs.values())))
         places = [self.memory.where(tensor) for tensor in tensors]
         first = places[0]
-        if traits.name in _INDEXING and any(
+        if traits.name in INDEXING and any(
             place is not None and place is not first for place in places[1:]
         ):
             raise RuntimeError(
@@ -231,7 +191,7 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
             for tensor, place in zip(tensors, places, strict=True)
             if place is not card and (tensor.dim() or place is not None)
         ]
-        if strangers or self._places(written)[1]:
+        if strangers or self.places(written)[1]:
             first_two = list(dict.fromkeys(str(place or "cpu") for place in places))[:2]
             raise RuntimeError(
                 "Expected all tensors to be on the same device,"
@@ -240,7 +200,7 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         return card
 
     def _run_on_card(
-        self, traits: _Traits, func: Any, args: Any, kwargs: Any, card: torch.device
+        self, traits: Traits, func: Any, args: Any, kwargs: Any, card: torch.device
     ) -> Any:
         if traits.multiplies:
             self.memory.multiply(card, self.thread)
@@ -287,7 +247,8 @@ def _bare(error: Any) -> Any:
 
 
 @functools.cache
-def _dispatches_itself(kind: Any) -> bool:
+def dispatches_itself(kind: Any) -> bool:
+    """Tell whether a kind of tensor has operations of its own below autograd."""
     return kind.__torch_dispatch__ is not _C._disabled_torch_dispatch_impl
 
 
@@ -306,6 +267,11 @@ def _stand_ins() -> tuple[Any, ...]:
     from torch._subclasses.functional_tensor import FunctionalTensor
 
     return FakeTensor, FunctionalTensor
+
+
+def dtensor() -> Any:
+    """Return torch's kind of distributed tensor, if somebody uses it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def _tensors_in(values: Iterable[Any]) -> Iterator[Any]:
@@ -352,14 +318,28 @@ class Face(TorchFunctionMode):
         try:
             if handler is not None:
                 return handler(self, func, args, kwargs)
-            if kwargs.get("device") is not None:
+            if kwargs.get("device") is not None or kwargs.get("pin_memory"):
                 return self._create(self, func, args, kwargs)
+            if _C._get_tracing_state() is not None:
+                return self._trace(func, args, kwargs)
             return func(*args, **kwargs)
         except OutOfMemoryError as error:
             args = kwargs = None
             raise _bare(error)  # noqa: B904  # it is the same error
         finally:
             charges.call = outer
+
+    def _trace(self, func: Function, args: Any, kwargs: Any) -> Any:
+        """Run ``func`` and charge for its result.
+
+        Under a mode of dispatch torch's tracer to TorchScript does not see convolutions.
+        """
+        with _C._DisableTorchDispatch():
+            result = func(*args, **kwargs)
+        card, _ = self.charges.places((*args, *kwargs.values()))
+        if card is not None and func.__name__ not in _SIZES:
+            self.charges.charge_all(result, card)
+        return result
 
     def _refuse(self, args: Any, kwargs: Any) -> None:
         """Raise as CUDA where the context is lost and a tensor on a card takes part."""
@@ -378,7 +358,9 @@ def entered(face: Face) -> Iterator[None]:
 
 def face_again() -> AbstractContextManager[Any]:
     """Return the context of this thread's face, for Python that torch calls from inside."""
-    return getattr(_this_thread, "face", None) or nullcontext()
+    face = getattr(_this_thread, "face", None)
+    on = (_C._get_function_stack_at(place) for place in range(_C._len_torch_function_stack()))
+    return nullcontext() if face is None or any(each is face for each in on) else face
 
 
 def charges_again() -> AbstractContextManager[Any]:

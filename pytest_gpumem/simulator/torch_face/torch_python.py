@@ -16,7 +16,6 @@ from torch.utils._device import DeviceContext
 from pytest_gpumem.on_import import when_imported
 from pytest_gpumem.simulator import spec
 from pytest_gpumem.simulator.torch_face import stubs
-from pytest_gpumem.simulator.torch_face.calls import HOST
 from pytest_gpumem.simulator.torch_face.cuda_functions import memory_of
 from pytest_gpumem.simulator.torch_face.device_numbers import read_devices_of_to, understand_numbers
 from pytest_gpumem.simulator.torch_face.ipc import send_storages
@@ -29,6 +28,12 @@ from pytest_gpumem.simulator.torch_face.modes import (
     making_tensors_beside,
 )
 from pytest_gpumem.simulator.torch_face.refusal import TORCH_VERSION
+from pytest_gpumem.simulator.torch_face.subclasses import (
+    construct_subclasses,
+    let_fake_tensors_see_the_host,
+    put_wrappers_on_the_card,
+    refuse_nested_tensors,
+)
 
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.cuda_functions import Functions
@@ -66,13 +71,15 @@ def prepare_for_modes(memory: CardMemory) -> None:
     replace_types()
     _look_through_face()
     _place_storages(memory)
-    _construct_subclasses()
+    construct_subclasses()
+    put_wrappers_on_the_card(memory)
+    refuse_nested_tensors()
     _let_autocast_reach_the_host()
     _group_by_seen_device(memory)
     _charge_for_showing()
     run = backward_on_the_card(_torch.autograd.graph._engine_run_backward)
     _torch.autograd._engine_run_backward = _torch.autograd.graph._engine_run_backward = run
-    when_imported("torch._subclasses.fake_tensor", _let_fake_tensors_see_the_host)
+    when_imported("torch._subclasses.fake_tensor", let_fake_tensors_see_the_host)
     when_imported("torch.jit._serialization", _load_programs_on_the_host)
     when_imported("torch.nn.parallel.distributed", _let_buckets_lie_on_the_card)
 
@@ -257,23 +264,6 @@ def _place_storages(memory: CardMemory) -> None:
     storage_class.resize_ = resize
 
 
-def _construct_subclasses() -> None:
-    """Let ``Subclass(tensor)`` work, which torch's own constructor refuses under its modes.
-
-    What a mode returns has a Python object already, and cannot be given another class.
-    """
-    base: Any = _C.TensorBase
-
-    # torch's compiler puts a function of its own in its place, and compares their parameters
-    # unless these are all that there may be.
-    def new(*args: Any, **kwargs: Any) -> Any:
-        cls, *rest = args
-        made = base.__new__(_torch.Tensor, *rest, **kwargs)
-        return made if cls is _torch.Tensor else made.as_subclass(cls)
-
-    _torch.Tensor.__new__ = new
-
-
 def _let_autocast_reach_the_host() -> None:
     """Let ``autocast("cuda")`` cast host tensors, which is what tensors on the card are."""
     autocast: Any = torch.autocast
@@ -344,25 +334,6 @@ def _expect_no_compiled_frames() -> None:
     if hasattr(module, "set_fullgraph_compiled_frame_count"):
         # It says that a call around this one counts them.
         module.set_fullgraph_compiled_frame_count = lambda _count: 0
-
-
-def _let_fake_tensors_see_the_host() -> None:
-    """Make tensors without data on the host, as those with data are made.
-
-    Those on a card would ask torch's C++ for CUDA, which ends the process without it.
-    """
-    fake: Any = sys.modules["torch._subclasses.fake_tensor"]
-    new = fake.FakeTensor.__new__
-
-    def on_host(value: Any) -> Any:
-        named = isinstance(value, (stubs.Device, str)) and str(value).startswith("cuda")
-        return HOST if named else value
-
-    def new_on_host(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        named = {name: on_host(value) for name, value in kwargs.items()}
-        return new(cls, *map(on_host, args), **named)
-
-    fake.FakeTensor.__new__ = staticmethod(new_on_host)
 
 
 def _load_programs_on_the_host() -> None:

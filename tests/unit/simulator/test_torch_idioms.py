@@ -716,3 +716,47 @@ def test_a_suite_that_asks_for_the_accelerator_gets_the_card():
         assert torch.accelerator.memory_allocated() == tensor.nbytes
     assert torch.accelerator.current_device_index() == 0
     assert torch.accelerator.current_stream() == torch.cuda.current_stream()
+
+
+@on_card
+@pytest.mark.parametrize("chosen", ["EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "FLASH_ATTENTION"])
+def test_every_kernel_of_attention_can_be_chosen(chosen):
+    import torch
+    from torch.nn import functional
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    query = torch.randn(1, 2, 16, 8, device="cuda", requires_grad=True)
+    expected = functional.scaled_dot_product_attention(query, query, query)
+    with sdpa_kernel(getattr(SDPBackend, chosen)):
+        made = functional.scaled_dot_product_attention(query, query, query)
+    assert made.is_cuda
+    torch.testing.assert_close(made, expected)
+    made.sum().backward()
+    assert query.grad.is_cuda
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
+@on_card
+def test_convolutions_and_sizes_are_traced_to_torchscript():
+    import torch
+    from torch import nn
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+        def forward(self, images):
+            seen = self.layers(images) * images.size(1) + 1
+            return seen.reshape(images.shape[0], -1).mean(1)
+
+    model = Model().eval()
+    for place in ("cpu", "cuda"):
+        images, others = torch.randn(2, 3, 8, 8).to(place), torch.randn(5, 3, 8, 8).to(place)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it is of torch 2.13
+            traced = torch.jit.trace(model.to(place), images)
+        assert traced(others).device == others.device
+        torch.testing.assert_close(traced(others), model(others))
+        assert "_convolution" in str(traced.inlined_graph)

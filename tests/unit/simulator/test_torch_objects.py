@@ -51,6 +51,27 @@ def test_pinned_memory_has_its_own_figures():
 
 
 @on_card
+def test_what_is_made_like_a_tensor_can_be_pinned():
+    import torch
+
+    made = torch.zeros(3)
+    likes = torch.empty_like(made, pin_memory=True), torch.ones_like(made, pin_memory=True)
+    from_card = torch.empty_like(made.cuda(), device="cpu", pin_memory=True)
+    assert all(each.is_pinned() for each in (*likes, from_card))
+    assert not any(each.is_cuda for each in (*likes, from_card))
+    assert likes[1].tolist() == [1, 1, 1]
+
+
+@on_card
+def test_the_debug_mode_of_synchronisation_is_what_was_set():
+    import torch
+
+    assert torch.cuda.get_sync_debug_mode() == 0
+    torch.cuda.set_sync_debug_mode("warn")
+    assert torch.cuda.get_sync_debug_mode() == 1
+
+
+@on_card
 def test_memory_that_the_program_locks_itself_is_pinned():
     import torch
 
@@ -107,6 +128,23 @@ def test_what_another_stream_uses_stays_active_until_memory_is_asked_for():
     torch.cuda.empty_cache()
     assert torch.cuda.memory_stats()["active_bytes.all.current"] == 0
     assert torch.cuda.memory_reserved() == 0
+
+
+@on_card
+def test_events_measure_only_if_they_are_made_to():
+    import torch
+
+    plain, first, second = (torch.cuda.Event(enable_timing=on) for on in (False, True, True))
+    with pytest.raises(ValueError, match="must be recorded before"):
+        first.elapsed_time(second)
+    for event in (plain, first, second):
+        event.record()
+    with pytest.raises(ValueError, match="created with argument 'enable_timing=True'"):
+        first.elapsed_time(plain)
+    assert first.elapsed_time(second) >= 0
+    for kind in (torch.cuda.Event(True), torch.Event("cuda", enable_timing=True)):
+        kind.record()
+        assert first.elapsed_time(kind) >= 0
 
 
 @on_card
