@@ -26,8 +26,8 @@ from pytest_gpumem.simulator.torch_face.memory import lies_outside
 from pytest_gpumem.simulator.torch_face.refusal import OutOfMemoryError
 from pytest_gpumem.simulator.torch_face.traits import (
     INDEXING,
+    NUMBERS,
     Traits,
-    has_numbers,
     traits_of,
     with_tensors,
 )
@@ -106,7 +106,7 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         if traits is None:
             traits = self._traits[func] = traits_of(func)
         func = traits.run
-        if traits.no_numbers and has_numbers(traits, args):
+        if traits.no_numbers and args and type(args[0]) in NUMBERS:
             args = with_tensors(traits, args)
         card, others = self.places(args)
         if kwargs:

@@ -12,7 +12,7 @@ __tracebackhide__ = True  # pytest shows the test's line last, none of these
 
 _C: Any = torch._C
 _OpOverload: Any = torch._ops.OpOverload
-_NUMBERS = frozenset((bool, int, float, complex))
+NUMBERS = frozenset((bool, int, float, complex))
 # Operations that take tensors from several devices; the first tensor says where the result is.
 INDEXING = frozenset(
     f"aten::{name}"
@@ -86,11 +86,6 @@ def _no_numbers(schema: Any) -> int:
         return 0
     kinds = [isinstance(argument.type, _C.TensorType) for argument in schema.arguments]
     return [*kinds, False].index(False)
-
-
-def has_numbers(traits: Traits, args: Any) -> bool:
-    """Tell whether there are numbers where the operation takes only tensors."""
-    return any(type(value) in _NUMBERS for value in args[: traits.no_numbers])
 
 
 def with_tensors(traits: Traits, args: Any) -> Any:
