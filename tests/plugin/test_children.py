@@ -145,3 +145,38 @@ def test_needs():
     assert run.outcomes == {"passed": 2, "rerun": 1}, run.output
     (first, *_) = [test for test in run.record.tests if test.outcome == "rerun"]
     assert "out of memory in process" in first.oom
+
+
+SENT = """
+import torch
+import torch.multiprocessing
+
+
+def receives(queue, answers):
+    tensor, event = queue.get()
+    event.wait()
+    tensor += 1
+    answers.put((tensor.is_cuda, torch.cuda.memory_allocated()))
+
+
+def test_sends():
+    context = torch.multiprocessing.get_context("spawn")
+    queue, answers = context.Queue(), context.Queue()
+    child = context.Process(target=receives, args=(queue, answers))
+    child.start()
+    tensor, event = torch.zeros(2**20, device="cuda"), torch.cuda.Event(interprocess=True)
+    event.record()
+    queue.put((tensor, event))
+    assert answers.get(timeout=120) == (True, 0)
+    assert tensor.sum() == 2**20
+    child.join()
+    assert child.exitcode == 0
+"""
+
+
+@pytest.mark.parametrize("card", [(), ("--gpumem-simulate-compiled",)], ids=["python", "compiled"])
+def test_a_child_is_sent_a_tensor_of_the_card(tmp_path, card):
+    write_suite(tmp_path, test_it=SENT)
+    run = run_pytest(tmp_path, *CARD, *card, "--gpumem-json=run.json", "-p", "no:xdist")
+    assert run.outcomes == {"passed": 1}, run.output
+    assert run.card("test_sends").leaked == 0

@@ -104,7 +104,8 @@ class History:
     def segment(self, device: int, action: str, address: int, size: int) -> None:
         """Keep that a segment was taken from the card or given back: ``segment_alloc``, ..."""
         if self.recording:
-            stack = self._stack() if self._gathers >= _ALLOC else None
+            taken = action == "segment_alloc"
+            stack = self._stack() if self._gathers >= (_ALLOC if taken else _ALL) else None
             self._note(action, address, size, device, stack)
 
     def describe(self, segments: list[dict[str, Any]], devices: int) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Storages of a card in other processes, as ``torch.multiprocessing`` sends them.
 
-As with CUDA the receiver gets the sender's memory and is charged nothing for it, and the sender
-must keep it alive until then: what travels is the number of an open file.
+As with CUDA the receiver gets the sender's memory and is charged nothing for it. What travels is an
+open file, in the place of the file in which CUDA's processes count who has received a storage.
 """
 
 from __future__ import annotations
 
 import os
-from ast import literal_eval
+from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 __tracebackhide__ = True  # pytest shows the test's line last, none of these
 
-_Sent = tuple[int, bytes | None, int, int, bytes, int, bytes, bool]
-_UNUSED = b"", 0, b"", False
-"""What counts the receivers of a storage, and the event that they wait for."""
+_Sent = tuple[int, bytes | None, int, int, Any, int, bytes, bool]
 
 
 def send_storages(memory: CardMemory) -> None:
@@ -33,15 +31,18 @@ def send_storages(memory: CardMemory) -> None:
         if card.type != "cuda":
             raise RuntimeError(f"_share_cuda_: only available on CUDA, not on {card.type}")
         if not storage.nbytes():
-            return card.index, None, 0, 0, *_UNUSED
+            return card.index, None, 0, 0, None, 0, b"", False
         file, size = memory.share(storage)
-        handle = os.getpid(), file, os.fstat(file).st_ino  # numbers of files are used again
-        return card.index, repr(handle).encode(), size, 0, *_UNUSED
+        known = os.fstat(file)  # by this a receiver knows what it has already
+        handle = f"{known.st_dev} {known.st_ino}".encode()
+        return card.index, handle, size, 0, reduction.DupFd(file), 0, b"", False
 
-    def receive(cls: Any, card: int, handle: bytes, size: int, *_others: Any) -> Any:
+    def receive(
+        cls: Any, card: int, _handle: bytes, size: int, _offset: int, sent: Any, *_others: Any
+    ) -> Any:
         device = memory.device(Device("cuda", card))
         memory.card(card).enter()
-        file = _opened(*literal_eval(handle.decode()))
+        file = _opened(sent)
         try:
             return memory.receive(cls._new_shared_fd_cpu(file, size), device)
         finally:
@@ -49,22 +50,18 @@ def send_storages(memory: CardMemory) -> None:
 
     storages._share_cuda_ = share
     storages._new_shared_cuda = classmethod(receive)
-    storages._release_ipc_counter_cuda = classmethod(lambda _cls, *_counter: None)
+    storages._release_ipc_counter_cuda = classmethod(lambda _cls, sent, *_: os.close(_opened(sent)))
 
 
-def _opened(sender: int, number: int, inode: int) -> int:
-    """Return a number of this process's own for a file that the sender has open.
+def _opened(sent: Any) -> int:
+    """Return a number of this process's own for a file that was sent; once for each that was.
 
     Raises:
-        RuntimeError: as CUDA, where the sender has let it go or has ended.
+        RuntimeError: as CUDA, where the sender has ended.
 
     """
     try:
-        file = os.open(f"/proc/{sender}/fd/{number}", os.O_RDWR)
-    except OSError:
-        file = -1
-    if file >= 0 and os.fstat(file).st_ino == inode:
-        return file
-    if file >= 0:
-        os.close(file)
-    raise device_error("invalid resource handle", 400)
+        number: int = sent.detach()
+    except (OSError, EOFError):
+        raise device_error("invalid resource handle", 400) from None
+    return number

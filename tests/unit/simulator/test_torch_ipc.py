@@ -35,9 +35,6 @@ def test_parameters_and_empty_tensors_are_sent():
     import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
-    rebuild, sent = reduce_tensor(torch.nn.Parameter(torch.ones(3, device="cuda")))
-    with pytest.raises(RuntimeError, match="invalid resource handle"):  # its sender let it go
-        rebuild(*sent)
     parameter = torch.nn.Parameter(torch.ones(3, device="cuda"))
     rebuild, sent = reduce_tensor(parameter)
     received = rebuild(*sent)
@@ -46,6 +43,22 @@ def test_parameters_and_empty_tensors_are_sent():
     assert received.requires_grad
     rebuild, sent = reduce_tensor(torch.empty(0, 4, device="cuda"))
     assert rebuild(*sent).shape == (0, 4)
+
+
+@on_card
+def test_what_is_sent_arrives_though_its_sender_has_deleted_it():
+    import torch
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    tensor = torch.full((3,), 7.0, device="cuda")
+    rebuild, sent = reduce_tensor(tensor)
+    del tensor
+    gc.collect()
+    received = rebuild(*sent)
+    assert received.is_cuda
+    assert received.tolist() == [7, 7, 7]
+    with pytest.raises(RuntimeError, match="invalid resource handle"):  # each is received once
+        torch.UntypedStorage._release_ipc_counter_cuda(sent[11], 0)
 
 
 @on_card

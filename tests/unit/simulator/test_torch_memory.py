@@ -445,6 +445,23 @@ def test_the_history_tells_the_addresses_of_tensors_and_the_last_events():
 
 
 @on_card
+@pytest.mark.parametrize(("context", "told"), [("state", False), ("alloc", False), ("all", True)])
+def test_who_gave_a_segment_back_is_told_with_all_context(context, told):
+    import torch
+
+    torch.cuda.memory._record_memory_history(context=context)
+    del (made := [fill(2)])[0]
+    assert not made
+    torch.cuda.empty_cache()
+    trace = torch.cuda.memory._snapshot()["device_traces"][0]
+    assert "segment_free" in {event["action"] for event in trace}
+    assert (
+        any(frame["name"] == "empty_cache" for event in trace for frame in event.get("frames", ()))
+        == told
+    )
+
+
+@on_card
 def test_a_tensor_lies_where_the_snapshot_has_its_block():
     import torch
 
