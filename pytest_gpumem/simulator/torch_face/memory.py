@@ -258,13 +258,11 @@ class CardMemory:
         try:
             held = self._held.get(_storage_address(tensor))
         except NotImplementedError:
-            held = None
+            inner = made_of(tensor)
         else:
-            if held is None and type(tensor) in _PLAIN:
-                return None
-        if held is not None:
-            return held.device
-        inner = made_of(tensor)
+            if held is not None:
+                return held.device
+            inner = [] if type(tensor) in _PLAIN else made_of(tensor)
         return self.where(inner[-1]) if inner else None
 
     def where_storage(self, storage: torch.UntypedStorage) -> torch.device | None:

@@ -27,7 +27,7 @@ namespace {
 
 // Operations that are made of others on any device, and have nothing of their own to run.
 const std::unordered_set<std::string> kMadeOfOthers = {
-    "zeros", "ones", "full", "rand", "randn", "randint", "empty_like", "rand_like", "randn_like",
+    "convolution", "zeros", "ones", "full", "rand", "randn", "randint", "empty_like", "rand_like", "randn_like",
     "randint_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones",
     "new_full", "new_empty_strided", "is_set_to", "detach", "detach_", "alias", "lift",
     "lift_fresh", "transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_",

@@ -119,6 +119,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {call.out(gq), call.out(gk), call.out(gv), Tensor()};
 }
 
+// The CPU's flash attention stands for whichever of CUDA's fused kernels a program has enabled.
+struct FusedAttention {
+  at::Context& torch = at::globalContext();
+  bool flash = torch.userEnabledFlashSDP(), math = torch.userEnabledMathSDP();
+  FusedAttention() {
+    torch.setSDPUseFlash(flash || torch.userEnabledMemEfficientSDP() ||
+                         torch.userEnabledCuDNNSDP());
+    torch.setSDPUseMath(true);  // for what the CPU's flash attention refuses
+  }
+  ~FusedAttention() {
+    torch.setSDPUseFlash(flash);
+    torch.setSDPUseMath(math);
+  }
+};
+
 // The choice that torch's C++ makes for CUDA, by what the CPU's flash attention can do.
 int64_t choose_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask,
                          double dropout, bool causal, std::optional<double> scale
@@ -137,6 +152,7 @@ int64_t choose_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
 #endif
   at::AutoDispatchBelowAutograd below;
   Call call(q);
+  FusedAttention enabled;
   int64_t choice = at::_ops::_fused_sdp_choice::call(call.in(q), call.in(k), call.in(v),
                                                      call.in(mask), dropout, causal,
                                                      scale GPUMEM_GROUPED);
