@@ -1,4 +1,4 @@
-"""Bytes to text and back; text like ``"2GiB"`` exists only at the edges."""
+"""Bytes to text and back, and seconds to text; text like ``"2GiB"`` exists only at the edges."""
 
 from __future__ import annotations
 
@@ -62,6 +62,15 @@ def format_bytes(size: int) -> str:
 def format_mib(size: int) -> str:
     """Return ``size`` bytes as bare MiB with one decimal, for table columns that name the unit."""
     return f"{size / 2**20:.1f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as text: ``3.20 s``, ``4 min 51 s``, ``1 h 31 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.2f} s"
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics.peak_lines import LineChange, changed
 from pytest_gpumem.records.budget import Own, Tolerance, judge
-from pytest_gpumem.units import format_bytes, parse_bytes
+from pytest_gpumem.units import format_bytes, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,6 +85,8 @@ class Comparison(NamedTuple):
     """Lines of which other bytes were alive at a test's peak, the most grown first."""
     missed: tuple[str, ...]
     """Each threshold that the later run misses, in a sentence."""
+    time: Change | None = None
+    """How long the runs took, where that differs by more than noise."""
     incomplete: tuple[str, ...] = ()
     """What either side lacks of its runs, in a sentence each."""
 
@@ -173,9 +175,10 @@ def compare(before: Findings, after: Findings, limits: Limits) -> Comparison:
     grown = _sizes(before.own_peaks, after.own_peaks, names, differs=_of_own(before, after))
     leaks = _sizes(before.leaks, after.leaks, names, absent=0)
     missed = tuple(_missed(after, limits, grown))
+    time = _time(before, after)
     return Comparison(
         SCHEMA,
-        _verdict(changes, limits, missed),
+        _verdict(changes, limits, missed, time),
         before.totals,
         after.totals,
         **{kind: tuple(changes[kind]) for kind in _KINDS},
@@ -183,6 +186,7 @@ def compare(before: Findings, after: Findings, limits: Limits) -> Comparison:
         leaks=_shown(leaks),
         lines=changed(before.lines, after.lines, names),
         missed=missed,
+        time=time,
         incomplete=_incomplete(before, after),
     )
 
@@ -194,15 +198,40 @@ def _shown(rows: list[tuple[str, int, int]]) -> tuple[Change, ...]:
     return tuple(Change(name, format_bytes(one), format_bytes(two)) for name, one, two in rows)
 
 
-def _verdict(changes: dict[str, list[Change]], limits: Limits, missed: tuple[str, ...]) -> str:
+def _time(before: Findings, after: Findings) -> Change | None:
+    """Return how long both runs took, where they can be compared and differ by more than noise.
+
+    A log and a JUnit report have a run's time by the clock, a run.json the sum of its tests.
+    """
+    if _incomplete(before, after) or _kinds(before) != _kinds(after):
+        return None
+    one, two = before.totals.duration, after.totals.duration
+    short, long = sorted((one, two))
+    if not short or long <= short * _LONGER or long - short <= _BY:
+        return None
+    return Change("time", format_seconds(one), format_seconds(two))
+
+
+def _kinds(side: Findings) -> set[str]:
+    return {source.kind for source in side.sources}
+
+
+_LONGER, _BY = 1.5, 10.0
+"""How many times as long, and by how many seconds longer, a run takes by chance at most."""
+
+
+def _verdict(
+    changes: dict[str, list[Change]], limits: Limits, missed: tuple[str, ...], time: Change | None
+) -> str:
     counts = ", ".join(f"{len(changes[kind]):,} {kind}" for kind in _KINDS if changes[kind])
+    nothing = "nothing changed but the time" if time else "nothing changed"
     if not limits.given:
         judged = "no threshold given"
     elif missed:
         judged = "a threshold is missed"
     else:
         judged = "the threshold is kept" if limits.given == 1 else "all thresholds are kept"
-    return f"{judged}; {counts or 'nothing changed'}"
+    return f"{judged}; {counts or nothing}"
 
 
 def _paired(before: Findings, after: Findings) -> dict[str, str]:

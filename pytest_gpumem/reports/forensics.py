@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpumem.records.findings import CAUSES
 from pytest_gpumem.reports.sections import Section, table
-from pytest_gpumem.units import format_bytes
+from pytest_gpumem.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,7 +100,7 @@ def _totals(found: Findings) -> Iterator[str]:
     )
     if totals.tests:
         rate = f", pass rate {totals.pass_rate:.1f} %" if totals.pass_rate is not None else ""
-        took = f", {_duration(totals.duration)}" if totals.duration else ""
+        took = f", {format_seconds(totals.duration)}" if totals.duration else ""
         runs = _count(totals.runs, "run")
         yield f"{_count(totals.tests, 'test')} in {runs}: {counts}{rate}{took}"
     elif totals.runs:
@@ -125,18 +125,6 @@ def _read(found: Findings) -> Iterator[str]:
         cut = sum(not source.complete for source in sources)
         more = f"; {cut:,} of all are incomplete" if cut else ""
         yield f"and {len(sources) - _FEW:,} more{more}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else (f"{seconds:.2f} s")
-    )
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:
@@ -291,12 +279,14 @@ def compared(told: Comparison, top: int) -> Iterator[Section]:
         ("pass rate", *rates, ""),
         ("seconds", f"{told.before.duration:.1f}", f"{told.after.duration:.1f}", ""),
     ]
+    took = [f"time: {told.time.before} -> {told.time.after}"] if told.time else []
     leaks = [f"leaks: {each.name} {each.before} -> {each.after}" for each in told.leaks[:_FEW]]
     more = [f"and {len(told.leaks) - _FEW:,} more"] if len(told.leaks) > _FEW else []
     lines = [
         told.verdict,
         *(f"missed: {each}" for each in told.missed),
         *(f"INCOMPLETE: {each}" for each in told.incomplete),
+        *took,
         *leaks,
         *more,
     ]

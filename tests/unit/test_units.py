@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpumem.units import format_bytes, format_mib, parse_bytes
+from pytest_gpumem.units import format_bytes, format_mib, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,17 @@ def test_a_size_read_back_is_within_the_shown_precision(size):
 
 def test_columns_show_bare_mib():
     assert format_mib(3 * 2**19) == "1.5"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3.2, "3.20 s"),
+        (59.4, "59.40 s"),
+        (59.7, "1 min 0 s"),
+        (291.02, "4 min 51 s"),
+        (5460, "1 h 31 min"),
+    ],
+)
+def test_durations_are_told_by_their_two_largest_units(seconds, text):
+    assert format_seconds(seconds) == text

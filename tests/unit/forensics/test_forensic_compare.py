@@ -115,6 +115,56 @@ def test_without_a_threshold_the_verdict_says_so(compare):
     assert compare(LOG, LOG)[1]["verdict"] == "no threshold given; nothing changed"
 
 
+def lasting(seconds, *, whole=True):
+    """Return a log of a run that took that long."""
+    return LOG.replace("in 9.10s", f"in {seconds}s") if whole else LOG.rpartition("===")[0][:-400]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "time"),
+    [
+        ("291.02", "1305.40", ("4 min 51 s", "21 min 45 s")),
+        ("1305.40", "291.02", ("21 min 45 s", "4 min 51 s")),
+        ("21.00", "33.00", ("21.00 s", "33.00 s")),
+        ("1000.00", "1400.00", None),  # as machines vary
+        ("2.00", "11.00", None),  # as starts vary
+    ],
+)
+def test_a_run_that_takes_longer_is_told_of(compare, before, after, time):
+    _, told = compare(lasting(before), lasting(after))
+
+    expected = time and {"name": "time", "before": time[0], "after": time[1]}
+    but = " but the time" if time else ""
+    assert told["time"] == expected
+    assert told["verdict"] == f"no threshold given; nothing changed{but}"
+
+
+def test_a_slower_run_misses_no_threshold_and_is_on_the_first_screen(tmp_path, capsys):
+    for name, seconds in (("before", "291.02"), ("after", "1305.40")):
+        (tmp_path / name).write_text(lasting(seconds))
+    paths = [str(tmp_path / name) for name in ("before", "after")]
+
+    status = cli.main(["compare", *paths, "--max-oom", "1"])
+
+    assert status == 0
+    assert "  time: 4 min 51 s -> 21 min 45 s" in capsys.readouterr().out.splitlines()[:5]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # A run.json has the sum of its tests, whatever the number of workers.
+        (lasting("2000.00"), record(("t.py::test_a", "passed", 0, 300, 0))),
+        (lasting("2000.00"), lasting("1.00", whole=False)),
+    ],
+    ids=["log and run.json", "cut off"],
+)
+def test_times_that_cannot_be_compared_are_not(compare, before, after):
+    _, told = compare(before, after, "--allow-incomplete")
+
+    assert told["time"] is None
+
+
 def shared(tmp_path):
     """Write a log in which a fixture's failure felled three tests, and another test failed."""
     names = [f"tests/t.py::test_{number}" for number in range(3)]
