@@ -115,11 +115,32 @@ def _xz(packed: IO[bytes]) -> IO[bytes]:
     return cast("IO[bytes]", _Unpacked(packed, lzma.LZMADecompressor, lzma.LZMAError))
 
 
-def _zstd(packed: IO[bytes]) -> IO[bytes]:
-    import zstandard
+class _Zstd(io.RawIOBase):
+    """The same of zstd, whose own reader bounds what it unpacks at a time."""
 
-    unpacked = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-    return cast("IO[bytes]", unpacked)
+    def __init__(self, packed: IO[bytes]) -> None:
+        import zstandard
+
+        unpack = zstandard.ZstdDecompressor()
+        self._reader = unpack.stream_reader(packed, read_across_frames=True)
+        self._errors = zstandard.ZstdError
+        self.cut = False
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if self.cut:
+            return b""
+        try:
+            return self._reader.read1(size if size > 0 else CHUNK)
+        except self._errors:
+            self.cut = True
+            return b""
+
+
+def _zstd(packed: IO[bytes]) -> IO[bytes]:
+    return cast("IO[bytes]", _Zstd(packed))
 
 
 PACKED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {

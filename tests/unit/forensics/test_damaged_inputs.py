@@ -12,6 +12,7 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+import zstandard
 
 from pytest_gpumem.forensics import readers
 
@@ -68,11 +69,12 @@ def failures(inputs):
         (tarred(a=LOG, b=LOG * 100)[:3000], 1, "is an archive that is cut off or damaged"),
         (gzip.compress(b"starting\n") + gzip.compress(LOG) + bytes(64), 1, ""),
         (gzip.compress(LOG)[:-9], 1, ""),
+        (zstandard.compress(LOG) + b"\0" * 64, 1, ""),
         (b"\xff\xfe" + LOG.decode().encode("utf-16-le"), 1, ""),
         (pickle.dumps(SNAPSHOT), 1, ""),
     ],
     ids=["zip", "zip with binary", "zip damaged", "zip encrypted", "tar", "tar with binary",
-         "tar cut", "gzip twice", "gzip cut", "UTF-16", "snapshot"],
+         "tar cut", "gzip twice", "gzip cut", "zstd damaged", "UTF-16", "snapshot"],
 )  # fmt: skip
 def test_what_can_be_read_is_and_the_rest_is_noted(tmp_path, content, found, note):
     path = tmp_path / "input"
