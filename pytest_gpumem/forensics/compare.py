@@ -318,10 +318,14 @@ def _unnamed(side: Findings) -> bool:
 
 
 def _room(side: Findings, other: Findings) -> bool:
-    """Tell whether the tests that failed on the other side alone may have passed on this one.
+    """Tell whether the tests that failed on the other side alone have passed on this one.
 
     A log without -v names only the tests that failed; its totals tell how many others there were.
+    One that ends before its summary names none of them.
     """
+    named = sum(outcome in _FAILING for outcome in side.outcomes.values())
+    if side.totals.failed > named:
+        return False
     failed = sum(
         outcome in _FAILING and name not in side.outcomes
         for name, outcome in other.outcomes.items()

@@ -165,6 +165,19 @@ def test_times_that_cannot_be_compared_are_not(compare, before, after):
     assert told["time"] is None
 
 
+def test_a_failure_that_is_not_named_is_no_passed_test(compare):
+    begun = f"{' test session starts ':=^80}\ncollected 3 items\n\nt.py .F.    [100%]\n"
+    ends = (
+        f"{' short test summary info ':=^80}\n"
+        "FAILED t.py::test_b - torch.OutOfMemoryError: CUDA out of memory.\n"
+        f"{' 1 failed, 2 passed in 9.10s ':=^80}\n"
+    )
+
+    _, told = compare(begun + ends, begun, "--allow-incomplete")
+
+    assert told["better"] == []
+
+
 def shared(tmp_path):
     """Write a log in which a fixture's failure felled three tests, and another test failed."""
     names = [f"tests/t.py::test_{number}" for number in range(3)]
