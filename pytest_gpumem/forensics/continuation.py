@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 _SAID = 80
 """How far into a line a program says what it does next; further on are advice and paths."""
+_SIZE = re.compile(r"\d\.? ?(?:[KMG]i?B|bytes)\b")
+_PROGRAM = re.compile(
+    rf"{_SIZE.pattern}|(?:Error|Exception|\b(?i:error|fatal)|\.\w{{1,4}}:\d+): |\bsignal \d"
+)
+"""What a page's title has if it is what a program said."""
+_SHOWN = re.compile(r"[A-Za-z] ?: ?`([^`]*)`$")
 ERROR_LINE = re.compile(r"E {2,}(.*)")
 # An error whose words are on the next line, or were cut by a width.
 _UNENDED = re.compile(
@@ -28,7 +34,7 @@ _NARROW = 55
 """Characters: who wraps lines leaves none much shorter than a narrow terminal's."""
 _ABOVE, _BELOW = 20, 4
 """Lines that are searched for whose memory ran out, where the message does not say it."""
-_FRAME = re.compile(r'\s+(?:File "|\S)|Traceback \(most')
+_FRAME = re.compile(r"(?: {2,}|\s*\t)\s*\S|Traceback \(most")
 # Where a new thing begins, a message that was wrapped has ended.
 _NEW = re.compile(
     rf"(?:[=_-]{{3,}}|{FILE}:[\d:]|FAILED |ERROR |PASSED |SKIPPED |\[gw\d|Traceback |File |"
@@ -54,10 +60,6 @@ def traced(at: Cursor, line: Line) -> bool:
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
     """Parse a message, with the lines that it was wrapped onto; others may say whose it is."""
     found = _read(at, line, body.strip(), raised=raised)
-    if found is None and _heads(at, line, body):
-        # A page that is called by the whole error.
-        found = _read(at, line, body[2:], raised=raised)
-        found = found if found is not None and found.figures >= spoken.TELLING else None
     if found is None or found.kind != "unsaid":
         return found
     around = (*preceding(line, _ABOVE, at.carrier), *following(line, _BELOW, at.carrier))
@@ -66,10 +68,21 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
     return found._replace(backend="unknown" if card else "host")
 
 
-def _heads(at: Cursor, line: Line, body: str) -> bool:
-    """Tell whether a line is a page's heading rather than a comment: it has a blank one below."""
-    below = next(following(line, 1, at.carrier), None) if body.startswith("# ") else None
-    return below is not None and not below.body.strip()
+def pasted(at: Cursor, line: Line, body: str) -> str:
+    """Return a line without what somebody has put around a program's words that he shows.
+
+    A page's heading, which unlike a comment has a blank line below it; and what is set apart as
+    code from a colon to the end of a line.
+    """
+    if not body.startswith("# "):
+        shown = _SHOWN.search(body) if body.endswith("`") else None
+        return shown[1] if shown is not None and _PROGRAM.search(shown[1]) else body
+    below = next(following(line, 1, at.carrier), None)
+    if below is None or below.body.strip():
+        return body
+    told = len(_SIZE.findall(body)) >= spoken.TELLING
+    told = told or (line.number == 1 and _PROGRAM.search(body) is not None)
+    return body[2:] if told else body
 
 
 def _read(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:

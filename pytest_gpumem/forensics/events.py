@@ -248,8 +248,9 @@ def _asks_again(one: Message, two: Message, apart: int) -> bool:
     """Tell whether a program that was refused goes on to ask for another size."""
     if one.backend == two.backend == "tensorflow":
         return True
-    # The later one may have been read with the line that follows it.
-    return apart <= _NEXT and _FIGURE.sub("#", two.text).startswith(_FIGURE.sub("#", one.text))
+    # The later one may have been read with the line that follows it, and tell of another tensor.
+    said = (_FIGURE.sub("#", each.text[each.start :]) for each in (two, one))
+    return apart <= _NEXT and next(said).startswith(next(said))
 
 
 def _fuller(one: Message | None, two: Message) -> Message:

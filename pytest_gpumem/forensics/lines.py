@@ -43,7 +43,7 @@ _STRUCTURE = rb"|".join(
     part.replace(b"ANSI", _ANSI)
     for part in (
         # The host.
-        rb"[Kk]illedANSI(?:\s|$)|(?:[Cc]ode|status|exited?|Error)ANSI[ :=\"'(]+ANSI137",
+        rb"[Kk]illedANSI(?:\s|$)|(?:[Cc]ode|status|exited?|value|Error)ANSI[ :=\"'(]+ANSI137",
         # The same behind the word of another language.
         rb"[\x80-\xff][ :=\"']*137\b",
         rb"SIGKILL|9/KILL|[Ss]ignal:? (?:9\b|killed)|[Cc]ode[ :=]+-9\b",
@@ -306,8 +306,8 @@ _PREFIXES = tuple(
             rf"{_LEVELS}:[\w.]+:",
             rf"(?:- )?(?:[\w.]+ - )?{_LEVELS} +- (?:[\w.]+ - )?",
             r"(?P<low>WARNING|INFO|DEBUG): ",
-            r"\[?(?:(?P<info>I)|[WEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d* ?[\w./-]+:\d+\] ",
-            r"(?:: )?(?:(?P<info>I)|[WEF]) (?:external/)?[\w./-]+:\d+\] ",
+            r"\[?(?:(?P<info>I)|W|(?P<fault>[EF]))\d{4} \d\d:\d\d:\d\d\.\d+ +\d* ?[\w./-]+:\d+\] ",
+            r"(?:: )?(?:(?P<info>I)|W|(?P<fault>[EF])) (?:external/)?[\w./-]+:\d+\] ",
             r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d ",
             r'\{"(?:log|message|msg)": ?"',
         ),
@@ -438,7 +438,10 @@ def _read(whole: str, learned: re.Pattern[str] | None) -> Text:
         else:
             break
         found = match.groupdict()
-        level = found.get("level") or found.get("low") or ("INFO" if found.get("info") else level)
+        if found.get("info") or found.get("fault"):
+            # A record of errors may be within one of another program, which says no more of it.
+            level = "INFO" if found.get("info") else ""
+        level = found.get("level") or found.get("low") or level
         number = found.get("local") or found.get("task")
         rank = found.get("rank") or (f"rank{number}" if number else rank)
         body = body[match.end() :]

@@ -10,6 +10,7 @@ from pytest_gpumem.forensics import lines, spoken
 from pytest_gpumem.forensics.continuation import (
     ERROR_LINE,
     following,
+    pasted,
     preceding,
     read_message,
     soon,
@@ -33,6 +34,7 @@ _CRASH = re.compile(r"(?:worker|Slave|slave) '(gw\d+)' crashed while running '(.
 _DOWN = re.compile(r"\[(gw\d+)\] node down: ")
 WHAT = re.compile(
     r"(?:(.*?)\s*terminate called after throwing an instance of '?(?P<kind>.*?)'?"
+    r"(?:\s+what\(\): +(?P<said>.*))?"
     r"|\s*what\(\): +(?P<what>.*))$"
 )
 """An exception that nobody caught, by C++'s own word, with what stood before it."""
@@ -70,7 +72,7 @@ def read_memory(at: Cursor, line: Line, text: Text) -> bool:
     """Read a line that may tell that memory ran out."""
     if at.section == "other":
         return True
-    body = text.body
+    body = pasted(at, line, text.body)
     failure = at.failure
     if (match := ERROR_LINE.match(body)) and not at.captured:
         return note_raised(at, line, match[1].removeprefix("| "))
@@ -80,7 +82,12 @@ def read_memory(at: Cursor, line: Line, text: Text) -> bool:
             at.resume()
             at.run.current = at.run.test(begun[1])
         # What "what()" says is more than the exception's name, where it says anything.
-        said = match["what"] or ("" if _what_follows(at, line) else match["kind"]) or ""
+        said = (
+            match["what"]
+            or match["said"]
+            or ("" if _what_follows(at, line) else match["kind"])
+            or ""
+        )
         return note_loose(at, line, said, rank=text.rank, raised=True)
     if not at.captured and (
         at.section == "failures" or (failure is not None and at.section == "errors")
@@ -136,7 +143,8 @@ def note_loose(
         level = ""
     if found is None or listed(at, line, body) or coded(at, line, body, found.text[: found.start]):
         return False
-    if found.figures < spoken.TELLING and (advised(at, line) or wrapped(at, line, body)):
+    sentence = not raised and wrapped(at, line, body)
+    if found.figures < spoken.TELLING and (sentence or advised(at, line)):
         return True
     if found.kind == "kill":
         at.run.kills.append(Kill(line.number, found, found.pid))

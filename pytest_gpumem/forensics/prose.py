@@ -22,7 +22,7 @@ MACHINE = re.compile(
 _STATED = re.compile(r"(?i)\b(?:error|exception|failed|fatal): $")
 _PROSE_HEAD = re.compile(
     r"(?i)\b(?:if|when(?:ever)?|causes|avoid\w*|prevent\w*|you|(?<=\s)your|in case of|to fix|how to"
-    r"|see also|hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can|likely"
+    r"|see also|hint|note|tip|e\.g|such as|(?:is|are|called) (?:the|an?)|may|might|can(?!')|likely"
     r"|(?:this|it|which|code \d+|\w+[`\"')]) (?:\w+ )?(?:indicates|means))\b[^:\]]{0,80}$"
     r"|(?:^|[.!?] )(?:if|when|while|without)\b[^.:!?\"]*$"
     r"|^[-*#\s]*(?:[\da-f]{7,10} )?(?:(?:fix(?:e[sd])?|resolve[sd]?|close[sd]?|catch(?:es)?"
@@ -37,9 +37,10 @@ _ASIDE = re.compile(r"\([^()]*\)")
 _PROSE_TAIL = re.compile(
     r"(?i)[\"'`*]*\s*(?:,? ?(?:(?:errors?|exceptions?)(?!: \w)|issues?|problems?|conditions?"
     r"|handling|handler|situations?|crash(?:es)?|tests?|or|and|if|when(?! calling)|can|may|might"
+    r"|do(?:es)? not|do(?:es)?n't"
     r"|will|should)\b|:? ?(?:triggered|raised|thrown|occurs|happens) (?:if|when)\b"
-    r"|[-\u2013\u2014=]+>? ?(?:to )?(?:fix|try|reduc|lower|solv|increas|decreas)|[\"'`]\?"
-    r"| [\u0400-\ud7ff])"
+    r"|[-\u2013\u2014=]+>? ?(?:to )?(?:fix|try|reduc|lower|solv|increas|decreas)|[\"'`]?\? "
+    r"|[\"'`]\?| [\u0400-\ud7ff])"
 )
 """How a sentence goes on behind the words that it tells of."""
 EXPLAINED = re.compile(
@@ -91,6 +92,10 @@ _CLOSED = re.compile(r"[*_`]{0,2}[\"\u201d] ?,? ?[a-z]")
 _MARKUP = re.compile(r"</?[a-z]{1,6}>")
 _SUBJECT = 3
 """Words that a program puts before its own: who it is, or for whom it asked."""
+
+
+OF_ONE = r".{0,40}(?i:device|gpu|card|worker|rank)\W{0,2}\d+: "
+"""An item of a list that says which card it is of, as programs list what each did."""
 
 
 def runs_on(above: str, body: str) -> bool:

@@ -27,11 +27,16 @@ _MEANS = re.compile(r"(?:indicates?|means|implies|suggests|tells|says)\b")
 _EXAMPLES = re.compile(
     r"\W*(?i:(?:examples?|samples?)(?: of)? (?:errors?|(?:error )?messages?))\W*"
 )
-_RAW_MANUAL = re.compile(rf"{_FENCE.pattern}|\n\s*{_MEANS.pattern}|(?i:example|sample) ?".encode())
+_RAW_MANUAL = re.compile(
+    rf"{_FENCE.pattern}|\n\s*(?:\.\. \w|{_MEANS.pattern})|(?i:example|sample) ?".encode()
+)
 """A sign of a manual, in bytes, for most messages have none around them."""
-_FENCE_OPENS = re.compile(_FENCE.pattern.replace("|", "\\w*|") + r"\w*")
+_DIRECTIVE = re.compile(r"\.\. (?:code|code-block|sourcecode|parsed-literal)::.*")
+"""What opens a block whose end its indentation shows."""
+_FENCE_OPENS = re.compile(_FENCE.pattern.replace("|", "\\w*|") + rf"\w*|{_DIRECTIVE.pattern}")
 _LIKE = re.compile(
-    r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this)?|such as"
+    r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this"
+    r"| the following)?|such as"
     r"|similar to)\W*$|^if\b(?!.*\b(?-i:I)\b).*:$"
 )
 _REMEDY = re.compile(
@@ -120,10 +125,11 @@ def advised(at: Cursor, line: Line) -> bool:
     if _MEANS.match(said) or any(map(_EXAMPLES.fullmatch, above)):
         return True
     after = iter(below)
-    if not any(map(_FENCE.fullmatch, after)):
+    if any(map(_FENCE.fullmatch, after)):
+        if _REMEDY.match(next(filter(None, after), "")):
+            return True
+    elif not any(map(_DIRECTIVE.fullmatch, above)):
         return False
-    if _REMEDY.match(next(filter(None, after), "")):
-        return True
     before = iter(above)
     if not any(map(_FENCE_OPENS.fullmatch, before)):
         return False

@@ -76,7 +76,7 @@ _LISTED = re.compile(
     r", [A-Z\d_]{6,}\b|[\"\x27]?(?:\s*=\s*\S+)?[,;]$|\s*=\s*-?\w+$|\s*=\s(?:.*;|[\w.]+\(.*\))$"
 )
 """What follows a name where it is defined, listed or returned, rather than printed."""
-_STARRED = re.compile(r"\s*\*(?!\*)")
+_STARRED = re.compile(rf"\s*\*(?!\*)(?!{prose.OF_ONE})")
 """A line of a comment, or an item of a list."""
 QUOTING = re.compile(
     r"\bassert\b|\bAssertionError\b|DID NOT RAISE|Regex pattern|Expected regex|Actual message"
@@ -106,7 +106,8 @@ _SELECTED = re.compile(r"\"[^{}]*\}\s*(?:[=!<>]|\[|\))")
 HANDLED = re.compile(
     r"(?i)\b(?:retrying|retried|will retry|fall(?:ing|s)?[ -]?back|recover(?:ed|ing|y)?|"
     r"(?<!\d )skipped|skipping|reducing|halving|will try|trying again|not a failure|handled|"
-    r"(?<!\d )ignored|ignoring|moving to cpu|using cpu|switching to cpu|on cpu instead|"
+    r"(?<!\d )ignored|ignoring|moving to cpu|reserving\b|using cpu|switching to cpu"
+    r"|on cpu instead|"
     r"clearing (?:the )?cache|caught (?:an? )?(?:cuda )?(?:oom|out)|oom caught|"
     r"(?<!unhandled exception )caught:|as expected|expected error(?! ?[!=]=)"
     r"|(?:use|using|reading) .{1,40}\binstead\b|suboptimal)"

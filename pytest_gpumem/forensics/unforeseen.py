@@ -73,11 +73,17 @@ _OF_MEMORY = re.compile(
 )
 _OF_NOTHING = re.compile(
     r"(?i)static TLS|shared[ _]memory|\bsmem\b|illegal|unknown error|leak|\bdisk\b|descriptor"
-    r"|invalid argument"
+    r"|invalid argument|given parameters"
     r"|not (?:currently )?supported|unsupported|\bport\b|\btty\b|permission|no such"
     r"|version is|no \w+ memory pool|memory (?:address|info|access|clock|pressure limit)"
     r"|socket, malloc|nodes (?:are )?available|constant memory|\bstack\b|within provided limit"
-    r"|pinned (?:\w+ ){0,2}memory|\btactic\b|Perhaps out of memory"
+    r"|pinned (?:\w+ ){0,2}memory|\btactics?\b|Perhaps out of memory"
+)
+_REASON = re.compile(r"[^:.;,]{0,60}: ([A-Za-z][a-z]+(?: [a-z-]+){1,6})(?! ?[\w=])")
+"""Words alone that follow a failure behind a colon."""
+_SPEAKS_OF_MEMORY = re.compile(
+    r"(?i)memory|\bram\b|alloc|\boom\b|resource|exhaust|enough|insufficient|space|size|large|big"
+    r"|limit|quota|full"
 )
 _HOSTS = re.compile(
     r"(?i)\b(?:host|system|cpu)[ _](?:\w+[ _])?(?:memory|ram)\b|\bcpu OutOfMemory"
@@ -97,12 +103,15 @@ _CARD = re.compile(
 )
 _PLACEHOLDER = re.compile(
     r"%[-+ #\d.]*(?:l|ll|z|h)?[dsufxpgi](?![a-z%])|%\d%|\$?\{[^{}\s]{0,40}\}|\\n[\"']|\\[01]\b"
-    r"|\bX{3,}\b|<(?:pid|name|n|x|id|size|bytes|victim|process|number|amount)>"
+    r"|\[[a-z]\](?= ?[KMG]?i?B\b)|\bX{3,}\b"
+    r"|<(?:pid|name|n|x|id|size|bytes|victim|process|number|amount)>"
 )
 """What a program fills in before it prints, or a writer leaves open: it was never printed."""
 _KEY = re.compile(
     r"(?:(?i:err|message|msg|reason|log|text|detail|status|what|description|stderr|output)[\"']?"
-    r"(?:=|: ?)|(?i:error|exception)[\"']?(?:=|: ?| )|[\w)\]](?::|\uff1a) ?)[\"'`(]*$"
+    r"(?:=|: ?)|(?i:error|exception)[\"']?(?:=|: ?| )|[\w)\]](?::|\uff1a) ?"
+    # What C and C++ assert, with what it means.
+    r"|\.\w{1,4}:\d+: .{0,120}&& )[\"'`(]*$"
 )
 """What stands before a text that a record or an error quotes."""
 _CALLED = re.compile(
@@ -113,8 +122,7 @@ DEFINED = re.compile(r"\w*[\"']?\s*(?:=|[,)\]}]+:?(?:\s*\\)?$|, \w+,)")
 """What follows a name in code: where it is assigned, listed, or an argument."""
 _LISTED = re.compile(
     r"\s*E[A-Z]{3,10} \d+ "
-    r"|\s*(?:[-*|>]|#(?!\w+:\w+: )|\d+[.)])\s*(?!.{0,40}(?i:device|gpu|card|worker"
-    r"|rank)\W{0,2}\d+: )"
+    rf"|\s*(?:[-*|>]|#(?!\w+:\w+: )|\d+[.)])\s*(?!{prose.OF_ONE})"
     r"\S(?!.{0,80}(?:(?:Error|Exception)\b.{0,3}|\b(?i:error)): )"
 )
 """A row of a table of numbers, an item of a list, a comment or a heading, unless it names an error
@@ -125,7 +133,8 @@ _ROW = re.compile(r".*\|\s*$")
 _NEAR, _BEHIND = 60, 100
 _AFTER = 200
 _SIZE = compile_figures(
-    r"<tried>|(?i:\b(?:size|bytes)\W{1,3})<other#>(?![\d.]*\s?[KMGT])|\bof <before#>(?= size\b)"
+    r"<tried>|(?i:\b(?:size|bytes)\W{1,3}|\bmemory: (?=\d{4}))<other#>(?![\d.]*\s?[KMGT])"
+    r"|\bof <before#>(?= size\b)|\b[Rr]equire[sd]:? <needed>"
 )
 _REQUESTED = compile_figures(r"<tried> (?:was |were )?requested\b")
 _NOT_ASKED = re.compile(
@@ -133,7 +142,7 @@ _NOT_ASKED = re.compile(
     r"(?:is\W)?$"
 )
 _NOT_ASKED_AFTER = re.compile(
-    r"(?i)\)?,? (?:is |are )?(?:free|available|left|remain|in use|used|total)"
+    r"(?i)\)?,? (?:is |are )?(?:free|available|left|remain|in use|used|total)(?!:)"
 )
 
 
@@ -155,7 +164,9 @@ def find(text: str) -> Unforeseen | None:
         around = text[max(0, start - _NEAR) : end + _BEHIND]
         if _OF_NOTHING.search(around):
             return None
-        if match["request"] and not _of_memory(text, around, start):
+        if match["request"] and (
+            not _of_memory(text, around, start) or _for_another_reason(text, end)
+        ):
             continue
         memory = "" if ERRNO.search(text) else whose(around)
         return Unforeseen(start, end, memory, _asked(text, start))
@@ -169,6 +180,12 @@ def _of_memory(text: str, around: str, start: int) -> bool:
     return _SIZE.search(around) is not None and bool(
         _CARD.search(around) or prose.ERROR.search(text, 0, start)
     )
+
+
+def _for_another_reason(text: str, end: int) -> bool:
+    """Tell whether the reason that is given for a failure is not memory."""
+    reason = _REASON.match(text, end)
+    return reason is not None and _SPEAKS_OF_MEMORY.search(reason[1]) is None
 
 
 def whose(text: str) -> str:
@@ -188,7 +205,7 @@ def _asked(text: str, start: int) -> str:
     for match in _SIZE.finditer(text, start, start + _AFTER):
         before, after = text[start : match.start()], text[match.end() :]
         if not _NOT_ASKED.search(before) and not _NOT_ASKED_AFTER.match(after):
-            return match["tried"] or match["other"] or match["before"]
+            return match["tried"] or match["other"] or match["before"] or match["needed"]
     return ""
 
 
@@ -220,12 +237,13 @@ def _named(text: str, found: Unforeseen) -> bool:
 def _in_text(head: str, tail: str) -> bool:
     """Tell whether the words are within quotation marks that no key stands before.
 
-    Backticks around a whole line are somebody's who pasted it.
+    Marks around a whole line are somebody's who pasted it, but for those of printed text.
     """
     for mark in '"`':
-        before, found, _ = head.rpartition(mark)
-        pasted = mark == "`" and not before.strip()
-        pasted = pasted and (": " in head or "`" not in tail.rstrip()[:-1])
+        before, found, after = head.rpartition(mark)
+        pasted = not before.strip() and mark not in tail.rstrip()[:-1]
+        pasted = pasted or (mark == "`" and not before.strip() and ": " in after)
         if found and head.count(mark) % 2 and not pasted and not _KEY.search(before):
             return True
-    return False
+    before, found, after = head.rpartition("\u201c")
+    return bool(found) and "\u201d" not in after and not _KEY.search(before)

@@ -6,6 +6,14 @@ _OUT = r"[Oo]ut\s+of\s+memory"
 _CARDS = ("GPU", "gpu", "CUDA", "device", "video", "VRAM")
 
 GRAMMARS = (
+    # Pinned memory is the host's.
+    grammar(
+        "host",
+        "HostAlloc|MallocHost|AllocHost|HostMalloc",
+        rf"\b(?:cu|hip)(?:da)?(?:Mem)?(?:HostAlloc|MallocHost|AllocHost|HostMalloc)\w*\b"
+        rf".{{0,160}}?\b{_OUT}\b",
+        distinct=True,
+    ),
     # A frame of Julia's trace, where its words were lost.
     grammar("cuda", "CUDA.OutOfGPUMemoryError(", r"\] CUDA\.OutOfGPUMemoryError\(", distinct=True),
     # NCCL, Numba, Julia, Warp, Blender, faiss, XGBoost.

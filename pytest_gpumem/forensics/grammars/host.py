@@ -119,8 +119,9 @@ GRAMMARS = (
     ),
     grammar(
         "host",
-        "systemd-oomd killed|due to memory pressure for",
-        r"systemd-oomd killed [1-9]|\bKilled \S+ due to memory pressure for",
+        "systemd-oomd killed|due to memory pressure for|due to memory used (|due to swap used (",
+        r"systemd-oomd killed [1-9]"
+        r"|\bKilled \S+ due to (?:memory pressure for|(?:memory|swap) used \()",
         distinct=True,
         kind="kill",
     ),
@@ -164,7 +165,7 @@ PROBABLE_KILL = re.compile(
     r"(?:\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b.*|\[\d+\]\+? +(?:\d+ )?Killed\b.*"
     r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|.{1,200}: Killed(?: \(program \w+\))?"
     r"|make(?:\[\d+\])?: \*\*\* .{0,200}(?:Killed|Error 137)"
-    r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|exit)|code){0,2})"
+    r"|(?:.{0,120}\b)?(?i:exit(?:ed)?(?: with)?(?: exit)?(?: (?:code|status|value|exit)|code){0,2})"
     r"[\"']? ?[:=]? *[\"'(]?137\b(?!/\d).*|.*\bKilled signal terminated program .*"
     r"|.{0,200}(?:[\u7801\u78bc]|\u30b3\u30fc\u30c9|\ucf54\ub4dc|\u043a\u043e\u0434\w*)"
     r"[ :=\uff1a]*[\u4e3a\u70ba]?[ \"']*137\b.*"
@@ -185,9 +186,10 @@ PROBABLE_KILL = re.compile(
 """A process ended by SIGKILL; whoever sent it, memory is the likeliest reason."""
 SHELL_KILL = re.compile(
     r"\S: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b|\(signal: 9, SIGKILL: kill\)$"
+    r"|\] exits with return code = -9$"
 )
 """The shell's form of it, which needs no line of its own: it interrupts what others print; and
-cargo's, behind a command of any length.
+those of cargo and DeepSpeed, behind a command of any length.
 
 One character of the script's name will do: more of them would be tried from each one on.
 """

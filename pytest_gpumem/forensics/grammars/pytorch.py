@@ -129,8 +129,9 @@ GRAMMARS = (
     # The host's memory, by PyTorch.
     grammar(
         "cpu",
-        "DefaultCPUAllocator",
-        r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)",
+        "DefaultCPUAllocator|: you tried to alloc",
+        r"(?:DefaultCPUAllocator: )?(?:can't allocate memory|not enough memory): you tried"
+        r"|DefaultCPUAllocator: (?:can't allocate memory|not enough memory)",
         r"tried to allocate <tried>",
         words="DefaultCPUAllocator: ",
     ),
