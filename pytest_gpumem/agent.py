@@ -115,10 +115,10 @@ class _Telling:
         _thread.start_new_thread(self._go_on, ())
 
     def _go_on(self) -> None:
-        import time
+        from pytest_gpumem.clock import clock
 
         while self.current is self and self.pid == os.getpid():
-            time.sleep(EVERY)
+            clock.sleep(EVERY)
             try:
                 self.tell()
             except Exception:  # CUDA may be broken, the interpreter may end

@@ -14,11 +14,11 @@ import gc
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.errors import InUseError
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def refuse(parts: Collection[int], but: Collection[int]) -> bool:
     others = _others(but)
     stuck = {key: _place(frame) for key, frame in others.items()}
     passes = _backward_passes(others.values())
-    until = time.monotonic() + _PATIENCE
-    while (stuck or passes) and time.monotonic() < until:
-        time.sleep(_PATIENCE / 40)
+    until = clock.monotonic() + _PATIENCE
+    while (stuck or passes) and clock.monotonic() < until:
+        clock.sleep(_PATIENCE / 40)
         others = _others(but)
         now = {key: _place(frame) for key, frame in others.items()}
         stuck = {key: place for key, place in stuck.items() if now.get(key) == place}

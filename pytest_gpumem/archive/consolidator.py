@@ -11,12 +11,12 @@ import contextlib
 import functools
 import logging
 import threading
-import time
 import weakref
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem import devices
+from pytest_gpumem.clock import clock
 from pytest_gpumem.errors import ArchiveError, InUseError, StateRefusedError
 from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
@@ -173,7 +173,7 @@ class GpuConsolidator:
         refers to it: a ``state_dict()`` shares that of its model.
 
         """
-        start = time.perf_counter()
+        start = clock.monotonic()
         before = devices.totals()
         ids: list[str] = []
         refused: list[str] = []
@@ -202,7 +202,7 @@ class GpuConsolidator:
             items=len(wanted),
             bytes_before=sum(size for size, _ in sizes.values()),
             bytes_after=sum(stored for _, stored in sizes.values()),
-            seconds=time.perf_counter() - start,
+            seconds=clock.monotonic() - start,
             freed_allocator=before[0] - after[0],
             freed_driver=(before[1] or 0) - (after[1] or 0) if told else None,
         )

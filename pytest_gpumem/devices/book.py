@@ -12,11 +12,11 @@ import functools
 import hashlib
 import os
 import struct
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices import family
 from pytest_gpumem.devices.processes import command
 from pytest_gpumem.slots import WORD, Slots, pid_namespace
@@ -221,7 +221,7 @@ class Book:
             words[slot : slot + _SLOT] = memoryview(bytes(WORD * _SLOT)).cast("q")
             words[slot + _NAMESPACE] = pid_namespace()
             words[slot + _OWNER] = owner or self._starter()
-            words[slot + _BEGAN] = time.time_ns()
+            words[slot + _BEGAN] = clock.time_ns()
             _write_text(words[slot + _NAME : slot + _COMMAND], name)
             _write_text(words[slot + _COMMAND : slot + _FIRST_CARD], command(os.getpid()))
             words[slot + _PID] = os.getpid()
@@ -264,7 +264,7 @@ class Page:
 
     def end(self) -> None:
         """Write down that this process is about to end."""
-        self._words[self._slot + _ENDED] = time.time_ns()
+        self._words[self._slot + _ENDED] = clock.time_ns()
 
     def _highest(self, index: int, now: AllocatorReading) -> tuple[int, int]:
         """Return the most that was allocated and reserved since it was told last."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.files import own_directory, read_own
 from pytest_gpumem.leases.alive import Alive
@@ -160,7 +160,7 @@ class Ledger:
         """Let this thread be the only one of the process that uses the ledger."""
         if not (
             self._threads.acquire(blocking=False)
-            or self._threads.acquire(timeout=max(0.0, limit - time.monotonic()))
+            or self._threads.acquire(timeout=max(0.0, limit - clock.monotonic()))
         ):
             raise LedgerBusyError(self._busy("another thread of this process"))
 
@@ -364,7 +364,7 @@ def _refuse_later(directory: Path, guard: FileLock) -> None:
 
 def _limit(deadline: float | None) -> float:
     """Return until when to wait for the lock."""
-    now = time.monotonic()
+    now = clock.monotonic()
     patient = now + LOCK_PATIENCE
     return patient if deadline is None else min(patient, max(deadline, now + _LOCK_LEAST))
 

@@ -12,9 +12,9 @@ that, only after so long that no test is expected to sleep.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.leases.entries import HELD
 from pytest_gpumem.tuples import NamedTuple
 
@@ -79,7 +79,7 @@ class Lending:
         self._family = family
         self._worker = worker
         self._naps = naps
-        moment = time.monotonic() - NAP
+        moment = clock.monotonic() - NAP
         for name in [name for name, nap in naps.items() if nap.looked < moment]:
             del naps[name]
 
@@ -88,7 +88,7 @@ class Lending:
         lenders = [each for each in page.taken if self._may_lend(each, page)]
         if not lenders:
             return None
-        now = time.monotonic()
+        now = clock.monotonic()
         for each in lenders:
             self._naps[each.name] = self._nap(each, now)
         asleep, for_good = (

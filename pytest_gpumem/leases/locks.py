@@ -14,10 +14,10 @@ import os
 import struct
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices.family import described
 from pytest_gpumem.files import open_own
 from pytest_gpumem.tuples import NamedTuple
@@ -89,14 +89,14 @@ class FileLock:
         """
         pause, long = _FIRST, 0.0
         while not _try_to_lock(self._file):
-            now = time.monotonic()
+            now = clock.monotonic()
             if now >= deadline:
                 raise LockBusyError(self._holder())
             long = long or now + _LONG
             if now >= long:
                 on_long(self._holder())
                 long = _NEVER
-            time.sleep(min(pause, deadline - now))
+            clock.sleep(min(pause, deadline - now))
             pause = POLL if long == _NEVER else min(2 * pause, POLL / 20)
 
     def _holder(self) -> str:
@@ -264,9 +264,9 @@ class Watch:
         seconds: of many that wait, not all have to.
         """
         if self._inotify is None:
-            time.sleep(POLL if timeout is None else max(0, min(POLL, timeout)))
+            clock.sleep(POLL if timeout is None else max(0, min(POLL, timeout)))
             return News(nudged=True, dead=None)
-        end = _NEVER if timeout is None else time.monotonic() + timeout
+        end = _NEVER if timeout is None else clock.monotonic() + timeout
         closed: set[str] = set()
         look = _NEVER
         while _readable(self._inotify, min(end, look)) or (closed and look <= end):
@@ -275,10 +275,10 @@ class Watch:
                 return News(nudged=True, dead=None)
             if new := {name for watch, _, name in events if watch == self._watches[1]}:
                 closed |= new
-                look = time.monotonic() + patience()
+                look = clock.monotonic() + patience()
             if any(watch == self._watches[0] for watch, _, _ in events):
                 return News(nudged=True, dead=self._dead(closed, end))
-            if closed and time.monotonic() >= look:
+            if closed and clock.monotonic() >= look:
                 if dead := self._dead(closed, end):
                     return News(nudged=False, dead=dead)
                 closed, look = set(), _NEVER
@@ -293,11 +293,11 @@ def _has_died(path: Path, end: float) -> bool:
 
     A dying process closes its file a moment before it loses the lock; not beyond ``end``.
     """
-    end = min(end, time.monotonic() + _DYING)
+    end = min(end, clock.monotonic() + _DYING)
     while is_held(path):
-        if time.monotonic() > end:
+        if clock.monotonic() > end:
             return False
-        time.sleep(_RETRY)
+        clock.sleep(_RETRY)
     return path.exists()
 
 
@@ -308,7 +308,7 @@ def _readable(file: int, deadline: float) -> bool:
     waiter = select.poll()
     waiter.register(file, select.POLLIN)
     # Rounded up, so that the deadline has passed when the time is over.
-    left = None if deadline == _NEVER else math.ceil(max(0, deadline - time.monotonic()) * 1000)
+    left = None if deadline == _NEVER else math.ceil(max(0, deadline - clock.monotonic()) * 1000)
     return bool(waiter.poll(left))
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import stat
 import threading
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
+
+from pytest_gpumem.clock import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -78,13 +79,13 @@ class Waiting:
         """Take note of what is waited for and who has it."""
         self.what = what
         if self._timer is None:
-            rest = _Terminal.said + EVERY - time.monotonic()
+            rest = _Terminal.said + EVERY - clock.monotonic()
             self._timer = threading.Timer(max(AFTER, rest), self._say)
             self._timer.daemon = True
             self._timer.start()
 
     def _say(self) -> None:
-        _Terminal.said = time.monotonic()
+        _Terminal.said = clock.monotonic()
         line = f"\ngpumem: {self._who} waits for {self.what}\n".encode()
         own = _Terminal.file
         if own is not None:

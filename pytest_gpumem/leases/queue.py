@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices import host
 from pytest_gpumem.errors import LeaseError, LeaseTimeout
 from pytest_gpumem.leases import describe
@@ -81,9 +81,9 @@ class Queue:
                     ledger.write(request, terms.label)
                 if request.state == WAITING:
                     watch = stack.enter_context(ledger.alive.watch())
-                    begun = time.monotonic()
+                    begun = clock.monotonic()
                     view = self._wait(request, view, watch, terms)
-                    waited = time.monotonic() - begun
+                    waited = clock.monotonic() - begun
                     request = request.turned(HELD)
             ledger.leases[request.name] = threading.current_thread()
             return Grant(request, self._note_short(view, request), waited)
@@ -94,12 +94,12 @@ class Queue:
 
     def _wait(self, request: Entry, view: View, watch: Watch, terms: Terms) -> View:
         """Block until ``request`` is held; return what that was decided by."""
-        begun, said = time.monotonic(), ""
+        begun, said = clock.monotonic(), ""
         worker = terms.test and terms.worker
         lending = Lending(request, self._ledger.alive.family, self._naps, worker=worker)
         news = self._missed(request, view.page)
         while True:
-            waited = time.monotonic() - begun
+            waited = clock.monotonic() - begun
             lent = lending.look(view.page)
             if news is not None:
                 view, granted = self._look(request, news, terms.hopes(waited), terms, lent)
@@ -110,7 +110,7 @@ class Queue:
                     "this thread holds a lease and would wait for another one, which can "
                     f"last for ever; ask for all at once: {self._explain(view, request)}"
                 )
-            if terms.deadline is not None and time.monotonic() >= terms.deadline:
+            if terms.deadline is not None and clock.monotonic() >= terms.deadline:
                 situation = self._explain(view, request)
                 raise LeaseTimeout(f"no lease within {terms.timeout:g} s: {situation}")
             if waited >= _QUIET and (text := self._explain(view, request)) != said:
@@ -199,7 +199,7 @@ class Queue:
         elif self._lookout is not None and view.waits_for_strangers(request):
             pause = _OTHERS_EVERY
         if terms.deadline is not None:
-            pause = min(pause, max(0.0, terms.deadline - time.monotonic()))
+            pause = min(pause, max(0.0, terms.deadline - clock.monotonic()))
         return pause
 
     def _withdraw(self, request: Entry) -> None:

@@ -7,11 +7,11 @@ nobody looks again and again.
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pytest_gpumem.admission import Claim
+from pytest_gpumem.clock import clock
 from pytest_gpumem.errors import LeaseTimeout
 from pytest_gpumem.leases.entries import (
     HELD,
@@ -158,7 +158,7 @@ class LeaseStore:
 
         """
         check_seconds(timeout, "the timeout of a lease")
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else clock.monotonic() + timeout
         wait = on_wait or (lambda _: None)
         terms = Terms(label, timeout, deadline, wait, hope, test, worker, low)
         claims = claims_of(wants, totals, self._queue.headroom)
@@ -171,12 +171,12 @@ class LeaseStore:
                     self._waited[grant.entry.name] = grant.waited
                 return Lease(self, grant, wants)
             except (LedgerBusyError, Vanished) as error:
-                if deadline is not None and time.monotonic() >= deadline:
+                if deadline is not None and clock.monotonic() >= deadline:
                     raise LeaseTimeout(f"no lease within {timeout:g} s: {error}") from None
                 tries -= 1
                 if isinstance(error, LedgerBusyError) or not tries:
                     raise
-                time.sleep(POLL)
+                clock.sleep(POLL)
                 self.ledger.mend()
 
     def is_shared(self, uuid: str) -> bool:
@@ -229,7 +229,7 @@ class LeaseStore:
         """Return who has leases of a card, and who waits for some, in the order of arrival."""
         dead = self.ledger.dead(None)
         # Whoever keeps the lock keeps nobody from looking.
-        with suppress(LedgerBusyError), self.ledger.alone(time.monotonic()):
+        with suppress(LedgerBusyError), self.ledger.alone(clock.monotonic()):
             self.ledger.bury(dead)
         page = self.ledger.read()
         self._queue.nudge_first(page)

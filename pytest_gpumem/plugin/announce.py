@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_gpumem import devices
+from pytest_gpumem.clock import clock
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.leases.glimpses import Glimpse, Teller, is_watched
 from pytest_gpumem.leases.place import run_directory
@@ -38,7 +38,7 @@ class Watched:
 
     def look(self, nodeid: str) -> None:
         """Look for a monitor, and let it know of the test."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if now < self._look_at or self._directory is None:
             return
         telling: Telling | None = self._manager.get_plugin(Telling.NAME)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
 from pytest_gpumem.archive.shared import registered
+from pytest_gpumem.clock import clock
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import notices
 from pytest_gpumem.leases.ledger import own_ledger
@@ -94,7 +94,7 @@ class Leases:
         """Let what tests start find this process, whether or not these ever take a lease."""
         with suppress(LeaseError):  # whoever takes one says so
             ledger = own_ledger()
-            ledger.join(time.monotonic())  # unless somebody has its lock
+            ledger.join(clock.monotonic())  # unless somebody has its lock
             if strange := ledger.strange():
                 self._notes.append(f"left alone, for they are no leases: {', '.join(strange[:3])}")
 
@@ -158,7 +158,7 @@ class Leases:
     def _acquire(self, item: pytest.Item, need: Need) -> None:
         cards = self._cards[: need.cards]
         wants, totals = self._wants(item, need, cards)
-        begun = time.monotonic()
+        begun = clock.monotonic()
         with notices.Waiting(item.nodeid, self._open().ancestors) as waiting:
 
             def on_wait(text: str) -> None:
@@ -169,7 +169,7 @@ class Leases:
             try:
                 self._lease = self._wait(item, wants, totals, on_wait)
             except BaseException:
-                self.waited = time.monotonic() - begun
+                self.waited = clock.monotonic() - begun
                 if waiting.what:  # pytest-timeout's, or Ctrl-C
                     item.add_report_section("setup", "GPU memory", f"waited for {waiting.what}")
                 raise

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem import devices
+from pytest_gpumem.clock import clock
 from pytest_gpumem.errors import LeaseError
 from pytest_gpumem.leases.api import store
 from pytest_gpumem.leases.request import Want
@@ -139,7 +139,7 @@ class HybridResourceManager:
 
     def get_system_status(self) -> SystemStatus:
         """Return how busy the machine is; a figure may be some milliseconds old."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if self._status is None or now - self._status[0] > _STATUS_EVERY:
             self._status = now, _system_status()
         return self._status[1]

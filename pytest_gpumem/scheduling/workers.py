@@ -6,12 +6,12 @@ import gc
 import json
 import os
 import platform
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem import devices
+from pytest_gpumem.clock import clock
 from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
@@ -250,7 +250,7 @@ class CardUse:
 
     def __call__(self) -> dict[str, int]:
         """Return the bytes in use by card; empty when it is too early to look again."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if now < self.look_at:
             return {}
         self.look_at = now + self.EVERY

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices import family
 from pytest_gpumem.records import ChildUsage
 
@@ -80,7 +80,7 @@ class Child:
 
     def end(self, at: float = 0.0) -> None:
         """Take note that it has ended: now, unless it is known when."""
-        self.ended, self.news = at or time.time(), True
+        self.ended, self.news = at or clock.time(), True
 
     @property
     def gone(self) -> bool:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices import family
 from pytest_gpumem.devices.book import key
 from pytest_gpumem.devices.processes import command
@@ -113,10 +113,10 @@ class Children:
         with self._lock:
             self._read_book()
             self._note_ends()  # before another one is seen that took its place
-            if time.monotonic() - self._looked >= age:
+            if clock.monotonic() - self._looked >= age:
                 for card in self._cards():
                     self._read_driver(card)
-                self._looked = time.monotonic()
+                self._looked = clock.monotonic()
 
     def _read_book(self) -> None:
         uuids = {key(card.uuid): card.uuid for card in self._cards()}
@@ -194,7 +194,7 @@ class Children:
         if owner is None:
             self._strangers.add(identity)
             return None
-        child = Child(pid, identity, owner, time.time(), command=command(pid))
+        child = Child(pid, identity, owner, clock.time(), command=command(pid))
         self._children.append(child)
         return child
 
@@ -221,15 +221,15 @@ class Children:
         self.look(age=RECENT)
         if started or any(self._orphans(over)) or any(child.lags for child in list(self._children)):
             self.look()
-        begun = time.monotonic()
-        while (waited := time.monotonic() - begun) < LAG:
+        begun = clock.monotonic()
+        while (waited := clock.monotonic() - begun) < LAG:
             left = [child for child in self._orphans(over) if child.pid]
             ending = left and (
                 waited < ENDING or any(family.is_ending(child.pid) for child in left)
             )
             if not ending and not any(child.lags for child in list(self._children)):
                 break
-            time.sleep(_POLL)
+            clock.sleep(_POLL)
             self.look()
         with self._lock:
             for child in list(self._orphans(over)):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.records import Holder
 from pytest_gpumem.tracking import sentences
 from pytest_gpumem.tracking.torch_heap import Heap, Storage, scan, still_heap
@@ -140,10 +140,10 @@ class _Search:
             for value in sentences.local_variables(frame).values():
                 self.heap.link(frame, "", value)
         self._climb([each for each in self.wanted if self._enter(each)])
-        deadline = time.thread_time() + _MAX_CPU_SECONDS
+        deadline = clock.thread_time() + _MAX_CPU_SECONDS
         asked: set[int] = set()
         while waiting := self._undecided() - asked:
-            if time.thread_time() >= deadline or len(self.seen) >= _MAX_OBJECTS:
+            if clock.thread_time() >= deadline or len(self.seen) >= _MAX_OBJECTS:
                 self.cut = True
                 return
             # Who else holds what a known link leads through matters only if that led to no root.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pytest_gpumem.clock import clock
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -68,7 +69,7 @@ class Offspring:
         """
         # Asked after each test: most start nothing, and most are over in less time than a child
         # would take to its first byte of a card. Each question to the kernel takes 1 to 8 us.
-        now = time.monotonic()
+        now = clock.monotonic()
         if now < self._holds_till and self._forks == _forks:
             return False
         self._forks = _forks

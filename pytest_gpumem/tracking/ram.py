@@ -8,9 +8,9 @@ that raised it; of others only what was seen is known. Children are looked at wh
 from __future__ import annotations
 
 import os
-import time
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices import host
 from pytest_gpumem.records import RamUsage
 
@@ -46,13 +46,13 @@ class RamMeter:
 
     def worth_a_look(self) -> bool:
         """Return whether children may be looked at now, by what the last look took."""
-        return time.monotonic() >= self._next_look and host.has_children()
+        return clock.monotonic() >= self._next_look and host.has_children()
 
     def look(self) -> None:
         """Look at the children; called again and again while a test runs."""
-        began = time.thread_time()
+        began = clock.thread_time()
         self._see(_children())
-        self._next_look = time.monotonic() + _COST * (time.thread_time() - began)
+        self._next_look = clock.monotonic() + _COST * (clock.thread_time() - began)
 
     def _see(self, children: Mapping[int, host.Share]) -> None:
         # The mark of one that was there before may be of an earlier test.

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import time
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem import devices
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices.notebook import note_failure
 from pytest_gpumem.records import Alive, AliveGroup
 from pytest_gpumem.tracking import alive
@@ -250,4 +250,4 @@ def _on_card(tensor: Any) -> bool:
 
 
 def _now() -> int:
-    return time.time_ns() // 1000
+    return clock.time_ns() // 1000

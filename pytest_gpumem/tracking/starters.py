@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import bisect
 import os
-import time
 from array import array
 from typing import TYPE_CHECKING
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices import family
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Starters:
         if len(name) > 500 or not name.isprintable():
             name = family.fitting(name)
         os.environ[family.VARIABLE] = f"{self._outer}{number}|{self._place}|{name}"
-        since = time.clock_gettime(family.CLOCK)
+        since = clock.clock_gettime(family.CLOCK)
         self.book.runs(number, since)
         self._since.append(since)
         self._who.append(number)

@@ -274,3 +274,44 @@ sys.modules["torch"] = mock.MagicMock()
     run = run_pytest(tmp_path, "-p", "gpumem")
 
     assert run.status == 0, run.output
+
+
+CLOCKS = """
+import threading, time
+from unittest import mock
+import pytest
+from pytest_gpumem import LeaseTimeout, gpu_lease
+
+@pytest.fixture(scope="module")
+def answers():
+    ticks = mock.patch("time.monotonic", side_effect=[1.0, 2.0, 3.0])
+    naps = mock.patch("time.sleep", side_effect=AssertionError("slept"))
+    with ticks, naps: yield
+
+def took():
+    start = time.monotonic()
+    return time.monotonic() - start
+
+def test_first(answers): assert took() == 1.0
+def test_uses_the_card(answers): take()
+def test_fails(answers): assert time.monotonic() == 4.0
+def test_asks_too_often(answers): took()
+
+def test_a_deadline_holds_while_the_clock_stands():
+    said = []
+    def ask():
+        try: gpu_lease("1GiB", timeout=0.1).__enter__()
+        except LeaseTimeout: said.append("no lease")
+    with gpu_lease("3GiB"), mock.patch("time.monotonic", return_value=1.0):
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert said
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "1")])
+def test_clocks_of_the_suites_own_are_neither_asked_nor_waited_by(run_without_torch, arguments):
+    finished = run_without_torch(CLOCKS, *arguments)
+
+    assert finished.outcomes == {"passed": 3, "failed": 2}, finished.output

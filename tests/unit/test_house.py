@@ -20,6 +20,7 @@ FLOORS = (
         "admission",
         "slots",
         "on_import",
+        "clock",
         "simulator",
     },
     {"devices", "forensics"},
@@ -82,6 +83,25 @@ def test_rooms_use_only_what_lies_below(path):
         assert FLOOR[other] < FLOOR[own] or FLOOR[other] == FLOOR[own] == 0, f"{name} uses {other}"
         if other == "simulator":
             assert own == "plugin", f"{name} uses the simulator"
+
+
+OF_THE_MACHINE = {"monotonic", "sleep", "thread_time", "perf_counter", "clock_gettime"}
+"""Functions of ``time`` that a suite may replace while its tests run, and see who asks."""
+
+
+@every_file
+def test_what_runs_beside_tests_asks_the_machines_clock(path):
+    name = str(path.relative_to(ROOT))
+    if name == "clock.py" or name.startswith(("cli/", "plugin/xdist/")):
+        return  # commands and xdist's controller run no tests
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "time"
+    }
+    assert not used & OF_THE_MACHINE, f"{name} uses time, not clock"
 
 
 NEWER = {

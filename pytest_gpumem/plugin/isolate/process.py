@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpumem.clock import clock
 
 if TYPE_CHECKING:
     from pytest_gpumem.plugin.isolate.coverage_lines import Wish
@@ -109,7 +110,8 @@ class Process:
             while not self._connection.poll(_LOOK):
                 if self._popen.poll() is not None and not self._connection.poll():
                     return None
-                if self._limit is not None and time.monotonic() > self._since + self._limit + GRACE:
+                end = None if self._limit is None else self._since + self._limit + GRACE
+                if end is not None and clock.monotonic() > end:
                     self._overdue = True
                     self.kill()
                     return None
@@ -119,7 +121,7 @@ class Process:
                 return None
             if message[0] != "limit":
                 return message
-            self._limit, self._since = message[1], time.monotonic()
+            self._limit, self._since = message[1], clock.monotonic()
 
     def end(self, grace: float = GRACE) -> str:
         """Let it end, or end it; return in words how it ended otherwise than in peace."""
@@ -145,8 +147,8 @@ class Process:
     def interrupt(self) -> None:
         """End it, and what it started, as Ctrl-C would: it may tear its fixtures down."""
         self._signal(signal.SIGINT)
-        until = time.monotonic() + GRACE
-        while not self._has_ended() and time.monotonic() < until:
+        until = clock.monotonic() + GRACE
+        while not self._has_ended() and clock.monotonic() < until:
             if self._connection.poll(_SOON):
                 with suppress(EOFError, OSError):
                     self._connection.recv()  # or it would wait to be heard

@@ -8,10 +8,11 @@ of Python.
 from __future__ import annotations
 
 import sys
-import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pytest_gpumem.clock import clock
 
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.blocks import Block
@@ -35,7 +36,7 @@ class _Entry:
         self.address = address
         self.size = size
         self.stack = stack
-        self.time = time.time_ns() // 1000
+        self.time = clock.time_ns() // 1000
 
 
 class History:

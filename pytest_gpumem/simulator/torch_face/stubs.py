@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.cuda._utils import _get_device_index
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.simulator import spec
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class Event:
         """Keep the time."""
         self.event_id = self.event_id or next(self._numbers)
         self.device = (stream or torch.cuda.current_stream()).device
-        self._recorded = time.perf_counter()
+        self._recorded = clock.monotonic()
 
     def wait(self, stream: Stream | None = None) -> None:
         """Do nothing."""

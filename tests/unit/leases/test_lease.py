@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pytest_gpumem.admission import Claim, may_start
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices import Usage
 from pytest_gpumem.errors import LeaseError, LeaseTimeout, TooLarge
 from pytest_gpumem.leases import family, ledger, locks, place, queue
@@ -268,7 +269,7 @@ def test_the_clock_on_the_wall_is_not_asked(store, monkeypatch):
     def jump():
         raise AssertionError
 
-    monkeypatch.setattr(time, "time", jump)
+    monkeypatch.setattr(clock, "time", jump)
     first = store.acquire({A: Want(600)}, TOTALS, "first")
     second = Asking(store, {A: Want(600)}, "second")
     until(lambda: waiting(store) == ["second"])

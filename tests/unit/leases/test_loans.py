@@ -11,6 +11,7 @@ import time
 import pytest
 
 from pytest_gpumem.admission import Claim
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices.family import seconds_of_sleeper
 from pytest_gpumem.leases import loans
 from pytest_gpumem.leases.entries import HELD, RESIDENT, WAITING, Entry, entry_of
@@ -82,8 +83,8 @@ def test_a_lease_is_lent_after_a_nap_and_more_so_after_a_sleep(
 ) -> None:
     lease, request = entry(HELD, 1, "1.a", test=True), entry(WAITING, 2, "3.c")
     lender = Lending(request, Families(told, sibling=True), {}, worker=False)
-    clock = iter([place / 8 for place in range(12)])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    seconds = iter([place / 8 for place in range(12)])
+    monkeypatch.setattr(clock, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(loans, "NAP", 0.25)
     monkeypatch.setattr(loans, "SLEEP", 1.0)
     looks = [lender.look(page(lease, request)) for _ in range(12)]
@@ -99,8 +100,8 @@ def test_a_lease_is_lent_after_a_nap_and_more_so_after_a_sleep(
 def test_tests_and_other_runs_lend_only_after_long(test, sibling, monkeypatch) -> None:
     lease, request = entry(HELD, 1, "1.a", test=True), entry(WAITING, 2, "3.c", test=test)
     lender = Lending(request, Families([5.0] * 12, sibling=sibling), {}, worker=test)
-    clock = iter(range(12))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    seconds = iter(range(12))
+    monkeypatch.setattr(clock, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(loans, "SLEEP", 9.0)
     looks = [lender.look(page(lease, request)) for _ in range(12)]
     assert [bool(each.unused) for each in looks] == [False] * 9 + [True] * 3
@@ -117,8 +118,8 @@ def test_whose_sleep_was_just_seen_lends_to_the_next_request_at_once(
     for place, (at, holds) in enumerate([(0.0, 1), (begins, number)], 5):
         lease = entry(HELD, holds, "1.a", test=True)
         request = entry(WAITING, place, "3.c")
-        clock = iter([at, at, at + 1])
-        monkeypatch.setattr(time, "monotonic", lambda clock=clock: next(clock))
+        seconds = iter([at, at, at + 1])
+        monkeypatch.setattr(clock, "monotonic", lambda seconds=seconds: next(seconds))
         lender = Lending(request, Families([5.0, 5.0], sibling=True), naps, worker=False)
         looks = [lender.look(page(lease, request)) for _ in range(1 + (at == 0.0))]
     assert bool(looks[0].unused) is lends

@@ -145,7 +145,7 @@ def test_a_driver_that_lags_is_waited_for_but_not_for_ever(children, driver, sta
         if len(naps) == 3:
             del driver[child.pid]
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(module.clock, "sleep", sleep)
     children.settle([owner(number)])
     assert len(naps) == 3
     assert [each.leaked for each in children.report()] == [0]

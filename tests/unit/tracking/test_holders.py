@@ -597,8 +597,8 @@ def test_the_search_freezes_no_garbage(suite: Suite) -> None:
 def test_a_machine_that_is_busy_elsewhere_costs_no_leak_its_holder(
     suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(monotonic=itertools.count(0, 60).__next__, thread_time=time.thread_time)
-    monkeypatch.setattr(holders, "time", clock)
+    watch = SimpleNamespace(monotonic=itertools.count(0, 60).__next__, thread_time=time.thread_time)
+    monkeypatch.setattr(holders, "clock", watch)
     suite.module("CACHE = {'a': [marked()]}")
     assert suite.where() == ["tests/test_x.py: module global CACHE['a'][0]"]
 

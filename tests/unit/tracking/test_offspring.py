@@ -83,7 +83,7 @@ def test_without_the_numbers_of_processes_it_is_noticed_as_well(broken, monkeypa
 def test_a_program_is_noticed_soon_and_a_fork_at_once(start, at_once, monkeypatch):
     def noticing():
         now = 100.0
-        monkeypatch.setattr(offspring.time, "monotonic", lambda: now)
+        monkeypatch.setattr(offspring.clock, "monotonic", lambda: now)
         watch = offspring.Offspring()
         found = [watch.stirred()]
         os.waitpid(start(), 0)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.devices import host
 from pytest_gpumem.tracking.ram import RamMeter
 
@@ -106,8 +107,8 @@ def test_a_look_waits_in_proportion_to_what_the_last_one_took(monkeypatch, child
     childless.undo()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert meter.worth_a_look()
-        clock = iter([1.0, 1.5])
-        monkeypatch.setattr("time.thread_time", lambda: next(clock))
+        seconds = iter([1.0, 1.5])
+        monkeypatch.setattr(clock, "thread_time", lambda: next(seconds))
         meter.look()
         assert not meter.worth_a_look()
         child.communicate(b"\n")
