@@ -226,6 +226,20 @@ def test_a(model): pass
     assert finished.outcomes == {"passed": 1, "xpassed": 1, "xfailed": 1}, finished.output
 
 
+def test_a_test_that_closes_the_output_costs_what_it_costs_under_xdist(run):
+    source = """
+import sys
+def test_closes(): sys.stdout.close(); sys.stderr.close()
+def test_b(): pass
+def test_c(): assert False
+"""
+    ours, plain = (run({"test_a": source}, "-v", plain=each, workers=1) for each in (False, True))
+
+    assert results(ours) == results(plain)
+    assert ours.outcomes == plain.outcomes, ours.output
+    assert ours.status == plain.status == 1
+
+
 def test_a_warning_of_a_late_teardown_meets_the_modules_filters(run):
     source = """
 import warnings

@@ -315,8 +315,17 @@ def _interactor(config: pytest.Config) -> Any:
 def _captured(item: pytest.Item) -> Iterator[None]:
     """Capture what is printed as the output of the item's teardown."""
     manager = item.config.pluginmanager.getplugin("capturemanager")
-    with contextlib.nullcontext() if manager is None else manager.item_capture("teardown", item):
+    shown = contextlib.ExitStack()
+    # Where a test closed what pytest captures into, pytest says so in each of its own phases.
+    closed = contextlib.suppress(ValueError)
+    with closed:
+        if manager is not None:
+            shown.enter_context(manager.item_capture("teardown", item))
+    try:
         yield
+    finally:
+        with closed:
+            shown.close()
 
 
 def send_grants(node: Any, grants: Mapping[int, Granted], again: Sequence[int] = ()) -> None:
