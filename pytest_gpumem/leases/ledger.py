@@ -81,7 +81,7 @@ class Ledger:
 
     def taken_here(self) -> list[Entry]:
         """Return the leases that this thread has taken."""
-        current = threading.current_thread()
+        current = threading.current_thread() if self.leases else None
         taken = list(self.leases.items())
         return [
             entry

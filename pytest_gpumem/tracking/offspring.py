@@ -13,8 +13,10 @@ from pytest_gpumem.clock import clock
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-_CAN_ASK = hasattr(os, "waitid")
-"""Not so on macOS before Python 3.13."""
+# Of its own, as ``clock``: a suite may replace those of the modules, and see who asks.
+_pread, _getrusage = os.pread, resource.getrusage
+_waitid = getattr(os, "waitid", None)
+"""None on macOS before Python 3.13."""
 _NUMBERS = "/proc/sys/kernel/ns_last_pid"
 SOON = 0.005
 """Seconds within which a program that was started holds nothing of a card yet: Python alone takes
@@ -37,10 +39,10 @@ def has_children(besides: Collection[int] = ()) -> bool:
     """
     if besides and (found := _children()) is not None:
         return not found <= set(besides)
-    if not _CAN_ASK:
+    if _waitid is None:
         return True
     try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        _waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return False
     return True
@@ -83,7 +85,7 @@ class Offspring:
         last = b""
         if self._numbers >= 0:
             try:
-                last = os.pread(self._numbers, 32, 0)
+                last = _pread(self._numbers, 32, 0)
             except OSError:  # a test closed what it did not open
                 self._numbers = -1
         if last and last == self._last:
@@ -118,4 +120,4 @@ def _children() -> set[int] | None:
 
 def _reaped() -> int:
     """Return a figure that grows with each child that has ended and was waited for."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+    return _getrusage(resource.RUSAGE_CHILDREN).ru_minflt

@@ -315,3 +315,30 @@ def test_clocks_of_the_suites_own_are_neither_asked_nor_waited_by(run_without_to
     finished = run_without_torch(CLOCKS, *arguments)
 
     assert finished.outcomes == {"passed": 3, "failed": 2}, finished.output
+
+
+QUESTIONS = """
+import os, resource, threading, time
+from unittest import mock
+import pytest
+
+@pytest.fixture(scope="module", params=[
+    "os.listdir", "os.pread", "os.waitid", "resource.getrusage", "threading.current_thread",
+    "time.clock_gettime", "time.thread_time", "os.path.exists", "os.utime",
+])
+def silent(request):
+    with mock.patch(request.param, side_effect=AssertionError("asked")) as replaced: yield replaced
+
+@pytest.fixture
+def more(silent): return 1
+
+def test_nobody_asks(silent, more): assert not silent.mock_calls
+def test_fails(silent): assert silent is None
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "1")])
+def test_nobody_else_asks_the_system_while_a_suite_answers_for_it(run_without_torch, arguments):
+    finished = run_without_torch(QUESTIONS, *arguments)
+
+    assert finished.outcomes == {"passed": 9, "failed": 9}, finished.output
