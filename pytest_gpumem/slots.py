@@ -7,6 +7,7 @@ another pid namespace, and is given to another process when it has ended.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -25,6 +26,7 @@ _ALL = 0
 """The byte of the lock file that is locked by who changes the file; a slot's is its number."""
 
 _FLOCK = "@hhqqi0q"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _threads = threading.RLock()
 
 
@@ -119,6 +121,7 @@ class Slots:
                 raise ValueError(f"{path} has not the form that is expected")
             self.map = mmap.mmap(file.fileno(), WORD * (header + slot * most))
         self.words = memoryview(self.map).cast("q")
+        self._path = path
         self._locks = _open_locks(_lock_path(path))
         self._header, self._slot, self._most = header, slot, most
 
@@ -195,6 +198,7 @@ class Slots:
 
         Raises:
             RuntimeError: when there is none.
+            OSError: when the file system has no room for it.
 
         """
         used = self.words[self._header - 1]
@@ -204,11 +208,27 @@ class Slots:
         else:
             if used == self._most:
                 raise RuntimeError(f"{used} processes take part; there is room for no more")
-            self.words[self._header - 1] = used + 1
             slot = self._header + self._slot * used
+            self._make_room(slot)
+            self.words[self._header - 1] = used + 1
         self._locks.lock(slot)
         self._locks.slots.add(slot)
         return slot
+
+    def _make_room(self, slot: int) -> None:
+        """Have the file system keep room for a slot that is used for the first time.
+
+        Where it has none left, writing to the map would end the process by SIGBUS.
+        """
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            return
+        with suppress(FileNotFoundError), self._path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), WORD * slot, WORD * self._slot)
+            except OSError as error:
+                if error.errno in _NO_ROOM:  # and not that it cannot be asked to
+                    error.filename = str(self._path)
+                    raise
 
     def leave(self, slot: int) -> None:
         """Free a slot of this process."""

@@ -190,3 +190,51 @@ def test_a_reading_of_a_ninth_card_is_left_out(book):
     page = book.join(1, "")
     page.tell(8, "GPU-ninth", AllocatorReading(1, 1, 1, 1, 0, 0))
     assert [told.cards for told in book.read() if told.pid == os.getpid()] == [{}]
+
+
+FULL = """
+import os, sys
+from pathlib import Path
+from pytest_gpumem.devices.book import Book
+
+book = Book.create(Path(sys.argv[1], "books"), 5)
+try:
+    with open(Path(sys.argv[1], "full"), "wb", buffering=0) as file:
+        while True: file.write(bytes(4096))
+except OSError:
+    pass
+
+def join():
+    said = "joined"
+    try: Book(book.path).join(1, "test_a")
+    except OSError as error: said = error.strerror
+    os.write(1, f"{said}\\n".encode())
+    sys.stdin.read()
+    os._exit(0)
+
+children = [os.fork() or join() for _ in range(8)]
+print({os.waitpid(child, 0)[1] for child in children})
+"""
+OWN_MOUNTS = ("unshare", "--user", "--map-root-user", "--mount")
+
+
+def can_mount() -> bool:
+    tried = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return bool(shutil.which("unshare")) and not subprocess.run(tried, check=False).returncode
+
+
+@pytest.mark.skipif(not can_mount(), reason="nothing can be mounted here")
+def test_a_full_file_system_costs_a_child_its_page_and_not_its_life(tmp_path):
+    # More than fit on the page of memory that the book has had from the first.
+    mount = f"mount -t tmpfs -o size=256k tmpfs {tmp_path}"
+    command = [*OWN_MOUNTS, "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable]
+    done = subprocess.run(
+        [*command, "-c", FULL, str(tmp_path)],
+        input="",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *said, statuses = done.stdout.splitlines()
+    assert {*said} == {"joined", "No space left on device"}
+    assert statuses == "{0}"
