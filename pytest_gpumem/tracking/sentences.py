@@ -157,7 +157,11 @@ def _is_module(thing: Any) -> bool:
 def _module_global(chain: Chain, root: Path) -> Place:
     attributes: Any = chain[0].thing
     name = _entry(attributes, chain[1].thing) or "?"
-    return below(_qualified("module global", attributes, name, root), chain[1:])
+    own, spec = namespace(sys.modules.get(attributes["__name__"])), attributes["__spec__"]
+    # doctest works on one; a module that was imported anew has another spec.
+    is_copy = own is not attributes and spec is not None and own.get("__spec__") is spec
+    suffix = " (in a copy of the module's globals)" if is_copy else ""
+    return below(_qualified("module global", attributes, name, root) + suffix, chain[1:])
 
 
 def _class_attribute(chain: Chain, root: Path) -> Place:

@@ -577,6 +577,20 @@ def test_variables_that_the_program_looked_at_itself_stay(suite: Suite) -> None:
     assert "x" in module.run(suite.held)
 
 
+def test_a_copy_of_a_modules_globals_is_called_so(suite: Suite) -> None:
+    copy = dict(vars(suite.module("")))  # as doctest runs examples in
+    copy["x"] = copy["marked"]()
+    assert suite.where() == ["tests/test_x.py: module global x (in a copy of the module's globals)"]
+
+
+def test_a_module_that_was_imported_anew_is_no_copy(suite: Suite) -> None:
+    first = suite.module("CACHE = marked()")
+    spec = importlib.util.spec_from_file_location("test_x", first.__file__)
+    assert spec is not None
+    sys.modules["test_x"] = importlib.util.module_from_spec(spec)
+    assert suite.where() == ["tests/test_x.py: module global CACHE"]
+
+
 def test_frozen_objects_are_found(suite: Suite) -> None:
     suite.module("CACHE = {'a': [marked()]}")
     gc.freeze()
