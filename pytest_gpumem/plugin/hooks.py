@@ -171,6 +171,8 @@ def _share(config: pytest.Config) -> None:
 
 def _shares(config: pytest.Config) -> bool:
     """Return whether this process shares anything: cards, or main memory."""
+    if config.getoption("setupplan", False):
+        return False  # which sets nothing up and runs nothing: no test can lack room
     state, controller = config.stash[STATE], _is_controller(config)
     settings = state.settings
     distributed = controller or is_worker(config)

@@ -240,6 +240,14 @@ def test_what_runs_no_test_measures_none(run_without_torch, arguments):
     assert all(not each.cards for each in finished.record.tests)
 
 
+@pytest.mark.parametrize("arguments", [(), ("-n", "1")])
+def test_a_plan_of_set_ups_asks_for_no_room(run_without_torch, arguments):
+    source = "@pytest.mark.gpu(vram='5GiB')\ndef test_larger_than_the_card(): pass"
+    finished = run_without_torch(source, "--setup-plan", *arguments)
+
+    assert finished.status == 0, finished.output
+
+
 def test_an_interrupt_leaves_the_record_of_what_ran(run_without_torch):
     finished = run_without_torch("def test_a(): take()\ndef test_b(): raise KeyboardInterrupt")
 
