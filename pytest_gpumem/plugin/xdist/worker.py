@@ -17,13 +17,13 @@ what can be tried before a run rests on it.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_gpumem.clock import clock
 from pytest_gpumem.records.properties import BROKE
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class Stage:
         if index in worker.returned:
             worker.returned.remove(index)
             return True
-        if time.monotonic() >= worker.used.look_at:
+        if clock.monotonic() >= worker.used.look_at:
             self.tell()
         if not isinstance(item, Sentinel):
             self.previous, self._index, worker.spoiled = item, index, False
