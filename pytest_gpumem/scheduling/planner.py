@@ -193,17 +193,20 @@ class Planner:
         if self._backlog.families.scouts and not again:
             lanes.scout_ended(self._state, family(worker.ran.nodeid))
 
-    def returned(self, worker: str, test: int) -> None:
-        """Take note that ``worker`` does not run ``test``, which was handed out ahead.
+    def returned(self, worker: str, tests: Collection[int]) -> None:
+        """Take note that ``worker`` does not run ``tests``, if any, which it was handed ahead.
 
-        A test before it had used a card although that was not expected.
+        A test before them had used a card although that was not expected.
         """
+        if not tests:
+            return
         told = self._cluster.workers[worker]
-        told.given.remove(test)
+        for test in tests:
+            told.given.remove(test)
+            lanes.admit(self._state, test)
         told.to_set_up = told.set_up
         for each in told.given:
             told.to_set_up = self._order.after(each, told.to_set_up)
-        lanes.admit(self._state, test)
         self._asks(told)
 
     def resident(

@@ -191,9 +191,8 @@ class GpumemScheduling:
             grown, worker.too_large = indices["ram"]
             planner.main_memory(worker.name, grown, too_large=bool(worker.too_large))
         if planner is not None:
-            for index in indices.get("returned", ()):
-                worker.returned.add(index)
-                planner.returned(worker.name, index)
+            worker.returned.update(returned := indices.get("returned", ()))
+            planner.returned(worker.name, returned)
             tell_fixtures(planner, worker.name, indices)
             for uuid, used in indices.get("used", {}).items():
                 planner.used((worker.host, uuid), used)

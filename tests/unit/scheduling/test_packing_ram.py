@@ -281,7 +281,7 @@ def test_what_a_worker_returned_of_another_module_does_not_keep_it_from_being_re
         run.finish("w0")
     run.planner.main_memory("w0", 10**9, too_large=True)
     while run.queues["w0"]:
-        run.planner.returned("w0", run.queues["w0"].pop(0))
+        run.planner.returned("w0", [run.queues["w0"].pop(0)])
     run.obey()
     assert Replace("w0") in run.log
 

@@ -829,7 +829,7 @@ def test_what_a_worker_returns_runs_where_it_belongs() -> None:
     planner.resident("w0", CONTEXT)
     planner.finished("w0", 0, duration=0.001, peak=30)
     for worker, test in ahead:
-        planner.returned(worker, test)
+        planner.returned(worker, [test])
     (command,) = planner.commands()
     assert isinstance(command, Run)
     assert command.grant is not None
