@@ -129,8 +129,9 @@ class Place:
 
     def __init__(self, storage: Any, offset: int, size: int) -> None:
         self.storage = storage  # keeps it alive
-        self.address, self.bytes = storage.data_ptr() + offset, None
-        if not torch_private.is_main_memory(storage):
+        base = torch_private.main_memory(storage)
+        self.address, self.bytes = (base or 0) + offset, None
+        if base is None:
             import torch
 
             view = torch.empty(0, dtype=torch.uint8, device=storage.device)

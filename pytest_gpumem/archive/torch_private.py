@@ -125,15 +125,19 @@ def swap(one: torch.Tensor, other: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(one, other)
 
 
-def is_main_memory(storage: torch.UntypedStorage) -> bool:
-    """Return whether a storage is main memory for torch's own code, whatever it is called.
+def main_memory(storage: torch.UntypedStorage) -> int | None:
+    """Return the address of a storage that is main memory for torch's own code, else None.
 
-    That of a card simulated in Python is, and can be written where it is.
+    That of a card simulated in Python is, whatever it and its address are called there, and can be
+    written where it is.
     """
     import torch
 
     base: Any = torch._C.StorageBase
-    return bool(base.device.__get__(storage).type == "cpu")
+    if base.device.__get__(storage).type != "cpu":
+        return None
+    address: int = base.data_ptr(storage)
+    return address
 
 
 def storage_holders(storage: torch.UntypedStorage) -> int:

@@ -139,5 +139,5 @@ def test_the_private_names_of_torch_that_sleep_needs_are_there():
     del loss, graph
     content = module.weight.data
     assert torch_private.storage_holders(content.untyped_storage()) == 2
-    assert torch_private.is_main_memory(content.untyped_storage())
-    assert not torch_private.is_main_memory(content.to("meta").untyped_storage())
+    assert torch_private.main_memory(content.untyped_storage())
+    assert torch_private.main_memory(content.to("meta").untyped_storage()) is None
