@@ -147,6 +147,12 @@ class Meters:
         return sum(meter.last.allocated for meter in self)
 
     @property
+    def asked_of_torch(self) -> int:
+        """Bytes that tensors had asked torch for at the last boundary, over all cards."""
+        parts = self._parts.items()
+        return sum(part.last.asked[0] for (name, _), part in parts if name.startswith("torch."))
+
+    @property
     def reserved(self) -> dict[str, int]:
         """Bytes reserved at the last boundary, by card."""
         return {meter.card.uuid: meter.last.reserved for meter in self}

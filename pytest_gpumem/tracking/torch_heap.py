@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_gpumem.devices.heap import instances
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -81,11 +81,12 @@ class Heap:
         self.links.setdefault(self.add(held), []).append(Link(self.add(holder), step))
 
 
-def scan(on_card: OnCard) -> Heap:
-    """Return the storages of all living tensors for which ``on_card`` is true, and their links.
+def scan(on_card: OnCard, among: Iterable[Tensor] | None = None) -> Heap:
+    """Return the storages of living tensors for which ``on_card`` is true, and their links.
 
-    One pass over the objects that the garbage collector knows. Tensors that cannot be asked for
-    their storage (fake, sparse and wrapper tensors) are left out.
+    Of those ``among`` which to look; else of all, in one pass over the objects that the garbage
+    collector knows. Tensors that cannot be asked for their storage (fake, sparse and wrapper
+    tensors) are left out.
     """
     heap = Heap()
     torch = sys.modules.get("torch")
@@ -93,7 +94,8 @@ def scan(on_card: OnCard) -> Heap:
         return heap
     # User classes that overload torch's functions are not to notice that they are looked at.
     with torch._C.DisableTorchFunctionSubclass():
-        for each in instances(torch.nn.Module, torch.Tensor):
+        every = instances(torch.nn.Module, torch.Tensor) if among is None else among
+        for each in every:
             if is_a(each, torch.Tensor):
                 _add_tensor(heap, each, on_card)
                 _link_hidden(heap, each, on_card)

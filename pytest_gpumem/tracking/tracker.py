@@ -98,12 +98,12 @@ class Tracker:
         return self.meters.changed + self._tensors.freed
 
     def _remember(self) -> None:
-        """Lay the tensors that are new at the door of who was running: a pass over the heap.
+        """Lay the tensors that are new at the door of who was running.
 
         Needless where nothing changed but by known tensors that died.
         """
         if self._unaccounted or self._tensors.aside:
-            self._tensors.remember(self._turns.charged[-1].name)
+            self._tensors.remember(self._turns.charged[-1].name, self.meters.asked_of_torch)
             self.meters.changed = 0
 
     def _set_aside(self, test: Test) -> None:

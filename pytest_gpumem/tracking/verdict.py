@@ -11,6 +11,7 @@ from types import FrameType, FunctionType, GeneratorType, ModuleType
 from typing import TYPE_CHECKING, cast
 
 from pytest_gpumem import devices
+from pytest_gpumem.tracking.newcomers import Newcomers
 from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
@@ -57,13 +58,16 @@ Verdicts = dict[Owned, Verdict]
 
 
 class _Known(weakref.ref[object]):
-    """A living storage or array: whose doing it is, and what it takes in the allocator."""
+    """A living storage or array: whose doing it is, and its size."""
 
-    __slots__ = ("number", "owner", "size")
+    __slots__ = ("address", "number", "owner", "size")
     owner: str
     size: int
+    """Bytes that were asked for."""
     number: int
     """In the order in which they were met."""
+    address: int
+    """Where a storage is; -1 for an array, which is none of torch's."""
 
 
 class TensorLedger:
@@ -79,7 +83,14 @@ class TensorLedger:
         self._fixtures: dict[int, str] = {}
         """Labels of living wider fixtures, by the identity of their values and code."""
         self._known: dict[int, _Known] = {}
-        """By address, which may be used again when the storage is dead."""
+        """Living storages by address."""
+        self._newcomers = Newcomers()
+        self._leaves: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        """Known tensors that may have a gradient, which Python need not have met; by identity."""
+        self._asked = 0
+        """What the known storages asked for, in bytes."""
+        self._unseen: int | None = None
+        """Bytes that no tensor had asked for when all were looked at; None before that."""
         self._arrays: dict[int, _Known] = {}
         """Those of other frameworks, by identity: that of a dead one may be another's."""
         self.newest = 0
@@ -112,35 +123,53 @@ class TensorLedger:
         for root in roots:
             self._fixtures.pop(root, None)
 
-    def remember(self, owner: str) -> None:
+    def remember(self, owner: str, asked: int) -> None:
         """Lay all tensors that are not known yet at the door of ``owner``.
 
-        Those that were set aside, or took the place of one, are at nobody's.
+        Those that were set aside, or took the place of one, are at nobody's. ``asked`` are the
+        bytes that torch's allocators count as asked for: while the known storages do not add up
+        to it, there are others to be found. A look at all objects is the last one, and the first
+        one of a run: it costs a tenth of a second and more.
         """
-        from pytest_gpumem.tracking.holders import live_storages
-
-        alive: dict[int, _Known] = {}
+        from pytest_gpumem.tracking import holders
+        from pytest_gpumem.tracking.torch_heap import scan
 
         def note(tensor: Tensor) -> bool:
             if _on_card(tensor):
-                storage = tensor.untyped_storage()
-                address = storage.data_ptr()
-                if address not in alive:
-                    size = storage.nbytes()
-                    whose = "" if (address, size) in self.aside else owner
-                    alive[address] = self._find(tensor) or self._meet(storage, whose, size)
+                self._note(tensor, owner)
             return False
 
-        live_storages(note)
-        self._known = alive
+        looks = (
+            lambda: scan(note, self._newcomers.take()),
+            lambda: scan(note, list(self._leaves.values())),
+            lambda: holders.live_storages(note),
+        )
+        for look in looks:
+            if self._unseen is not None and self._asked + self._unseen == asked:
+                break
+            look()
+        else:
+            self._unseen = asked - self._asked
+            self._newcomers.watch()
         self._remember_arrays(owner)
         self.aside = frozenset()
         self.freed = 0
 
+    def _note(self, tensor: Tensor, owner: str) -> None:
+        """Take note of a living tensor on a card."""
+        if self._find(tensor) is None:
+            storage = tensor.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
+            whose = "" if (address, size) in self.aside else owner
+            self._known[address] = self._meet(storage, whose, size, address)
+            self._asked += size
+        if tensor.requires_grad and tensor.is_leaf:
+            self._leaves[id(tensor)] = tensor
+
     def owners(self) -> Iterator[tuple[int, str]]:
         """Yield address and owner of what is known to live; "" of what was only set aside."""
         yield from ((address, "") for address, _ in self.aside)
-        yield from ((at, known.owner) for at, known in self._known.items() if known() is not None)
+        yield from ((at, known.owner) for at, known in [*self._known.items()])
 
     def set_aside(self) -> None:
         """Lay what is there now, or takes its place, at no later test's door.
@@ -161,15 +190,19 @@ class TensorLedger:
             )
         self._arrays = alive
 
-    def _meet(self, thing: object, owner: str, size: int) -> _Known:
+    def _meet(self, thing: object, owner: str, size: int, address: int = -1) -> _Known:
         known = _Known(thing, self._note_death)
         self.newest += 1
-        known.owner, known.size, known.number = owner, _block(size), self.newest
+        known.owner, known.size, known.number, known.address = owner, size, self.newest, address
         return known
 
     def _note_death(self, known: _Known) -> None:
-        self.freed += known.size
-        self.late[known.owner] += known.size + (_SLACK if known.size > _SLACK else 0)
+        if self._known.get(known.address) is known:
+            del self._known[known.address]
+            self._asked -= known.size
+        size = _block(known.size)
+        self.freed += size
+        self.late[known.owner] += size + (_SLACK if size > _SLACK else 0)
 
     def judge(
         self,
