@@ -44,6 +44,8 @@ class Holding:
     """Label of the fixture whose value holds them."""
     storages: tuple[Storage, ...]
     """Largest first."""
+    lives: bool
+    """Whether what holds each of them certainly lives: other roots may be garbage themselves."""
 
     @property
     def size(self) -> int:
@@ -84,8 +86,9 @@ def find_holders(
 
     Args:
         on_card: tells by its tensor whether a storage counts.
-        fixtures: ``id()`` of living fixture values and how to name them; storages that are
-            reached through one have that name as their ``fixture``.
+        fixtures: ``id()`` of living fixture values, and of the code of fixtures that are suspended
+            in their generators, and how to name them; storages that are reached through one have
+            that name as their ``fixture``.
         arrays: yields those of other frameworks that count as well; none may be kept by it.
         known: addresses of storages to leave out.
         root: directory below which files are named by their path; the working directory
@@ -125,7 +128,7 @@ class _Search:
 
     def __init__(self, heap: Heap, fixtures: Mapping[int, str], wanted: list[int]) -> None:
         self.heap = heap
-        self.fixtures = fixtures
+        self.fixtures = {**fixtures}
         self.wanted = wanted
         self.holds: dict[int, dict[int, str | None]] = {}
         """What each holder holds, and how it reaches it where that is known already."""
@@ -154,14 +157,15 @@ class _Search:
     def groups(self, root: Path) -> list[Holding]:
         """Return the wanted storages by the place that holds them."""
         above, held_by = self._trace(), self._held_by()
-        members: dict[tuple[str, ...], list[tuple[sentences.Place, Storage]]] = {}
+        members: dict[tuple[str, ...], list[tuple[sentences.Place, Storage, bool]]] = {}
         for address, tensors in self._by_address().items():
             storage = self.heap.storages[address]
             chains = [self._chain(each, above) for each in tensors if each in above]
             place, fixture = self._place(chains, root) or self._rootless(tensors, held_by)
             graph = ".grad_fn" if ".grad_fn" in place.steps else ""
             key = (storage.device, fixture, place.name, graph)
-            members.setdefault(key, []).append((place, storage))
+            lives = any(self._lives(chain[0].thing) for chain in chains)
+            members.setdefault(key, []).append((place, storage, lives))
         groups = [_group(fixture, each) for (_, fixture, *_), each in members.items()]
         return sorted(groups, key=lambda group: -group.size)
 
@@ -170,7 +174,11 @@ class _Search:
         if each in self.seen:
             return False
         self.seen.add(each)
-        if each in self.fixtures or sentences.is_root(self.heap.objects[each]):
+        thing = self.heap.objects[each]
+        code = sentences.suspended_code(thing)
+        if code is not None and id(code) in self.fixtures:
+            self.fixtures[each] = self.fixtures[id(code)]
+        if each in self.fixtures or sentences.is_root(thing):
             self.roots.append(each)
             return False
         return True
@@ -268,6 +276,10 @@ class _Search:
             return sentences.below(fixture, chain), fixture
         return sentences.place(chain, root), ""
 
+    def _lives(self, root: object) -> bool:
+        """Tell whether a root is known to be alive; what is not may be garbage."""
+        return id(root) in self.fixtures or sentences.certainly_lives(root)
+
     def _chain(self, tensor: int, above: dict[int, int]) -> list[sentences.Part]:
         ids = [tensor]
         while above[ids[-1]] != ids[-1]:
@@ -303,8 +315,9 @@ class _Search:
         return sentences.rootless(above, self._parts(way[::-1])), ""
 
 
-def _group(fixture: str, members: list[tuple[sentences.Place, Storage]]) -> Holding:
+def _group(fixture: str, members: list[tuple[sentences.Place, Storage, bool]]) -> Holding:
     """Return one group of storages that have name and fixture in common."""
-    storages = sorted((storage for _, storage in members), key=lambda storage: -storage.size)
-    where = sentences.common([place for place, _ in members])
-    return Holding(where, fixture or None, tuple(storages))
+    storages = sorted((storage for _, storage, _ in members), key=lambda storage: -storage.size)
+    where = sentences.common([place for place, *_ in members])
+    lives = all(lives for *_, lives in members)
+    return Holding(where, fixture or None, tuple(storages), lives)

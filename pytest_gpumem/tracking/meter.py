@@ -148,7 +148,8 @@ class Meters:
 
     @property
     def asked_of_torch(self) -> int:
-        """Bytes that tensors had asked torch for at the last boundary, over all cards."""
+        """Bytes that torch's allocators count as asked for now, over all cards."""
+        self.boundary()
         parts = self._parts.items()
         return sum(part.last.asked[0] for (name, _), part in parts if name.startswith("torch."))
 

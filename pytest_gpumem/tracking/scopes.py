@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_gpumem.tracking.meter import Meters
     from pytest_gpumem.tracking.turns import Turns
-    from pytest_gpumem.tracking.verdict import TensorLedger
+    from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
 
 
 class Scopes:
@@ -67,26 +67,27 @@ class Scopes:
         The test after which it ends is not over yet: ``errors`` and ``let_go`` as for its end.
         """
         self._end_teardowns()
-        passing: Mapping[int, str] = {}
-        if self._stayed(scope):
-            passing = let_go()
-            release.give_back(errors, lambda: self._stayed(scope))
         left: tuple[ScopeUsage, ...] = ()
         if self._stayed(scope):
-            self._meters.settle()
-            self._remember()
-            stayed = {uuid: size for (_, uuid), size in scope.kept().items()}
-            cards = self._meters.uuids()
-            wider = {each.name for each in self._turns.standing if not scope.outlives(each)}
-            verdicts = self._tensors.judge_since(scope.since, stayed, cards, passing, wider)
+            passing = let_go()
+            verdicts = self._tensors.second_look(
+                errors, lambda: self._stayed(scope), lambda: self._judge(scope, passing)
+            )
             left = tuple(
                 ScopeUsage(scope.scope, scope.name, uuid, each.leaked, each.holders, each.note)
-                for uuid, each in verdicts.items()
+                for (_, uuid), each in verdicts.items()
                 if each.leaked
             )
         self._turns.scopes.remove(scope)
         self.told += left
         return left
+
+    def _judge(self, scope: Scope, passing: Mapping[int, str]) -> Verdicts:
+        self._meters.settle()
+        self._remember()
+        wider = {each.name for each in self._turns.standing if not scope.outlives(each)}
+        cards = self._meters.uuids()
+        return self._tensors.judge_since(scope.since, scope.kept(), cards, passing, wider)
 
     def report(self) -> tuple[ScopeUsage, ...]:
         """Return what has become known since it was asked for last."""

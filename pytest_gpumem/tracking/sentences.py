@@ -47,6 +47,42 @@ def is_root(thing: object) -> bool:
     return _namer(thing) is not None
 
 
+def certainly_lives(root: Any) -> bool:
+    """Tell whether ``root`` is reached from the modules that are loaded, or runs.
+
+    Else it may be garbage that was not collected: a function or class that refers to itself.
+    """
+    if type(root) is types.FrameType:
+        return any(frame is root for _, frame in running_frames())
+    if type(root) is dict:
+        return namespace(sys.modules.get(str(root.get("__name__")))) is root
+    named: Any = namespace(root).get("__wrapped__") if is_a(root, _LRU_CACHE) else root
+    if is_a(named, type):
+        name, module = type.__getattribute__(named, "__qualname__"), _module_of(named)
+    elif type(named) is types.FunctionType:
+        name, module = named.__qualname__, named.__globals__
+    else:
+        return False
+    found: Any = sys.modules.get(str(module.get("__name__")))
+    for part in str(name).split("."):
+        attributes = class_namespace(found) if is_a(found, type) else namespace(found)
+        found = attributes.get(part)
+    return found is root
+
+
+def suspended_code(thing: Any) -> types.CodeType | None:
+    """Return the code of a generator, None of what is none.
+
+    Up to Python 3.10 the collector shows a generator's frame as the holder of its variables.
+    """
+    if type(thing) is types.GeneratorType:
+        return thing.gi_code
+    if sys.version_info < (3, 11) and type(thing) is types.FrameType:
+        frame = cast("types.FrameType", thing)
+        return frame.f_code if frame.f_code.co_flags & SUSPENDABLE else None
+    return None
+
+
 def place(chain: Chain, root: Path) -> Place:
     """Return the name of the root ``chain[0]`` and the steps down the chain."""
     namer = _namer(chain[0].thing)

@@ -13,8 +13,6 @@ import math
 import sys
 import types
 from dataclasses import dataclass, field
-from itertools import compress, repeat
-from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpumem.devices.heap import instances
@@ -105,19 +103,26 @@ def scan(on_card: OnCard, among: Iterable[Tensor] | None = None) -> Heap:
 
 
 @contextlib.contextmanager
-def still_heap() -> Iterator[None]:
-    """Keep the collector from running, and show it objects that were frozen out of its sight.
-
-    They are not frozen again: that would freeze garbage of the meantime as well, for good.
-    """
+def no_collections() -> Iterator[None]:
+    """Keep the collector from running by itself."""
     enabled = gc.isenabled()
     gc.disable()
-    gc.unfreeze()
     try:
         yield
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def still_heap() -> Iterator[None]:
+    """Keep the collector from running, and show it objects that were frozen out of its sight.
+
+    They are not frozen again: that would freeze garbage of the meantime as well, for good.
+    """
+    with no_collections():
+        gc.unfreeze()
+        yield
 
 
 def kinds(heap: Heap) -> dict[int, str]:
@@ -175,12 +180,6 @@ class_namespace: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"]
 def is_a(thing: object, base: type) -> bool:
     """Tell whether ``thing`` is an instance of ``base``: ``isinstance`` would wake lazy proxies."""
     return any(kind is base for kind in mro(type(thing)))
-
-
-def exactly(kind: type) -> list[Any]:
-    """Return the living objects of this very type, in one pass."""
-    living = gc.get_objects()
-    return list(compress(living, map(is_, map(type, living), repeat(kind))))
 
 
 def _link_module(heap: Heap, module: object) -> None:

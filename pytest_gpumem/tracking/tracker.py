@@ -98,12 +98,9 @@ class Tracker:
         return self.meters.changed + self._tensors.freed
 
     def _remember(self) -> None:
-        """Lay the tensors that are new at the door of who was running.
-
-        Needless where nothing changed but by known tensors that died.
-        """
+        """Lay the tensors that are new, if more changed than known ones died, at who ran's door."""
         if self._unaccounted or self._tensors.aside:
-            self._tensors.remember(self._turns.charged[-1].name, self.meters.asked_of_torch)
+            self._tensors.remember(self._turns.charged[-1].name, lambda: self.meters.asked_of_torch)
             self.meters.changed = 0
 
     def _set_aside(self, test: Test) -> None:
@@ -214,15 +211,16 @@ class Tracker:
     ) -> Verdicts:
         """Give back what nobody needs, and find out what stays all the same."""
         if self._anything_stayed():
-            release.give_back(errors, self.anything_stayed)
-            if self.anything_stayed():
+
+            def judge() -> Verdicts:
                 self.meters.settle()
                 self._turns.pay_back(self._tensors.late)
-                stayed, cards = test.stayed(), self.meters.uuids()
-                verdicts = self._tensors.judge(stayed, cards, keepers, passing, test.name)
                 self._remember()
-                return verdicts
-        elif self._turns.standing:
+                stayed, cards = test.stayed(), self.meters.uuids()
+                return self._tensors.judge(stayed, cards, keepers, passing, test.name)
+
+            return self._tensors.second_look(errors, self.anything_stayed, judge)
+        if self._turns.standing:
             # They may pin a wider fixture's value beyond its teardown.
             for error in errors:
                 release.clear_frames(error)

@@ -7,16 +7,17 @@ import os
 import sys
 import weakref
 from collections import Counter, deque
-from types import FrameType, FunctionType, GeneratorType, ModuleType
+from types import FrameType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, cast
 
 from pytest_gpumem import devices
+from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.newcomers import Newcomers
 from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -29,8 +30,7 @@ _BLOCK = 512
 """The allocator's unit: every size is rounded up to it (c10/cuda/CUDACachingAllocator.cpp)."""
 
 _SLACK = 2**20
-"""A block of the large pool may be this much larger than asked for, because a smaller rest is
-not split off (ibid., ``should_split``)."""
+"""By so much a block of the large pool may be larger than asked for (ibid., ``should_split``)."""
 
 WORKSPACES = 32 * 2**20
 """Memory that no tensor holds is a library's workspace up to this size, in bytes.
@@ -38,7 +38,6 @@ WORKSPACES = 32 * 2**20
 cuBLAS takes 8,519,680 bytes at its first use, 32 MiB on Hopper (``CUBLAS_WORKSPACE_CONFIG`` in
 PyTorch's notes on CUDA); above that it is called a leak all the same.
 """
-
 
 _LOOKED_AT = 50_000
 
@@ -49,6 +48,8 @@ class Verdict(NamedTuple):
     leaked: int = 0
     holders: tuple[Holder, ...] = ()
     note: str = ""
+    sure: bool = True
+    """Whether all of it is held by what certainly lives, so that no collection would free it."""
 
 
 Owned = tuple[str, str]
@@ -86,13 +87,15 @@ class TensorLedger:
         """Living storages by address."""
         self._newcomers = Newcomers()
         self._leaves: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        """Known tensors that may have a gradient, which Python need not have met; by identity."""
+        """By identity, tensors that may have a gradient, which Python need not have met."""
         self._asked = 0
         """What the known storages asked for, in bytes."""
         self._unseen: int | None = None
         """Bytes that no tensor had asked for when all were looked at; None before that."""
         self._arrays: dict[int, _Known] = {}
         """Those of other frameworks, by identity: that of a dead one may be another's."""
+        self._sure = False
+        """Whether what stayed last was found to be held by what certainly lives."""
         self.newest = 0
         """Number of the storage that was met last."""
         self.freed = 0
@@ -123,16 +126,15 @@ class TensorLedger:
         for root in roots:
             self._fixtures.pop(root, None)
 
-    def remember(self, owner: str, asked: int) -> None:
+    def remember(self, owner: str, asked: Callable[[], int]) -> None:
         """Lay all tensors that are not known yet at the door of ``owner``.
 
-        Those that were set aside, or took the place of one, are at nobody's. ``asked`` are the
-        bytes that torch's allocators count as asked for: while the known storages do not add up
-        to it, there are others to be found. A look at all objects is the last one, and the first
-        one of a run: it costs a tenth of a second and more.
+        Those that were set aside, or took the place of one, are at nobody's. ``asked`` tells
+        the bytes that torch's allocators count as asked for: while the known storages do not add
+        up to them, there are others to be found. To look at all objects takes a tenth of a second.
         """
         from pytest_gpumem.tracking import holders
-        from pytest_gpumem.tracking.torch_heap import scan
+        from pytest_gpumem.tracking.torch_heap import no_collections, scan
 
         def note(tensor: Tensor) -> bool:
             if _on_card(tensor):
@@ -144,13 +146,15 @@ class TensorLedger:
             lambda: scan(note, list(self._leaves.values())),
             lambda: holders.live_storages(note),
         )
-        for look in looks:
-            if self._unseen is not None and self._asked + self._unseen == asked:
-                break
-            look()
-        else:
-            self._unseen = asked - self._asked
-            self._newcomers.watch()
+        with no_collections():  # else what is freed meanwhile would be in only one of the sums
+            all_asked = asked()
+            for look in looks:
+                if self._unseen is not None and self._asked + self._unseen == all_asked:
+                    break
+                look()
+            else:
+                self._unseen = all_asked - self._asked
+                self._newcomers.watch()
         self._remember_arrays(owner)
         self.aside = frozenset()
         self.freed = 0
@@ -204,6 +208,31 @@ class TensorLedger:
         self.freed += size
         self.late[known.owner] += size + (_SLACK if size > _SLACK else 0)
 
+    def second_look(
+        self,
+        errors: Sequence[BaseException],
+        stayed: Callable[[], bool],
+        judge: Callable[[], Verdicts],
+    ) -> Verdicts:
+        """Give back what nobody needs, and return the verdicts on what stays all the same.
+
+        ``stayed`` says whether memory is still held; ``errors`` are what ended a test. To collect
+        all garbage takes longer than to search for holders, and is needless if they are found to
+        live: then it is searched first, as soon as that was so the last time.
+        """
+        release.give_back(errors, stayed)
+        if not stayed():
+            return {}
+        verdicts = judge() if self._sure else {}
+        if not _sure(verdicts):
+            gc.collect()
+            self._sure = False
+            if not stayed():
+                return {}
+            verdicts = judge()
+            self._sure = _sure(verdicts)
+        return verdicts
+
     def judge(
         self,
         stayed: Mapping[Owned, int],
@@ -212,7 +241,7 @@ class TensorLedger:
         passing: Mapping[int, str],
         test: str,
     ) -> Verdicts:
-        """Return the verdict for each owner and card.
+        """Return the verdict for each owner and card; all that lives has been met.
 
         Args:
             stayed: bytes that came to stay.
@@ -220,7 +249,7 @@ class TensorLedger:
             keepers: labels of objects, by identity; what one of them holds is a leak, as
                 opposed to what a living wider fixture holds.
             passing: labels of objects that will be dropped in a moment.
-            test: the owner of all tensors that nobody is known to have made.
+            test: the owner of what swapped with as much that was there before, and was not met.
 
         """
         from pytest_gpumem.tracking.holders import find_holders
@@ -248,15 +277,15 @@ class TensorLedger:
     def judge_since(
         self,
         number: int,
-        stayed: Mapping[str, int],
+        stayed: Mapping[Owned, int],
         cards: Mapping[str, str],
         passing: Mapping[int, str],
         others: Collection[str] = (),
-    ) -> dict[str, Verdict]:
-        """Return the verdict by card on what was met after the storage of this ``number``.
+    ) -> Verdicts:
+        """Return the verdicts on what was met after the storage of this ``number``.
 
         All that lives has been met. What owners of the names ``others`` made is not judged. The
-        other arguments as for ``judge``; sizes by card.
+        other arguments as for ``judge``; all that stayed is one owner's.
         """
         from pytest_gpumem.tracking.holders import find_holders
 
@@ -273,35 +302,21 @@ class TensorLedger:
         rightful = self._rightful(passing)
         found = find_holders(made, arrays=arrays, fixtures=rightful, root=self._root)
         verdicts = {}
-        for uuid, size in stayed.items():
+        for (name, uuid), size in stayed.items():
             here = [each for each in found if cards.get(each.storages[0].device) == uuid]
-            verdicts[uuid] = _verdict(size, here, {}, set(rightful.values()))
+            verdicts[name, uuid] = _verdict(size, here, {}, set(rightful.values()))
         return verdicts
 
     def _rightful(self, passing: Mapping[int, str]) -> dict[int, str]:
         """Return the labels of all that may hold memory."""
-        rightful = self._fixtures | self._suspended_fixtures() | _last_errors()
+        rightful = self._fixtures | _last_errors()
         return rightful | {key: label for key, label in passing.items() if key not in rightful}
-
-    def _suspended_fixtures(self) -> dict[int, str]:
-        """Return the living generators of wider fixtures, and their frames."""
-        from pytest_gpumem.tracking.torch_heap import exactly
-
-        found: dict[int, str] = {}
-        for each in exactly(GeneratorType):
-            label = self._fixtures.get(id(each.gi_code))
-            if label is not None:
-                found |= {id(each): label, id(each.gi_frame): label}
-        return found
 
     def _made_by(self, owner: str, test: str) -> Callable[[Tensor], bool]:
         def made(tensor: Tensor) -> bool:
             if not _on_card(tensor):
                 return False
             known = self._find(tensor)
-            storage = tensor.untyped_storage()
-            if known is None and (storage.data_ptr(), storage.nbytes()) in self.aside:
-                return False
             return (known.owner if known else test) == owner
 
         return made
@@ -387,7 +402,12 @@ def _verdict(
         notes.append(f"{size} held by no Python tensor or array (probably a library's workspace)")
     leaked = held + (unheld if unheld > WORKSPACES else 0)
     holders = tuple(_within(leaked, own, stacks))
-    return Verdict(leaked, holders, "; ".join(notes))
+    sure = not unheld and all(each.lives for each in made)
+    return Verdict(leaked, holders, "; ".join(notes), sure)
+
+
+def _sure(verdicts: Verdicts) -> bool:
+    return bool(verdicts) and all(each.sure for each in verdicts.values())
 
 
 def _within(

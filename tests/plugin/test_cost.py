@@ -108,3 +108,98 @@ def test_what_a_test_costs_from_the_start_to_the_end_is_little(tmp_path, process
         calls.append(int((suite / process).read_text()))
 
     assert (calls[1] - calls[0]) / 200 <= most
+
+
+LOOKS = """
+import gc, json, sys
+import pytest, torch
+
+looks = {"get_objects": 0, "get_referrers": 0, "collect": 0}
+
+def counted(name, is_full):
+    plain = getattr(gc, name)
+    def wrapper(*args, **kwargs):
+        asks = sys._getframe(1).f_globals.get("__name__", "")
+        looks[name] += asks.startswith("pytest_gpumem.") and is_full(*args, **kwargs)
+        return plain(*args, **kwargs)
+    setattr(gc, name, wrapper)
+
+counted("get_objects", lambda generation=None: generation in (None, 2))
+counted("get_referrers", lambda *_: True)
+counted("collect", lambda generation=2: generation == 2)
+
+def pytest_unconfigure():
+    with open("looks.json", "w") as file:
+        json.dump(looks, file)
+"""
+WIDE = """
+import gc
+import pytest, torch
+
+class Base:
+    @pytest.fixture(scope="class", autouse=True)
+    def kept(self):
+        yield torch.zeros(256, device="cuda")
+
+    def test_one(self, kept):
+        gc.collect(1)
+
+    def test_two(self, kept):
+        gc.collect()
+
+for number in range(20):
+    globals()[f"TestClass{number}"] = type(f"TestClass{number}", (Base,), {})
+del Base
+"""
+TRAINED = """
+import pytest, torch
+
+@pytest.fixture(scope="session")
+def model():
+    return torch.nn.Linear(64, 64, device="cuda")
+
+@pytest.fixture(scope="class", params=range(20))
+def kept(request):
+    yield torch.zeros(256, device="cuda")
+
+class TestIt:
+    def test_it(self, model, kept):
+        model.zero_grad()
+        model(torch.ones(1, 64, device="cuda")).sum().backward()
+"""
+FAILS = """
+import pytest, torch
+
+@pytest.mark.parametrize("number", range(20))
+def test_it(number):
+    value = torch.zeros(256, device="cuda")
+    assert number < 0
+"""
+LEAKS = """
+import pytest, torch
+
+KEPT = []
+
+@pytest.mark.parametrize("number", range(20))
+def test_it(number):
+    KEPT.append(torch.zeros(256, device="cuda"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("suite", "most"),
+    [
+        pytest.param(WIDE, (1, 0, 0), id="wide fixtures"),
+        pytest.param(TRAINED, (3, 0, 1), id="a model that is trained"),
+        pytest.param(FAILS, (0, 0, 0), id="failures"),
+        # One look at all for each leak, and one for each step up from it to a name.
+        pytest.param(LEAKS, (24, 44, 2), id="leaks"),
+    ],
+)
+def test_all_objects_are_looked_at_seldom(tmp_path, suite, most):
+    """``most`` are passes over all objects, questions who refers to some, and full collections."""
+    write_suite(tmp_path, conftest=LOOKS, test_it=suite)
+    run_pytest(tmp_path, *SIMULATE, "--gpumem=on")
+    looks = json.loads((tmp_path / "looks.json").read_text())
+
+    assert all(each <= limit for each, limit in zip(looks.values(), most, strict=True)), looks

@@ -131,3 +131,65 @@ def {hook}
     assert {each.nodeid: each.cards for each in run.record.tests} == {
         f"test_it.py::test_{name}": () for name in ("first", "second", "third")
     }
+
+
+# What outlives a collection of the second generation, as in a long test, is garbage that only a
+# full one finds; some of it, a function or a class, looks like a name that holds.
+OLD_GARBAGE = """
+import gc
+
+@pytest.fixture(scope="session", autouse=True)
+def only_what_is_asked_for():
+    gc.disable()
+    yield
+    gc.enable()
+
+class Ring:
+    pass
+
+def of_ring(value):
+    ring = Ring()
+    ring.itself, ring.value = ring, value
+
+def of_function(value):
+    def call():
+        return call, value
+
+def of_class(value):
+    class Kept:
+        cache = value
+
+def of_generator(value):
+    def generate(itself):
+        kept = value
+        yield itself
+    found = []
+    found.append(generate(found))
+    next(found[0])
+
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("garbage", [of_ring, of_function, of_class, of_generator])
+def test_it(garbage, number):
+    value = take(4)
+    if number % 3 == 2:
+        garbage(value)
+        gc.collect(1)
+    else:
+        KEPT.append(value)
+"""
+
+
+def test_old_garbage_is_no_leak_whether_or_not_holders_are_searched_first(run):
+    finished = run(OLD_GARBAGE)
+    assert finished.outcomes == {"passed": 24}
+
+    kept = 0
+    for each in finished.record.tests:
+        (card,) = each.cards
+        if each.nodeid.endswith(("-2]", "-5]")):
+            assert (card.leaked, card.holders) == (0, ()), each
+        else:
+            where = [holder.where for holder in card.holders]
+            assert where == [f"test_it.py: module global KEPT[{kept}]"], each
+            assert card.leaked == 4096
+            kept += 1

@@ -26,19 +26,21 @@ EVERY = settings(
 class Card:
     """Counts what tensors asked for, as an allocator does; and keeps the tensors of a suite."""
 
+    asked = 0
+    """Of all, as a ledger sees the tensors of all: garbage of others may die at any time."""
+
     def __init__(self) -> None:
-        self.asked = 0
         self.kept: list[Any] = []
         self.owners: dict[int, str | None] = {}
         """By address, as they should be told."""
 
     def count(self, thing: object, address: int, size: int) -> None:
-        self.asked += size
+        Card.asked += size
         self.owners[address] = None
         weakref.finalize(thing, self._free, address, size)
 
     def _free(self, address: int, size: int) -> None:
-        self.asked -= size
+        Card.asked -= size
         del self.owners[address]
 
     def take(self, size: int, *, leaf: bool = False) -> torch.Tensor:
@@ -87,7 +89,7 @@ def perform(act: str, number: int, card: Card, ledger: TensorLedger) -> None:
     elif act == "collect":
         gc.collect(number)
     elif act == "boundary":
-        ledger.remember(f"owner {number}", card.asked)
+        ledger.remember(f"owner {number}", lambda: Card.asked)
         for address, owner in card.owners.items():
             card.owners[address] = owner or f"owner {number}"
         told = dict(ledger.owners())
@@ -117,10 +119,10 @@ def test_a_look_at_all_objects_tells_the_same(acts, passes) -> None:
 def test_a_gradient_that_python_has_not_met_is_found_by_its_leaf(passes) -> None:
     card, ledger = Card(), TensorLedger()
     leaf = card.take(4, leaf=True)
-    ledger.remember("fixture", card.asked)
+    ledger.remember("fixture", lambda: Card.asked)
     (leaf * 2).sum().backward()
-    card.asked += leaf.untyped_storage().nbytes()
-    ledger.remember("test", card.asked)
+    Card.asked += leaf.untyped_storage().nbytes()
+    ledger.remember("test", lambda: Card.asked)
 
     assert leaf.grad is not None
     assert dict(ledger.owners())[leaf.grad.data_ptr()] == "test"
@@ -143,11 +145,11 @@ def thawed() -> Iterator[None]:
 )
 def test_what_was_out_of_sight_is_looked_for_among_all(passes, hide) -> None:
     before, card, ledger = [*gc.callbacks], Card(), TensorLedger()
-    ledger.remember("fixture", card.asked)
+    ledger.remember("fixture", lambda: Card.asked)
     tensor = card.take(4)
     hide()
     gc.callbacks[:] = before
-    ledger.remember("test", card.asked)
+    ledger.remember("test", lambda: Card.asked)
 
     assert dict(ledger.owners())[tensor.data_ptr()] == "test"
     assert len(passes) == 2
@@ -155,11 +157,11 @@ def test_what_was_out_of_sight_is_looked_for_among_all(passes, hide) -> None:
 
 def test_memory_that_no_tensor_holds_is_looked_for_once(passes) -> None:
     card, ledger = Card(), TensorLedger()
-    ledger.remember("fixture", card.asked)
-    card.asked += 512
+    ledger.remember("fixture", lambda: Card.asked)
+    Card.asked += 512
     for owner in "abc":
         card.kept.append(card.take(4))
-        ledger.remember(owner, card.asked)
+        ledger.remember(owner, lambda: Card.asked)
 
     assert len(passes) == 2
 
