@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_gpumem.devices.allocator import Allocator, allocators, register
+    from pytest_gpumem.devices.allocator import Allocator, allocators, any_loaded, register
     from pytest_gpumem.devices.cards import (
         CardsFound,
         cards_to_choose,
@@ -52,6 +52,7 @@ __all__ = [
     "Usage",
     "allocation_stacks",
     "allocators",
+    "any_loaded",
     "cards_to_choose",
     "driver_reading",
     "find_cards",
@@ -75,7 +76,7 @@ __all__ = [
 
 _HOMES = {
     "cards": ("CardsFound", "cards_to_choose", "driver_reading", "find_cards"),
-    "allocator": ("Allocator", "allocators", "register"),
+    "allocator": ("Allocator", "allocators", "any_loaded", "register"),
     "frameworks": ("living_arrays",),
     "frameworks.base": ("Array",),
     "nvml": ("DriverReading",),

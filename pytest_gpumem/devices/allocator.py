@@ -176,21 +176,29 @@ def register(allocator: Allocator) -> None:
     _registered.append(allocator)
 
 
+def any_loaded() -> bool:
+    """Return whether a framework is loaded by which this process may come to use a card."""
+    if "torch" in sys.modules or len(_registered) > _OF_TORCH:
+        return True
+    return len(sys.modules) != _alone and _others_loaded()
+
+
+def _others_loaded() -> bool:
+    """Return whether one is loaded beside torch and those that were registered."""
+    global _alone  # noqa: PLW0603  # an attribute would take twice as long
+    found = not sys.modules.keys().isdisjoint(frameworks.MODULES)
+    _alone = -1 if found else len(sys.modules)
+    return found
+
+
 def allocators() -> tuple[Allocator, ...]:
     """Return the allocators whose framework is loaded and has initialised its devices."""
-    global _alone  # noqa: PLW0603  # an attribute would take twice as long
-    # Several times a test, and many a suite does not load any of them.
-    if len(sys.modules) == _alone:
-        if "torch" not in sys.modules and len(_registered) == _OF_TORCH:
-            return ()
-        every = _registered
-    elif sys.modules.keys().isdisjoint(frameworks.MODULES):
-        _alone = len(sys.modules)
-        every = _registered
-    else:
+    every = _registered
+    # Several times a test, and many a suite does not load any other.
+    if len(sys.modules) != _alone and _others_loaded():
         every = [*_registered, *frameworks.loaded()]
-    cuda, *rest = every
+    cuda, accelerator, *others = every
     # torch has one kind of accelerator at a time, and CUDA is the one that is asked for fastest.
     if cuda.active():
-        return (cuda, *[each for each in rest[1:] if each.active()])
-    return tuple([each for each in rest if each.active()])
+        return (cuda, *[each for each in others if each.active()]) if others else (cuda,)
+    return tuple([each for each in (accelerator, *others) if each.active()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -32,18 +33,19 @@ class Watched:
     def __init__(self, manager: pytest.PytestPluginManager) -> None:
         self._manager = manager
         self._directory: Path | None = None
-        self._look_at = 0.0
+        self.due = 0.0
+        """When to look again, by the monotonic clock."""
         with suppress(LeaseError):  # whoever takes leases says so
             self._directory = run_directory()
 
     def look(self, nodeid: str) -> None:
         """Look for a monitor, and let it know of the test."""
-        now = clock.monotonic()
-        if now < self._look_at or self._directory is None:
+        if self._directory is None:
+            self.due = math.inf
             return
         telling: Telling | None = self._manager.get_plugin(Telling.NAME)
         if not is_watched(self._directory):
-            self._look_at = now + _EVERY
+            self.due = clock.monotonic() + _EVERY
             if telling is not None:
                 telling.end()
             return

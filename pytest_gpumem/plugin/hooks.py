@@ -370,7 +370,8 @@ def _read_mark(item: pytest.Item, mark: pytest.Mark) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """End the routing of a test, and consolidate when needed, after its own teardown."""
-    route.test_ended(item)
+    if route.MANAGER in sys.modules:
+        route.test_ended(item)
     if registered() is not None and item.config.stash[STATE].settings.mode == "on":
         consolidate.consolidate_if_needed(item)
 
@@ -388,5 +389,8 @@ def gpumem(request: pytest.FixtureRequest) -> GpuMemory:
     from pytest_gpumem.plugin.measure import Measuring
     from pytest_gpumem.tracking.memory import GpuMemory
 
-    measuring = request.config.pluginmanager.get_plugin(Measuring.NAME)
-    return GpuMemory(measuring.tracker if measuring is not None else None)
+    measuring: Measuring | None = request.config.pluginmanager.get_plugin(Measuring.NAME)
+    if measuring is None:
+        return GpuMemory(None)
+    measuring.attend()
+    return GpuMemory(measuring.tracker)

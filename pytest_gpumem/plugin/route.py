@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pytest_gpumem.records import Route
     from pytest_gpumem.routing.model_pool import ModelPool
 
-_MANAGER = "pytest_gpumem.routing.resource_manager"
+MANAGER = "pytest_gpumem.routing.resource_manager"
+"""The module that is loaded once anything is routed."""
 _BEFORE = pytest.StashKey[tuple[int, thresholds.Thresholds]]()
 """What was in force before this run."""
 _pool: list[ModelPool] = []
@@ -79,18 +80,17 @@ def unconfigure(config: pytest.Config) -> None:
 
 def tests_begin() -> None:
     """Lay what was routed while tests were collected at no test's door."""
-    if _MANAGER in sys.modules:
-        sys.modules[_MANAGER].shared.take_routes()
+    if MANAGER in sys.modules:
+        sys.modules[MANAGER].shared.take_routes()
 
 
 def test_ended(item: pytest.Item) -> None:
-    """Take note of where the test's tasks went, and end what was set aside for them."""
-    if _MANAGER in sys.modules:
-        shared = sys.modules[_MANAGER].shared
-        shared.give_back()
-        routes = shared.take_routes()
-        if routes or item.user_properties:  # which may be of an earlier attempt
-            _tell(item, routes)
+    """Take note of where the tasks of a test went, and end what was set aside for them."""
+    shared = sys.modules[MANAGER].shared
+    shared.give_back()
+    routes = shared.take_routes()
+    if routes or item.user_properties:  # which may be of an earlier attempt
+        _tell(item, routes)
 
 
 def _tell(item: pytest.Item, routes: Sequence[Route]) -> None:
@@ -113,7 +113,7 @@ def may_fall_back(item: pytest.Item, *, routed: bool = False) -> bool:
     need = marks_of(item).need
     if need is not None and need.fallback == "cpu":
         return True
-    manager = sys.modules.get(_MANAGER)
+    manager = sys.modules.get(MANAGER)
     routed = routed or (manager is not None and bool(manager.shared.routes))
     strict = need is not None and "gpu_device" in getattr(item, "fixturenames", ())
     return routed and not strict

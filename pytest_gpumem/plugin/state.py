@@ -97,7 +97,8 @@ class ItemMarks:
     off: bool = False
 
 
-_NO_MARKS = ItemMarks()
+NO_MARKS = ItemMarks()
+"""Of most tests."""
 
 
 def stashed(item: pytest.Item, key: pytest.StashKey[T]) -> T | None:
@@ -114,7 +115,7 @@ def marks_of(item: pytest.Item) -> ItemMarks:
     """Return what the marks of a test mean."""
     if ITEM_MARKS in item.stash:
         return item.stash[ITEM_MARKS]
-    return _NO_MARKS
+    return NO_MARKS
 
 
 def is_isolated(item: pytest.Item, which: str) -> bool:

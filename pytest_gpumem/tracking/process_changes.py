@@ -28,14 +28,17 @@ class ProcessChanges:
         self._before: dict[str, object] = {}
         """What the running test changed, and the value before its first change."""
 
-    def look(self, *, by_test: bool) -> None:
-        """Charge what changed since the last look to the test, or to nobody."""
+    def look(self, *, by_test: bool) -> bool:
+        """Charge what changed since the last look to the test, or to nobody.
+
+        Returns whether the running test has changed anything.
+        """
         variables, last = process_state.variables(), self._last
         if last is not None and last[0] == variables and "torch" not in sys.modules:
-            return  # as in most tests
+            return bool(self._before)  # as in most tests
         now = process_state.read(variables, fractions=self._fractions)
         if now == last:
-            return
+            return bool(self._before)
         self._last = now
         changed = () if last is None else process_state.changes(last, now).items()
         for what, (old, _) in changed:
@@ -43,6 +46,7 @@ class ProcessChanges:
                 self._before.setdefault(what, old)
             else:
                 self._before.pop(what, None)
+        return bool(self._before)
 
     def settle(self) -> tuple[Left, ...]:
         """Return what the test that ends changed and left, put back where that is wanted."""

@@ -8,7 +8,6 @@ to the owner that was running, see ``turns``.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +21,9 @@ from pytest_gpumem.tracking.accounts import (
     asked_for,
     card_usages,
     fixture_usages,
-    held,
 )
 from pytest_gpumem.tracking.meter import Meters, ReleaseCache
+from pytest_gpumem.tracking.passed_by import PassedBy
 from pytest_gpumem.tracking.process_changes import ProcessChanges
 from pytest_gpumem.tracking.recordings import Recordings
 from pytest_gpumem.tracking.scopes import Scopes
@@ -32,6 +31,8 @@ from pytest_gpumem.tracking.turns import Turns
 from pytest_gpumem.tracking.verdict import TensorLedger, Verdicts
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from pytest_gpumem.records import CardUsage, ChildUsage
     from pytest_gpumem.tracking.children import Children
 
@@ -61,6 +62,7 @@ class Tracker:
         self.boundary = self.meters.boundary
         self._tensors = TensorLedger(root)
         self._left = left or ProcessChanges()
+        self.passed_by = PassedBy(self._left)
         self.children: Children | None = None
         """What tests start; whoever has a place for their book gives it before the first test."""
         known = self._turns, self.meters, self._tensors
@@ -68,15 +70,8 @@ class Tracker:
         self.scopes = Scopes(*known, self._end_teardowns, self._remember)
 
     def standing(self) -> dict[str, Counter[str]]:
-        """Return the bytes that wider fixtures hold which are set up, by card and identity."""
-        sizes: dict[str, Counter[str]] = {}
-        for fixture in self._turns.wide:
-            found = Counter({uuid: held((fixture,), uuid) for uuid in fixture.after_set_up})
-            if self.children is not None:
-                found.update(self.children.held_by((fixture,)))
-            for uuid, size in (+found).items():
-                sizes.setdefault(uuid, Counter())[fixture.identity] += size
-        return sizes
+        """Return what wider fixtures that are set up hold, by card and identity."""
+        return self._turns.held(self.children)
 
     def kept_since(self) -> int:
         """Return what stays the same while this process keeps what it keeps; -1: unknown."""
@@ -85,8 +80,6 @@ class Tracker:
     def child_oom(self) -> str:
         """Return in one sentence which child of the running test ran out of memory, or ""."""
         return "" if self.children is None else self.children.oom()
-
-    # Boundaries
 
     def _look(self) -> None:
         """Charge what is set for the process to who was running."""
@@ -118,10 +111,12 @@ class Tracker:
         """Start measuring the test ``nodeid``; its fixtures are not set up yet.
 
         ``at_once`` says that nobody ran since the last one ended: what was read then still holds.
+        Of one that was passed by till now, all is its own that happened since it began.
         """
-        if not at_once:
-            self.boundary()
-            self._left.look(by_test=False)
+        if self.passed_by.number < 0:
+            if not at_once:
+                self.boundary()
+            self.passed_by.begin(nodeid, self.children, at_once=at_once)
         if not self.meters.in_use and "torch" in sys.modules:
             # Before the card is in use: the first test that uses it may reset its peak as well.
             self.meters.watch_peaks()
@@ -129,8 +124,7 @@ class Tracker:
         if self.meters.in_use and self._unaccounted:
             self._remember()
         test = self._turns.begin_test(nodeid, self.meters if self.meters.in_use else ())
-        if self.children is not None:
-            test.number = self.children.enter(nodeid)
+        test.number, self.passed_by.number = self.passed_by.number, -1
         if self.recordings.wanted:
             self.recordings.begin(nodeid)
 
@@ -185,7 +179,7 @@ class Tracker:
             return NOTHING_USED
         self.boundary()
         here, used = self.children, NOTHING_USED
-        stirred = here is not None and here.stirred()
+        stirred = self.passed_by.stirred or (here is not None and here.stirred())
         engines = here is not None and here.known
         # As after most tests nothing is to be judged.
         moved = self.meters.changed + self._tensors.freed
@@ -260,9 +254,15 @@ class Tracker:
 
     # Fixtures
 
-    def begin_fixture(self, name: str, scope: str, identity: str = "") -> Fixture:
-        """Start charging a fixture's set-up to it; fixtures may nest."""
-        self._end_teardowns()
+    def begin_fixture(
+        self, name: str, scope: str, identity: str = "", *, late: bool = False
+    ) -> Fixture:
+        """Start charging a fixture's set-up to it; fixtures may nest.
+
+        ``late`` says that it began before: what happened since the last boundary is its own.
+        """
+        if not late:
+            self._end_teardowns()
         fixture = Fixture(name, scope, identity)
         if fixture.wide:
             self._remember()

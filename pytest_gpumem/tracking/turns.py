@@ -7,15 +7,16 @@ fixture holds is not.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.tracking.accounts import Fixture, Owner, Scope, Test
+from pytest_gpumem.tracking.accounts import Fixture, Owner, Scope, Test, held
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Iterable
 
     from pytest_gpumem.devices import AllocatorReading
+    from pytest_gpumem.tracking.children import Children
     from pytest_gpumem.tracking.meter import Meter
 
 
@@ -69,6 +70,17 @@ class Turns:
             for scope in self.scopes:
                 if not scope.outlives(fixture):  # it was credited with what is not its own
                     scope.account(uuid).delta += late
+
+    def held(self, children: Children | None) -> dict[str, Counter[str]]:
+        """Return what wider fixtures that are set up hold, by card and identity."""
+        sizes: dict[str, Counter[str]] = {}
+        for fixture in self.wide:
+            found = Counter({uuid: held((fixture,), uuid) for uuid in fixture.after_set_up})
+            if children is not None:
+                found.update(children.held_by((fixture,)))
+            for uuid, size in (+found).items():
+                sizes.setdefault(uuid, Counter())[fixture.identity] += size
+        return sizes
 
     @property
     def number(self) -> int:

@@ -53,9 +53,9 @@ torch.ones(1, device="cuda")
 @pytest.mark.parametrize(
     ("process", "most", "conftest", "args"),
     [
-        pytest.param("main", 58, COUNTING, (), id="one process"),
+        pytest.param("main", 49, COUNTING, (), id="one process"),
         pytest.param("main", 84, COUNTING + WITH_TORCH, (), id="torch has a card"),
-        pytest.param("gw0", 68, COUNTING, ("-n1",), id="a worker"),
+        pytest.param("gw0", 54, COUNTING, ("-n1",), id="a worker"),
         pytest.param("main", 34, COUNTING, ("-n1",), id="the controller"),
     ],
 )
