@@ -173,7 +173,8 @@ class TensorLedger:
     def owners(self) -> Iterator[tuple[int, str]]:
         """Yield address and owner of what is known to live; "" of what was only set aside."""
         yield from ((address, "") for address, _ in self.aside)
-        yield from ((at, known.owner) for at, known in [*self._known.items()])
+        # To list the pairs would make tuples, at each of which garbage may be collected and die.
+        yield from ((at, known.owner) for at, known in self._known.copy().items())
 
     def set_aside(self) -> None:
         """Lay what is there now, or takes its place, at no later test's door.

@@ -189,3 +189,20 @@ def test_nobody_watches_for_a_ledger_that_is_gone() -> None:
     assert len(gc.callbacks) == len(before) + 1
     del found
     assert gc.callbacks == before
+
+
+def test_tensors_may_die_while_their_owners_are_told(passes):
+    """As they do where a collection begins in the middle of it."""
+    card, ledger = Card(), TensorLedger()
+    for _ in range(1000):
+        cycle: list[Any] = [card.take(1)]
+        cycle.append(cycle)
+    ledger.remember("test", lambda: Card.asked)
+    del cycle
+    before = gc.get_threshold()
+    gc.set_threshold(500)
+    try:
+        told = sum(owner == "test" for _, owner in ledger.owners())
+    finally:
+        gc.set_threshold(*before)
+    assert told > 0
