@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pytest_gpumem.forensics import grammars, lines, messages, spoken, unforeseen
+from pytest_gpumem.forensics import grammars, lines, messages, prose, spoken, unforeseen
 from pytest_gpumem.forensics.cursor import FILE
+from pytest_gpumem.forensics.grammars.cuda import STICKY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,10 +20,15 @@ _SAID = 80
 """How far into a line a program says what it does next; further on are advice and paths."""
 _SIZE = re.compile(r"\d\.? ?(?:[KMG]i?B|bytes)\b")
 _PROGRAM = re.compile(
-    rf"{_SIZE.pattern}|(?:Error|Exception|\b(?i:error|fatal)|\.\w{{1,4}}:\d+): |\bsignal \d"
+    rf"{_SIZE.pattern}|(?:Error|Exception|Exhausted|\b(?i:error|fatal|panic|failed|exhausted)"
+    r"|\.\w{1,4}:\d+) ?: |\bsignal \d|\bat line \d"
 )
 """What a page's title has if it is what a program said."""
-_SHOWN = re.compile(r"[A-Za-z] ?: ?`([^`]*)`$")
+_SHOWN = re.compile(
+    r"[A-Za-z] ?[:\uff1a] ?`([^`]*)`$"
+    r"|\b(?i:errors?|exception|message|following|output|log|says|this) ?[:\uff1a] ?[\"']?"
+    r"([\w.]*(?:Error|Exception): .*)$"
+)
 ERROR_LINE = re.compile(r"E {2,}(.*)")
 # An error whose words are on the next line, or were cut by a width.
 _UNENDED = re.compile(
@@ -60,10 +66,16 @@ def traced(at: Cursor, line: Line) -> bool:
 def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
     """Parse a message, with the lines that it was wrapped onto; others may say whose it is."""
     found = _read(at, line, body.strip(), raised=raised)
-    if found is None or found.kind != "unsaid":
+    if found is None or found.foreseen:
         return found
-    around = (*preceding(line, _ABOVE, at.carrier), *following(line, _BELOW, at.carrier))
+    above = tuple(preceding(line, _ABOVE, at.carrier))
     said = unforeseen.ERRNO.search(found.text) is not None
+    if not said and any(STICKY.search(text.body) for text in above):
+        # A card that is broken refuses whatever it is asked for.
+        return None
+    if found.kind != "unsaid":
+        return found
+    around = (*above, *following(line, _BELOW, at.carrier))
     card = not said and any(unforeseen.whose(text.body) == "card" for text in around)
     return found._replace(backend="unknown" if card else "host")
 
@@ -75,8 +87,11 @@ def pasted(at: Cursor, line: Line, body: str) -> str:
     code from a colon to the end of a line.
     """
     if not body.startswith("# "):
-        shown = _SHOWN.search(body) if body.endswith("`") else None
-        return shown[1] if shown is not None and _PROGRAM.search(shown[1]) else body
+        shown = _SHOWN.search(body)
+        if shown is None or prose.supposes(body[: shown.start()]):
+            return body
+        said = shown[1] or shown[2]
+        return said if _PROGRAM.search(said) else body
     below = next(following(line, 1, at.carrier), None)
     if below is None or below.body.strip():
         return body

@@ -8,7 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import causes
-from pytest_gpumem.forensics.runs import FAILING, STICKY
+from pytest_gpumem.forensics.grammars.cuda import STICKY
+from pytest_gpumem.forensics.runs import FAILING
 from pytest_gpumem.records.findings import GpuProcess, OomEvent
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Draft:
     last: int = 0
     """The last line that tells of it."""
     pids: set[int] = field(default_factory=set)
+    once: str = ""
+    """The last line of its kill that is printed once for each process."""
     sticky: bool = False
     """Whether it may be the echo of an earlier error of its worker: it has no figures."""
 
@@ -269,7 +272,7 @@ def _fuller(one: Message | None, two: Message) -> Message:
 def _kills(path: str, number: int, run: Run) -> list[Draft]:
     """Return the processes that the host killed; several lines tell of each."""
     killed: list[Draft] = []
-    for line, message, pid in run.kills:
+    for line, message, pid, once in run.kills:
         last = killed[-1] if killed else None
         if (
             last is None
@@ -277,11 +280,13 @@ def _kills(path: str, number: int, run: Run) -> list[Draft]:
             or (pid and last.pids and pid not in last.pids)
             or (message is None and last.message is None and line - last.last > _NEAR)
             or (not pid and _asked_otherwise(last.message, message))
+            or (once and last.once and once != last.once)
         ):
             last = Draft(path, number, run, line, confirmed=False, killed=True)
             killed.append(last)
         last.last = line
         last.pids |= {pid} if pid else set()
+        last.once = once or last.once
         if message is not None:
             last.confirmed = True
             last.message = _fuller(last.message, message)

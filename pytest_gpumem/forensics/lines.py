@@ -86,7 +86,8 @@ _UNFORESEEN = rb"(?i:" + rb"|".join(
         rb"(?:fail\w* to|unable to|could not|couldn't|cannot|can't) (?:reserve|map|commit|grow) ",
         rb"(?:" + _ALLOCATE + rb"|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{0,60}"
         rb" (?:fail|refused|denied|rejected)",
-        rb"allocation(?:_fail| error)|\boom (?:on|while|during) ",
+        rb"[\w.]oom: |oom(?:error|exception): |\boom (?:on|while|during) ",
+        rb"allocation(?:_fail| error)",
         rb"us(?:ing|ed) (?:up )?all (?:\w+ ){0,3}(?:memory|v?ram)",
         rb" more (?:\w+ ){0,3}(?:memory|vram)|exceed\w* (?:\w+[ _]){0,4}(?:memory|vram)",
     )

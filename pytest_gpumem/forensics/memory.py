@@ -17,7 +17,7 @@ from pytest_gpumem.forensics.continuation import (
     traced,
 )
 from pytest_gpumem.forensics.cursor import BEGUN
-from pytest_gpumem.forensics.grammars.host import PROBABLE_KILL, SHELL_KILL
+from pytest_gpumem.forensics.grammars.host import KILL_ONCE, PROBABLE_KILL, SHELL_KILL
 from pytest_gpumem.forensics.quotation import advised, coded, commented, listed, wrapped
 from pytest_gpumem.forensics.runs import Kill, Seen
 from pytest_gpumem.forensics.signatures import signature, subject
@@ -147,7 +147,7 @@ def note_loose(
     if found.figures < spoken.TELLING and (sentence or advised(at, line)):
         return True
     if found.kind == "kill":
-        at.run.kills.append(Kill(line.number, found, found.pid))
+        at.run.kills.append(Kill(line.number, found, found.pid, _once(body)))
         return True
     if level in _SURVIVED and (_QUALIFIED.match(body) or traced(at, line)):
         # The last line of a traceback is an error, at whatever level a carrier logs it.
@@ -181,8 +181,12 @@ def note_kill(at: Cursor, line: Line, body: str) -> bool:
         return False
     found = _PID.search(body)
     pid = match.groupdict().get("pid") or (found[1] if found else None)
-    at.run.kills.append(Kill(line.number, None, int(pid) if pid else None))
+    at.run.kills.append(Kill(line.number, None, int(pid) if pid else None, _once(body)))
     return True
+
+
+def _once(body: str) -> str:
+    return body.strip() if KILL_ONCE.search(body) else ""
 
 
 def _of_another(at: Cursor, line: Line) -> bool:

@@ -17,6 +17,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import grammars, prose, spoken, unforeseen
+from pytest_gpumem.forensics.grammars.cuda import STICKY
 from pytest_gpumem.forensics.grammars.language import compile_figures, size
 from pytest_gpumem.records.findings import GpuProcess
 
@@ -29,9 +30,17 @@ _CLASS = re.compile(
     r"(?: ?\([^()]{1,60}\))?: ?"
 )
 _OOM_CLASS = re.compile(
-    r"(?<![\w.])(?P<module>(?:[A-Za-z_]\w{0,80}(?:\.|::)){0,12})OutOfMemoryError\b(?![.(]\w)"
+    r"(?<![\w.])(?P<module>(?:[A-Za-z_]\w{0,80}(?:\.|::)){0,12})"
+    r"(?P<name>OutOfMemoryError\b(?![.(]\w)"
+    r"|\w{0,40}(?:OutOf[A-Z]?\w{0,12}Memory|OOM)(?:Error|Exception)?(?=: )"
+    r"|(?:_?Array|[A-Z]\w{0,12})?MemoryError(?=: )(?!: std::bad_alloc: CUDA error))"
 )
-_CALL = re.compile(r"\w\([^()\"']*$|\bis(?:instance|subclass)\(|\bfunction [\"']$")
+_BUILTIN = {"MemoryError": "host"}
+"""Python's own, and whose memory it is about."""
+_OF_CLASS = re.compile(r"OutOf|OOM|MemoryError: ")
+_CALL = re.compile(
+    r"\w(?<!Error)(?<!Exception)\([^()\"']*$|\bis(?:instance|subclass)\(|\bfunction [\"']$"
+)
 """A name among the arguments of a call, or of a function, is code."""
 _SEPARATED = re.compile(r"(?:^|[:=>|\]})\"'`(,.;!*-]|\\n)\s*$")
 _CELL = re.compile(r"\s*\|")
@@ -46,8 +55,8 @@ _SHAPE = re.compile(
     r"shape ?(?:\[([\d,]{1,200})\]|((?:dim ?\{ ?size: \d{1,12} ?\} ?){1,16}))(?: and type (\w+))?"
 )
 _ASKED = compile_figures(
-    r"(?i:alloc(?:at(?:e|ing))?|allocation of|(?:buffer|block) of|requested:?|(?:of )?size:?) "
-    r"(?:size |of )?<tried>"
+    r"(?i:alloc(?:at(?:e|ing))?|allocation of|(?:buffer|block) of|requested:?"
+    r"|(?<!allowed memory )size:?) (?:size |of )?<tried>"
 )
 """How an allocation's size stands in words that no grammar foresaw."""
 _DTYPES = {
@@ -116,9 +125,11 @@ def parse(text: str, *, raised: bool = False) -> Message | None:
 
     """
     text = _BLANKS.sub(" ", text)
+    if STICKY.search(text):
+        return None
     for grammar in grammars.speaking(text):
         match = grammar.head.search(text)
-        if match is None or "cudaErrorIllegal" in text:
+        if match is None:
             continue
         found = _stated(_message(grammar, text, match))
         told = spoken.reports(text, match.span(), found.kind, found.figures, raised=raised)
@@ -149,20 +160,28 @@ def _named(head: str, words: str, tail: str) -> bool:
 
 
 def _by_class(text: str, *, raised: bool) -> Message | None:
-    """Recognise the exception's name where the message is cut off or missing."""
-    match = _OOM_CLASS.search(text) if "OutOfMemoryError" in text else None
+    """Recognise the exception's name where the message is cut off, missing or in nobody's words."""
+    match = _OOM_CLASS.search(text) if _OF_CLASS.search(text) else None
     if match is None:
         return None
-    backend = _PACKAGES.get(re.split(r"\.|::", match["module"])[0])
-    grammar = next((each for each in grammars.GRAMMARS if each.backend == backend), None)
     head, tail = text[: match.start()], text[match.end() : match.end() + 1]
-    if grammar is None or not _SEPARATED.search(head) or tail.isalnum() or _CALL.search(head):
+    if not _SEPARATED.search(head) or tail.isalnum() or _CALL.search(head):
         return None
     if unforeseen.DEFINED.match(text, match.end()) or _CELL.match(text, match.end()):
         return None
-    found = _message(grammar, text, match)._replace(named=True)
-    span = match.span()
-    return found if spoken.reports(text, span, "error", found.figures, raised=raised) else None
+    package = re.split(r"\.|::", match["module"])[0]
+    backend = _PACKAGES.get(package) if match["name"] == "OutOfMemoryError" else None
+    grammar = next((each for each in grammars.GRAMMARS if each.backend == backend), None)
+    if grammar is not None:
+        found = _message(grammar, text, match)._replace(named=True)
+    elif said := _unforeseen(text, raised=raised):
+        return said
+    else:
+        asked = _ASKED.search(text, match.end())
+        memory = _BUILTIN.get(match[0]) or unforeseen.whose(match[0]) or unforeseen.whose(text)
+        found = _in_own_words(text, match.start(), memory, asked["tried"] if asked else "")
+    told = spoken.reports(text, match.span(), "error", found.figures, raised=raised)
+    return found if told else None
 
 
 def _cut_short(text: str) -> Message | None:
@@ -196,25 +215,30 @@ def _unforeseen(text: str, *, raised: bool) -> Message | None:
     found = unforeseen.find(text)
     if found is None:
         return None
-    tried = size(found.tried)
     span = found.start, found.end
     if not spoken.reports(text, span, "error", 0, raised=raised):
         return None
     if not unforeseen.stated(text, found):
         return None
+    return _in_own_words(text, found.start, found.memory, found.tried)
+
+
+def _in_own_words(text: str, start: int, memory: str, asked: str) -> Message:
+    """Return what a text says that no grammar has, of whose memory as far as it is told."""
+    tried = size(asked)
     return Message(
-        backend="host" if found.memory == "host" else "unknown",
-        kind="unforeseen" if found.memory else "unsaid",
+        backend="host" if memory == "host" else "unknown",
+        kind="unforeseen" if memory else "unsaid",
         limit=False,
         named=True,
         sizes={} if tried is None else {"tried": tried},
-        printed={} if tried is None else {"tried": found.tried},
+        printed={} if tried is None else {"tried": asked},
         device=None,
         processes=(),
         pid=None,
         whole=False,
         text=text,
-        start=found.start,
+        start=start,
     )
 
 

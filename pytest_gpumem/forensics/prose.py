@@ -47,9 +47,13 @@ EXPLAINED = re.compile(
     r"[^,.;:]{0,12}? (?:\w+ )?(?:means|indicates)\b|.{0,16}?[,(] ?which (?:is|means?|usually|often"
     r"|indicates?|typically)\b"
 )
+_SUPPOSED = re.compile(
+    r"(?i)\b(?:if|when(?:ever)?|may|might|can|could|would|should|avoid|prevent|fix(?:es)?|like"
+    r"|such as|e\.g|how|why|examples?|typical(?:ly)?|common)\b"
+)
 _TOLD_OF = re.compile(
     r" (?:was|were|is|are|has been|can be|may be) (?:raised|thrown|caused|seen|returned|reported"
-    r"|fixed|avoided|handled)\b"
+    r"|printed|shown|displayed|fixed|avoided|handled)\b"
 )
 _MENTIONED = re.compile(
     r"[A-Za-z]{2,}, $|\b(?i:shows?|showed|showing|says?|said|saying|reads|gets?|got|getting|sees?"
@@ -76,18 +80,22 @@ _PERSON = re.compile(
 )
 """What no program says beside an error."""
 _RECORD = re.compile(r"\[?(?:ERROR|FATAL|CRITICAL)\b\]?:? ")
-_SEVERAL = re.compile(r"(?i)\b(?:errors|exceptions|failures)\b[^:]*$")
+_SEVERAL = re.compile(r"(?i)(?<![.\w])(?:errors|exceptions|failures|messages)\b(?!\.\w)[^:]*$")
 """A program tells of one error at a time."""
 _AMONG = re.compile(r"[ a-z]{0,20}(?:, (?:and|or|nor) |\) )[a-z]")
 """What follows one of several things that a sentence lists, where a comma stands before it."""
+_MEASURED = re.compile(
+    r"(?:\d{6,} +bytes\b|\d\.\d\d ?[MG]iB\b).{1,60}?(?:\d{6,} +bytes\b|\d [MG]iB\b)"
+)
+"""Two sizes as exact as a program prints them."""
 _THEN = re.compile(r", (?:the|an?|it|this|that|these|they|we|so|then|which|but) [a-z]")
 """How a sentence goes on that has begun with what may happen."""
 _WIDTH = 40
 _UNFINISHED = re.compile(r"(?:[\"'(]?\b[A-Za-z'-]+[\"'),.]{0,2} ){2}[\"']?[A-Za-z'-]+,?$")
 """How a line of prose ends within a sentence: words, and no end of it."""
-_PLACED = re.compile(r"[`\"']?[\w./\\-]+\.\w{1,4}:\d+: ")
-"""Where in a program it was, before what it says: no sentence goes on so."""
-_CLOSED = re.compile(r"[*_`]{0,2}[\"\u201d] ?,? ?[a-z]")
+_PLACED = re.compile(r"[`\"']?[\w./\\-]+\.\w{1,4}:\d+: |\w+: ")
+"""Where in a program it was, or who speaks, before what it says: no sentence goes on so."""
+_CLOSED = re.compile(r"[.!]?[*_`]{0,2}[\"\u201d] ?,? ?[a-z]")
 """What ends a quotation within a sentence."""
 _MARKUP = re.compile(r"</?[a-z]{1,6}>")
 _SUBJECT = 3
@@ -113,12 +121,19 @@ def runs_on(above: str, body: str) -> bool:
     )
 
 
+def supposes(head: str) -> bool:
+    """Tell whether a sentence begins as one of what may happen, rather than of what has."""
+    return _SUPPOSED.search(head) is not None
+
+
 def told(head: str, tail: str, figures: int) -> bool:
     """Tell whether somebody's own sentence goes on about the words.
 
     A program that says whose error it is may go on, too.
     """
     said = _CLASS.sub("", head)
+    if said != head:
+        said = said.rstrip(": ")
     if _PROSE_HEAD.search(_ASIDE.sub("", said)) or quoted(head, tail, figures):
         return True
     if head.endswith("... ") and tail.startswith(" ..."):
@@ -126,7 +141,8 @@ def told(head: str, tail: str, figures: int) -> bool:
     if not figures and _TOLD_OF.match(tail):
         return True
     # A program's own record of an error may guess, too.
-    if not _RECORD.match(head) and (_PERSON.search(head) or _PERSON.search(tail[:_CLOSE])):
+    said = "" if tail.startswith(": ") else tail[:_CLOSE]
+    if not _RECORD.match(head) and (_PERSON.search(head) or _PERSON.search(said)):
         return True
     return not figures and not _STATED.search(head) and bool(_PROSE_TAIL.match(tail[:_CLOSE]))
 
@@ -138,7 +154,8 @@ def quoted(head: str, tail: str, figures: int) -> bool:
     """
     head, tail = head.replace("``", "`"), tail.replace("``", "`")
     said, mark, _ = head.rpartition('"')
-    if mark and head.count('"') % 2 and _MENTIONED.search(said):
+    goes_on = tail.partition('"')[2]
+    if mark and head.count('"') % 2 and (_MENTIONED.search(said) or _TOLD_OF.match(goes_on)):
         return True
     if _ITALIC.match(f"{head}\0{tail[:_CLOSE]}"):
         return True
@@ -165,7 +182,7 @@ def within(head: str, tail: str) -> bool:
         return True
     if _SEVERAL.search(head):
         return True
-    if ERROR.search(head):
+    if ERROR.search(head) or _MEASURED.search(tail[:_CLOSE]):
         return False
     if last is not None or _THEN.match(tail):
         return True

@@ -38,6 +38,7 @@ _LIKE = re.compile(
     r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this"
     r"| the following)?|such as"
     r"|similar to)\W*$|^if\b(?!.*\b(?-i:I)\b).*:$"
+    r"|^(?:if|when) you (?:see|get|encounter|receive|face)\b"
 )
 _REMEDY = re.compile(
     r"(?i)[^\w\s]{0,6} ?(?:(?:quick|possible|common|likely|root) )?(?:solutions?|soluci[oó]n(?:es)?"
@@ -102,9 +103,13 @@ def coded(at: Cursor, line: Line, body: str, head: str) -> bool:
 
     """
     if _CHANGED.match(body):
-        return any(_HUNK.match(text.body) for text in preceding(line, _LIST, at.carrier))
-    marks = any(head.count(mark) % 2 for mark in "\"'`")
-    if not (marks or _COMMENTED.match(head) or _NAME.fullmatch(body)):
+        if any(_HUNK.match(text.body) for text in preceding(line, _LIST, at.carrier)):
+            return True
+        sides = preceding(line, _AROUND, at.carrier), following(line, _AROUND, at.carrier)
+        marks = [text.body[:1] for side in sides for text in side if text.body]
+        return len(marks) >= _ENOUGH and set(marks) == {body[0]}
+    quoted = any(head.count(mark) % 2 for mark in "\"'`")
+    if not (quoted or _COMMENTED.match(head) or _NAME.fullmatch(body)):
         return False
     sides = preceding(line, _AROUND, at.carrier), following(line, _AROUND, at.carrier)
     around = (text.body for side in sides for text in side)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,11 +12,6 @@ if TYPE_CHECKING:
 FAILING = ("FAILED", "ERROR")
 SUBTESTS = {"SUBFAIL": "FAILED", "SUBFAILED": "FAILED"}
 """What a failing subtest makes of its test."""
-STICKY = re.compile(
-    r"illegal memory access|device-side assert|unspecified launch failure|misaligned address"
-    r"|cudaErrorIllegalAddress|uncorrectable ECC|CUDA_ERROR_ILLEGAL_ADDRESS"
-)
-"""Errors after which a process's card answers nothing else."""
 WORDS = {
     "PASSED": "passed",
     "FAILED": "failed",
@@ -44,6 +38,8 @@ class Kill(NamedTuple):
     line: int
     message: Message | None
     pid: int | None
+    once: str = ""
+    """The line, where it is one that is printed once for each process."""
 
 
 class Summary(NamedTuple):

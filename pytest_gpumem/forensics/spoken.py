@@ -94,6 +94,8 @@ _OPEN = re.compile(
     r"\[\.\.\.\]|=<[a-z-]{1,14}>|/<[a-z-]{1,14}>|=\.{3},|,\.{3},|\{\{|^\s*--[a-z][\w-]*[ =,]"
 )
 """What a writer leaves open, or out, in a line that he shows."""
+_BLANK = re.compile(r"\b(?:[XN]{1,3}(?:\.[XY]{1,2})?|\.{3}) ?(?:[KMG]i?B|bytes)\b|^\\\.|\\d\+")
+"""A figure that a writer left open, or a pattern has."""
 _SYMPTOM = re.compile(r"(?i)\W*sympt\w+\W{0,4}:")
 _STATE = re.compile(
     r"(?:^|[:=(\[{>|\"`-]\W{0,3}|\d/\d+ |\b(?i:was|been|got|terminated|error|status|state|reason"
@@ -124,7 +126,8 @@ _BELOW_ERROR = re.compile(
     r"|^I[ \d][\w/. :]{3,80}\]"
 )
 _ERROR_LEVEL = re.compile(
-    r"\b(?:ERROR|CRITICAL|FATAL|[\w.]+(?:Error|Exception))\b|(?i:level\W{1,4}(?:error|fatal|crit))"
+    r"\b(?:ERROR|CRITICAL|FATAL|[\w.]+(?:Error|Exception)|Lost task \d+)\b"
+    r"|(?i:level\W{1,4}(?:error|fatal|crit))"
     r"|\b(?:INFO|DEBUG)\W{1,4}(?:Error|Exception)\b"
 )
 
@@ -145,6 +148,8 @@ def reports(
     start, end = span
     head, tail = text[max(0, start - AROUND) : start], text[end:]
     if QUOTING.search(head) or _NONE.search(head) or _PASSED.match(head) or _code(text, span, head):
+        return False
+    if _BLANK.search(tail[:_CLOSE]):
         return False
     if kind == "kill":
         # At whatever level somebody logs it.

@@ -72,7 +72,8 @@ _OF_MEMORY = re.compile(
     r"|\bheap|\bgem\b|[mc]alloc|\d\s?bytes\b"
 )
 _OF_NOTHING = re.compile(
-    r"(?i)static TLS|shared[ _]memory|\bsmem\b|illegal|unknown error|leak|\bdisk\b|descriptor"
+    r"(?i)static TLS|limit at some point"
+    r"|shared[ _]memory|\bsmem\b|illegal|unknown error|leak|\bdisk\b|descriptor"
     r"|invalid argument|given parameters"
     r"|not (?:currently )?supported|unsupported|\bport\b|\btty\b|permission|no such"
     r"|version is|no \w+ memory pool|memory (?:address|info|access|clock|pressure limit)"
@@ -93,7 +94,10 @@ _HOST = re.compile(
     r"(?i)\bhost\b|(?<![a-z])cpu(?![a-z])|\bram\b|heap|virtual memory|paging|mmap|java|jvm|errno"
     r"|error=12|\bswap|opencv|numpy|\bmalloc\b"
 )
-ERRNO = re.compile(r"(?::|->) ?Cannot allocate memory\W*$|not enough space\W*$|\bENOMEM\b", re.I)
+ERRNO = re.compile(
+    r"(?::|->) ?Cannot allocate memory\W*$|not enough space\W*$|\bENOMEM\b|\berror code is 12\b",
+    re.I,
+)
 """The system's own words for it, which are the host's, whatever asked."""
 _CARD = re.compile(
     r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
@@ -103,7 +107,7 @@ _CARD = re.compile(
 )
 _PLACEHOLDER = re.compile(
     r"%[-+ #\d.]*(?:l|ll|z|h)?[dsufxpgi](?![a-z%])|%\d%|\$?\{[^{}\s]{0,40}\}|\\n[\"']|\\[01]\b"
-    r"|\[[a-z]\](?= ?[KMG]?i?B\b)|\bX{3,}\b"
+    r"|\[[a-z]\](?= ?[KMG]?i?B\b)|\bX{3,}\b| \.{3} \("
     r"|<(?:pid|name|n|x|id|size|bytes|victim|process|number|amount)>"
 )
 """What a program fills in before it prints, or a writer leaves open: it was never printed."""
@@ -142,7 +146,7 @@ _NOT_ASKED = re.compile(
     r"(?:is\W)?$"
 )
 _NOT_ASKED_AFTER = re.compile(
-    r"(?i)\)?,? (?:is |are )?(?:free|available|left|remain|in use|used|total)(?!:)"
+    r"(?i)\)?,? (?:is |are |of memory )?(?:found|free|available|left|remain|in use|used|total)(?!:)"
 )
 
 

@@ -1,5 +1,7 @@
 """What calls CUDA on its own, and the driver's and the runtime's words, wherever they surface."""
 
+import re
+
 from pytest_gpumem.forensics.grammars.language import grammar
 
 _OUT = r"[Oo]ut\s+of\s+memory"
@@ -151,3 +153,9 @@ GRAMMARS = (
     ),
     grammar("cuda", "out of memory", rf"(?i:cuda|gpu|vram|device)(?:(?! # ).){{0,200}}?\b{_OUT}\b"),
 )
+
+STICKY = re.compile(
+    r"illegal memory access|device-side assert|unspecified launch failure|misaligned address"
+    r"|cudaErrorIllegalAddress|uncorrectable ECC|CUDA_ERROR_ILLEGAL_ADDRESS"
+)
+"""Errors after which a process's card answers nothing else."""

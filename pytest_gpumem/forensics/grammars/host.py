@@ -19,9 +19,10 @@ GRAMMARS = (
     grammar(
         "host",
         "low on memory|NODE_OUT_OF_MEMORY|due to memory pressure|RayOutOfMemoryError"
-        "|to free up memory",
+        "|to free up memory|address the out of memory issue",
         r"Task was killed due to the node running low on memory|NODE_OUT_OF_MEMORY"
         r"|RayOutOfMemoryError: More than \d+% of the memory"
+        r"|\bRefer to the documentation on how to address the out of memory issue: http"
         r"|Killing worker .{0,80} to free up memory"
         r"|\b[1-9]\d* Workers? \(tasks / actors\) killed due to memory pressure",
         distinct=True,
@@ -92,8 +93,9 @@ GRAMMARS = (
     # The frames of V8, the engine of Node.js, where its own words were lost.
     grammar(
         "host",
-        "FatalProcessOutOfMemory|OOMErrorHandler|ReportOOMFailure",
-        r"\b(?:0x)?[\da-f]{6,16} (?:node|v8)::.{0,80}\b(?:FatalProcessOutOfMemory|OOMErrorHandler"
+        "FatalProcessOutOfMemory|OOMErrorHandler|ReportOOMFailure|Ineffective mark-c",
+        r"\bIneffective mark-compacts near heap limit\b"
+        r"|\b(?:0x)?[\da-f]{6,16} (?:node|v8)::.{0,80}\b(?:FatalProcessOutOfMemory|OOMErrorHandler"
         r"|ReportOOMFailure)\b",
         distinct=True,
     ),
@@ -128,11 +130,13 @@ GRAMMARS = (
     # Those who watch memory themselves: Dask, YARN, AWS Batch, Slurm, LSF, PBS.
     grammar(
         "host",
-        "memory budget|ceeding memory limits|to memory usage|job memory limit|TERM_MEMLIMIT"
+        "memory budget|ceeding memory limits|to memory usage|job memory limit|step memory limit"
+        "|ed memory limit (|TERM_MEMLIMIT"
         "|job killed: ",
         r"\bWorker (?:\S+ \(pid=\d+\) )?exceeded \d+% memory budget"
         r"|killed .{0,20}for exceeding memory limits"
-        r"|killed due to memory usage|[Ee]xceeded job memory limit|\bTERM_MEMLIMIT\b"
+        r"|killed due to memory usage|[Ee]xceeded (?:job|step) memory limit\b(?! at some point)"
+        r"|\bexceeded memory limit \(\d+ > \d+\), being killed|\bTERM_MEMLIMIT\b"
         r"|job killed: v?mem \d+",
         distinct=True,
         kind="kill",
@@ -161,6 +165,8 @@ GRAMMARS = (
     ),
 )
 
+KILL_ONCE = re.compile(r"\binvoked oom-killer:|: internal compiler error: Killed\b")
+"""Printed once for each process: another line of the kind tells of another one."""
 PROBABLE_KILL = re.compile(
     r"(?:\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b.*|\[\d+\]\+? +(?:\d+ )?Killed\b.*"
     r"|(?:zsh: )?[Kk]illed(?: {2,}\S.*)?|.{1,200}: Killed(?: \(program \w+\))?"

@@ -29,8 +29,8 @@ GRAMMARS = (
     ),
     grammar(
         "host",
-        "bytes exhausted (tried",
-        r"Allowed memory size of \d+ bytes exhausted \(tried",
+        "bytes exhausted",
+        r"Allowed memory size of \d+ bytes exhausted\b",
         r"tried to allocate <tried>",
         distinct=True,
     ),
