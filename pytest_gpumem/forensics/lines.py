@@ -87,7 +87,7 @@ _UNFORESEEN = rb"(?i:" + rb"|".join(
         rb"(?:" + _ALLOCATE + rb"|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{0,60}"
         rb" (?:fail|refused|denied|rejected)",
         rb"[\w.]oom: |oom(?:error|exception): |\boom (?:on|while|during) ",
-        rb"allocation(?:_fail| error)",
+        rb"allocation(?:_fail| error)|_mem(?:ory)?(?:manager)?_(?:err|exhausted|full)",
         rb"us(?:ing|ed) (?:up )?all (?:\w+ ){0,3}(?:memory|v?ram)",
         rb" more (?:\w+ ){0,3}(?:memory|vram)|exceed\w* (?:\w+[ _]){0,4}(?:memory|vram)",
     )

@@ -22,13 +22,18 @@ _ARGUMENT = re.compile(_NAMED.pattern + r"[rfbu]?([\"']).*\1,?\s*$")
 _STARRED = re.compile(r"\s+\*(?:[\s/]|$)|\s*/\*")
 _STAR_ALONE = re.compile(r"\s+\*/?\s*$|\s*/\*")
 _FENCE = re.compile(r"`{3,}|~{3,}")
-_MEANS = re.compile(r"(?:indicates?|means|implies|suggests|tells|says)\b")
+_MEANS = re.compile(
+    r"(?:indicates?|means|implies|suggests|tells|says)\b"
+    r"|(?i:(?:#+ )?(?:what (?:this|the|it)(?: error)? means"
+    r"|why (?:this|it) happens|quick fix|meaning)\b)"
+)
 """How a sentence goes on below the message that it has been set apart for."""
 _EXAMPLES = re.compile(
     r"\W*(?i:(?:examples?|samples?)(?: of)? (?:errors?|(?:error )?messages?))\W*"
 )
 _RAW_MANUAL = re.compile(
-    rf"{_FENCE.pattern}|\n\s*(?:\.\. \w|{_MEANS.pattern})|(?i:example|sample) ?".encode()
+    rf"{_FENCE.pattern}|\n\s*(?:\.\. \w|{_MEANS.pattern})"
+    r"|(?i:example|sample|looks? like) ?".encode()
 )
 """A sign of a manual, in bytes, for most messages have none around them."""
 _DIRECTIVE = re.compile(r"\.\. (?:code|code-block|sourcecode|parsed-literal)::.*")
@@ -40,6 +45,11 @@ _LIKE = re.compile(
     r"|similar to)\W*$|^if\b(?!.*\b(?-i:I)\b).*:$"
     r"|^(?:if|when) you (?:see|get|encounter|receive|face)\b"
 )
+_LOOKS = re.compile(
+    r"(?i)^(?!.*\b(?:I|my|we|our|me)\b).*\b(?:will |should |may |would )?looks? like"
+    r"(?: this| the following)?:?$"
+)
+"""What a manual says above what its reader will see."""
 _REMEDY = re.compile(
     r"(?i)[^\w\s]{0,6} ?(?:(?:quick|possible|common|likely|root) )?(?:solutions?|soluci[oó]n(?:es)?"
     r"|fix(?:es)?|causes?|diagnosis|resolution|workarounds?|remed(?:y|ies)|l[oö]sung(?:en)?"
@@ -128,6 +138,9 @@ def advised(at: Cursor, line: Line) -> bool:
     above = [text.body.strip() for text in preceding(line, _BLOCK_ENDS, at.carrier)]
     said = next((text for text in below if text and not _FENCE.fullmatch(text)), "")
     if _MEANS.match(said) or any(map(_EXAMPLES.fullmatch, above)):
+        return True
+    shown = next((text for text in above if text and not _FENCE_OPENS.fullmatch(text)), "")
+    if _LOOKS.search(shown):
         return True
     after = iter(below)
     if any(map(_FENCE.fullmatch, after)):

@@ -43,6 +43,7 @@ _LACKING = (
     r"|\boom (?:on (?:gpu|cuda|device|card|rank|worker)|while|during)\b"
     r"|(?:the )?paging file is too small"
     r"|\bus(?:ing|ed) (?:up )?all (?:of )?(?:the |its )?(?:available )?(?:memory|v?ram)\b"
+    r"|\b[a-z]{2,6}_\w{0,20}mem(?:ory)?(?:manager)?_(?:err(?:or)?|exhausted|full)\b"
     # Windows' number for it.
     r"|(?:(?<=[=\[])|\b0x)8007000e\b|\b0xC0000017\b"
 )
@@ -100,7 +101,7 @@ ERRNO = re.compile(
 )
 """The system's own words for it, which are the host's, whatever asked."""
 _CARD = re.compile(
-    r"(?i)gpu|cuda|cudnn|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
+    r"(?i)gpu|cuda|cudnn|cudf|\bgdf_|(?<![a-z])hip|rocm|vulkan|metal\b|opencl|device|vram|video|graphics"
     r"|accelerator|(?<![a-z])[nxh]pu(?![a-z])|habana|devmem|synhelper|\bdrm\b|nvidia|nvenc"
     r"|(?<![a-z])d3d|\bdx1[12]|dderr|dxvk|texture"
     r"|\.cuh?\b|directml|\bnv(?:buf|map)|\bgl_|cublas|thrust::|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
@@ -119,7 +120,7 @@ _KEY = re.compile(
 )
 """What stands before a text that a record or an error quotes."""
 _CALLED = re.compile(
-    r"(?:(?<!:): ?|\w(?:Error|Exception)\(|\b(?i:error|exception) )[\"']?(?:\w+ )?\w*$"
+    r"(?:(?<!:): ?|\w(?:Error|Exception)\(|\b(?i:error|exception) )b?[\"']?(?:\w+ )?\w*$"
     r"|\b(?i:failed|fails|returned|returns|exited) (?:(?:with|code|error|status|result) )*\w*$"
 )
 DEFINED = re.compile(r"\w*[\"']?\s*(?:=|[,)\]}]+:?(?:\s*\\)?$|, \w+,)")
@@ -138,7 +139,7 @@ _NEAR, _BEHIND = 60, 100
 _AFTER = 200
 _SIZE = compile_figures(
     r"<tried>|(?i:\b(?:size|bytes)\W{1,3}|\bmemory: (?=\d{4}))<other#>(?![\d.]*\s?[KMGT])"
-    r"|\bof <before#>(?= size\b)|\b[Rr]equire[sd]:? <needed>"
+    r"|\bof <before#>(?= size\b)|\b(?:[Rr]equire[sd]?|[Nn]eed(?:s|ed)?):? <needed>"
 )
 _REQUESTED = compile_figures(r"<tried> (?:was |were )?requested\b")
 _NOT_ASKED = re.compile(
@@ -208,7 +209,8 @@ def _asked(text: str, start: int) -> str:
         return requested["tried"]
     for match in _SIZE.finditer(text, start, start + _AFTER):
         before, after = text[start : match.start()], text[match.end() :]
-        if not _NOT_ASKED.search(before) and not _NOT_ASKED_AFTER.match(after):
+        free = _NOT_ASKED.search(before) or _NOT_ASKED_AFTER.match(after)
+        if match["needed"] or not free:
             return match["tried"] or match["other"] or match["before"] or match["needed"]
     return ""
 

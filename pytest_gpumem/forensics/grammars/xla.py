@@ -14,6 +14,7 @@ GRAMMARS = (
         r"Used \S+ of <total>",
         distinct=True,
     ),
+    grammar("jax", "unlikely to have enough memory. Requires", "", distinct=True),
     grammar(
         "jax",
         "That was not possible",

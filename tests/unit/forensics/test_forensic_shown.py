@@ -138,3 +138,33 @@ def test_lines_that_a_diff_adds_are_none_without_its_head():
 
     assert events("\n".join(f"+{line}" for line in lines)) == ()
     assert len(events("worker exited with code 137\n")) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Look into the log of the kernel. It looks like this:\n\n{}\nCall Trace:\n",
+        "The output will look like the following:\n```\n{}\n",
+        "{}\n\nWhat this error means\nThe kernel chose a process.\n",
+        "{}\n\n## Why this happens\nThe kernel chose a process.\n",
+    ],
+)
+def test_what_a_manual_shows_or_explains_is_none(text):
+    line = "[12.5] java invoked oom-killer: gfp_mask=0xd0, order=0"
+
+    assert events(text.format(line)) == ()
+    assert len(events(f"My log looks like this:\n\n{line}\n")) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "memory", "tried"),
+    [
+        ("FrameError: b'GDF_MEMORYMANAGER_ERROR'", "card", None),
+        ("RuntimeError: Not enough memory. Need: 1.5GB free, Have:0.1GB free", "host", 3 << 29),
+        ("it's unlikely to have enough memory. Requires 34.7G, has 14.4G available.", "card", None),
+    ],
+)
+def test_a_need_and_a_code_say_it(line, memory, tried):
+    (event,) = events(f"{line}\n")
+
+    assert ("host" if event.backend in HOST else "card", event.tried_bytes) == (memory, tried)
