@@ -105,8 +105,8 @@ def _read(at: Cursor, line: Line, body: str, *, raised: bool) -> Message | None:
         return None
     found = messages.parse(body, raised=raised)
     if found is None and messages.worded(body):
-        # It only speaks of a message; no line around it changes that.
-        return _escaped(body, raised=raised)
+        # It only speaks of a message, unless that began above; no line below it changes that.
+        return _begun_above(at, line, body, raised=raised) or _escaped(body, raised=raised)
     if found is None or not found.figures:
         found = _begun_above(at, line, body, raised=raised) or found
     cut = found is not None and not found.figures and len(body) >= _NARROW

@@ -16,7 +16,7 @@ import re
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpumem.forensics import grammars
+from pytest_gpumem.forensics import grammars, unforeseen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -70,29 +70,6 @@ _STRUCTURE = rb"|".join(
     )
 )
 
-# What each way of saying it without a grammar begins with; see ``unforeseen.py``.
-_ENOUGH = rb"(?:insufficient|(?:not |n't )(?:\w+ )?(?:sufficient|enough)|with enough|too little) "
-_ALLOCATE = rb"alloc(?:at(?:e|ing|ions?))?\b"
-_UNFORESEEN = rb"(?i:" + rb"|".join(
-    (
-        _ENOUGH + rb"(?:\w+[ -]){0,3}(?:memory|v?ram\b)",
-        rb"with sufficient memory|[=x[]8007000e|0xc0000017",
-        rb"(?:memory|ram) (?:limit|quota) (?:of|was|has|is|ex|re|vastly)",
-        rb"\b(?:get|find|obtain|acquire) (?:sufficient|enough) ",
-        rb"(?:memory|vram|ram|heaps?) (?:is |are |was |has been )?(?:exhausted|insufficient|full)",
-        rb"file is too small|out of (?:[\w-]+ ){1,2}memory|outof\w{0,12}memory",
-        rb"(?: to|[\"'( ]not|n't|annot|error|when|while|failed) (?:\w+ ){0,2}(?:(?:pre|re)-?|m|c)?"
-        + _ALLOCATE,
-        rb"(?:fail\w* to|unable to|could not|couldn't|cannot|can't) (?:reserve|map|commit|grow) ",
-        rb"(?:" + _ALLOCATE + rb"|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{0,60}"
-        rb" (?:fail|refused|denied|rejected)",
-        rb"[\w.]oom: |oom(?:error|exception): |\boom (?:on|while|during) ",
-        rb"allocation(?:_fail| error)|_mem(?:ory)?(?:manager)?_(?:err|exhausted|full)",
-        rb"us(?:ing|ed) (?:up )?all (?:\w+ ){0,3}(?:memory|v?ram)",
-        rb" more (?:\w+ ){0,3}(?:memory|vram)|exceed\w* (?:\w+[ _]){0,4}(?:memory|vram)",
-    )
-) + rb")"  # fmt: skip
-
 
 @functools.lru_cache(2)
 def _anchors(needles: tuple[str, ...]) -> Any:
@@ -104,7 +81,7 @@ def _anchors(needles: tuple[str, ...]) -> Any:
     )
     # Loggers and shells write the commonest words in many ways.
     gap = b"(?:_|" + _BLANK + b")*"
-    words = (b"(?i:out" + gap + b"of" + gap + b"memory)", *memory, _UNFORESEEN)
+    words = (b"(?i:out" + gap + b"of" + gap + b"memory)", *memory, unforeseen.ANCHORS)
     options = re2.Options()
     options.max_mem = 256 << 20
     # Bytes as they are: nothing here asks for characters beyond ASCII, and their ranges cost time.
@@ -275,7 +252,7 @@ _PREFIXES = tuple(
     map(
         re.compile,
         (
-            r"\ufeff",
+            r"\ufeff|`{3}(?=\S+ \S)",
             r"[^\t]{1,120}\t[^\t]{1,120}\t\ufeff?(?=\d{4}-)",
             r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,:]\d+)?(?:Z| ?[+-]\d\d:?\d\d)?\]?:? ?",
             r"std(?:err|out) [FP] (?=\S)",

@@ -13,6 +13,7 @@ still say whose they were; and what is said in nobody's words is judged by ``unf
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,6 +77,8 @@ _CUT_CLASS = len("torch.OutOf")
 _CUT_WORDS = 8
 """Fewer characters could begin anything."""
 _DIMENSIONS = 16
+_SAYINGS = 4
+"""Ways to say it in one text that are looked at; a long line has many."""
 
 
 class Message(NamedTuple):
@@ -212,15 +215,12 @@ def _stated(message: Message) -> Message:
 
 def _unforeseen(text: str, *, raised: bool) -> Message | None:
     """Recognise words that no grammar has, where a program states them."""
-    found = unforeseen.find(text)
-    if found is None:
-        return None
-    span = found.start, found.end
-    if not spoken.reports(text, span, "error", 0, raised=raised):
-        return None
-    if not unforeseen.stated(text, found):
-        return None
-    return _in_own_words(text, found.start, found.memory, found.tried)
+    for found in itertools.islice(unforeseen.find_all(text), _SAYINGS):
+        span = found.start, found.end
+        told = spoken.reports(text, span, "error", 0, raised=raised)
+        if told and unforeseen.stated(text, found):
+            return _in_own_words(text, found.start, found.memory, found.tried)
+    return None
 
 
 def _in_own_words(text: str, start: int, memory: str, asked: str) -> Message:

@@ -10,7 +10,7 @@ import re
 
 _CLOSE = 200
 ERROR = re.compile(
-    r"(?i:error|exception|fail(?:ed|ure|s)?\b|fatal|panic|abort|critical|crash|terminat|\berr\b"
+    r"(?i:error|exception|fail(?:ed|ure|s)?\b|fatal|panic|abort|critical|crash|terminat|\bdied\b|\berr\b"
     r"|could not|cannot|unable|non-?zero)|\[[EF]\b|\b[EF]\d{4} |\b[EF] [\w./-]+:\d+\]"
 )
 """Words of an error before the message, whoever wrote them."""

@@ -1,20 +1,27 @@
 """Says that memory ran out in words that no grammar has.
 
-A program says so in one of four ways, whatever its words: memory is lacking ("not enough device
+A program says so in one of five ways, whatever its words: memory is lacking ("not enough device
 memory"), a request is refused ("failed to allocate 12 bytes"), an allocation fails ("malloc of 12
-bytes failed"), or more is asked for than there is ("exceeds the available memory"). A request or an
-allocation must be one of memory: a size or a noun of memory stands beside it. Since nobody has
-vouched for these words, they count only where a program states them: not in code, which has quotes
-or placeholders around them, and not within a longer sentence, unless that tells a size or an error.
+bytes failed"), more is asked for than there is ("exceeds the available memory"), or a process was
+killed for it ("terminated due to memory pressure"). The first is also what a status is called
+(``XY_OUT_OF_MEMORY``), which counts where an error ends with it. A request or an allocation must be
+one of memory: a size or a noun of memory stands beside it.
+
+Since nobody has vouched for these words, they count only where a program states them: not in code,
+which has quotes or placeholders around them, and not within a longer sentence, unless that tells a
+size or an error.
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpumem.forensics import prose
 from pytest_gpumem.forensics.grammars.language import compile_figures, size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _BETWEEN = r"(?:[a-z]{1,14}[ _-]?){0,3}?"
 _STORE = r"(?:memory|v?ram\b|mem\b)"
@@ -40,10 +47,16 @@ _LACKING = (
     rf"|{_ENOUGH} ?{_BETWEEN}{_STORE}){_GOES_ON}"
     rf"|(?:{_STORE}|\bheaps?) (?:is |are |was |has been )?(?:exhausted|insufficient"
     r"|full(?! ?[a-z]))\b"
-    r"|\boom (?:on (?:gpu|cuda|device|card|rank|worker)|while|during)\b"
+    r"|\boom (?:on (?:gpu|cuda|device|card|rank|worker)|while|during|when (?:trying to )?alloc)"
+    rf"|\bno (?:available |free |more |enough ){{1,2}}{_BETWEEN}{_STORE}{_GOES_ON}"
+    rf"|{_STORE} (?:is |was )?not available\b(?! (?:in|on|for) (?:this|your|the))"
+    r"|\bbad[_ ]alloc(?:ation)?\b"
     r"|(?:the )?paging file is too small"
     r"|\bus(?:ing|ed) (?:up )?all (?:of )?(?:the |its )?(?:available )?(?:memory|v?ram)\b"
-    r"|\b[a-z]{2,6}_\w{0,20}mem(?:ory)?(?:manager)?_(?:err(?:or)?|exhausted|full)\b"
+    # What statuses are called.
+    r"|\b[a-z]\w{1,40}_(?:mem(?:ory)?(?:manager)?_(?:err(?:or)?|exhausted|full)"
+    r"|alloc(?:ation)?_fail(?:ed|ure)?|(?:no|not_enough|insufficient)_(?:\w{2,8}_)?memory)\b"
+    r"|\b[a-z]{2,8}errormemoryallocation\b"
     # Windows' number for it.
     r"|(?:(?<=[=\[])|\b0x)8007000e\b|\b0xC0000017\b"
 )
@@ -63,17 +76,49 @@ _EXCESS = (
     rf"\b(?:requested|requires?|needs?|wants?|tried to allocate) more {_BETWEEN}{_STORE}"
     r"(?:[^.;!?]|\.\d){0,40}?\bthan\b(?: (?:is|are)\b)?"
     rf"|\b(?:exceed(?:s|ed|ing)?|reached|hit) (?:the |its )?{_BETWEEN}{_STORE}(?: limit\b|(?!\w))"
+    r"|\b(?:larger|bigger|greater|more) than (?:the )?(?:available|free|allowed|total) "
+    rf"{_BETWEEN}{_STORE}"
+    rf"|\bexceeded \d{{1,3}}% (?:of )?(?:the |its )?{_BETWEEN}{_STORE} (?:limit|budget)"
+    r"|\bv?mem(?:ory)? (?:\w{1,20} )?exceeded limit\b"
+    rf"|\b(?:killed|terminated|evicted) (?:\S{{1,200}} ){{0,4}}?"
+    rf"(?:due to|because of|for exceeding|by) {_BETWEEN}{_STORE}(?: (?:pressure|usage|limit))?"
     rf"|{_STORE} limit (?:of [\d.]{{1,12}} ?[kmgt]i?b? )?(?:was |has been |is )?exceeded\b"
     rf"|{_STORE} quota vastly exceeded\b"
 )
 _SAID = re.compile(rf"{_LACKING}|(?P<request>{_REFUSAL}|{_FAILURE})|{_EXCESS}", re.IGNORECASE)
+_RAW_STORE = r"(?:\w+[ _-]){0,4}(?:memory|v?ram\b)"
+_RAW_ALLOCATE = r"alloc(?:at(?:e|ing|ions?))?\b"
+ANCHORS = (
+    r"(?i:(?:insufficient|(?:not |n't )(?:\w+ )?(?:sufficient|enough)|with enough|too little) "
+    rf"{_RAW_STORE}|with sufficient memory|[=x[]8007000e|0xc0000017"
+    r"|(?:memory|ram) (?:limit|quota) (?:of|was|has|is|ex|re|vastly)"
+    r"|\b(?:get|find|obtain|acquire) (?:sufficient|enough) "
+    r"|(?:memory|vram|ram|heaps?) (?:is |are |was |has been )?"
+    r"(?:exhausted|insufficient|full|not available)"
+    r"|file is too small|out of (?:[\w-]+ ){1,2}memory|outof\w{0,12}memory"
+    r"|(?: to|[\"'( ]not|n't|annot|error|when|while|failed) (?:\w+ ){0,2}(?:(?:pre|re)-?|m|c)?"
+    rf"{_RAW_ALLOCATE}"
+    r"|(?:fail\w* to|unable to|could not|couldn't|cannot|can't) (?:reserve|map|commit|grow) "
+    rf"|(?:{_RAW_ALLOCATE}|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{{0,60}}"
+    r" (?:fail|refused|denied|rejected)"
+    r"|[\w.]oom: |oom(?:error|exception): |\boom (?:on|while|during|when) "
+    r"|allocation(?:_fail| error)|_alloc_fail|bad[_ ]alloc|errormemoryalloc"
+    r"|_(?:no|enough|insufficient)_(?:\w+_)?memory|_mem(?:ory)?(?:manager)?_(?:err|exh|full)"
+    rf"|us(?:ing|ed) (?:up )?all {_RAW_STORE}|\bno (?:available|free|more|enough) {_RAW_STORE}"
+    rf"| more {_RAW_STORE}|exceed\w* (?:\d+% )?{_RAW_STORE}"
+    rf"|than (?:the )?(?:available|free|allowed|total) {_RAW_STORE}"
+    r"|mem(?:ory)? \w{0,20} ?exceeded limit"
+    r"|(?:killed|terminated|evicted) (?:\S+ ){0,4}?(?:due to|because of|for exceeding|by) "
+    rf"{_RAW_STORE})"
+).encode()
+"""What a log is searched for: what each way begins with, in bytes."""
 _OF_MEMORY = re.compile(
     r"(?i)memory|\bpage\b|v?ram\b|(?<![a-z])[dgv]?mem(?![a-z])|buffer|tensor|texture|surface|\bdag\b"
     r"|workspace"
     r"|\bheap|\bgem\b|[mc]alloc|\d\s?bytes\b"
 )
 _OF_NOTHING = re.compile(
-    r"(?i)static TLS|limit at some point"
+    r"(?i)static TLS|limit at some point|\b0 [^.;:]{1,40}(?:killed|terminated|evicted)"
     r"|shared[ _]memory|\bsmem\b|illegal|unknown error|leak|\bdisk\b|descriptor"
     r"|invalid argument|given parameters"
     r"|not (?:currently )?supported|unsupported|\bport\b|\btty\b|permission|no such"
@@ -114,7 +159,7 @@ _PLACEHOLDER = re.compile(
 """What a program fills in before it prints, or a writer leaves open: it was never printed."""
 _KEY = re.compile(
     r"(?:(?i:err|message|msg|reason|log|text|detail|status|what|description|stderr|output)[\"']?"
-    r"(?:=|: ?)|(?i:error|exception)[\"']?(?:=|: ?| )|[\w)\]](?::|\uff1a) ?"
+    r"(?:=|: ?)|(?i:error|exception|description)[\"']?(?:=|: ?| )|[\w)\]](?::|\uff1a) ?"
     # What C and C++ assert, with what it means.
     r"|\.\w{1,4}:\d+: .{0,120}&& )[\"'`(]*$"
 )
@@ -132,6 +177,13 @@ _LISTED = re.compile(
 )
 """A row of a table of numbers, an item of a list, a comment or a heading, unless it names an error
 or says which card."""
+_WORD = re.compile(r"\w")
+_STATUS = re.compile(
+    r"(?:[A-Z][A-Z\d]*(?:_[A-Z\d]+)+|[a-z]+Error[A-Z]\w*|ErrorOut\w+)"
+    r"(?=[)\]\"'`]{0,3}(?:$|[!.:;] ?|,? ?[(\[\"]| [a-z]))"
+)
+"""The name of a status, and what follows it where a program prints it."""
+_COMPARED = re.compile(r"(?:[=!]=|\breturn|&&|\|\||\bcase|\w,|\(\w+) ?$")
 _COMMENT = re.compile(r"/\*|\*/")
 _ROW = re.compile(r".*\|\s*$")
 """A row of a table that somebody wrote."""
@@ -164,24 +216,30 @@ class Unforeseen(NamedTuple):
 
 def find(text: str) -> Unforeseen | None:
     """Return what ``text`` says of memory that ran out; None if it says nothing of the kind."""
+    return next(find_all(text), None)
+
+
+def find_all(text: str) -> Iterator[Unforeseen]:
+    """Return each thing that ``text`` says of memory that ran out."""
     for match in _SAID.finditer(text):
         start, end = match.span()
         around = text[max(0, start - _NEAR) : end + _BEHIND]
         if _OF_NOTHING.search(around):
-            return None
+            return
         if match["request"] and (
             not _of_memory(text, around, start) or _for_another_reason(text, end)
         ):
             continue
         memory = "" if ERRNO.search(text) else whose(around)
-        return Unforeseen(start, end, memory, _asked(text, start))
-    return None
+        yield Unforeseen(start, end, memory, _asked(text, start))
 
 
 def _of_memory(text: str, around: str, start: int) -> bool:
     """Tell whether it is memory that is asked for: a size alone is one of files, too."""
     if _OF_MEMORY.search(around):
         return True
+    if "esource alloc" in around and _CARD.search(around):
+        return prose.ERROR.search(text, 0, start) is not None
     return _SIZE.search(around) is not None and bool(
         _CARD.search(around) or prose.ERROR.search(text, 0, start)
     )
@@ -237,7 +295,20 @@ def _named(text: str, found: Unforeseen) -> bool:
     """Tell whether the words are a name in code, rather than one that an error is called by."""
     if " " in text[found.start : found.end] or text[found.start].isdigit():
         return False
+    if _reported(text, found):
+        return False
     return not _CALLED.search(text, 0, found.start) or DEFINED.match(text, found.end) is not None
+
+
+def _reported(text: str, found: Unforeseen) -> bool:
+    """Tell whether the words are the name of a status that an error ends with."""
+    begin = found.start
+    while begin and _WORD.match(text[begin - 1]):
+        begin -= 1
+    status = _STATUS.match(text, begin)
+    if status is None or status.end() < found.end or _COMPARED.search(text, 0, begin):
+        return False
+    return prose.ERROR.search(text, 0, begin) is not None
 
 
 def _in_text(head: str, tail: str) -> bool:

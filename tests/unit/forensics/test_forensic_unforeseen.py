@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import time
+from pathlib import Path
 
 import pytest
 
-from pytest_gpumem.forensics import analysis, lines, messages
+from pytest_gpumem.forensics import analysis, grammars, lines, messages
 from pytest_gpumem.forensics.causes import HOST
 from pytest_gpumem.forensics.sequence import Follower
 from pytest_gpumem.forensics.vocabulary import classify
+
+THREADS = Path(__file__).parent / "threads"
 
 
 def events(text):
@@ -141,6 +145,64 @@ def test_whose_memory_and_how_much_is_read_where_it_is_said(text, memory, tried)
     assert event.tried_bytes == tried
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "transfer failed -> ZX_OUT_OF_MEMORY",
+        "backend failed with error: 39 [ZR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY]",
+        "FooError: [2] Call to fooAlloc results in NPX_ERROR_OUT_OF_MEMORY",
+        "could not create a handle: NVX_STATUS_ALLOC_FAILED",
+        "Error: zxCreateBuffer, -4, ZX_MEM_OBJECT_ALLOCATION_FAILURE",
+        'Unexpected API error "ErrorOutOfDeviceMemory".',
+        "RuntimeError: No available memory for the tiles of the device",
+        "pool error: bad allocation",
+        "Error: the tile is larger than the available GPU memory",
+        "ERROR: job 12 was terminated due to memory pressure",
+        "fatal: step 3 exceeded 95% memory budget",
+        "terminating: OOM when allocating the tile",
+        "Out of memory error on card 0. Cannot allocate 144.46MB memory on card 0.",
+        'C++ exception with description "the pool is out of memory" thrown in SetUp().',
+    ],
+)
+def test_a_status_a_kill_and_what_stands_behind_other_words_say_it(text):
+    assert len(events(f"start\n{text}\nstop\n")) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "    case ZX_OUT_OF_MEMORY:",
+        "    if (err == ZX_OUT_OF_MEMORY) {",
+        "#define ZX_ERROR_OUT_OF_MEMORY 12",
+        "    return ZX_ERROR_OUT_OF_MEMORY;",
+        "errors: ZX_OUT_OF_MEMORY, ZX_BUSY, ZX_LOST",
+        "0 Workers (tasks) killed due to memory pressure, 0 crashed",
+        "ERROR SUMMARY: no memory leak found",
+        "This happens when workers are killed due to memory usage",
+    ],
+)
+def test_a_status_in_code_or_a_list_and_what_did_not_happen_are_none(text):
+    assert events(f"start\n{text}\nstop\n") == ()
+
+
+def test_most_messages_are_found_without_any_grammar(monkeypatch):
+    # Whose words nobody foresaw must not need a grammar first.
+    kills = tuple(each for each in grammars.GRAMMARS if each.kind == "kill")
+    monkeypatch.setattr(grammars, "GRAMMARS", kills)
+    monkeypatch.setattr(grammars, "_index", grammars._indexed())
+    with (THREADS / "expected.tsv").open(encoding="utf-8") as file:
+        cases = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+    told = {True: [0, 0], False: [0, 0]}
+    for each in cases:
+        found = analysis.analyse([str(THREADS / f"{each['case']}.log")]).events
+        told[each["expected"] != "none"][bool(found)] += 1
+
+    (lost, found), (silent, false) = told[True], told[False]
+    assert found >= 0.9 * (found + lost)
+    assert false <= 0.015 * (false + silent)
+
+
 def test_the_error_of_a_failing_test_counts_in_words_of_its_own_and_its_assertion_does_not():
     text = (
         "============================= test session starts ==============================\n"
@@ -177,8 +239,24 @@ def test_nobody_vouches_for_such_words_when_a_test_is_judged_by_them():
     assert said.weak
 
 
-@pytest.mark.parametrize("noise", ["allocation of ", "memory ", "cannot ", "out of a b ", '"'])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "allocation of ",
+        "memory ",
+        "cannot ",
+        "out of a b ",
+        '"',
+        "killed by ",
+        "killed a b c ",
+        "a_",
+        "X_OUT_OF_MEMORY ",
+        "error: X_OUT_OF_MEMORY ",
+        "more than the available ",
+    ],
+)
 def test_a_long_line_takes_little_time(noise):
     before = time.process_time()
-    assert messages.parse(noise * (16_000 // len(noise))) is None
+    found = messages.parse(noise * (16_000 // len(noise)))
+    assert (found is not None) == noise.startswith("error")
     assert time.process_time() - before < 1
