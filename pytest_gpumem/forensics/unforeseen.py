@@ -152,14 +152,16 @@ _CARD = re.compile(
     r"|\.cuh?\b|directml|\bnv(?:buf|map)|\bgl_|cublas|thrust::|\bhbm\b|(?-i:\b(?:cl|vk)[A-Z])"
 )
 _PLACEHOLDER = re.compile(
-    r"%[-+ #\d.]*(?:l|ll|z|h)?[dsufxpgi](?![a-z%])|%\d%|\$?\{[^{}\s]{0,40}\}|\\n[\"']|\\[01]\b"
-    r"|\[[a-z]\](?= ?[KMG]?i?B\b)|\bX{3,}\b| \.{3} \("
+    r"%[-+ #\d.]*(?:l|ll|z|h)?[dsufxpgi](?![a-z%])|%\d%|\$?\{[^{}\s]{0,40}\}|\\n[\"']"
+    r"|\\[01]\b(?!\\)|\[[a-z]\](?= ?[KMG]?i?B\b)|\bX{3,}\b| \.{3} \("
     r"|<(?:pid|name|n|x|id|size|bytes|victim|process|number|amount)>"
 )
 """What a program fills in before it prints, or a writer leaves open: it was never printed."""
 _KEY = re.compile(
     r"(?:(?i:err|message|msg|reason|log|text|detail|status|what|description|stderr|output)[\"']?"
     r"(?:=|: ?)|(?i:error|exception|description)[\"']?(?:=|: ?| )|[\w)\]](?::|\uff1a) ?"
+    # What Rust shows of an error.
+    r"|(?:[Ee]rror: |\bpanicked at |`Err` value: ).{0,80}\w\("
     # What C and C++ assert, with what it means.
     r"|\.\w{1,4}:\d+: .{0,120}&& )[\"'`(]*$"
 )

@@ -160,6 +160,8 @@ def test_whose_memory_and_how_much_is_read_where_it_is_said(text, memory, tried)
         "ERROR: job 12 was terminated due to memory pressure",
         "fatal: step 3 exceeded 95% memory budget",
         "terminating: OOM when allocating the tile",
+        'Error: Warmup(Pool("not enough memory for the tiles"))',
+        "Status: D:\\a\\_work\\1\\s\\arena.cc:33 Failed to allocate memory for a buffer",
         "Out of memory error on card 0. Cannot allocate 144.46MB memory on card 0.",
         'C++ exception with description "the pool is out of memory" thrown in SetUp().',
     ],
