@@ -21,7 +21,7 @@ _SAID = 80
 _SIZE = re.compile(r"\d\.? ?(?:[KMG]i?B|bytes)\b")
 _PROGRAM = re.compile(
     rf"{_SIZE.pattern}|(?:Error|Exception|Exhausted|\b(?i:error|fatal|panic|failed|exhausted)"
-    r"|\.\w{1,4}:\d+) ?: |\bsignal \d|\bat line \d"
+    r"(?:\(\d{1,5}\))?|\.\w{1,4}:\d+) ?: |\bsignal \d|\bat line \d"
 )
 """What a page's title has if it is what a program said."""
 _SHOWN = re.compile(

@@ -33,7 +33,7 @@ _EXAMPLES = re.compile(
 )
 _RAW_MANUAL = re.compile(
     rf"{_FENCE.pattern}|\n\s*(?:\.\. \w|{_MEANS.pattern})"
-    r"|(?i:example|sample|looks? like) ?".encode()
+    r"|(?i:example|sample|looks? like|appears? (?:as|like)) ?".encode()
 )
 """A sign of a manual, in bytes, for most messages have none around them."""
 _DIRECTIVE = re.compile(r"\.\. (?:code|code-block|sourcecode|parsed-literal)::.*")
@@ -46,8 +46,8 @@ _LIKE = re.compile(
     r"|^(?:if|when) you (?:see|get|encounter|receive|face)\b"
 )
 _LOOKS = re.compile(
-    r"(?i)^(?!.*\b(?:I|my|we|our|me)\b).*\b(?:will |should |may |would )?looks? like"
-    r"(?: this| the following)?:?$"
+    r"(?i)^(?!.*\b(?:I|my|we|our|me)\b).*\b(?:(?:will |should |may |would )?looks? like"
+    r"|appears? (?:as|like))(?: this| the following)?:?$"
 )
 """What a manual says above what its reader will see."""
 _REMEDY = re.compile(

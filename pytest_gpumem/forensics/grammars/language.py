@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 # No more digits than a size can have: whoever prints 3,000 of them does not tell a size.
 _DIGITS = r"\d[\d,]{0,24}"
-_UNIT = re.compile(r"([\d,.]+?)\.?\s*(?:[Bb]ytes|([KMGTPEk])(?:i?[Bb])?|B)?")
+_UNIT = re.compile(r"([\d,.]+?)\.?\s*(?:[Bb]ytes|([KMGTPEk])(?:i?[Bb]|io)?|B)?")
 _SHIFTS = {"": 0, "k": 10, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 
 
@@ -18,7 +18,7 @@ def _figure(match: re.Match[str]) -> str:
     # What follows an x is a number of another kind: 0x8007000E.
     if bare:
         return rf"(?<![xX\d])(?P<{name}>{_DIGITS})(?!\d)"
-    unit = "(?:[Bb]ytes|[KMGTPE](?:i?[Bb])?|k[Bb]|B)"
+    unit = "(?:[Bb]ytes|[KMGTPE](?:i?[Bb]|io)?|k[Bb]|B)"
     return rf"(?<![xX\d])(?P<{name}>{_DIGITS}(?:\.\d{{0,6}})?\s?{unit}\b)"
 
 

@@ -22,6 +22,7 @@ SHOWN = [
         256,
     ),
     ("# octreeAlloc failed: out of memory on GPU 0", "card", None),
+    ("# [E:engine:Default, context.cc:120] device error(2): Out of memory", "card", None),
     ("# CUDA error in func 'grow' at line 245 : out of memory.", "card", None),
     ("I keep getting this error : RuntimeError: CUDA out of memory.", "card", None),
     ("\u6211\u5f97\u5230 error\uff1aRuntimeError: CUDA out of memory.", "card", None),
@@ -145,6 +146,7 @@ def test_lines_that_a_diff_adds_are_none_without_its_head():
     [
         "Look into the log of the kernel. It looks like this:\n\n{}\nCall Trace:\n",
         "The output will look like the following:\n```\n{}\n",
+        "In the log of a node that usually appears as:\n\n{}\n\nThen act.\n",
         "{}\n\nWhat this error means\nThe kernel chose a process.\n",
         "{}\n\n## Why this happens\nThe kernel chose a process.\n",
     ],
@@ -161,6 +163,7 @@ def test_what_a_manual_shows_or_explains_is_none(text):
     [
         ("FrameError: b'GDF_MEMORYMANAGER_ERROR'", "card", None),
         ("RuntimeError: Not enough memory. Need: 1.5GB free, Have:0.1GB free", "host", 3 << 29),
+        ("Instance::Image(): Failed to allocate memory (1.5 Gio) for the image", "host", 3 << 29),
         ("it's unlikely to have enough memory. Requires 34.7G, has 14.4G available.", "card", None),
     ],
 )
