@@ -33,8 +33,9 @@ _CLASS = re.compile(
 _OOM_CLASS = re.compile(
     r"(?<![\w.])(?P<module>(?:[A-Za-z_]\w{0,80}(?:\.|::)){0,12})"
     r"(?P<name>OutOfMemoryError\b(?![.(]\w)"
-    r"|\w{0,40}(?:OutOf[A-Z]?\w{0,12}Memory|OOM)(?:Error|Exception)?(?=: )"
-    r"|(?:_?Array|[A-Z]\w{0,12})?MemoryError(?=: )(?!: std::bad_alloc: CUDA error))"
+    r"|\w{0,40}(?:OutOf[A-Z]?\w{0,12}Memory|[a-z]OOM|\bOOM(?=E))(?:Error|Exception)?(?=: )"
+    r"|(?:_?Array|[A-Z]\w{0,12})?MemoryError(?=: ))"
+    r"(?!: (?:std::bad_alloc: CUDA error|int\b|[Ii]f\b|[Ww]hen\b|[Rr]aised\b))"
 )
 _BUILTIN = {"MemoryError": "host"}
 """Python's own, and whose memory it is about."""

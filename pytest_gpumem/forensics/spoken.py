@@ -48,7 +48,9 @@ _CODE = re.compile(
 )
 COMMENT = re.compile(r"\s*(?:#+\s|//|/\*|--\s|;;|REM\s)|.*[;{})] ?//")
 """What stands in the same line before words that somebody has commented out."""
-_BEHIND_CODE = re.compile(r".*(?:[;,{}()\]] ?// ?|; ?%+ |[)\]}\"'] # )[^\"']*$", re.DOTALL)
+_BEHIND_CODE = re.compile(
+    r"\s*[A-Z][A-Z_\d]+ ?// |.*(?:[;,{}()\]] ?// ?|; ?%+ |[)\]}\"'] # )[^\"']*$", re.DOTALL
+)
 """A comment behind a statement, up to the words that it holds."""
 LITERAL = re.compile(
     r"\s*\(?[rbfu]{0,2}([\"\x27]).*\1\s*\)+[:,;]?$|\s*[\w:.]+!?\(([\"\x27]).*\2\)(?:[\])]+[,:]?|,)$"

@@ -185,7 +185,9 @@ _STATUS = re.compile(
     r"(?=[)\]\"'`]{0,3}(?:$|[!.:;] ?|,? ?[(\[\"]| [a-z]))"
 )
 """The name of a status, and what follows it where a program prints it."""
-_COMPARED = re.compile(r"(?:[=!]=|\breturn|&&|\|\||\bcase|\w,|\(\w+) ?$")
+_COMPARED = re.compile(
+    r"(?:[=!]=|\breturn|&&|\|\||\bcase|: Final =|^\s*[A-Z][A-Z_\d]* =|\w,|\(\w+) ?$"
+)
 _COMMENT = re.compile(r"/\*|\*/")
 _ROW = re.compile(r".*\|\s*$")
 """A row of a table that somebody wrote."""
