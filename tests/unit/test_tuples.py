@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import typing
 
@@ -59,10 +60,46 @@ class Slow(typing.NamedTuple):
         lambda kind: kind(1, "b") > kind(1, "a"),
         lambda kind: hash(kind(1, "a")),
         lambda kind: kind._make([1, "a", (), "x"]),
+        lambda kind: kind._make(iter([1, "a", (), "x"])) == kind(1, "a", label="x"),
+        lambda kind: kind(1, "a")._replace(label="x", size=2),
+        lambda kind: copy.copy(kind(1, "a")),
+        lambda kind: repr(kind(1, "a")).partition("(")[2],
+        lambda kind: kind.__match_args__,
+        lambda kind: (kind(1, "a").__slots__, hasattr(kind(1, "a"), "__dict__")),
+        lambda kind: type("Sub", (kind,), {})(1, where="a").label,
     ],
 )
 def test_it_is_as_of_typing(ask):
     assert ask(Fast) == ask(Slow)
+
+
+def test_one_that_is_derived_from_is_made_first_by_the_derived():
+    class Base(tuples.NamedTuple):
+        """Of two."""
+
+        one: int
+        other: int = 2
+
+    class Derived(Base):
+        pass
+
+    assert (Derived(1), type(Derived(1)), type(Base(1))) == ((1, 2), Derived, Base)
+    assert type(Derived(1)._replace(one=3)) is Derived
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda kind: kind._make([1]),
+        lambda kind: kind(1, "a")._replace(colour="red"),
+        lambda kind: kind(1, "a", colour="red"),
+        lambda kind: setattr(kind(1, "a"), "size", 2),
+    ],
+)
+def test_what_typing_refuses_is_refused(refused):
+    for kind in (Slow, Fast):
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            refused(kind)
 
 
 @pytest.mark.parametrize("arguments", [(), (1,), (1, "a", (), "x", 2)])
