@@ -49,7 +49,7 @@ def _ctc_loss(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Give it the lengths as numbers: as host tensors it would send them to the host's device."""
     if face.memory.where(args[0]):
         args = [
-            arg.tolist() if position in (2, 3) and isinstance(arg, Tensor) else arg
+            arg.flatten().tolist() if position in (2, 3) and isinstance(arg, Tensor) else arg
             for position, arg in enumerate(args)
         ]
     return func(*args, **kwargs)

@@ -465,6 +465,9 @@ def test_operations_that_make_helper_tensors_inside_stay_on_the_card():
     lengths = torch.tensor([5]), torch.tensor([1])
     chances = torch.ones(5, 1, 3, device="cuda", requires_grad=True).log_softmax(-1)
     functional.ctc_loss(chances, torch.tensor([[1]], device="cuda"), *lengths).backward()
+    lengths = torch.tensor(5, device="cuda"), torch.tensor(1, device="cuda")
+    one = torch.ones(5, 3, device="cuda").log_softmax(-1)  # without a batch
+    assert functional.ctc_loss(one, torch.tensor([1], device="cuda"), *lengths).is_cuda
     assert torch.nn.LazyLinear(3, device="cuda")(data).is_cuda
     assert functional.cross_entropy(data[:, 0], torch.tensor([0, 1], device="cuda")).is_cuda
     assert torch.block_diag(data[0], data[1]).is_cuda
