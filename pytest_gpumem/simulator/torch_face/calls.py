@@ -149,6 +149,10 @@ def _convert(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Run ``torch.tensor``, ``as_tensor`` or ``asarray``."""
     data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
     is_tensor = isinstance(data, Tensor)
+    if not is_tensor and hasattr(data, "__cuda_array_interface__"):
+        raise NotImplementedError(
+            "the simulated card makes no tensor of an address (__cuda_array_interface__)"
+        )
     own = _device_of(face, data) if is_tensor else HOST
     device = face.memory.device(_first(kwargs.get("device"), _default_device(), own))
     on_card = device.type == "cuda"

@@ -200,9 +200,15 @@ class CompiledMemory(memory.CardMemory):
         ).untyped_storage()
         return received
 
-    def _block(self, storage: torch.UntypedStorage) -> Block | None:
-        known = self._answers.blocks.get(memory.host_address(storage))
-        return None if known is None else known[1]
+    def address(self, storage: torch.UntypedStorage, place: int) -> int:
+        """Return the card's address for ``place``, where the host has something of ``storage``."""
+        blocks, start = self._answers.blocks, memory.host_address(storage)
+        if start not in blocks and storage.is_cuda:
+            # Where DLPack has handed over a part, another storage begins within the first one.
+            for first, (_card, block) in list(blocks.items()):
+                if first <= start < first + block.requested:
+                    return block.address + place - first
+        return blocks[start][1].address + place - start if start in blocks else place
 
 
 def _place_storages() -> None:

@@ -270,6 +270,10 @@ class CardMemory:
         held = self._held.get(storage._cdata)
         return None if held is None else held.device
 
+    def storages(self) -> list[torch.UntypedStorage]:
+        """Return all that live on a card."""
+        return [storage for held in list(self._held.values()) if (storage := held()) is not None]
+
     def use_on(self, tensor: torch.Tensor, stream: int) -> None:
         """Say that a stream uses ``tensor``, so that its block is not free as soon as it is."""
         held = self._held.get(_storage_address(tensor))
@@ -342,12 +346,9 @@ class CardMemory:
 
     def address(self, storage: torch.UntypedStorage, place: int) -> int:
         """Return the card's address for ``place``, where the host has something of ``storage``."""
-        block = self._block(storage)
-        return place if block is None else block.address + place - host_address(storage)
-
-    def _block(self, storage: torch.UntypedStorage) -> Block | None:
         held = self._held.get(storage._cdata)
-        return None if held is None else held.block
+        block = None if held is None else held.block
+        return place if block is None else block.address + place - host_address(storage)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the allocators' state in the form of ``torch.cuda.memory._snapshot``."""
@@ -429,7 +430,6 @@ class CardMemory:
         self.history.refused(refusal.requested, free, card.index)
         for observer in self.oom_observers:
             observer(card.index, refusal.requested, card.shared.total, free)
-        error: RuntimeError = OutOfMemoryError(
-            out_of_memory_text(refusal, card.shared, card.index, free)
-        )
+        text = out_of_memory_text(refusal, card.shared, card.index, free)
+        error: RuntimeError = OutOfMemoryError(text)
         return error

@@ -18,6 +18,7 @@ from pytest_gpumem.simulator import spec
 from pytest_gpumem.simulator.torch_face import stubs
 from pytest_gpumem.simulator.torch_face.cuda_functions import memory_of
 from pytest_gpumem.simulator.torch_face.device_numbers import read_devices_of_to, understand_numbers
+from pytest_gpumem.simulator.torch_face.dlpack import label_capsules
 from pytest_gpumem.simulator.torch_face.ipc import send_storages
 from pytest_gpumem.simulator.torch_face.legacy import replace_types
 from pytest_gpumem.simulator.torch_face.modes import (
@@ -73,6 +74,7 @@ def prepare_for_modes(memory: CardMemory) -> None:
     _place_storages(memory)
     construct_subclasses()
     put_wrappers_on_the_card(memory)
+    label_capsules(memory)
     refuse_nested_tensors()
     _let_autocast_reach_the_host()
     _group_by_seen_device(memory)
@@ -124,20 +126,27 @@ def _tell_addresses_on_the_card(memory: CardMemory) -> None:
 
     Programs look for them in snapshots, and whether an address was handed out again.
     """
-    of_tensor, of_storage = _C.TensorBase.data_ptr, _C.StorageBase.data_ptr
 
-    @functools.wraps(of_tensor)
-    def tensor_address(tensor: Any) -> int:
-        with _C.DisableTorchFunction():  # which would come back here: it goes by names
-            place: int = of_tensor(tensor)
-            return memory.address(tensor.untyped_storage(), place) if place else place
+    def of_tensors(read: Any) -> Any:
+        @functools.wraps(read)
+        def tensor_address(tensor: Any) -> int:
+            with _C.DisableTorchFunction():  # which would come back here: it goes by names
+                place: int = read(tensor)
+                return memory.address(tensor.untyped_storage(), place) if place else place
+
+        return tensor_address
+
+    of_storage = _C.StorageBase.data_ptr
 
     @functools.wraps(of_storage)
     def storage_address(storage: Any) -> int:
         place: int = of_storage(storage)
         return memory.address(storage, place) if place else place
 
-    _torch.Tensor.data_ptr, _torch.UntypedStorage.data_ptr = tensor_address, storage_address
+    for name in ("data_ptr", "const_data_ptr"):
+        if hasattr(_C.TensorBase, name):  # the second since torch 2.10
+            setattr(_torch.Tensor, name, of_tensors(getattr(_C.TensorBase, name)))
+    _torch.UntypedStorage.data_ptr = storage_address
 
 
 def _after(kind: Any, name: str, act: Callable[[Any], None]) -> None:

@@ -396,3 +396,58 @@ def test_a_type_of_the_card_may_be_the_default_one():
     torch.set_default_device("cuda")
     torch.set_default_tensor_type(torch.FloatTensor)
     assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+
+
+@on_card
+def test_dlpack_hands_over_memory_of_the_card():
+    import numpy as np
+    import torch
+    from torch.utils.dlpack import to_dlpack
+
+    tensor = torch.arange(6, dtype=torch.float32, device="cuda").view(2, 3)
+    before = torch.cuda.memory_allocated()
+    for shared in (torch.from_dlpack(tensor.T[1:]), torch.from_dlpack(to_dlpack(tensor.T[1:]))):
+        assert shared.device == tensor.device
+        assert shared.stride() == (1, 3)
+        assert shared.data_ptr() == tensor.data_ptr() + 4
+        shared.add_(10)
+    assert tensor.tolist() == [[0, 21, 22], [3, 24, 25]]
+    assert torch.from_dlpack(tensor[:0]).is_cuda
+    assert torch.cuda.memory_allocated() == before  # no tensor is charged for it twice
+    with pytest.raises((RuntimeError, BufferError), match=r"[Uu]nsupported device"):
+        np.from_dlpack(tensor)
+    del tensor
+    assert torch.cuda.memory_allocated() == before
+    del shared
+    assert torch.cuda.memory_allocated() == 0
+
+
+@on_card
+def test_dlpack_copies_between_host_and_card():
+    import numpy as np
+    import torch
+
+    tensor = torch.ones(2, device="cuda")
+    on_host = np.from_dlpack(tensor, device="cpu")
+    on_host += 1
+    assert tensor.tolist() == [1, 1]
+    shared = torch.from_dlpack(on_host)
+    on_host += 1
+    assert (shared.device.type, shared.tolist()) == ("cpu", [3, 3])
+    sent = torch.from_dlpack(on_host, device="cuda")
+    assert sent.is_cuda
+    copied = torch.from_dlpack(tensor, copy=True)
+    copied += 1
+    assert (copied.device, tensor.tolist()) == (tensor.device, [1, 1])
+    assert torch.cuda.memory_allocated() == 3 * 512
+
+
+@on_card
+def test_a_tensor_of_an_address_is_refused():
+    import torch
+
+    tensor = torch.ones(2, device="cuda")
+    handed = type("Handed", (), {"__cuda_array_interface__": tensor.__cuda_array_interface__})
+    for make in (torch.as_tensor, torch.tensor, torch.asarray):
+        with pytest.raises(NotImplementedError, match="no tensor of an address"):
+            make(handed(), device="cuda")

@@ -136,7 +136,11 @@ struct CardHooks : at::CUDAHooksInterface {
     return generators().at(card < 0 ? current : card);
   }
   at::Generator getNewGenerator(DeviceIndex card = -1) const { return new_generator(card); }
-  Device getDeviceFromPtr(void*) const { return Device(kCard, current); }
+  Device getDeviceFromPtr(void*) const {
+    // The host would read what its tensor is of, where it has nothing.
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, "the simulated card makes no tensor of an address (__cuda_array_interface__)");
+  }
   at::Allocator* getPinnedMemoryAllocator() const { return &pinned_allocator; }
   at::Allocator* getCUDADeviceAllocator() const { return &card_allocator; }
   bool isPinnedPtr(const void* bytes) const { return tell(account.pinned, "(n)", number(bytes)); }
