@@ -65,7 +65,7 @@ def label_capsules(memory: CardMemory) -> None:
 
     _C._from_dlpack = received
     for name in ("_to_dlpack", "_to_dlpack_versioned"):
-        if hasattr(_C, name):  # the second since torch 2.9
+        if hasattr(_C, name):  # older versions have only the first
             setattr(_C, name, labelling(getattr(_C, name)))
     # Imported by name when torch was.
     _torch.to_dlpack = _torch.utils.dlpack.to_dlpack = _C._to_dlpack

@@ -144,7 +144,7 @@ def _tell_addresses_on_the_card(memory: CardMemory) -> None:
         return memory.address(storage, place) if place else place
 
     for name in ("data_ptr", "const_data_ptr"):
-        if hasattr(_C.TensorBase, name):  # the second since torch 2.10
+        if hasattr(_C.TensorBase, name):  # older versions have only the first
             setattr(_torch.Tensor, name, of_tensors(getattr(_C.TensorBase, name)))
     _torch.UntypedStorage.data_ptr = storage_address
 
