@@ -307,3 +307,29 @@ def test_without_a_framework_each_is_told_of_what_happened_in_it(tmp_path):
     left = {test.nodeid[17:]: [each.what for each in test.left] for test in run.record.tests}
     assert left == {"1": [], "2_sets": ["CUDA_VISIBLE_DEVICES"], "3_fails": [], "4": []}
     assert [bool(test.oom) for test in run.record.tests] == [False, False, True, False]
+
+
+FORGOTTEN = """
+import sys, threading
+
+def test_outer(pytester):
+    pytester.makepyfile("def test_inner(): import torch; torch.ones(9, device='cuda')")
+    pytester.runpytest_inprocess("-p", "no:gpumem").assert_outcomes(passed=1)
+    assert "torch" not in sys.modules
+
+def test_thread():
+    ran = []
+    thread = threading.Thread(target=lambda: ran.append("torch" in sys.modules))
+    thread.start()
+    thread.join()
+    assert ran == [False]
+"""
+
+
+def test_a_thread_starts_after_a_run_within_a_test_that_was_the_first_to_load_torch(tmp_path):
+    # pytester takes what such a run imported out of sys.modules; torch cannot be loaded twice.
+    write_suite(tmp_path, conftest='pytest_plugins = "pytester"', test_it=FORGOTTEN)
+    finished = run_pytest(tmp_path, *SIMULATE)
+
+    assert finished.outcomes == {"passed": 2}, finished.output
+    assert finished.status == 0, finished.output

@@ -78,10 +78,11 @@ def _install_modes(cards: Sequence[SharedCard], note: Callable[[str], None]) -> 
     torch_python.prepare(memory, functions(memory))
     torch_python.prepare_for_modes(memory)
 
-    def enter() -> AbstractContextManager[None]:
-        # Not before torch is prepared, whose functions its table is of.
-        from pytest_gpumem.simulator.torch_face import calls
+    # Not before torch is prepared, whose functions its table is of; nor at each thread's start: a
+    # run within a test, as of pytester, forgets the modules that it imported, torch among them.
+    from pytest_gpumem.simulator.torch_face import calls
 
+    def enter() -> AbstractContextManager[None]:
         charges = modes.Charges(memory)
         return modes.entered(modes.Face(memory, charges, calls.HANDLERS, calls.create))
 
