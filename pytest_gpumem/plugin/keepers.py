@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpumem.tracking.verdict import holds_memory
+from pytest_gpumem.tracking.reach import holds_memory
 
 _RUN = (pytest.FixtureRequest, pytest.Config, pytest.Item, pytest.Collector)
 """What leads to all of the run: a model of the session, by way of another test."""

@@ -111,6 +111,14 @@ def find_holders(
         return search.groups(root or Path.cwd())
 
 
+def held_by(fixture: str, storages: Iterable[Storage]) -> list[Holding]:
+    """Return what a standing fixture holds, by device."""
+    by_device: dict[str, list[Storage]] = {}
+    for each in sorted(storages, key=lambda storage: -storage.size):
+        by_device.setdefault(each.device, []).append(each)
+    return [Holding(fixture, fixture, tuple(each), lives=True) for each in by_device.values()]
+
+
 def _add_arrays(heap: Heap, arrays: Iterable[Array]) -> None:
     """Add arrays of other frameworks; those that share their memory are one storage."""
     for thing, address, size, device, shape, dtype in arrays:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import weakref
-from collections import Counter, deque
-from types import FrameType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, cast
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
 from pytest_gpumem.tracking import release
 from pytest_gpumem.tracking.newcomers import Newcomers
+from pytest_gpumem.tracking.reach import on_card
+from pytest_gpumem.tracking.standing import Standing
 from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
@@ -39,8 +39,6 @@ cuBLAS takes 8,519,680 bytes at its first use, 32 MiB on Hopper (``CUBLAS_WORKSP
 PyTorch's notes on CUDA); above that it is called a leak all the same.
 """
 
-_LOOKED_AT = 50_000
-
 
 class Verdict(NamedTuple):
     """How much of what an owner left on a card is a leak, and who holds it."""
@@ -61,8 +59,10 @@ Verdicts = dict[Owned, Verdict]
 class _Known(weakref.ref[object]):
     """A living storage or array: whose doing it is, and its size."""
 
-    __slots__ = ("address", "number", "owner", "size")
+    __slots__ = ("address", "fixture", "number", "owner", "size")
     owner: str
+    fixture: str
+    """Label of the wider fixture that was found to hold it last, or ""."""
     size: int
     """Bytes that were asked for."""
     number: int
@@ -81,8 +81,7 @@ class TensorLedger:
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root
-        self._fixtures: dict[int, str] = {}
-        """Labels of living wider fixtures, by the identity of their values and code."""
+        self.standing = Standing()
         self._known: dict[int, _Known] = {}
         """Living storages by address."""
         self._newcomers = Newcomers()
@@ -107,25 +106,6 @@ class TensorLedger:
 
         Only what is as large takes its place: the allocator gives an address to others as well."""
 
-    def add_fixture(self, label: str, value: object, function: object) -> tuple[int, ...]:
-        """Note what a wider fixture holds its memory by; return the identities for its end.
-
-        Identities only: the ledger must not be one more holder. Besides the value that is the
-        code of a generator function, whose local variables live until the teardown.
-        """
-        code = getattr(function, "__code__", None)
-        roots: tuple[int, ...] = (
-            (id(value),) if gc.is_tracked(value) or isinstance(value, dict | list) else ()
-        )
-        roots += (id(code),) if code is not None else ()
-        self._fixtures.update(dict.fromkeys(roots, label))
-        return roots
-
-    def drop_fixture(self, roots: tuple[int, ...]) -> None:
-        """Forget a wider fixture whose teardown begins."""
-        for root in roots:
-            self._fixtures.pop(root, None)
-
     def remember(self, owner: str, asked: Callable[[], int]) -> None:
         """Lay all tensors that are not known yet at the door of ``owner``.
 
@@ -137,7 +117,7 @@ class TensorLedger:
         from pytest_gpumem.tracking.torch_heap import no_collections, scan
 
         def note(tensor: Tensor) -> bool:
-            if _on_card(tensor):
+            if on_card(tensor):
                 self._note(tensor, owner)
             return False
 
@@ -199,6 +179,7 @@ class TensorLedger:
         known = _Known(thing, self._note_death)
         self.newest += 1
         known.owner, known.size, known.number, known.address = owner, size, self.newest, address
+        known.fixture = ""
         return known
 
     def _note_death(self, known: _Known) -> None:
@@ -261,7 +242,7 @@ class TensorLedger:
             address: tuple(frame.removeprefix(inside) for frame in stack)
             for address, stack in devices.allocation_stacks().items()
         }
-        rightful = self._rightful(passing)
+        rightful = self.standing.rightful(passing)
         for owner in {name for name, _ in stayed}:
             made = find_holders(
                 self._made_by(owner, test),
@@ -269,6 +250,8 @@ class TensorLedger:
                 fixtures={**keepers, **rightful},
                 root=self._root,
             )
+            for each in made:
+                self._note_fixture(each)
             for (name, uuid), size in stayed.items():
                 if name == owner:
                     here = [each for each in made if cards.get(each.storages[0].device) == uuid]
@@ -291,7 +274,7 @@ class TensorLedger:
         from pytest_gpumem.tracking.holders import find_holders
 
         def made(tensor: Tensor) -> bool:
-            known = self._find(tensor) if _on_card(tensor) else None
+            known = self._find(tensor) if on_card(tensor) else None
             return known is not None and known.number > number and known.owner not in others
 
         def arrays() -> Iterator[Array]:
@@ -300,22 +283,36 @@ class TensorLedger:
                 if known and known.number > number and known.owner not in others:
                     yield array
 
-        rightful = self._rightful(passing)
-        found = find_holders(made, arrays=arrays, fixtures=rightful, root=self._root)
+        rightful = self.standing.rightful(passing)
+        found = self._held_as_found(number, others)
+        if found is None:
+            found = find_holders(made, arrays=arrays, fixtures=rightful, root=self._root)
         verdicts = {}
         for (name, uuid), size in stayed.items():
             here = [each for each in found if cards.get(each.storages[0].device) == uuid]
             verdicts[name, uuid] = _verdict(size, here, {}, set(rightful.values()))
         return verdicts
 
-    def _rightful(self, passing: Mapping[int, str]) -> dict[int, str]:
-        """Return the labels of all that may hold memory."""
-        rightful = self._fixtures | _last_errors()
-        return rightful | {key: label for key, label in passing.items() if key not in rightful}
+    def _note_fixture(self, found: Holding) -> None:
+        """Note for each storage which fixture holds it."""
+        for storage in found.storages:
+            known = self._known.get(storage.address)
+            if known is not None:
+                known.fixture = found.fixture or ""
+
+    def _held_as_found(self, number: int, others: Collection[str]) -> list[Holding] | None:
+        """Return what was met since, if fixtures that were found to hold all of it still do."""
+        if any(each.number > number for each in self._arrays.values()):
+            return None
+        found: dict[str, set[int]] = {}
+        for known in self._known.copy().values():
+            if known.number > number and known.owner not in others:
+                found.setdefault(known.fixture, set()).add(known.address)
+        return self.standing.still_hold(found)
 
     def _made_by(self, owner: str, test: str) -> Callable[[Tensor], bool]:
         def made(tensor: Tensor) -> bool:
-            if not _on_card(tensor):
+            if not on_card(tensor):
                 return False
             known = self._find(tensor)
             return (known.owner if known else test) == owner
@@ -338,55 +335,6 @@ class TensorLedger:
         """Return what is known of the storage of ``tensor``."""
         known = self._known.get(tensor.untyped_storage().data_ptr())
         return known if known is not None and known() is not None else None
-
-
-def _last_errors() -> dict[int, str]:
-    """Return what pytest keeps of the last failure until the next test is called."""
-    errors = (getattr(sys, name, None) for name in ("last_exc", "last_value"))
-    return {id(each): "sys.last_value, until the next test" for each in errors if each is not None}
-
-
-def holds_memory(value: object, behind: tuple[type, ...] = ()) -> bool | None:
-    """Tell whether ``value`` leads to a tensor or array on a card within some ten thousand objects.
-
-    The way goes through what functions close over, but not into modules, classes and the kinds
-    ``behind``, behind which lies all of the program; a class may be where it starts. None: there
-    is no tensor on this side of one of ``behind``, to which the way leads.
-    """
-    arrays = {id(each.thing) for each in devices.living_arrays()}
-    torch = sys.modules.get("torch")
-    if torch is None and not arrays:
-        return False
-    from pytest_gpumem.tracking.torch_heap import is_a
-
-    found: bool | None = False
-    seen: set[int] = set()
-    waiting = deque([value, *(vars(value).values() if isinstance(value, type) else ())])
-    while waiting and len(seen) < _LOOKED_AT:
-        each = waiting.popleft()
-        # By type: isinstance would wake lazy proxies.
-        if id(each) in seen or issubclass(type(each), ModuleType | FrameType | type):
-            continue
-        if issubclass(type(each), behind):
-            found = None
-            continue
-        seen.add(id(each))
-        if id(each) in arrays:
-            return True
-        if torch is not None and is_a(each, torch.Tensor):
-            with torch._C.DisableTorchFunctionSubclass():  # one that sleeps is not to wake by it
-                if _on_card(cast("Tensor", each)):
-                    return True
-        if type(each) is FunctionType:
-            waiting.extend((each.__closure__, each.__defaults__))
-        else:
-            # Numbers and texts lead nowhere: a tokenizer has tens of thousands of them.
-            waiting.extend(filter(gc.is_tracked, gc.get_referents(each)))
-    return found
-
-
-def _on_card(tensor: Tensor) -> bool:
-    return tensor.device.type not in ("cpu", "meta")
 
 
 def _verdict(

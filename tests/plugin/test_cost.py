@@ -203,3 +203,37 @@ def test_all_objects_are_looked_at_seldom(tmp_path, suite, most):
     looks = json.loads((tmp_path / "looks.json").read_text())
 
     assert all(each <= limit for each, limit in zip(looks.values(), most, strict=True)), looks
+
+
+POOL = """
+class Pool:
+    def __init__(self):
+        self.models = {}
+
+@pytest.fixture(scope="session")
+def pool():
+    return Pool()
+"""
+LOADS = """
+import torch
+
+def test_loads(pool):
+    pool.models[__name__] = [torch.zeros(1024, device="cuda")]
+
+def test_uses(pool):
+    assert pool.models[__name__]
+"""
+
+
+def test_what_a_wider_fixture_keeps_is_searched_once(tmp_path):
+    """As its test ends; not again as its module ends."""
+    asked = []
+    for modules in (2, 6):
+        suite = tmp_path / str(modules)
+        suite.mkdir()
+        names = {f"test_{number}": LOADS for number in range(modules)}
+        write_suite(suite, conftest=LOOKS + POOL, **names)
+        assert "0 leaks" in run_pytest(suite, *SIMULATE, "--gpumem=on").section
+        asked.append(json.loads((suite / "looks.json").read_text())["get_referrers"])
+
+    assert (asked[1] - asked[0]) / 4 <= 4  # from the tensor to its list, up to the pool

@@ -149,3 +149,33 @@ def test_plans_are_those_of_the_suite_and_the_fixtures_are_explained(tmp_path):
     assert plan_of(plan) == plan_of(bare) != []
     for name in ("gpumem_module [module scope]", "gpumem_session [session scope]"):
         assert name in fixtures
+
+
+POOL = """
+import pytest
+
+class Pool:
+    pass
+
+@pytest.fixture(scope="session")
+def pool():
+    return Pool()
+"""
+TAKEN_OVER = (
+    TAKE
+    + """
+def test_loads(pool):
+    pool.models = {"a": take(1024), "b": take(512)}
+
+def test_takes_over(pool):
+    KEPT.append(pool.models.pop("a"))
+"""
+)
+
+
+def test_what_a_wider_fixture_held_and_does_not_any_more_is_left_by_the_module(tmp_path):
+    write_suite(tmp_path, conftest=POOL, test_it=TAKEN_OVER)
+    run = run_pytest(tmp_path, *SIMULATE, "--gpumem-json=run.json")
+
+    assert left(run) == [("module", "test_it.py", 1024), ("session", "", 1024)]
+    assert "   1.00 MiB  test_it.py, held by module global KEPT[0]" in run.section

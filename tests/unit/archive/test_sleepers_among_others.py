@@ -15,7 +15,7 @@ from pytest_gpumem.archive import torch_private
 from pytest_gpumem.archive.asleep import nap_of
 from pytest_gpumem.archive.store import ArchiveStore
 from pytest_gpumem.errors import ArchiveError, InUseError, KeyRefusedError, WrongKeyError
-from pytest_gpumem.tracking import verdict
+from pytest_gpumem.tracking import reach
 
 pytestmark = pytest.mark.usefixtures("host_is_a_card")
 X = torch.linspace(-1, 1, 24).view(4, 6)
@@ -161,7 +161,7 @@ def test_a_class_that_takes_no_such_hook_is_refused_and_unharmed(consolidator):
 def test_what_looks_whether_a_test_keeps_memory_wakes_nothing(consolidator):
     model = linear()
     asleep(consolidator, model)
-    verdict.holds_memory(model)
+    reach.holds_memory(model)
     assert all(map(nap_of, model.parameters()))
 
 

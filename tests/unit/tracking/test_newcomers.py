@@ -61,7 +61,7 @@ def passes(monkeypatch) -> list[int]:
         return plain(on_card)
 
     monkeypatch.setattr(holders, "live_storages", counting)
-    monkeypatch.setattr(verdict, "_on_card", lambda tensor: tensor.dtype == MARK)
+    monkeypatch.setattr(verdict, "on_card", lambda tensor: tensor.dtype == MARK)
     return counted
 
 
