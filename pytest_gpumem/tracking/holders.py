@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpumem.clock import clock
 from pytest_gpumem.records import Holder
 from pytest_gpumem.tracking import sentences
-from pytest_gpumem.tracking.torch_heap import Heap, Storage, scan, still_heap
+from pytest_gpumem.tracking.reach import ways_down
+from pytest_gpumem.tracking.torch_heap import (
+    Heap,
+    Storage,
+    namespace,
+    scan,
+    still_heap,
+)
+from pytest_gpumem.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping
@@ -46,6 +56,8 @@ class Holding:
     """Largest first."""
     lives: bool
     """Whether what holds each of them certainly lives: other roots may be garbage themselves."""
+    top: Callable[[], object] | None
+    """Returns the root that holds one of them, or None; None where it cannot be found again."""
 
     @property
     def size(self) -> int:
@@ -111,12 +123,27 @@ def find_holders(
         return search.groups(root or Path.cwd())
 
 
-def held_by(fixture: str, storages: Iterable[Storage]) -> list[Holding]:
-    """Return what a standing fixture holds, by device."""
-    by_device: dict[str, list[Storage]] = {}
-    for each in sorted(storages, key=lambda storage: -storage.size):
-        by_device.setdefault(each.device, []).append(each)
-    return [Holding(fixture, fixture, tuple(each), lives=True) for each in by_device.values()]
+def find_below(
+    tops: Iterable[object],
+    addresses: set[int],
+    *,
+    fixtures: Mapping[int, str],
+    root: Path | None = None,
+) -> list[Holding]:
+    """Return who of ``tops`` holds the storages at ``addresses``; nothing if they do not hold all.
+
+    Those count that still are roots or fixtures. The way down from one is short, where
+    ``find_holders`` passes over all objects once for each step up. The other arguments as there.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return []
+    with still_heap(), torch._C.DisableTorchFunctionSubclass():
+        search = _Search(Heap(), fixtures, [])
+        left = set(addresses)
+        for each in tops:
+            search.descend(each, left)
+        return [] if left else search.groups(root or Path.cwd())
 
 
 def _add_arrays(heap: Heap, arrays: Iterable[Array]) -> None:
@@ -162,18 +189,36 @@ class _Search:
             asked.update(level)
             self._climb(self._ask_collector(level))
 
+    def descend(self, top: object, left: set[int]) -> None:
+        """Search from the root ``top`` down for the storages ``left``, and take out what is found.
+
+        What another root or fixture holds is not looked at: it would have that one's name.
+        """
+        if self._enter(self.heap.add(top)):
+            return  # it was the value of a fixture that is torn down
+        found, above = ways_down(top, left, self.heap, self.fixtures)
+        self.wanted += found
+        while found:
+            each = found.pop()
+            if each in above:
+                holder, step = above[each]
+                self.holds.setdefault(holder, {})[each] = step
+                found.append(holder)
+
     def groups(self, root: Path) -> list[Holding]:
         """Return the wanted storages by the place that holds them."""
         above, held_by = self._trace(), self._held_by()
-        members: dict[tuple[str, ...], list[tuple[sentences.Place, Storage, bool]]] = {}
+        members: dict[tuple[str, ...], list[_Held]] = {}
         for address, tensors in self._by_address().items():
             storage = self.heap.storages[address]
             chains = [self._chain(each, above) for each in tensors if each in above]
-            place, fixture = self._place(chains, root) or self._rootless(tensors, held_by)
+            chain = min(chains, key=len, default=[])
+            place, fixture = self._place(chain, root) if chain else self._rootless(tensors, held_by)
             graph = ".grad_fn" if ".grad_fn" in place.steps else ""
             key = (storage.device, fixture, place.name, graph)
             lives = any(self._lives(chain[0].thing) for chain in chains)
-            members.setdefault(key, []).append((place, storage, lives))
+            top = _again(chain[0].thing) if chain else None
+            members.setdefault(key, []).append(_Held(place, storage, lives, top))
         groups = [_group(fixture, each) for (_, fixture, *_), each in members.items()]
         return sorted(groups, key=lambda group: -group.size)
 
@@ -272,13 +317,8 @@ class _Search:
             waiting += new
         return found
 
-    def _place(
-        self, chains: list[list[sentences.Part]], root: Path
-    ) -> tuple[sentences.Place, str] | None:
-        """Return the place at the root of the shortest of ``chains``, and its fixture."""
-        if not chains:
-            return None
-        chain = min(chains, key=len)
+    def _place(self, chain: list[sentences.Part], root: Path) -> tuple[sentences.Place, str]:
+        """Return the place at the root of ``chain``, and its fixture."""
         fixture = self.fixtures.get(id(chain[0].thing), "")
         if fixture:
             return sentences.below(fixture, chain), fixture
@@ -323,9 +363,29 @@ class _Search:
         return sentences.rootless(above, self._parts(way[::-1])), ""
 
 
-def _group(fixture: str, members: list[tuple[sentences.Place, Storage, bool]]) -> Holding:
+class _Held(NamedTuple):
+    """A storage and the root that holds it, as for a ``Holding``."""
+
+    place: sentences.Place
+    storage: Storage
+    lives: bool
+    top: Callable[[], object] | None
+
+
+def _group(fixture: str, members: list[_Held]) -> Holding:
     """Return one group of storages that have name and fixture in common."""
-    storages = sorted((storage for _, storage, _ in members), key=lambda storage: -storage.size)
-    where = sentences.common([place for place, *_ in members])
-    lives = all(lives for *_, lives in members)
-    return Holding(where, fixture or None, tuple(storages), lives)
+    storages = sorted((each.storage for each in members), key=lambda storage: -storage.size)
+    where = sentences.common([each.place for each in members])
+    lives = all(each.lives for each in members)
+    return Holding(where, fixture or None, tuple(storages), lives, members[0].top)
+
+
+def _again(root: Any) -> Callable[[], object] | None:
+    """Return what finds ``root`` again, and does not keep it alive."""
+    if type(root) is dict and sentences.is_root(root):
+        name = str(root["__name__"])
+        return lambda: namespace(sys.modules.get(name))
+    try:
+        return weakref.ref(root)
+    except TypeError:
+        return None

@@ -95,8 +95,7 @@ def scan(on_card: OnCard, among: Iterable[Tensor] | None = None) -> Heap:
         every = instances(torch.nn.Module, torch.Tensor) if among is None else among
         for each in every:
             if is_a(each, torch.Tensor):
-                _add_tensor(heap, each, on_card)
-                _link_hidden(heap, each, on_card)
+                add_tensor(heap, each, on_card)
             else:
                 _link_module(heap, each)
     return heap
@@ -184,6 +183,12 @@ def is_a(thing: object, base: type) -> bool:
 
 def _link_module(heap: Heap, module: object) -> None:
     """Link the parameters, buffers and submodules of an ``nn.Module`` to it."""
+    for step, held in parts(module):
+        heap.link(module, step, held)
+
+
+def parts(module: object) -> Iterator[tuple[str, object]]:
+    """Yield the parameters, buffers and submodules of an ``nn.Module``, and their names in it."""
     attributes = namespace(module)
     for part in ("_parameters", "_buffers", "_modules"):
         entries = attributes.get(part)
@@ -191,10 +196,16 @@ def _link_module(heap: Heap, module: object) -> None:
             continue
         for name, held in list(entries.items()):
             if held is not None:
-                heap.link(module, f"[{name}]" if name.isdigit() else f".{name}", held)
+                yield f"[{name}]" if name.isdigit() else f".{name}", held
 
 
-def _add_tensor(heap: Heap, tensor: Tensor, on_card: OnCard) -> None:
+def add_tensor(heap: Heap, tensor: Tensor, on_card: OnCard) -> None:
+    """Add the storage of ``tensor``, and what ``tensor`` holds in C++."""
+    _add_storage(heap, tensor, on_card)
+    _link_hidden(heap, tensor, on_card)
+
+
+def _add_storage(heap: Heap, tensor: Tensor, on_card: OnCard) -> None:
     """Add the storage of ``tensor`` if it has one on a card."""
     with contextlib.suppress(Exception):  # tensor subclasses may refuse any of these questions
         if not on_card(tensor):
@@ -262,4 +273,4 @@ def _link_held(heap: Heap, holder: Tensor, step: str, held: Any, on_card: OnCard
         return
     heap.link(holder, step, held)
     if is_a(held, sys.modules["torch"].Tensor):
-        _add_tensor(heap, held, on_card)
+        _add_storage(heap, held, on_card)

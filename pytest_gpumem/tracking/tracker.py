@@ -307,7 +307,7 @@ class Tracker:
         self._turns.leave(fixture)
         self._turns.stand(fixture, self.meters)
         if fixture.wide:
-            fixture.roots = self._tensors.standing.add(fixture.label, value, function)
+            fixture.roots = self._tensors.add_fixture(fixture.label, value, function)
             self._resume()
 
     def begin_teardown(self, fixture: Fixture) -> None:
@@ -321,7 +321,7 @@ class Tracker:
         self._turns.pay_back(self._tensors.late)
         self._turns.begin_teardown(fixture)
         self._resume()
-        self._tensors.standing.drop(fixture.roots)
+        self._tensors.drop_fixture(fixture.roots)
 
     def _end_teardowns(self) -> None:
         self.boundary()

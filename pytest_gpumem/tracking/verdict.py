@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import weakref
 from collections import Counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pytest_gpumem import devices
 from pytest_gpumem.tracking import release
+from pytest_gpumem.tracking.last_places import LastPlaces
 from pytest_gpumem.tracking.newcomers import Newcomers
 from pytest_gpumem.tracking.reach import on_card
-from pytest_gpumem.tracking.standing import Standing
 from pytest_gpumem.tuples import NamedTuple
 from pytest_gpumem.units import format_bytes
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pytest_gpumem.devices import Array
     from pytest_gpumem.records import Holder
     from pytest_gpumem.tracking.holders import Holding
 
@@ -59,10 +60,8 @@ Verdicts = dict[Owned, Verdict]
 class _Known(weakref.ref[object]):
     """A living storage or array: whose doing it is, and its size."""
 
-    __slots__ = ("address", "fixture", "number", "owner", "size")
+    __slots__ = ("address", "number", "owner", "size")
     owner: str
-    fixture: str
-    """Label of the wider fixture that was found to hold it last, or ""."""
     size: int
     """Bytes that were asked for."""
     number: int
@@ -81,7 +80,9 @@ class TensorLedger:
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root
-        self.standing = Standing()
+        self._fixtures: dict[int, str] = {}
+        """Labels of living wider fixtures, by the identity of their values and code."""
+        self._places = LastPlaces()
         self._known: dict[int, _Known] = {}
         """Living storages by address."""
         self._newcomers = Newcomers()
@@ -105,6 +106,25 @@ class TensorLedger:
         """Address and bytes of what was there when a test left nothing and replaced something.
 
         Only what is as large takes its place: the allocator gives an address to others as well."""
+
+    def add_fixture(self, label: str, value: object, function: object) -> tuple[int, ...]:
+        """Note what a wider fixture holds its memory by; return the identities for its end.
+
+        Identities only: the ledger must not be one more holder. Besides the value that is the
+        code of a generator function, whose local variables live until the teardown.
+        """
+        code = getattr(function, "__code__", None)
+        roots: tuple[int, ...] = (
+            (id(value),) if gc.is_tracked(value) or isinstance(value, dict | list) else ()
+        )
+        roots += (id(code),) if code is not None else ()
+        self._fixtures.update(dict.fromkeys(roots, label))
+        return roots
+
+    def drop_fixture(self, roots: tuple[int, ...]) -> None:
+        """Forget a wider fixture whose teardown begins."""
+        for root in roots:
+            self._fixtures.pop(root, None)
 
     def remember(self, owner: str, asked: Callable[[], int]) -> None:
         """Lay all tensors that are not known yet at the door of ``owner``.
@@ -179,7 +199,6 @@ class TensorLedger:
         known = _Known(thing, self._note_death)
         self.newest += 1
         known.owner, known.size, known.number, known.address = owner, size, self.newest, address
-        known.fixture = ""
         return known
 
     def _note_death(self, known: _Known) -> None:
@@ -234,28 +253,24 @@ class TensorLedger:
             test: the owner of what swapped with as much that was there before, and was not met.
 
         """
-        from pytest_gpumem.tracking.holders import find_holders
-
-        verdicts = {}
         inside = f"{self._root}{os.sep}"
         stacks = {
             address: tuple(frame.removeprefix(inside) for frame in stack)
             for address, stack in devices.allocation_stacks().items()
         }
-        rightful = self.standing.rightful(passing)
+        rightful = self._rightful(passing)
+        labels = {**keepers, **rightful}
+        verdicts: Verdicts = {}
         for owner in {name for name, _ in stayed}:
-            made = find_holders(
-                self._made_by(owner, test),
-                arrays=self._arrays_of(owner, test),
-                fixtures={**keepers, **rightful},
-                root=self._root,
-            )
-            for each in made:
-                self._note_fixture(each)
-            for (name, uuid), size in stayed.items():
-                if name == owner:
-                    here = [each for each in made if cards.get(each.storages[0].device) == uuid]
-                    verdicts[name, uuid] = _verdict(size, here, stacks, set(rightful.values()))
+            theirs = {each: size for each, size in stayed.items() if each[0] == owner}
+
+            def verdict(made: list[Holding], theirs: Mapping[Owned, int] = theirs) -> Verdicts:
+                return _verdicts(theirs, made, cards, set(rightful.values()), stacks)
+
+            def mine(known: _Known | None, owner: str = owner) -> bool:
+                return (known.owner if known else test) == owner
+
+            verdicts |= self._search(mine, labels, verdict)
         return verdicts
 
     def judge_since(
@@ -271,70 +286,77 @@ class TensorLedger:
         All that lives has been met. What owners of the names ``others`` made is not judged. The
         other arguments as for ``judge``; all that stayed is one owner's.
         """
-        from pytest_gpumem.tracking.holders import find_holders
+        rightful = self._rightful(passing)
 
-        def made(tensor: Tensor) -> bool:
-            known = self._find(tensor) if on_card(tensor) else None
+        def verdict(made: list[Holding]) -> Verdicts:
+            return _verdicts(stayed, made, cards, set(rightful.values()))
+
+        def mine(known: _Known | None) -> bool:
             return known is not None and known.number > number and known.owner not in others
 
-        def arrays() -> Iterator[Array]:
-            for array in devices.living_arrays():
-                known = self._arrays.get(id(array.thing))
-                if known and known.number > number and known.owner not in others:
-                    yield array
+        return self._search(mine, rightful, verdict)
 
-        rightful = self.standing.rightful(passing)
-        found = self._held_as_found(number, others)
-        if found is None:
-            found = find_holders(made, arrays=arrays, fixtures=rightful, root=self._root)
-        verdicts = {}
-        for (name, uuid), size in stayed.items():
-            here = [each for each in found if cards.get(each.storages[0].device) == uuid]
-            verdicts[name, uuid] = _verdict(size, here, {}, set(rightful.values()))
+    def _search(
+        self,
+        mine: Callable[[_Known | None], bool],
+        labels: Mapping[int, str],
+        verdict: Callable[[list[Holding]], Verdicts],
+    ) -> Verdicts:
+        """Return the ``verdict`` on who holds what is ``mine``.
+
+        It is looked first where the last was found: that is cheap, and seldom in vain.
+        """
+        from pytest_gpumem.tracking.holders import find_holders
+
+        addresses = {each.address for each in self._known.copy().values() if mine(each)}
+        verdicts = verdict(self._places.find(addresses, labels, self._fixtures, self._root))
+        if not _sure(verdicts):
+            made = find_holders(
+                lambda tensor: on_card(tensor) and mine(self._find(tensor)),
+                arrays=lambda: (
+                    each for each in devices.living_arrays() if mine(self._find_array(each.thing))
+                ),
+                fixtures=labels,
+                root=self._root,
+            )
+            self._places.note(made, self._fixtures)
+            verdicts = verdict(made)
         return verdicts
 
-    def _note_fixture(self, found: Holding) -> None:
-        """Note for each storage which fixture holds it."""
-        for storage in found.storages:
-            known = self._known.get(storage.address)
-            if known is not None:
-                known.fixture = found.fixture or ""
-
-    def _held_as_found(self, number: int, others: Collection[str]) -> list[Holding] | None:
-        """Return what was met since, if fixtures that were found to hold all of it still do."""
-        if any(each.number > number for each in self._arrays.values()):
-            return None
-        found: dict[str, set[int]] = {}
-        for known in self._known.copy().values():
-            if known.number > number and known.owner not in others:
-                found.setdefault(known.fixture, set()).add(known.address)
-        return self.standing.still_hold(found)
-
-    def _made_by(self, owner: str, test: str) -> Callable[[Tensor], bool]:
-        def made(tensor: Tensor) -> bool:
-            if not on_card(tensor):
-                return False
-            known = self._find(tensor)
-            return (known.owner if known else test) == owner
-
-        return made
-
-    def _arrays_of(self, owner: str, test: str) -> Callable[[], Iterator[Array]]:
-        """Return what yields the arrays that are the doing of ``owner``."""
-
-        def arrays() -> Iterator[Array]:
-            for array in devices.living_arrays():
-                known = self._arrays.get(id(array.thing))
-                mine = known is not None and known() is array.thing
-                if (known.owner if mine and known else test) == owner:
-                    yield array
-
-        return arrays
+    def _rightful(self, passing: Mapping[int, str]) -> dict[int, str]:
+        """Return the labels of all that may hold memory."""
+        rightful = self._fixtures | _last_errors()
+        return rightful | {key: label for key, label in passing.items() if key not in rightful}
 
     def _find(self, tensor: Tensor) -> _Known | None:
         """Return what is known of the storage of ``tensor``."""
         known = self._known.get(tensor.untyped_storage().data_ptr())
         return known if known is not None and known() is not None else None
+
+    def _find_array(self, thing: object) -> _Known | None:
+        """Return what is known of an array of another framework."""
+        known = self._arrays.get(id(thing))
+        return known if known is not None and known() is thing else None
+
+
+def _last_errors() -> dict[int, str]:
+    """Return what pytest keeps of the last failure until the next test is called."""
+    errors = (getattr(sys, name, None) for name in ("last_exc", "last_value"))
+    return {id(each): "sys.last_value, until the next test" for each in errors if each is not None}
+
+
+def _verdicts(
+    stayed: Mapping[Owned, int],
+    made: list[Holding],
+    cards: Mapping[str, str],
+    fixtures: set[str],
+    stacks: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
+) -> Verdicts:
+    verdicts = {}
+    for (name, uuid), size in stayed.items():
+        here = [each for each in made if cards.get(each.storages[0].device) == uuid]
+        verdicts[name, uuid] = _verdict(size, here, stacks, fixtures)
+    return verdicts
 
 
 def _verdict(

@@ -192,8 +192,8 @@ def test_it(number):
         pytest.param(WIDE, (1, 0, 0), id="wide fixtures"),
         pytest.param(TRAINED, (3, 0, 1), id="a model that is trained"),
         pytest.param(FAILS, (0, 0, 0), id="failures"),
-        # One look at all for each leak, and one for each step up from it to a name.
-        pytest.param(LEAKS, (24, 44, 2), id="leaks"),
+        # The first is searched upwards, one step from it to a name; the others below that.
+        pytest.param(LEAKS, (2, 2, 1), id="leaks"),
     ],
 )
 def test_all_objects_are_looked_at_seldom(tmp_path, suite, most):
@@ -226,7 +226,7 @@ def test_uses(pool):
 
 
 def test_what_a_wider_fixture_keeps_is_searched_once(tmp_path):
-    """As its test ends; not again as its module ends."""
+    """And what comes to it later is found there, as its test ends and as its module ends."""
     asked = []
     for modules in (2, 6):
         suite = tmp_path / str(modules)
@@ -236,4 +236,4 @@ def test_what_a_wider_fixture_keeps_is_searched_once(tmp_path):
         assert "0 leaks" in run_pytest(suite, *SIMULATE, "--gpumem=on").section
         asked.append(json.loads((suite / "looks.json").read_text())["get_referrers"])
 
-    assert (asked[1] - asked[0]) / 4 <= 4  # from the tensor to its list, up to the pool
+    assert asked[0] == asked[1]
