@@ -23,11 +23,37 @@ _OBEYED = frozenset(("backend:native", "expandable_segments:False"))
 _OF_TIME_ALONE = frozenset(
     (
         "release_lock_on_cudamalloc",
+        "release_lock_on_hipmalloc",
         "pinned_use_cuda_host_register",
+        "pinned_use_hip_host_register",
         "pinned_num_register_threads",
         "pinned_use_background_threads",
     )
 )
+_KNOWN = _OF_TIME_ALONE | {
+    "backend",
+    "expandable_segments",
+    "graph_capture_record_stream_reuse",
+    "large_segment_size_mb",
+    "per_process_memory_fraction",
+    "pinned_free_catch_all",
+    "pinned_max_cached_size_mb",
+    "pinned_max_round_threshold_mb",
+    "pinned_reserve_segment_size_mb",
+    "throw_on_cudamalloc_oom",
+}
+"""What torch knows beside those that are obeyed: of all versions to 2.14."""
+_CHOICES = {
+    "backend": (
+        ("native", "cudaMallocAsync"),
+        "Unknown allocator backend, options are native and cudaMallocAsync",
+    ),
+    "expandable_segments": (
+        ("True", "False"),
+        "Expected a single True/False argument for expandable_segments",
+    ),
+}
+"""The values that some of them take, and torch's words for others."""
 
 
 class Policy(NamedTuple):
@@ -85,9 +111,19 @@ def read_settings(text: str, before: Policy) -> tuple[Policy, list[str]]:
             policy = policy._replace(collection=_part(value))
         elif name == "roundup_power2_divisions":
             policy = policy._replace(divisions=_divisions(value))
-        elif each and each not in _OBEYED and name not in _OF_TIME_ALONE:
-            ignored.append(each)
+        elif each:
+            _check(name, value)
+            if each not in _OBEYED and name not in _OF_TIME_ALONE:
+                ignored.append(each)
     return policy, ignored
+
+
+def _check(name: str, value: str) -> None:
+    if name not in _KNOWN:
+        raise ValueError(f"Unrecognized key '{name}' in Accelerator allocator config.")
+    allowed, words = _CHOICES.get(name, ((value,), ""))
+    if value not in allowed:
+        raise ValueError(words)
 
 
 def _whole(name: str, value: str) -> int:

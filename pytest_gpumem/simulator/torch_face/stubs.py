@@ -309,9 +309,25 @@ class Runtime:
         raise AttributeError(name)
 
 
-def properties(card: SharedCard, place: int) -> SimpleNamespace:
+class _CudaDeviceProperties(SimpleNamespace):
+    """What torch tells of a card; each is equal to itself alone, as C++'s."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a namespace has none
+
+    def __repr__(self) -> str:
+        return (
+            f"_CudaDeviceProperties(name='{self.name}', major={self.major}, minor={self.minor},"
+            f" total_memory={self.total_memory >> 20}MB,"
+            f" multi_processor_count={self.multi_processor_count}, uuid={self.uuid},"
+            f" pci_bus_id={self.pci_bus_id}, pci_device_id={self.pci_device_id},"
+            f" pci_domain_id={self.pci_domain_id}, L2_cache_size={self.L2_cache_size >> 20}MB)"
+        )
+
+
+def properties(card: SharedCard, place: int) -> _CudaDeviceProperties:
     """Return what ``torch.cuda.get_device_properties`` tells of the machine's card ``place``."""
-    return SimpleNamespace(
+    return _CudaDeviceProperties(
         name=card.name,
         major=spec.CAPABILITY[0],
         minor=spec.CAPABILITY[1],
@@ -334,7 +350,7 @@ def properties(card: SharedCard, place: int) -> SimpleNamespace:
         pci_bus_id=spec.pci_bus(place),
         pci_device_id=0,
         pci_domain_id=0,
-        gcnArchName="",
+        gcnArchName=card.name,  # as torch has it where there is no ROCm
     )
 
 

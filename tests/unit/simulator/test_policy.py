@@ -95,10 +95,15 @@ def test_rounding_never_takes_less_nor_much_more(size: int, steps: int) -> None:
         "roundup_power2_divisions:[64:3]",
         "roundup_power2_divisions:[64]",
         "roundup_power2_divisions:[0:2]",
+        "nonsense:1",
+        "nonsense",
+        "max_split_size:64",
+        "backend:foo",
+        "expandable_segments:maybe",
     ],
 )
 def test_what_torch_refuses_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"option|threshold|roundup|value"):
+    with pytest.raises(ValueError, match=r"option|threshold|roundup|value|key|argument"):
         read_settings(text, Policy())
 
 
@@ -110,7 +115,10 @@ def test_what_torch_refuses_is_refused(text: str) -> None:
         ("expandable_segments:True,max_split_size_mb:64", ["expandable_segments:True"]),
         ("release_lock_on_cudamalloc:True,pinned_num_register_threads:8", []),
         ("backend:cudaMallocAsync", ["backend:cudaMallocAsync"]),
-        ("roundup_power2_divisions:[64:2,>:4],new:[a,b]", ["new:[a,b]"]),
+        (
+            "roundup_power2_divisions:[64:2,>:4],throw_on_cudamalloc_oom:True",
+            ["throw_on_cudamalloc_oom:True"],
+        ),
     ],
 )
 def test_what_changes_nothing_is_told(text: str, ignored: list[str]) -> None:

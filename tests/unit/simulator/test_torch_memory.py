@@ -187,6 +187,9 @@ def test_the_card_describes_itself():
     assert torch.backends.cudnn.version() > 90000
     assert torch.cuda.get_arch_list() == [f"sm_{properties.major}{properties.minor}"]
     assert properties.max_threads_per_block == 1024
+    said = f"_CudaDeviceProperties(name='{properties.name}', major=8, minor=0, total_memory=1024MB,"
+    assert repr(properties).startswith(said)
+    assert {properties: "of a cache"}[properties]
     nvml = torch.cuda._get_pynvml_handler()
     assert pynvml.nvmlDeviceGetCudaComputeCapability(nvml) == torch.cuda.get_device_capability()
     assert pynvml.nvmlDeviceGetPciInfo(nvml).bus == properties.pci_bus_id
