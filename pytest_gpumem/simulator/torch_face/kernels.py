@@ -55,6 +55,17 @@ def _ctc_loss(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _histc(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Count whole numbers, as mixtures of experts do: the host's kernel refuses them."""
+    tensor, *rest = args or (kwargs.pop("input"),)
+    card = face.memory.where(tensor)
+    if not card or tensor.is_floating_point() or "out" in kwargs:
+        return func(tensor, *rest, **kwargs)
+    counts = face.charges.run_aside(lambda: func(tensor.double(), *rest, **kwargs).to(tensor.dtype))
+    face.memory.charge(counts, card)
+    return counts
+
+
 def _dropout(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     """Run dropout as CUDA does, with a mask of bytes."""
     tensor, probability, train = bind(("input", "p", "train"), args, kwargs)
@@ -85,6 +96,8 @@ KERNELS: dict[Any, Handler] = {
     torch.ctc_loss: _ctc_loss,
     torch._assert_async: _assert_async,
     torch.dropout: _dropout,
+    torch.histc: _histc,
+    Tensor.histc: _histc,
     torch.nn.functional.scaled_dot_product_attention: _attention,
     torch._VF._pad_packed_sequence: _pad_packed,
 }

@@ -741,6 +741,24 @@ def test_every_kernel_of_attention_can_be_chosen(chosen):
 
 
 @on_card
+def test_whole_numbers_are_counted_as_mixtures_of_experts_do():
+    import torch
+
+    experts = [3, 0, 3, 7, 3, 1]
+    for kind in (torch.int32, torch.int64, torch.float32):
+        chosen = torch.tensor(experts, dtype=kind, device="cuda")
+        before = torch.cuda.memory_allocated()
+        counts = torch.histc(chosen, bins=8, min=0, max=7)
+        assert counts.tolist() == [1, 1, 0, 3, 0, 0, 0, 1]
+        assert (counts.device, counts.dtype) == (chosen.device, kind)
+        assert torch.cuda.memory_allocated() == before + 512
+        assert chosen.histc(4).tolist() == [2, 3, 0, 1]
+        del counts
+    with refused(NotImplementedError, "not implemented for 'Int'"):  # as before, on the host
+        torch.histc(torch.tensor(experts, dtype=torch.int32))
+
+
+@on_card
 def test_convolutions_and_sizes_are_traced_to_torchscript():
     import torch
     from torch import nn

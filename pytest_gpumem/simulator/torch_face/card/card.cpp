@@ -101,6 +101,7 @@ void register_kernels() {
   aten->impl("_log_softmax", &softmax<&at::_log_softmax>);
   aten->impl("_softmax_backward_data", &softmax_backward<&at::_softmax_backward_data>);
   aten->impl("_log_softmax_backward_data", &softmax_backward<&at::_log_softmax_backward_data>);
+  aten->impl("histc", &histc);
   aten->impl("_efficientzerotensor", &zero_tensor);
   aten->impl("set_", &set_to_nothing);
   aten->impl("_assert_async", &assert_async);

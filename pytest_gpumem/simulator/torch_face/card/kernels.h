@@ -14,6 +14,7 @@
 #include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/histc.h>
 #include <ATen/ops/zeros.h>
 
 #include <array>
@@ -173,6 +174,16 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim,
   Call call(grad);
   Tensor host = call.in(grad);
   return call.out(run(host, call.in(output), dim, host.scalar_type()).to(dtype));
+}
+
+// The CPU's refuses whole numbers, which mixtures of experts count.
+Tensor histc(const Tensor& tensor, int64_t bins, const at::Scalar& least, const at::Scalar& most) {
+  Call call(tensor);
+  at::globalContext().alertNotDeterministic("_histc_cuda");
+  Tensor host = call.in(tensor);
+  at::ScalarType dtype = host.scalar_type();
+  if (at::isIntegralType(dtype, false)) host = host.to(at::kDouble);
+  return call.out(at::histc(host, bins, least, most).to(dtype));
 }
 
 Tensor zero_tensor(at::IntArrayRef size, std::optional<at::ScalarType> dtype,

@@ -66,7 +66,6 @@ const std::unordered_map<std::string, const char*> kUnordered = {
     {"grid_sampler_3d_backward", "grid_sampler_3d_backward_cuda"},
     {"nll_loss2d_forward", "nll_loss2d_forward_out_cuda_template"},
     {"_ctc_loss_backward", "ctc_loss_backward_gpu"},
-    {"histc", "_histc_cuda"},
     {"kthvalue", "kthvalue CUDA"}};
 
 Plan plan_of(const c10::OperatorHandle& op) {
