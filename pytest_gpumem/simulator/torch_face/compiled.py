@@ -147,6 +147,8 @@ class CompiledMemory(memory.CardMemory):
         atexit.register(self._close)
         _place_storages()
         _construct_older_types()
+        # A build for CUDA would compile what it fuses in TorchScript for a driver.
+        torch._C._jit_override_can_fuse_on_gpu(False)
         if TORCH_VERSION < (2, 7):  # whose constructor asks for a driver, or knows no CUDA at all
             _torch.Generator = generators(_torch.ops.gpumem_card.generator)
 

@@ -82,6 +82,7 @@ def prepare_for_modes(memory: CardMemory) -> None:
     run = backward_on_the_card(_torch.autograd.graph._engine_run_backward)
     _torch.autograd._engine_run_backward = _torch.autograd.graph._engine_run_backward = run
     when_imported("torch._subclasses.fake_tensor", let_fake_tensors_see_the_host)
+    _let_programs_make_tensors_beside_theirs()
     when_imported("torch.jit._serialization", _load_programs_on_the_host)
     when_imported("torch.nn.parallel.distributed", _let_buckets_lie_on_the_card)
 
@@ -343,6 +344,24 @@ def _expect_no_compiled_frames() -> None:
     if hasattr(module, "set_fullgraph_compiled_frame_count"):
         # It says that a call around this one counts them.
         module.set_fullgraph_compiled_frame_count = lambda _count: 0
+
+
+def _let_programs_make_tensors_beside_theirs() -> None:
+    """Put what TorchScript makes where its arguments are: the devices that it knows are the host's.
+
+    Else a model that was traced with ``torch.arange(n, device=x.device)`` in it could not run.
+    """
+
+    def beside_its_arguments(call: Any) -> Any:
+        @functools.wraps(call)
+        def call_beside(program: Any, *args: Any, **kwargs: Any) -> Any:
+            with making_tensors_beside((*args, *kwargs.values())):
+                return call(program, *args, **kwargs)
+
+        return call_beside
+
+    for kind in (_C.ScriptFunction, _C.ScriptMethod):
+        kind.__call__ = beside_its_arguments(kind.__call__)
 
 
 def _load_programs_on_the_host() -> None:

@@ -104,6 +104,10 @@ def test_threads_that_were_there_before_and_autograds_own_have_the_cards():
     assert torch.cuda.memory_allocated(0) == torch.cuda.memory_allocated(1) == 0
 
 
+def _sines(batch):
+    return (batch * 2).sin() * batch + batch.tanh()
+
+
 @on_compiled_cards
 def test_programs_keep_the_card_that_is_written_in_them():
     import torch
@@ -121,8 +125,10 @@ def test_programs_keep_the_card_that_is_written_in_them():
         assert torch.device("cuda:0") in made
         assert exported.module()(batch).tolist() == [1, 2, 3]
         program = torch.jit.script(Counting())
+        chain = torch.jit.script(_sines)
         for _ in range(3):  # torch compiles at the second call
             assert program(batch).is_cuda
+            assert chain(batch).is_cuda  # which a build for CUDA would fuse
         file = io.BytesIO()
         torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 3).cuda(), batch), file)
         file.seek(0)

@@ -759,6 +759,36 @@ def test_whole_numbers_are_counted_as_mixtures_of_experts_do():
 
 
 @on_card
+def test_programs_of_torchscript_make_tensors_where_their_arguments_are():
+    import torch
+
+    class Positions(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(8, 3)
+
+        def forward(self, ids):
+            places = torch.arange(ids.shape[1], device=ids.device)
+            return self.table(ids) + self.table(places) + torch.ones(3, device=ids.device)
+
+    model, ids = Positions().cuda(), torch.tensor([[1, 2, 3]], device="cuda")
+    expected = model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is of torch 2.13
+        programs = torch.jit.trace(model, ids), torch.jit.script(model)
+    for program in programs:
+        for _ in range(3):  # it is compiled anew where the first runs showed it something
+            result = program(ids)
+            assert result.device == ids.device
+            torch.testing.assert_close(result, expected)
+        program(ids).sum().backward()
+        assert model.table.weight.grad.is_cuda
+        before = torch.cuda.memory_allocated()
+        program(ids).sum().backward()
+        assert torch.cuda.memory_allocated() == before
+
+
+@on_card
 def test_convolutions_and_sizes_are_traced_to_torchscript():
     import torch
     from torch import nn
