@@ -69,6 +69,7 @@ def label_capsules(memory: CardMemory) -> None:
             setattr(_C, name, labelling(getattr(_C, name)))
     # Imported by name when torch was.
     _torch.to_dlpack = _torch.utils.dlpack.to_dlpack = _C._to_dlpack
+    _torch.utils.dlpack._from_dlpack = received  # so in torch 2.4
 
 
 def _place(capsule: Any) -> Any:

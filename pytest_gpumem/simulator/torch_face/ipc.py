@@ -44,7 +44,10 @@ def send_storages(memory: CardMemory) -> None:
         memory.card(card).enter()
         file = _opened(sent)
         try:
-            return memory.receive(cls._new_shared_fd_cpu(file, size), device)
+            made = cls._new_shared_fd_cpu(file, size)
+            # By its Python object the account goes, which torch 2.4 keeps for a tensor's alone.
+            kept = torch.empty(0, dtype=torch.uint8).set_(made).untyped_storage()
+            return memory.receive(kept, device)
         finally:
             os.close(file)
 

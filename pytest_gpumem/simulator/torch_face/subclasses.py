@@ -10,6 +10,7 @@ import torch
 
 from pytest_gpumem.simulator.torch_face import stubs
 from pytest_gpumem.simulator.torch_face.calls import HOST
+from pytest_gpumem.simulator.torch_face.refusal import TORCH_VERSION
 
 if TYPE_CHECKING:
     from pytest_gpumem.simulator.torch_face.memory import CardMemory
@@ -35,6 +36,14 @@ def construct_subclasses() -> None:
         return made if cls is _torch.Tensor else made.as_subclass(cls)
 
     _torch.Tensor.__new__ = new
+    if TORCH_VERSION < (2, 5):  # where it is an alias, which a mode of dispatch has made an object
+        as_subclass = _C.TensorBase.as_subclass
+
+        def as_subclass_below_modes(tensor: Any, cls: Any) -> Any:
+            with _C._DisableTorchDispatch():
+                return as_subclass(tensor, cls)
+
+        _torch.Tensor.as_subclass = as_subclass_below_modes
 
 
 def put_wrappers_on_the_card(memory: CardMemory) -> None:
