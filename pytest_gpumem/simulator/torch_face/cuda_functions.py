@@ -180,9 +180,9 @@ def _allocation(memory: CardMemory) -> Functions:
     def raw_delete(address: int) -> None:
         memory.give_back(*raw.pop(address))
 
-    def raw_alloc(size: int, _stream: int) -> int:
+    def raw_alloc(size: int, stream: int) -> int:
         device = memory.card(None).device
-        block = memory.take(size, device)
+        block = memory.take(size, device, stream)
         if block is None:
             return 0
         raw[block.address] = block, device

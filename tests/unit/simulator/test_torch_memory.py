@@ -548,6 +548,10 @@ def test_raw_allocations_count():
     assert torch.cuda.memory_allocated() == 3 * MIB
     torch.cuda.caching_allocator_delete(address)
     assert torch.cuda.memory_allocated() == 0
+    reserved = torch.cuda.memory_reserved()
+    again = torch.cuda.caching_allocator_alloc(3 * MIB, stream=torch.cuda.Stream())
+    assert torch.cuda.memory_reserved() == 2 * reserved  # what is free belongs to another stream
+    torch.cuda.caching_allocator_delete(again)
 
 
 @on_card
