@@ -188,6 +188,22 @@ def _set_item(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
     return func(tensor, index, value, **kwargs)
 
 
+def _set_grad(face: Face, func: Function, args: Any, kwargs: Any) -> Any:
+    """Refuse a gradient from another device, which the host takes for the same one."""
+    tensor, gradient = args
+    if isinstance(gradient, Tensor):
+        places = [_device_of(face, each) for each in (gradient, tensor)]
+        what = "device type" if places[0].type != places[1].type else "device"
+        if places[0] != places[1]:
+            names = [place.type if what == "device type" else str(place) for place in places]
+            raise RuntimeError(
+                f"attempting to assign a gradient with {what} '{names[0]}' to a tensor with"
+                f" {what} '{names[1]}'. Please ensure that the gradient and the tensor are on the"
+                " same device"
+            )
+    return func(*args, **kwargs)
+
+
 # Copies between host and card.
 
 
@@ -389,6 +405,7 @@ def _handlers() -> dict[Any, Handler]:
         Tensor.new_tensor: _along,
         Tensor.new: _along,
         Tensor.__setitem__: _set_item,
+        Tensor.grad.__set__: _set_grad,
         Tensor.to: _to,
         Tensor.type_as: _type_as,
         Tensor.cuda: _cuda,

@@ -43,6 +43,7 @@ _C: Any = torch._C
 Tensor: Any = torch.Tensor
 Function = Any
 
+_ON_CUDA = _C.DispatchKeySet(_C.DispatchKey.CUDA)
 _SIZES = frozenset(("__get__", "size"))
 """What has tensors of the host while torch traces: sizes."""
 _ENGINE = -1
@@ -118,6 +119,9 @@ class Charges(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
             if card is None:
                 return func(*args, **kwargs)
         try:
+            if traits.in_python:  # which sees the card, as the program's other code does
+                with self, face_again():
+                    return func.redispatch(_ON_CUDA, *args, **kwargs)
             if traits.composite and torch.is_inference_mode_enabled():
                 # Without autograd nobody takes them apart, and the parts are what costs.
                 with self:

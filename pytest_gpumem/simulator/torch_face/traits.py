@@ -11,6 +11,7 @@ from pytest_gpumem.simulator.torch_face.memory import INDICES, PRODUCTS
 __tracebackhide__ = True  # pytest shows the test's line last, none of these
 
 _C: Any = torch._C
+_library: Any = torch.library
 _OpOverload: Any = torch._ops.OpOverload
 NUMBERS = frozenset((bool, int, float, complex))
 # Operations that take tensors from several devices; the first tensor says where the result is.
@@ -36,6 +37,9 @@ _MIXING = INDEXING | {
 }
 # torch's tensors of symbolic zeros crash the interpreter when they pass a dispatch mode.
 _INSTEAD = {torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default}
+_OF_A_CARD = ("CUDA", "CompositeExplicitAutograd")
+"""Where ``torch.library`` registers kernels that a card runs."""
+_TORCHS = frozenset(("aten", "prims", "_native"))
 _PRODUCTS = frozenset(f"aten::{name}" for name in PRODUCTS)
 
 
@@ -58,6 +62,8 @@ class Traits(NamedTuple):
     """By indices, which may lie outside."""
     no_numbers: int = 0
     """How many tensors it takes first, where it takes no number for one."""
+    in_python: bool = False
+    """Somebody's Python is what a card runs for it."""
 
 
 def traits_of(func: Any) -> Traits:
@@ -78,7 +84,14 @@ def traits_of(func: Any) -> Traits:
         multiplies=name in _PRODUCTS,
         chooses=any(argument.name in INDICES for argument in func._schema.arguments),
         no_numbers=_no_numbers(func._schema),
+        in_python=any(_kernel_in_python(func.name(), key) for key in _OF_A_CARD),
     )
+
+
+def _kernel_in_python(name: str, key: str) -> bool:
+    # torch's own for a card are of Triton, where the host has others.
+    namespace, _, rest = name.partition("::")
+    return namespace not in _TORCHS and f"{namespace}/{rest}/{key}" in _library._impls
 
 
 def _no_numbers(schema: Any) -> int:

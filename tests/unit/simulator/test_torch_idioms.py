@@ -11,7 +11,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from card_process import on_card
+from card_process import on_card, on_two_cards
 
 
 def refused(kind, text):
@@ -756,6 +756,63 @@ def test_whole_numbers_are_counted_as_mixtures_of_experts_do():
         del counts
     with refused(RuntimeError, "not implemented for 'Int'"):  # as before, on the host
         torch.histc(torch.tensor(experts, dtype=torch.int32))
+
+
+@on_card
+def test_kernels_of_custom_operators_in_python_are_a_cards_and_see_it():
+    import torch
+
+    own, two = torch.library.custom_op, "(Tensor batch, Tensor lengths) -> Tensor"
+
+    @own("own::scaled", mutates_args=(), schema=two)
+    def scaled(batch, lengths):
+        assert lengths.device.type == "cpu"
+        return batch * 2 + torch.zeros(3, device=batch.device)
+
+    def backward(_context, gradient):
+        return gradient * 2, None
+
+    scaled.register_autograd(backward)
+    lengths = torch.ones(2)  # which a card's kernel may find on the host
+    batch = torch.ones(3, device="cuda", requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    result = scaled(batch, lengths)
+    assert (result.device, result.tolist()) == (batch.device, [2, 2, 2])
+    assert torch.cuda.memory_allocated() == before + 512
+    result.sum().backward()
+    assert batch.grad.tolist() == [2, 2, 2]
+    assert scaled(torch.ones(3), lengths).device.type == "cpu"
+
+    one = "(Tensor batch) -> Tensor"
+
+    @own("own::where", mutates_args=(), schema=one, device_types="cpu")
+    def where(batch):
+        return torch.zeros_like(batch)
+
+    @where.register_kernel("cuda")
+    def _(batch):
+        assert batch.is_cuda
+        return torch.ones_like(batch)
+
+    assert (where(batch.detach()).sum(), where(torch.ones(3)).sum()) == (3, 0)
+    library = torch.library.Library("own", "FRAGMENT")
+    library.define("halves(Tensor batch) -> Tensor[]")
+    library.impl("halves", lambda batch: [batch / 2], "CUDA")
+    assert torch.ops.own.halves(batch.detach())[0].tolist() == [0.5] * 3
+    with refused(NotImplementedError, "own::halves"):
+        torch.ops.own.halves(torch.ones(3))
+
+
+@on_two_cards
+def test_a_gradient_is_where_its_tensor_is():
+    import torch
+
+    parameter = torch.nn.Parameter(torch.ones(2, device="cuda"))
+    parameter.grad = torch.ones(2, device="cuda:0")
+    for place in ("cpu", "cuda:1"):
+        with refused(RuntimeError, "attempting to assign a gradient"):
+            parameter.grad = torch.ones(2, device=place)
+    parameter.grad = None
 
 
 @on_card
