@@ -1,11 +1,15 @@
-"""Copies among several cards as ``torch.cuda.comm`` and ``nn.DataParallel`` ask for them."""
+"""What cards tell one another: copies, as ``torch.cuda.comm`` asks for them, and messages."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from pytest_gpumem.simulator.torch_face.memory import CardMemory
 
 __tracebackhide__ = True  # pytest shows the test's line last, none of these
 
@@ -82,3 +86,20 @@ def gather(
 def gather_out(tensors: Sequence[torch.Tensor], out: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """Copy the tensors one behind the other into ``out``."""
     return out.copy_(gather(tensors, dim, out.get_device()))
+
+
+def talk_by_gloo(memory: CardMemory) -> None:
+    """Let gloo stand for NCCL, which needs a driver.
+
+    Suites choose NCCL wherever CUDA is available; they would fail where they pass on the CPU.
+    """
+    backend: Any = sys.modules["torch.distributed.distributed_c10d"].Backend
+    new = backend.__new__
+
+    def new_without_nccl(cls: Any, name: Any) -> Any:
+        if isinstance(name, str) and "nccl" in name.lower():
+            memory.note("the simulated card talks by gloo where NCCL is asked for")
+            name = name.lower().replace("nccl", "gloo")
+        return new(cls, name)
+
+    backend.__new__ = new_without_nccl

@@ -15,7 +15,7 @@ from torch.utils._device import DeviceContext
 
 from pytest_gpumem.on_import import when_imported
 from pytest_gpumem.simulator import spec
-from pytest_gpumem.simulator.torch_face import stubs
+from pytest_gpumem.simulator.torch_face import communication, stubs
 from pytest_gpumem.simulator.torch_face.cuda_functions import memory_of
 from pytest_gpumem.simulator.torch_face.device_numbers import read_devices_of_to, understand_numbers
 from pytest_gpumem.simulator.torch_face.dlpack import label_capsules
@@ -60,6 +60,9 @@ def prepare(memory: CardMemory, functions: Functions) -> None:
     _tell_addresses_on_the_card(memory)
     send_storages(memory)
     _refuse_graphs_and_pools()
+    when_imported(
+        "torch.distributed.distributed_c10d", functools.partial(communication.talk_by_gloo, memory)
+    )
     when_imported("torch._dynamo.config", _run_compiled_functions_eagerly)
     when_imported("torch._dynamo.eval_frame", _expect_no_compiled_frames)
 

@@ -215,6 +215,26 @@ def test_random_numbers_are_each_cards_own():
 
 
 @on_two_cards
+def test_gloo_stands_for_nccl():
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.get_backend() == "gloo"
+    for backend in (None, "NCCL", dist.Backend.NCCL, "cpu:gloo,cuda:nccl"):
+        group = dist.new_group([0], backend=backend)
+        for place in ("cuda:0", "cuda:1"):
+            tensor = torch.ones(2, device=place)
+            dist.all_reduce(tensor, group=group)
+            assert tensor.tolist() == [1, 1]
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2).cuda(), device_ids=[0])
+    model(torch.ones(1, 2, device="cuda")).sum().backward()
+    assert model.module.weight.grad.is_cuda
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@on_two_cards
 def test_what_was_saved_on_the_second_card_comes_back_there():
     import torch
 
