@@ -831,7 +831,7 @@ def test_programs_of_torchscript_make_tensors_where_their_arguments_are():
     model, ids = Positions().cuda(), torch.tensor([[1, 2, 3]], device="cuda")
     expected = model(ids)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it is of torch 2.13
+        warnings.simplefilter("ignore")  # of torch 2.13 and newer: it is deprecated
         programs = torch.jit.trace(model, ids), torch.jit.script(model)
     for program in programs:
         for _ in range(3):  # it is compiled anew where the first runs showed it something
@@ -863,7 +863,7 @@ def test_convolutions_and_sizes_are_traced_to_torchscript():
     for place in ("cpu", "cuda"):
         images, others = torch.randn(2, 3, 8, 8).to(place), torch.randn(5, 3, 8, 8).to(place)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # it is of torch 2.13
+            warnings.simplefilter("ignore")  # of torch 2.13 and newer: it is deprecated
             traced = torch.jit.trace(model.to(place), images)
         assert traced(others).device == others.device
         torch.testing.assert_close(traced(others), model(others))
