@@ -393,6 +393,7 @@ def _pin(face: Face, tensor: Any) -> Any:
 def _handlers() -> dict[Any, Handler]:
     converting = (torch.tensor, torch.as_tensor, torch.asarray)
     table: dict[Any, Handler] = dict.fromkeys(_device_constructors(), _create_at_default)
+    table.pop(torch.fill, None)  # which torch 2.4 counts among them
     table |= dict.fromkeys(converting, _convert)
     for name in ("empty", "zeros", "ones", "full", "empty_strided"):
         table[getattr(Tensor, f"new_{name}")] = create

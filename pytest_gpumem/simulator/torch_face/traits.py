@@ -23,6 +23,8 @@ _MIXING = INDEXING | {
     f"aten::{name}"
     for name in (
         "copy_",
+        "fill_",
+        "fill",
         "_foreach_copy_",
         "_copy_from",
         "set_",

@@ -804,6 +804,20 @@ def test_kernels_of_custom_operators_in_python_are_a_cards_and_see_it():
 
 
 @on_two_cards
+def test_tensors_are_filled_with_what_lies_elsewhere():
+    import torch
+
+    two = torch.tensor(2.0, device="cuda:0")
+    for place in ("cpu", "cuda:0", "cuda:1"):
+        filled = torch.ones(3, device=place)
+        assert filled.fill_(two).tolist() == [2, 2, 2]
+        assert filled.fill_(torch.tensor(3.0)).device == torch.device(place)
+        filled[0] = two
+        assert torch.fill(filled, 4.0).device == torch.device(place)
+        assert filled.tolist() == [2, 3, 3]
+
+
+@on_two_cards
 def test_a_gradient_is_where_its_tensor_is():
     import torch
 

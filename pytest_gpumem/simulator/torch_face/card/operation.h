@@ -32,7 +32,8 @@ struct Plan {
 };
 
 const std::unordered_set<std::string> kMixing = {
-    "aten::copy_", "aten::_foreach_copy_", "aten::_copy_from", "aten::_copy_from_and_resize",
+    "aten::copy_", "aten::fill_", "aten::_foreach_copy_", "aten::_copy_from",
+    "aten::_copy_from_and_resize",
     "aten::_to_copy", "aten::copy_sparse_to_sparse_", "aten::resize_as_", "aten::is_same_size",
     "aten::tensor_split",
     "aten::is_set_to", "aten::ctc_loss", "aten::_ctc_loss", "aten::_ctc_loss_backward",
