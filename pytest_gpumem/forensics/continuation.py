@@ -29,6 +29,8 @@ _SHOWN = re.compile(
     r"|\b(?i:errors?|exception|message|following|output|log|says|this) ?[:\uff1a] ?[\"']?"
     r"([\w.]*(?:Error|Exception): .*)$"
 )
+_BOLD = re.compile(r"\*\*([^*]+)\*\*")
+"""A line that is set in bold as a whole."""
 ERROR_LINE = re.compile(r"E {2,}(.*)")
 # An error whose words are on the next line, or were cut by a width.
 _UNENDED = re.compile(
@@ -83,14 +85,14 @@ def read_message(at: Cursor, line: Line, body: str, *, raised: bool) -> Message 
 def pasted(at: Cursor, line: Line, body: str) -> str:
     """Return a line without what somebody has put around a program's words that he shows.
 
-    A page's heading, which unlike a comment has a blank line below it; and what is set apart as
-    code from a colon to the end of a line.
+    A page's heading, which unlike a comment has a blank line below it; what is set apart as code
+    from a colon to the end of a line; and a whole line in bold.
     """
     if not body.startswith("# "):
-        shown = _SHOWN.search(body)
+        shown = _BOLD.fullmatch(body.strip()) or _SHOWN.search(body)
         if shown is None or prose.supposes(body[: shown.start()]):
             return body
-        said = shown[1] or shown[2]
+        said = next(filter(None, shown.groups()))
         return said if _PROGRAM.search(said) else body
     below = next(following(line, 1, at.carrier), None)
     if below is None or below.body.strip():

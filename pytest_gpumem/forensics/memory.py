@@ -18,7 +18,15 @@ from pytest_gpumem.forensics.continuation import (
 )
 from pytest_gpumem.forensics.cursor import BEGUN
 from pytest_gpumem.forensics.grammars.host import KILL_ONCE, PROBABLE_KILL, SHELL_KILL
-from pytest_gpumem.forensics.quotation import advised, coded, commented, listed, wrapped
+from pytest_gpumem.forensics.quotation import (
+    advised,
+    coded,
+    commented,
+    enumerated,
+    listed,
+    shown,
+    wrapped,
+)
 from pytest_gpumem.forensics.runs import Kill, Seen
 from pytest_gpumem.forensics.signatures import signature, subject
 
@@ -145,6 +153,8 @@ def note_loose(
         return False
     sentence = not raised and wrapped(at, line, body)
     if found.figures < spoken.TELLING and (sentence or advised(at, line)):
+        return True
+    if shown(at, line) or enumerated(at, line, body):
         return True
     if found.kind == "kill":
         at.run.kills.append(Kill(line.number, found, found.pid, _once(body)))

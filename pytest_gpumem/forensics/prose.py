@@ -73,8 +73,8 @@ _LAST = re.compile(
 )
 """The last word before words that somebody's sentence tells of; with an error before, some may."""
 _PERSON = re.compile(
-    r"\bI(?:'m|'ve|'d)? (?:am|was|get|got|have|had|see|saw|think|run|ran|tried|try|used?|can|need"
-    r"|found|often|still|also|just|keep|believe|guess|know|want|set|did|do|don't)\b"
+    r"\b[Ii](?:'m|'ve|'d)? (?:am|was|get|got|have|had|see|saw|think|run|ran|tried|try|used?|can"
+    r"|need|found|often|still|also|just|keep|believe|guess|know|want|set|did|do|don't)\b"
     r"|\b(?i:we|our|my|they|their|who|how|why|these|those|typically|usually|often|maybe|probably"
     r"|sometimes|always|very|really|just|also|many|several|should|would|known?)\b"
 )

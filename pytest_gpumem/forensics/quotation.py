@@ -31,17 +31,26 @@ _MEANS = re.compile(
 _EXAMPLES = re.compile(
     r"\W*(?i:(?:examples?|samples?)(?: of)? (?:errors?|(?:error )?messages?))\W*"
 )
+_MANUAL = re.compile(
+    r"\W*(?i:(?:common|typical)(?: \w+)? errors?(?:,? (?:and )?(?:solutions?|fix(?:es)?|causes?))*"
+    r"|what (?:the|this|an) error looks like)\W*"
+)
+"""The heading of what a manual shows, whatever figures that has, and of how far below it."""
+_SECTION = 24
+_OR = re.compile(r"O[Rr][:,]?|or:")
+"""What stands alone between two messages of which a reader may have either."""
 _RAW_MANUAL = re.compile(
-    rf"{_FENCE.pattern}|\n\s*(?:\.\. \w|{_MEANS.pattern})"
+    rf"{_FENCE.pattern}|\n\s*(?:\.\. \w|{_MEANS.pattern}|(?:O[Rr][:,]?|or:)\s*\n)"
     r"|(?i:example|sample|looks? like|appears? (?:as|like)) ?".encode()
 )
 """A sign of a manual, in bytes, for most messages have none around them."""
+_RAW_SECTION = re.compile(rb"(?i:(?:^|\n)\W*(?:common |typical |what (?:the|this|an) error ))")
 _DIRECTIVE = re.compile(r"\.\. (?:code|code-block|sourcecode|parsed-literal)::.*")
 """What opens a block whose end its indentation shows."""
 _FENCE_OPENS = re.compile(_FENCE.pattern.replace("|", "\\w*|") + rf"\w*|{_DIRECTIVE.pattern}")
 _LIKE = re.compile(
-    r"(?i)\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like(?: this"
-    r"| the following)?|such as"
+    r"(?i)^(?!.*\b(?:I|my)\b).*\b(?:of the form|(?:looks?|something|lines?|errors?|messages?) like"
+    r"(?: this| the following)?|such as"
     r"|similar to)\W*$|^if\b(?!.*\b(?-i:I)\b).*:$"
     r"|^(?:if|when) you (?:see|get|encounter|receive|face)\b"
 )
@@ -80,6 +89,8 @@ _JSON_OPENS = re.compile(r"\s*\{?\s*(?:\"[^\"]*\"\s*:\s*)?[\[{]$")
 _NAME = re.compile(r"\s*[A-Za-z_][\w.:]*[,;]?")
 _ELEMENT = re.compile(r"\s*(?!true|false|null)[A-Za-z_][\w.]*,")
 """A name among texts, which JSON does not have."""
+_STATUS = re.compile(r"\s*([A-Z][A-Z\d]*|[a-z]+(?=[A-Z]))(?:_[A-Z\d]+)*[A-Za-z\d]*\s*")
+"""The name of a status that has a line of its own, and what those of its library begin with."""
 _COMMENTED = re.compile(r"\s*(?:#|//|/\*|--|;;|%)")
 _STATEMENT = re.compile(
     r"\s*(?:(?:def|class|if|else|elif|for|while|try|except|catch|import|from|func|fn|let|const|var"
@@ -137,10 +148,10 @@ def advised(at: Cursor, line: Line) -> bool:
     below = [text.body.strip() for text in following(line, _BLOCK_ENDS, at.carrier)]
     above = [text.body.strip() for text in preceding(line, _BLOCK_ENDS, at.carrier)]
     said = next((text for text in below if text and not _FENCE.fullmatch(text)), "")
-    if _MEANS.match(said) or any(map(_EXAMPLES.fullmatch, above)):
+    if _MEANS.match(said) or _OR.fullmatch(said) or any(map(_EXAMPLES.fullmatch, above)):
         return True
-    shown = next((text for text in above if text and not _FENCE_OPENS.fullmatch(text)), "")
-    if _LOOKS.search(shown):
+    before = next((text for text in above if text and not _FENCE_OPENS.fullmatch(text)), "")
+    if _LOOKS.search(before) or _OR.fullmatch(before):
         return True
     after = iter(below)
     if any(map(_FENCE.fullmatch, after)):
@@ -148,10 +159,19 @@ def advised(at: Cursor, line: Line) -> bool:
             return True
     elif not any(map(_DIRECTIVE.fullmatch, above)):
         return False
-    before = iter(above)
-    if not any(map(_FENCE_OPENS.fullmatch, before)):
+    opened = iter(above)
+    if not any(map(_FENCE_OPENS.fullmatch, opened)):
         return False
-    return _LIKE.search(next(filter(None, before), "")) is not None
+    return _LIKE.search(next(filter(None, opened), "")) is not None
+
+
+def shown(at: Cursor, line: Line) -> bool:
+    """Tell whether the heading of a section says that a manual shows errors in it."""
+    start = line.end - len(line.raw)
+    if not _RAW_SECTION.search(line.buffer, max(0, start - _NEAR), start):
+        return False
+    above = preceding(line, _SECTION, at.carrier)
+    return any(_MANUAL.fullmatch(text.body) for text in above)
 
 
 def wrapped(at: Cursor, line: Line, body: str) -> bool:
@@ -203,6 +223,24 @@ def listed(at: Cursor, line: Line, body: str) -> bool:
     below = (text.body for text in following(line, _TEXTS, at.carrier))
     closes = _CLOSES if _KEYED.match(body) else _LIST_CLOSES
     return closes.match(next((text for text in below if not _TEXT.match(text)), "")) is not None
+
+
+def enumerated(at: Cursor, line: Line, body: str) -> bool:
+    """Tell whether a line is the name of a status among others of its library, each alone.
+
+    Or what such a name means, below it.
+    """
+    above = tuple(preceding(line, _LIST, at.carrier))
+    name = _STATUS.fullmatch(body) or (above and _STATUS.fullmatch(above[0].body))
+    if not name:
+        return False
+    sides = above, following(line, _LIST, at.carrier)
+    return all(any(_another(name, text.body) for text in side) for side in sides)
+
+
+def _another(name: re.Match[str], body: str) -> bool:
+    other = _STATUS.fullmatch(body)
+    return other is not None and other[1] == name[1] and other[0].strip() != name[0].strip()
 
 
 def commented(at: Cursor, line: Line, body: str) -> bool:

@@ -63,7 +63,7 @@ _LACKING = (
 _REFUSAL = (
     rf"(?:{_REFUSED}(?:[a-z]{{1,14}} ){{0,2}}?|(?:errors?:?|failed) (?:when |while |in )?)"
     rf"{_ALLOCATE}\b"
-    rf"|{_REFUSED}(?:reserve|map|commit|grow)\b(?=.{{0,40}}\d\s?(?:bytes|[kmg]i?b)\b)"
+    rf"|{_REFUSED}(?:reserve|m?map|commit|grow)\b(?=.{{0,40}}\d\s?(?:bytes|[kmg]i?b)\b)"
     rf"|{_REFUSED}(?:get|obtain|acquire) {_BETWEEN}{_STORE}(?: buffer| block)?(?= for\b| of size"
     rf"|\W*$)"
 )
@@ -98,7 +98,7 @@ ANCHORS = (
     r"|file is too small|out of (?:[\w-]+ ){1,2}memory|outof\w{0,12}memory"
     r"|(?: to|[\"'( ]not|n't|annot|error|when|while|failed) (?:\w+ ){0,2}(?:(?:pre|re)-?|m|c)?"
     rf"{_RAW_ALLOCATE}"
-    r"|(?:fail\w* to|unable to|could not|couldn't|cannot|can't) (?:reserve|map|commit|grow) "
+    r"|(?:fail\w* to|unable to|could not|couldn't|cannot|can't) (?:reserve|m?map|commit|grow) "
     rf"|(?:{_RAW_ALLOCATE}|[mc]alloc|alloc_|allocatememory|memalloc)[^.;!?\n]{{0,60}}"
     r" (?:fail|refused|denied|rejected)"
     r"|[\w.]oom: |oom(?:error|exception): |\boom (?:on|while|during|when) "
@@ -126,7 +126,9 @@ _OF_NOTHING = re.compile(
     r"|socket, malloc|nodes (?:are )?available|constant memory|\bstack\b|within provided limit"
     r"|pinned (?:\w+ ){0,2}memory|\btactics?\b|Perhaps out of memory"
 )
-_REASON = re.compile(r"[^:.;,]{0,60}: ([A-Za-z][a-z]+(?: [a-z-]+){1,6})(?! ?[\w=])")
+_REASON = re.compile(
+    r"(?:<[^<>]{0,300}>|[^:.;,<]){0,60}: ([A-Za-z][a-z]+(?: [a-z-]+){1,6})(?! ?[\w=])"
+)
 """Words alone that follow a failure behind a colon."""
 _SPEAKS_OF_MEMORY = re.compile(
     r"(?i)memory|\bram\b|alloc|\boom\b|resource|exhaust|enough|insufficient|space|size|large|big"
@@ -141,7 +143,8 @@ _HOST = re.compile(
     r"|error=12|\bswap|opencv|numpy|\bmalloc\b"
 )
 ERRNO = re.compile(
-    r"(?::|->) ?Cannot allocate memory\W*$|not enough space\W*$|\bENOMEM\b|\berror code is 12\b",
+    r"(?::|->) ?Cannot allocate memory(?: \(12\))?\W*$|not enough space\W*$|\bENOMEM\b"
+    r"|\berror code is 12\b",
     re.I,
 )
 """The system's own words for it, which are the host's, whatever asked."""

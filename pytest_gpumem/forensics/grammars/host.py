@@ -165,7 +165,9 @@ GRAMMARS = (
     ),
 )
 
-KILL_ONCE = re.compile(r"\binvoked oom-killer:|: internal compiler error: Killed\b")
+KILL_ONCE = re.compile(
+    r"\binvoked oom-killer:|: internal compiler error: Killed\b|\(signal: 9, SIGKILL: kill\)$"
+)
 """Printed once for each process: another line of the kind tells of another one."""
 PROBABLE_KILL = re.compile(
     r"(?:\S+: line \d+: +(?P<pid>\d{1,10}) [Kk]illed\b.*|\[\d+\]\+? +(?:\d+ )?Killed\b.*"

@@ -49,7 +49,7 @@ def told(event, expected):
 
 
 def test_each_case_names_its_thread():
-    assert len(CASES) >= 2_430
+    assert len(CASES) >= 2_600
     assert {f"{each['case']}.log" for each in CASES} == {
         path.name for path in THREADS.glob("*.log")
     }
